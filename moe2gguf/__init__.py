@@ -1,0 +1,34 @@
+"""moe2gguf: a dense LLaMA-family model becomes a sparse Mixtral-architecture GGUF file.
+
+The command line is a thin layer over these functions; each is documented where it is defined. Neither torch nor
+llama.cpp is imported before a function needs it.
+"""
+
+from moe2gguf.convert import Conversion, convert, write_plan
+from moe2gguf.errors import Moe2GgufError
+from moe2gguf.export.inspect import Inspection, inspect
+from moe2gguf.export.reader import GGUFFile, read_gguf
+from moe2gguf.export.verify import Verification, verify
+from moe2gguf.harness.check import Check, check
+from moe2gguf.harness.generate import Generation, generate
+from moe2gguf.planning import Options, Plan, plan_conversion
+
+__all__ = [
+    "Check",
+    "Conversion",
+    "GGUFFile",
+    "Generation",
+    "Inspection",
+    "Moe2GgufError",
+    "Options",
+    "Plan",
+    "Verification",
+    "check",
+    "convert",
+    "generate",
+    "inspect",
+    "plan_conversion",
+    "read_gguf",
+    "verify",
+    "write_plan",
+]

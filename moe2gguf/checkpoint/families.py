@@ -1,0 +1,196 @@
+"""The supported model families, as data.
+
+A family says which tensors a checkpoint must hold, under which names and shapes, and where each goes in the GGUF file.
+Adding a family means adding a row to `FAMILIES`; an architecture that cannot be written gets a row in `REFUSED`.
+
+Shapes are written with the glossary of `moe2gguf.spec` (`d_q` = n_head * d_head, `d_kv` = n_head_kv * d_head).
+Target names follow llama.cpp's arch `llama`:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39-L91
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moe2gguf.spec import Model
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor outside the MLP: where it comes from, where it goes, how large it is.
+
+    `{i}` stands for the layer. `permute` names the head count by which rotary halves become rotary pairs.
+    `when` names a field of `Model` that must be true for the tensor to exist.
+    """
+
+    target: str
+    source: str
+    shape: tuple[str, ...]
+    permute: str = ""
+    when: str = ""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """One layout of the MLP tensors: role -> (source name, shape). `{e}` stands for the expert."""
+
+    tensors: dict[str, tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table: what is special about one `architectures` entry of config.json."""
+
+    architecture: str
+    mlp: tuple[MLP, ...]
+    config_flags: tuple[tuple[str, str], ...] = ()  # (field of Model, key of config.json), default false
+    always: tuple[str, ...] = ()  # fields of Model that are always true
+    rope_theta: float = 10000.0  # the class default in transformers, used where config.json has no rope_theta
+
+
+_LAYER = "model.layers.{i}."
+
+BASE: tuple[Rule, ...] = (
+    Rule("token_embd.weight", "model.embed_tokens.weight", ("n_vocab", "d_model")),
+    Rule("blk.{i}.attn_norm.weight", _LAYER + "input_layernorm.weight", ("d_model",)),
+    Rule("blk.{i}.attn_q.weight", _LAYER + "self_attn.q_proj.weight", ("d_q", "d_model"), permute="n_head"),
+    Rule("blk.{i}.attn_q.bias", _LAYER + "self_attn.q_proj.bias", ("d_q",), permute="n_head", when="bias_qkv"),
+    Rule("blk.{i}.attn_k.weight", _LAYER + "self_attn.k_proj.weight", ("d_kv", "d_model"), permute="n_head_kv"),
+    Rule("blk.{i}.attn_k.bias", _LAYER + "self_attn.k_proj.bias", ("d_kv",), permute="n_head_kv", when="bias_qkv"),
+    Rule("blk.{i}.attn_v.weight", _LAYER + "self_attn.v_proj.weight", ("d_kv", "d_model")),
+    Rule("blk.{i}.attn_v.bias", _LAYER + "self_attn.v_proj.bias", ("d_kv",), when="bias_qkv"),
+    Rule("blk.{i}.attn_output.weight", _LAYER + "self_attn.o_proj.weight", ("d_model", "d_q")),
+    Rule("blk.{i}.attn_output.bias", _LAYER + "self_attn.o_proj.bias", ("d_model",), when="bias_output"),
+    Rule("blk.{i}.ffn_norm.weight", _LAYER + "post_attention_layernorm.weight", ("d_model",)),
+    Rule("output_norm.weight", "model.norm.weight", ("d_model",)),
+    Rule("output.weight", "lm_head.weight", ("n_vocab", "d_model"), when="untied_embeddings"),
+)
+"""Every tensor of the supported families that is not part of an MLP."""
+
+DENSE = MLP(
+    {
+        "gate": (_LAYER + "mlp.gate_proj.weight", ("d_ff", "d_model")),
+        "up": (_LAYER + "mlp.up_proj.weight", ("d_ff", "d_model")),
+        "down": (_LAYER + "mlp.down_proj.weight", ("d_model", "d_ff")),
+    }
+)
+
+_MOE = _LAYER + "block_sparse_moe."
+
+MIXTRAL_PER_EXPERT = MLP(
+    {
+        "router": (_MOE + "gate.weight", ("n_expert", "d_model")),
+        "gate": (_MOE + "experts.{e}.w1.weight", ("d_ff", "d_model")),
+        "up": (_MOE + "experts.{e}.w3.weight", ("d_ff", "d_model")),
+        "down": (_MOE + "experts.{e}.w2.weight", ("d_model", "d_ff")),
+    }
+)
+
+MIXTRAL_FUSED = MLP(
+    {
+        "router": (_LAYER + "mlp.gate.weight", ("n_expert", "d_model")),
+        "gate_up": (_LAYER + "mlp.experts.gate_up_proj", ("n_expert", "2*d_ff", "d_model")),
+        "down": (_LAYER + "mlp.experts.down_proj", ("n_expert", "d_model", "d_ff")),
+    }
+)
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        # LLaMA 1, 2, 3, 3.x, SmolLM2, TinyLlama, and everything else that uses this class
+        Family(
+            "LlamaForCausalLM",
+            (DENSE,),
+            config_flags=(("bias_qkv", "attention_bias"), ("bias_output", "attention_bias")),
+        ),
+        Family("MistralForCausalLM", (DENSE,)),
+        Family("Qwen2ForCausalLM", (DENSE,), always=("bias_qkv",)),
+        Family("MixtralForCausalLM", (MIXTRAL_PER_EXPERT, MIXTRAL_FUSED), rope_theta=1e6),
+    )
+}
+
+_QK_NORM = "its attention normalizes queries and keys, which llama.cpp's arch `llama` has no tensors for"
+
+REFUSED: dict[str, str] = {
+    "Qwen3ForCausalLM": _QK_NORM,
+    "Qwen3MoeForCausalLM": _QK_NORM,
+    "OlmoForCausalLM": "its layer norms have no weights and it may clip q/k/v",
+    "Olmo2ForCausalLM": _QK_NORM,
+    "Gemma3ForCausalLM": _QK_NORM,
+    "GemmaForCausalLM": "its MLP uses GELU, and its norms and embedding are scaled",
+    "Gemma2ForCausalLM": "its MLP uses GELU, and it has extra norms and logit caps",
+    "PhiForCausalLM": "its MLP has no gate projection",
+    "Phi3ForCausalLM": "its projections are fused (qkv_proj, gate_up_proj)",
+    "GPT2LMHeadModel": "its MLP has no gate projection and it has no rotary embedding",
+    "GPTNeoXForCausalLM": "its MLP has no gate projection",
+    "FalconForCausalLM": "its MLP has no gate projection",
+    "StableLmForCausalLM": "it uses LayerNorm and rotates only part of each head",
+    "CohereForCausalLM": "it uses LayerNorm, a parallel block and a logit scale",
+    "GraniteForCausalLM": "it scales embeddings, residuals, attention and logits",
+    "GraniteMoeForCausalLM": "it scales embeddings, residuals, attention and logits",
+    "DeepseekV2ForCausalLM": "its attention is multi-head latent attention",
+    "DeepseekV3ForCausalLM": "its attention is multi-head latent attention",
+    "Qwen2MoeForCausalLM": "its gated shared expert does not exist in llama.cpp's arch `llama`",
+    "SmolLM3ForCausalLM": "some of its layers have no rotary embedding",
+    "Llama4ForConditionalGeneration": "it is multimodal, and its router scales the input of the experts",
+    "MllamaForConditionalGeneration": "it is multimodal: cross-attention layers do not exist in arch `llama`",
+}
+"""Architectures people try, and why each does not fit the target graph."""
+
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def ignored(source: str) -> bool:
+    """True for tensors that carry no weights: old LLaMA checkpoints store the rotary frequencies, which are derived."""
+    return _IGNORED.fullmatch(source) is not None
+
+
+def dimensions(model: Model) -> dict[str, int]:
+    """The value of every name that a shape in this module uses."""
+    return {
+        "n_vocab": model.n_vocab,
+        "d_model": model.d_model,
+        "d_ff": model.d_ff,
+        "2*d_ff": 2 * model.d_ff,
+        "d_q": model.n_head * model.d_head,
+        "d_kv": model.n_head_kv * model.d_head,
+        "n_expert": model.n_expert,
+    }
+
+
+def rules(model: Model) -> list[tuple[Rule, int | None]]:
+    """The rules that apply to `model`, one entry per layer for per-layer rules, in file order."""
+    applicable = [rule for rule in BASE if not rule.when or holds(model, rule.when)]
+    before = [rule for rule in applicable if "{i}" not in rule.target and not rule.target.startswith("output")]
+    layers = [rule for rule in applicable if "{i}" in rule.target]
+    after = [rule for rule in applicable if rule.target.startswith("output")]
+    return [
+        *((rule, None) for rule in before),
+        *((rule, i) for i in range(model.n_layer) for rule in layers),
+        *((rule, None) for rule in after),
+    ]
+
+
+def holds(model: Model, condition: str) -> bool:
+    """Whether a rule's `when` is true for `model`."""
+    if condition == "untied_embeddings":
+        return not model.tied_embeddings
+    return bool(getattr(model, condition))
+
+
+def mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
+    """Source name -> shape (names) of every MLP tensor of the whole model, in layer and expert order."""
+    result = {}
+    for i in range(model.n_layer):
+        for source, shape in mlp.tensors.values():
+            experts = range(model.n_expert) if "{e}" in source else (0,)
+            result.update({source.format(i=i, e=e): shape for e in experts})
+    return result
+
+
+def expected(model: Model, mlp: MLP) -> dict[str, tuple[int, ...]]:
+    """Source name -> shape of every tensor the checkpoint must hold."""
+    size = dimensions(model)
+    names = {rule.source.format(i=i): rule.shape for rule, i in rules(model)} | mlp_tensors(mlp, model)
+    return {name: tuple(size[d] for d in shape) for name, shape in names.items()}

@@ -1,0 +1,118 @@
+"""Tokens with a role: which ids they have, and which of them are put around a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unk",
+    "sep": "sep",
+    "pad": "pad",
+    "mask": "mask",
+    "eot": "eot",
+    "eom": "eom",
+    "fim_pre": "prefix",
+    "fim_suf": "suffix",
+    "fim_mid": "middle",
+}
+"""Our names of the roles that llama.cpp reads -> how Hugging Face files call them (`bos_token`, `bos_token_id`)."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The tokens that an encoder puts before and behind a text."""
+
+    before: Sequence[int] = ()
+    behind: Sequence[int] = ()
+
+
+def surroundings(runtime: Tokenizer) -> Surroundings:
+    """Find out what `encode(text)` adds, by encoding one.
+
+    Raises:
+        ValueError: what it adds is not before and behind the text.
+    """
+    bare = runtime.encode("a", add_special_tokens=False).ids
+    full = runtime.encode("a").ids
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return Surroundings(full[:start], full[start + len(bare) :])
+    raise ValueError("its post_processor drops or changes the tokens of the text itself")
+
+
+def special_ids(
+    ids: Mapping[str, int], n_vocab: int, by_text: Sequence[Mapping[str, Any]], by_id: Sequence[Mapping[str, Any]]
+) -> dict[str, int]:
+    """Return role -> id for every role a file states.
+
+    `ids` maps the tokens' texts to their ids. Files that name tokens (`by_text`: tokenizer_config.json,
+    special_tokens_map.json) go before files that give numbers (`by_id`: config.json, generation_config.json), each in
+    order, as in llama.cpp's converter
+    (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/gguf-py/gguf/vocab.py#L50). An id that is no row of the
+    embedding (-1, or a pad token that was never added) states nothing; of a list of ids the first counts.
+    """
+    found = {}
+    for role, name in ROLES.items():
+        texts = (_content(file.get(f"{name}_token")) for file in by_text)
+        numbers = (_first(file.get(f"{name}_token_id")) for file in by_id)
+        candidates = [*(ids.get(text) for text in texts if text), *numbers]
+        stated = [id_ for id_ in candidates if id_ is not None and 0 <= id_ < n_vocab]
+        if stated:
+            found[role] = stated[0]
+    return found
+
+
+def added_around(
+    special: dict[str, int], around: Surroundings, config: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, bool], list[str]]:
+    """Return the special ids, the flags add_bos_token and add_eos_token, and problems.
+
+    `around` is what the encoder adds by itself; an explicit `add_bos_token` or `add_eos_token` of tokenizer_config.json
+    (`config`) overrides it, as in transformers. llama.cpp adds exactly one token, the one whose role is bos (eos), so
+    a token that the encoder adds takes that role. An eos that loses its role to it becomes eot, which ends a
+    generation as well.
+    """
+    special = dict(special)
+    flags: dict[str, bool] = {}
+    problems = []
+    for role, tokens in (("bos", around.before), ("eos", around.behind)):
+        key = f"add_{role}_token"
+        wish = config.get(key)
+        if isinstance(wish, bool):
+            flags[key] = wish and role in special
+            continue
+        flags[key] = bool(tokens)
+        if len(tokens) > 1:
+            problems.append(
+                f"the encoder adds tokens {list(tokens)} around a text, where llama.cpp adds only one {role}"
+            )
+        elif tokens and special.get(role) != tokens[0]:
+            if role == "eos" and "eos" in special:
+                special.setdefault("eot", special["eos"])
+            special[role] = tokens[0]
+    if "eos" not in special:
+        problems.append(
+            "no end-of-text token: set eos_token in tokenizer_config.json (or eos_token_id in config.json); "
+            "without it llama.cpp takes an arbitrary one"
+        )
+    return special, flags, problems
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token that a file names, as a string or as an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _first(number: Any) -> int | None:
+    """Return an id, or the first of a list of them."""
+    if isinstance(number, list) and number:
+        number = number[0]
+    return number if type(number) is int else None

@@ -1,0 +1,52 @@
+"""Every error a user can meet.
+
+Each error names the object and the fix. The command line prints the message and exits with `exit_code`;
+anything that is not a `Moe2GgufError` is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Moe2GgufError(Exception):
+    """Base of all errors below; raised only through its children."""
+
+    exit_code = 1
+
+
+class CheckpointError(Moe2GgufError):
+    """The checkpoint cannot be read: a missing, broken, hostile or inconsistent file."""
+
+
+class UnsupportedModelError(Moe2GgufError):
+    """The checkpoint is sound, but its architecture or settings do not fit the target graph."""
+
+
+class VocabularyError(Moe2GgufError):
+    """The tokenizer files are missing, broken, or of a kind that llama.cpp has no twin for."""
+
+
+class PlanError(Moe2GgufError):
+    """The requested conversion is impossible; carries every refusal the plan found, not only the first."""
+
+    def __init__(self, refusals: Sequence[str]) -> None:
+        self.refusals = tuple(refusals)
+        head = "1 problem" if len(self.refusals) == 1 else f"{len(self.refusals)} problems"
+        super().__init__("\n".join([f"cannot convert, {head}:", *(f"  - {line}" for line in self.refusals)]))
+
+
+class CorruptWeightError(Moe2GgufError):
+    """A weight is NaN or infinite, or does not fit the requested type."""
+
+
+class OutputError(Moe2GgufError):
+    """The output file cannot be written or must not be replaced."""
+
+
+class GGUFError(Moe2GgufError):
+    """A GGUF file is malformed, truncated or internally inconsistent."""
+
+
+class HarnessError(Moe2GgufError):
+    """llama.cpp could not load or run a file, is not installed, or lacks the requested device."""

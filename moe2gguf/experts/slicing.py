@@ -1,0 +1,84 @@
+"""Cutting one MLP into experts.
+
+A slicing is an *order*: an integer array (n_expert, d_expert) that says which neuron of the dense MLP stands in each
+place of each expert, with `PADDING` for a zero neuron. Every neuron stands in exactly one place. Zero neurons are free
+of error, since silu(0) * 0 = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+PADDING = -1
+
+Array = NDArray[np.generic]
+Order = NDArray[np.int64]
+
+
+def expert_width(d_ff: int, n_expert: int, align: int = 1) -> int:
+    """d_expert: the smallest width, a multiple of `align`, at which `n_expert` experts hold `d_ff` neurons.
+
+    Example: expert_width(1536, 8, align=256) == 256, of which 192 are neurons and 64 are zero.
+    """
+    return _up(_up(d_ff, n_expert) // n_expert, align)
+
+
+def _up(number: int, multiple: int) -> int:
+    """`number` rounded up to a multiple of `multiple`."""
+    return -(-number // multiple) * multiple
+
+
+def contiguous_order(d_ff: int, n_expert: int, align: int = 1) -> Order:
+    """Neurons 0, 1, 2 ... cut into n_expert runs whose lengths differ by at most one, each padded to the same width.
+
+    Returns (n_expert, d_expert). Source: the MoEification recipe, https://huggingface.co/kalomaze/Mistral-7b-MoEified-8x
+    """
+    order = np.full((n_expert, expert_width(d_ff, n_expert, align)), PADDING, np.int64)
+    for row, neurons in zip(order, np.array_split(np.arange(d_ff), n_expert), strict=True):
+        row[: len(neurons)] = neurons
+    return order
+
+
+def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
+    """Gate or up projection (d_ff, d_model) -> each expert's (d_expert, d_model), one after the other."""
+    for neurons in order:
+        if _is_run(neurons):
+            yield weight[neurons[0] : neurons[0] + len(neurons)]
+        else:
+            block = weight[np.maximum(neurons, 0)]
+            block[neurons == PADDING] = 0
+            yield block
+
+
+def slice_columns(weight: Array, order: Order, amplification: float) -> Iterator[Array]:
+    """Down projection (d_model, d_ff) -> each expert's (d_model, d_expert), times `amplification`.
+
+    The product is rounded once to the weight's own type; it is exact where `amplification` is a power of two
+    and nothing overflows (an overflow becomes an infinity, which the writer refuses).
+    """
+    factor = weight.dtype.type(amplification)
+    for neurons in order:
+        if _is_run(neurons):
+            columns = weight[:, neurons[0] : neurons[0] + len(neurons)]
+        else:
+            columns = weight[:, np.maximum(neurons, 0)]
+            columns[:, neurons == PADDING] = 0
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield columns * factor  # type: ignore[operator]
+
+
+def _is_run(neurons: NDArray[np.int64]) -> bool:
+    """Whether the neurons are consecutive, so that a view serves instead of a copy."""
+    return bool(neurons[0] != PADDING and (np.diff(neurons) == 1).all())
+
+
+def zero_router(n_expert: int, d_model: int) -> NDArray[np.float32]:
+    """The router (n_expert, d_model) at which every expert has the same logit, so the same weight.
+
+    It selects well-defined experts only where all of them are used: which ones llama.cpp picks among equals is
+    not defined (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-cpu/ops.cpp#L8707-L8757).
+    """
+    return np.zeros((n_expert, d_model), np.float32)

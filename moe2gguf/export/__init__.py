@@ -1,0 +1,1 @@
+"""What goes out: a plan becomes a GGUF file, verified and atomic."""

@@ -1,0 +1,106 @@
+"""Hyper-parameters -> the `general.*`, `llama.*` and `moe2gguf.*` keys of the file.
+
+llama.cpp's reading side: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1320-L1456 and
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L3-L37. Keys that arch `llama` does not honor
+(`expert_weights_scale`, per-layer expert counts) are not written.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION
+from numpy.typing import NDArray
+
+from moe2gguf.spec import MetadataValue, Model, Rope, Slicing
+
+SOURCE_DIGEST = "moe2gguf.source.sha256"
+DIGEST_PLACEHOLDER = "0" * 64
+"""Stands in the header until every source tensor has been read and hashed."""
+
+
+def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
+    """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""
+    result: dict[str, MetadataValue] = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.quantization_version": int(GGML_QUANT_VERSION),
+        "general.file_type": int(file_type),
+        "llama.block_count": model.n_layer,
+        "llama.context_length": model.n_context,
+        "llama.embedding_length": model.d_model,
+        "llama.feed_forward_length": slicing.d_expert if slicing else model.d_ff,
+        "llama.attention.head_count": model.n_head,
+        "llama.attention.head_count_kv": model.n_head_kv,
+        "llama.attention.key_length": model.d_head,
+        "llama.attention.value_length": model.d_head,
+        "llama.attention.layer_norm_rms_epsilon": model.rms_epsilon,
+        "llama.vocab_size": model.n_vocab,
+        "llama.rope.dimension_count": model.d_head,
+        "llama.rope.freq_base": model.rope.theta,
+        **_rope_scaling(model.rope),
+    }
+    if slicing:
+        result |= {"llama.expert_count": slicing.n_expert, "llama.expert_used_count": slicing.n_expert_used}
+    elif model.n_expert:
+        result |= {"llama.expert_count": model.n_expert, "llama.expert_used_count": model.n_expert_used}
+    return result
+
+
+def _rope_scaling(rope: Rope) -> dict[str, MetadataValue]:
+    """llama3 scaling has no keys: it is a tensor, see `rope_frequencies`."""
+    if rope.kind not in ("linear", "yarn"):
+        return {}
+    result: dict[str, MetadataValue] = {
+        "llama.rope.scaling.type": rope.kind,
+        "llama.rope.scaling.factor": rope.factor,
+    }
+    if rope.original_context:
+        result["llama.rope.scaling.original_context_length"] = rope.original_context
+    if rope.attention_factor is not None:
+        # llama.cpp computes 1 + 0.1 ln(factor) itself and multiplies by this key; `yarn_attn_factor` is overwritten:
+        # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-context.cpp#L177-L214
+        own = 1 + 0.1 * math.log(rope.factor) if rope.factor > 1 else 1.0
+        result["llama.rope.scaling.attn_factor"] = rope.attention_factor / own
+    return result
+
+
+def rope_frequencies(rope: Rope, d_head: int) -> NDArray[np.float32]:
+    """llama3's divisors of the rotary frequencies, (d_head / 2,), for the tensor `rope_freqs.weight`.
+
+    Wavelengths shorter than original_context / high_freq_factor stay, those longer than original_context /
+    low_freq_factor are stretched by `factor`, and between the two the frequencies are blended. Source:
+    https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling).
+    """
+    context = float(rope.original_context or 0)
+    frequencies = rope.theta ** -(np.arange(0, d_head, 2, dtype=np.float64) / d_head)
+    wavelengths = 2 * np.pi / frequencies
+    smooth = (context / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = 1 / ((1 - smooth) / rope.factor + smooth)
+    short = wavelengths < context / rope.high_freq_factor
+    long = wavelengths > context / rope.low_freq_factor
+    return np.where(short, 1.0, np.where(long, rope.factor, blended)).astype(np.float32)
+
+
+def provenance(model: Model, slicing: Slicing | None) -> dict[str, MetadataValue]:
+    """`moe2gguf.*`: what made this file, from what, how. No path, no time: equal inputs give equal bytes."""
+    result: dict[str, MetadataValue] = {
+        "moe2gguf.version": version("moe2gguf"),
+        "moe2gguf.source.architecture": model.architecture,
+        SOURCE_DIGEST: DIGEST_PLACEHOLDER,
+    }
+    if slicing:
+        result |= {
+            "moe2gguf.slicing.method": slicing.method,
+            "moe2gguf.slicing.router": slicing.router,
+            "moe2gguf.slicing.expert_count": slicing.n_expert,
+            "moe2gguf.slicing.expert_used_count": slicing.n_expert_used,
+            "moe2gguf.slicing.amplification": float(slicing.amplification),
+            "moe2gguf.slicing.dense_feed_forward_length": model.d_ff,
+            "moe2gguf.slicing.padding": slicing.n_expert * slicing.d_expert - model.d_ff,
+            "moe2gguf.slicing.align": slicing.align,
+            "moe2gguf.slicing.seed": slicing.seed,
+        }
+    return result

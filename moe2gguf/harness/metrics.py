@@ -1,0 +1,243 @@
+"""How far one model's logits are from another's: per token first, then in sums over tokens.
+
+The definitions are those of llama.cpp's perplexity tool, so results can be read beside its own:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/perplexity/perplexity.cpp#L191 (per token) and
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/perplexity/perplexity.cpp#L1890 (sums). What differs:
+sums and exponentials are float64 throughout, the base logits are not rounded to 16 bit, standard errors exist
+from two tokens on, and top-5 overlap, largest logit difference and the count of bad numbers are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+TAIL = -16.0
+"""Natural logarithm of the base probability below which llama.cpp leaves an entry out of the KL divergence."""
+
+PERCENTILES = (0.1, 1.0, 5.0, 10.0, 50.0, 90.0, 95.0, 99.0, 99.9)
+
+_CHUNK_ENTRIES = 2**17  # logits per step: the working arrays (float64) stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What is kept of every scored token; each array has shape (n_token,).
+
+    nll, nll_base   negative log-likelihood of the token that follows, nats
+    kl              KL divergence of the next-token distributions, base -> other, nats
+    p_change        probability of the token that follows, other minus base
+    same_top        1 where both have the same most likely token, else 0
+    top5_overlap    share of the base's five most likely tokens that the other has among its five
+    max_difference  largest |logit difference| over the vocabulary
+    n_bad           NaN or infinite logits of either model
+    """
+
+    nll: Floats
+    nll_base: Floats
+    kl: Floats
+    p_change: Floats
+    same_top: Floats
+    top5_overlap: Floats
+    max_difference: Floats
+    n_bad: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.nll)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The scores of n_token tokens in one line. Errors are standard errors of the mean, NaN below two tokens.
+
+    Any NaN or infinite logit makes n_bad > 0 and the means it touches NaN: it is never averaged away.
+    """
+
+    n_token: int
+    perplexity: float
+    perplexity_error: float
+    perplexity_base: float
+    perplexity_base_error: float
+    log_ratio: float  # ln(perplexity / perplexity_base)
+    log_ratio_error: float
+    correlation: float  # of both models' nll
+    kl_mean: float
+    kl_error: float
+    kl_max: float
+    kl_percentiles: dict[str, float]
+    p_change_mean: float
+    p_change_rms: float
+    p_change_rms_error: float
+    top1: float  # share of tokens with the same most likely next token
+    top1_error: float
+    top5: float
+    max_difference: float
+    n_bad: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; numbers that are not finite become None."""
+        return {key: _finite(value) for key, value in asdict(self).items()}
+
+
+def compare(
+    base: NDArray[np.float32], other: NDArray[np.float32], targets: NDArray[np.int32], tail: float = TAIL
+) -> TokenScores:
+    """Score a block of tokens; `base` and `other` are logits (n_token, n_vocab), `targets` (n_token,) token ids.
+
+    KL sums p_base * (ln p_base - ln p_other) over the entries with ln p_base > `tail`; -inf takes them all.
+    """
+    step = max(1, _CHUNK_ENTRIES // base.shape[1])
+    chunks = [slice(i, i + step) for i in range(0, len(base), step)]
+    with np.errstate(all="ignore"):  # bad numbers are counted, not warned about
+        return join(_compare_chunk(base[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
+
+
+def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> Floats:
+    """Return the negative log-likelihood of `targets` (n_token,) under `logits` (n_token, n_vocab), nats."""
+    step = max(1, _CHUNK_ENTRIES // logits.shape[1])
+    out = np.empty(len(logits))
+    with np.errstate(all="ignore"):
+        for i in range(0, len(logits), step):
+            chunk = logits[i : i + step].astype(np.float64)
+            chosen = chunk[np.arange(len(chunk)), targets[i : i + step]]
+            out[i : i + step] = _log_sum_exp(chunk)[0] - chosen
+    return out
+
+
+def join(parts: Iterable[TokenScores]) -> TokenScores:
+    """Concatenate the scores of consecutive tokens, at least one part."""
+    columns = zip(*([getattr(part, f.name) for f in fields(TokenScores)] for part in parts), strict=True)
+    return TokenScores(*(np.concatenate(column) for column in columns))
+
+
+def summarize(scores: TokenScores) -> Summary:
+    """Return the sums over all tokens. Raises ValueError without any token."""
+    if len(scores) == 0:
+        raise ValueError("no scored token to summarize")
+    with np.errstate(all="ignore"):  # bad numbers are counted, not warned about
+        return _summarize(scores, len(scores))
+
+
+def _summarize(scores: TokenScores, n: int) -> Summary:
+    nll, nll_error = _mean(scores.nll)
+    nll_base, nll_base_error = _mean(scores.nll_base)
+    covariance = float(np.mean(scores.nll * scores.nll_base) - nll * nll_base) / (n - 1) if n > 1 else math.nan
+    kl, kl_error = _mean(scores.kl)
+    mean_square, mean_square_error = _mean(scores.p_change**2)
+    rms = math.sqrt(mean_square)
+    top1 = float(np.mean(scores.same_top))
+    return Summary(
+        n_token=n,
+        perplexity=_exp(nll),
+        perplexity_error=_exp(nll) * nll_error,
+        perplexity_base=_exp(nll_base),
+        perplexity_base_error=_exp(nll_base) * nll_base_error,
+        log_ratio=nll - nll_base,
+        log_ratio_error=_root(nll_error**2 + nll_base_error**2 - 2 * covariance),
+        correlation=_ratio(covariance, nll_error * nll_base_error),
+        kl_mean=kl,
+        kl_error=kl_error,
+        kl_max=float(np.max(scores.kl)),
+        kl_percentiles={f"{p:g}": float(np.percentile(scores.kl, p)) for p in PERCENTILES},
+        p_change_mean=float(np.mean(scores.p_change)),
+        p_change_rms=rms,
+        p_change_rms_error=_ratio(0.5 * mean_square_error, rms) if rms else 0.0,
+        top1=top1,
+        top1_error=_root(top1 * (1 - top1) / (n - 1)) if n > 1 else math.nan,
+        top5=float(np.mean(scores.top5_overlap)),
+        max_difference=float(np.max(scores.max_difference)),
+        n_bad=int(np.sum(scores.n_bad)),
+    )
+
+
+def _compare_chunk(
+    base: NDArray[np.float32], other: NDArray[np.float32], targets: NDArray[np.int32], tail: float
+) -> TokenScores:
+    row = np.arange(len(base))
+    b, q = base.astype(np.float64), other.astype(np.float64)
+    nll_base, nll = -b[row, targets], -q[row, targets]
+    difference = b - q
+    lse_b, weight, total = _log_sum_exp(b)  # weight / total = p_base; overwrites b
+    lse_q, _, _ = _log_sum_exp(q)
+    nll_base += lse_b
+    nll += lse_q
+    if tail > -np.inf:
+        weight *= base > (lse_b + tail)[:, None]
+    # sum p_b (ln p_b - ln p_q) = sum p_b (b - q) - (lse_b - lse_q) sum p_b, over the entries that are kept
+    kl = (np.einsum("ij,ij->i", weight, difference) - (lse_b - lse_q) * weight.sum(axis=1)) / total
+    top_b, top_q = _top(base, 5), _top(other, 5)
+    same_top = (top_b[:, 0] == top_q[:, 0]).astype(np.float64)
+    top5_overlap = (top_b[:, :, None] == top_q[:, None, :]).any(axis=2).mean(axis=1)
+    np.abs(difference, out=difference)
+    max_difference = difference.max(axis=1)
+    n_bad = _count_bad(base, other, max_difference)
+    same_top[n_bad > 0] = np.nan  # an order among bad numbers says nothing
+    top5_overlap[n_bad > 0] = np.nan
+    return TokenScores(
+        nll=nll,
+        nll_base=nll_base,
+        kl=kl,
+        p_change=np.exp(-nll) - np.exp(-nll_base),
+        same_top=same_top,
+        top5_overlap=top5_overlap,
+        max_difference=max_difference,
+        n_bad=n_bad,
+    )
+
+
+def _log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return ln sum exp(x) (n,), exp(x - max) (n, n_vocab) and its sum (n,); overwrites `x` with the second."""
+    highest = x.max(axis=1)
+    x -= highest[:, None]
+    np.exp(x, out=x)
+    total = x.sum(axis=1)
+    return highest + np.log(total), x, total
+
+
+def _top(logits: NDArray[np.float32], n: int) -> NDArray[np.intp]:
+    """Return the ids of the n highest logits of each row, (n_token, min(n, n_vocab)); of equals the lowest id first."""
+    left = logits.copy()
+    row = np.arange(len(left))
+    best = np.empty((len(left), min(n, left.shape[1])), np.intp)
+    for rank in range(best.shape[1]):
+        best[:, rank] = left.argmax(axis=1)
+        left[row, best[:, rank]] = -np.inf
+    return best
+
+
+def _count_bad(base: NDArray[np.float32], other: NDArray[np.float32], max_difference: Floats) -> NDArray[np.int64]:
+    """Count NaN and infinite logits per row, (n_token,); only rows with a bad difference are looked at."""
+    n_bad = np.zeros(len(base), np.int64)
+    for i in np.flatnonzero(~np.isfinite(max_difference)):
+        n_bad[i] = np.sum(~np.isfinite(base[i])) + np.sum(~np.isfinite(other[i]))
+    return n_bad
+
+
+def _mean(x: Floats) -> tuple[float, float]:
+    """Return the mean and its standard error, sqrt(population variance / (n - 1))."""
+    return float(np.mean(x)), float(np.std(x)) / math.sqrt(len(x) - 1) if len(x) > 1 else math.nan
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _root(x: float) -> float:
+    return math.sqrt(max(0.0, x)) if math.isfinite(x) else math.nan
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

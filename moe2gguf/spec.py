@@ -1,0 +1,100 @@
+"""The words every room shares: dimension names and the frozen records that are handed from room to room.
+
+Glossary (used in every shape in this project; arrays are in numpy order, row-major, outermost axis first):
+
+    n_layer        transformer blocks
+    d_model        width of the residual stream
+    d_ff           width of the dense MLP
+    n_expert       experts per layer (n in formulas)
+    n_expert_used  experts that run per token (k in formulas)
+    n_shared       always-on experts among them
+    d_expert       width of one expert, zero padding included
+    n_head         query heads
+    n_head_kv      key/value heads
+    d_head         width of one head
+    n_vocab        rows of the embedding
+    n_token        tokens in a batch or a text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+MetadataValue = str | bool | int | float | list[str] | list[int] | list[float]
+"""A GGUF metadata value. On disk: str -> STRING, bool -> BOOL, int -> UINT32, float -> FLOAT32;
+lists are arrays of STRING, INT32 or FLOAT32."""
+
+Metadata = Mapping[str, MetadataValue]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, in the terms of llama.cpp's `llama.rope.*` keys."""
+
+    theta: float = 10000.0
+    kind: Literal["none", "linear", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_context: int | None = None
+    low_freq_factor: float = 1.0  # llama3 only
+    high_freq_factor: float = 4.0  # llama3 only
+    attention_factor: float | None = None  # yarn only
+
+
+@dataclass(frozen=True)
+class Model:
+    """The hyper-parameters of a checkpoint; names as in the glossary."""
+
+    architecture: str
+    n_layer: int
+    d_model: int
+    d_ff: int
+    n_head: int
+    n_head_kv: int
+    d_head: int
+    n_vocab: int
+    n_context: int
+    rms_epsilon: float
+    rope: Rope
+    tied_embeddings: bool
+    bias_qkv: bool = False
+    bias_output: bool = False
+    n_expert: int = 0  # 0: a dense MLP
+    n_expert_used: int = 0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer in the terms of llama.cpp's `tokenizer.*` keys.
+
+    `tokens`, `types` and `scores` have one entry per embedding row (n_vocab); `types` are
+    `gguf.TokenType` numbers; `scores` is None for BPE; `merges` is None for SentencePiece models.
+    """
+
+    model: Literal["gpt2", "llama"]
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # "bos" -> 1, "eos" -> 2, ...
+    flags: Mapping[str, bool] = field(default_factory=dict)  # "add_bos_token" -> True, "add_space_prefix" ...
+    chat_templates: Mapping[str, str] = field(default_factory=dict)  # "default" is the unnamed one
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How every MLP is cut into experts.
+
+    `d_expert * n_expert >= d_ff`; the difference is zero neurons. `amplification` multiplies the down projection.
+    """
+
+    n_expert: int
+    n_expert_used: int
+    d_expert: int
+    amplification: float
+    method: str = "contiguous"
+    router: str = "zero"
+    align: int = 1
+    seed: int = 0

@@ -1,0 +1,219 @@
+"""moe2gguf.cli as a user meets it: the installed command, its streams, its exit codes, its help."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import checkpoints
+import gguf
+import pytest
+from click.testing import CliRunner
+
+from moe2gguf.cli import cli
+
+
+def moe2gguf(*arguments, **options):
+    """Run the command in its own process; the finished process, with text streams."""
+    command = [sys.executable, "-c", "from moe2gguf.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny LLaMA checkpoint."""
+    return checkpoints.make(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """(sliced, dense) files of it."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, options in (("sliced.gguf", ["-n", "4"]), ("dense.gguf", ["--dense"])):
+        assert 0 == moe2gguf("convert", model, folder / name, *options).returncode
+    return folder / "sliced.gguf", folder / "dense.gguf"
+
+
+def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
+    """stdout: what was written; stderr: nothing."""
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4)
+
+    size = f"{(tmp_path / 'out.gguf').stat().st_size:,}"
+    assert (0, "") == (done.returncode, done.stderr)
+    assert f"wrote {tmp_path}/out.gguf: {size} bytes, 33 tensors, 4 experts, 4 used; verified\n" == done.stdout
+
+
+def test_json_is_the_only_thing_on_stdout(model, tmp_path):
+    """Warnings go to stderr, so that a pipe gets JSON whatever happens."""
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4, "-k", 2, "--json")
+
+    assert 4 == json.loads(done.stdout)["expert_count"]
+    assert "not be coherent" in done.stderr
+
+
+def test_plan_writes_nothing_and_needs_no_target(model, tmp_path):
+    """Every tensor, the exact size, bytes and bound at each count."""
+    done = moe2gguf("convert", model, "--plan", "-n", 4)
+
+    assert 0 == done.returncode
+    assert re.search(r"blk\.2\.ffn_down_exps\.weight +4 x 64 x 24 +F32 +24,576", done.stdout)
+    assert re.search(r"4 of 4 \(file\) +[\d,]+ +0\.\d\d x", done.stdout)
+    values = json.loads(moe2gguf("convert", model, "--plan", "--json").stdout)
+    assert f"file size           {values['file_size']:,}" not in ("", done.stdout)
+    assert [] == values["refusals"]
+
+
+def test_a_plan_that_is_refused_says_so_in_json_too(model):
+    """The same refusals on stdout for machines, exit code 1."""
+    done = moe2gguf("convert", model, "--plan", "--json", "-n", 1000, "-k", 2000)
+
+    assert 1 == done.returncode
+    assert ["--experts 1000", "--used 2000"] == [text.split(":")[0] for text in json.loads(done.stdout)["refusals"]]
+
+
+def test_check_auto_compares_with_a_dense_twin_and_removes_it(model, tmp_path):
+    """In llama.cpp; the folder afterwards holds the one file that was asked for."""
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "--check", "auto", "--json")
+
+    check = json.loads(done.stdout)["check"]
+    assert (0, True) == (done.returncode, check["ok"])
+    assert check["kl_mean"] < 1e-6
+    assert ["out.gguf"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_verify_says_sound_or_what_is_wrong(files, tmp_path):
+    """Exit code 0, or 1 with every problem."""
+    sliced, dense = files
+    assert "sound" in moe2gguf("verify", sliced).stdout
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(sliced.read_bytes()[:-1000])
+
+    done = moe2gguf("verify", cut)
+
+    assert 1 == done.returncode
+    assert "NOT SOUND" in done.stdout
+    assert "problem: " in done.stdout
+    same = moe2gguf("verify", sliced, "--check", dense)
+    assert 0 == same.returncode, same.stdout + same.stderr
+    assert "ok: " in same.stdout
+
+
+def test_verify_check_fails_for_another_model(files, tmp_path):
+    """A file that is not the dense model is told apart, with exit code 1."""
+    other = checkpoints.make(tmp_path / "other", initializer_range=0.2)
+    moe2gguf("convert", other, tmp_path / "other.gguf", "--dense")
+
+    done = moe2gguf("verify", files[0], "--check", tmp_path / "other.gguf")
+
+    assert 1 == done.returncode
+    assert "NOT THE SAME" in done.stdout
+
+
+def test_inspect_shows_experts_and_provenance(files):
+    """As a table and as JSON."""
+    text = moe2gguf("inspect", files[0]).stdout
+    values = json.loads(moe2gguf("inspect", files[0], "--json").stdout)
+
+    assert "moe2gguf.slicing.method" in text
+    assert 4 == values["experts"]["count"]
+
+
+def test_run_streams_text(files):
+    """Deterministic at temperature 0; speeds on stderr; --used changes what runs."""
+    first = moe2gguf("run", files[0], "-p", "Hello", "-n", 8)
+    again = moe2gguf("run", files[0], "-p", "Hello", "-n", 8)
+
+    assert 0 == first.returncode, first.stderr
+    assert first.stdout.startswith("Hello")
+    assert first.stdout == again.stdout
+    assert "tokens/s" in first.stderr
+    bad = moe2gguf("run", files[0], "-p", "Hello", "--used", 9)
+    assert 1 == bad.returncode
+    assert bad.stderr.startswith("moe2gguf: ")
+    assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["convert", "nowhere", "out.gguf"], 1, "nowhere: not a folder"),
+        (["convert", "MODEL"], 2, "Missing argument 'OUT'"),
+        (["convert", "MODEL", "no/such/folder/out.gguf"], 1, "no such folder"),
+        (["convert", "MODEL", "/dev/full", "--force"], 1, "not a regular file"),
+        (["convert", "MODEL", "out.gguf", "-n", "1000"], 1, "--experts 1000"),
+        (["convert", "MODEL", "out.gguf", "-n", "x"], 2, "not a valid integer"),
+        (["convert", "MODEL", "out.gguf", "--frobnicate"], 2, "No such option"),
+        (["verify", "nowhere"], 2, "does not exist"),
+        (["inspect", "MODEL/config.json"], 1, "config.json"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(model, tmp_path, arguments, code, words):
+    """Exit 1 for what is wrong with the data, 2 for the usage; no traceback; nothing left."""
+    done = moe2gguf(*(argument.replace("MODEL", str(model)) for argument in arguments), cwd=tmp_path)
+
+    assert code == done.returncode, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, name, code):
+    """Ctrl-C and a polite kill in mid-write: the exit code says so, no file of any name remains."""
+    folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=8192, num_hidden_layers=8)
+    target = tmp_path / "out"
+    target.mkdir()
+    command = [sys.executable, "-c", "from moe2gguf.cli import main; main()", "convert", folder, target / "x.gguf"]
+    with subprocess.Popen([*command, "--type", "q8_0", "--threads", "1"], stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not list(target.iterdir()):
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        process.communicate()
+
+    assert code == process.returncode
+    assert [] == list(target.iterdir())
+
+
+def test_help_is_immediate_and_needs_nothing_heavy():
+    """--help imports neither torch, transformers nor llama.cpp."""
+    code = "import sys; sys.argv = ['moe2gguf', '--help']\nfrom moe2gguf.cli import cli\ntry: cli()\n"
+    code += "finally: print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", [None, *cli.commands])
+def test_every_command_has_help_with_an_example(command):
+    """`--help` is the manual most people read."""
+    result = CliRunner().invoke(cli, [*([command] if command else []), "--help"])
+
+    assert 0 == result.exit_code
+    assert "Example:" in result.output
+    assert "..." not in result.output.split("Commands:")[-1]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell):
+    """Each names the program and the variable click listens to."""
+    result = CliRunner().invoke(cli, ["completion", shell])
+
+    assert "_MOE2GGUF_COMPLETE" in result.output
+
+
+def test_completion_completes():
+    """What the script asks for while the user types."""
+    environment = os.environ | {"_MOE2GGUF_COMPLETE": "bash_complete", "COMP_WORDS": "moe2gguf con", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['moe2gguf']\nfrom moe2gguf.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+    assert "plain,convert" in done.stdout
+
+
+def test_a_gguf_written_by_the_command_is_a_gguf(files):
+    """Read by the gguf package."""
+    assert 33 == len(gguf.GGUFReader(files[0]).tensors)

@@ -1,0 +1,445 @@
+"""The whole path: tiny checkpoints of every family -> GGUF -> llama.cpp, against transformers and numpy."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llama_logits import llama_logits, llama_logits_at, mean_kl
+from reference import reference_logits
+from safetensors.numpy import load_file, save_file
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.checkpoint.tensors import INDEX
+from moe2gguf.errors import CorruptWeightError, OutputError, PlanError
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 100)]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """family -> folder, made once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {}
+
+    def get(family):
+        if family not in folders:
+            folders[family] = checkpoints.make(root / family, family)
+        return folders[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_dense_and_sliced_files_equal_transformers(made, family, tmp_path):
+    """F32, at positions past every original context: the same logits as transformers' own forward pass."""
+    folder = made(family)
+    expected = checkpoints.torch_logits(folder, TOKENS)
+    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
+    convert(folder, tmp_path / "sliced.gguf", Options(experts=4))
+
+    for name in ("dense.gguf", "sliced.gguf"):
+        logits = llama_logits(tmp_path / name, TOKENS)
+
+        assert np.abs(expected - logits).max() <= 1e-3, name
+        assert mean_kl(expected, logits) <= 1e-6, name
+    assert expected.std() > 0.5  # the weights are large enough for the comparison to mean something
+
+
+@pytest.mark.parametrize("align", [1, 32])
+def test_every_count_equals_the_numpy_graph(made, align, tmp_path):
+    """k = 1 .. n of a file whose experts need padding (96 neurons in 5 experts), against the textbook graph."""
+    convert(made("llama"), tmp_path / "sliced.gguf", Options(experts=5, align=align))
+    counts = [1, 2, 3, 4, 5]
+
+    for k, logits in zip(counts, llama_logits_at(tmp_path / "sliced.gguf", TOKENS[:40], counts), strict=True):
+        expected = reference_logits(tmp_path / "sliced.gguf", TOKENS[:40], k)
+
+        assert np.abs(expected - logits).max() <= 1e-3, k
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["w1 w2 w3", "fused"])
+def test_mixtral_checkpoints_keep_their_experts_and_router(tmp_path, original):
+    """Both layouts of transformers give its logits, and the same bytes."""
+    folder = checkpoints.write(
+        tmp_path / "mixtral", "MixtralForCausalLM", original=original, num_local_experts=4, num_experts_per_tok=2,
+        head_dim=16,
+    )  # fmt: skip
+    assert original == ("model.layers.0.block_sparse_moe.gate.weight" in load_file(folder / "model.safetensors"))
+
+    convert(folder, tmp_path / "out.gguf")
+
+    expected = checkpoints.torch_logits(folder, TOKENS)
+    logits = llama_logits(tmp_path / "out.gguf", TOKENS)
+    assert np.abs(expected - logits).max() <= 1e-3
+    assert (4, 2) == counts_of(tmp_path / "out.gguf")
+
+
+def counts_of(path):
+    """(expert_count, expert_used_count) as the gguf package reads them."""
+    fields = gguf.GGUFReader(path).fields
+    return tuple(fields[f"llama.{key}"].contents() for key in ("expert_count", "expert_used_count"))
+
+
+def test_mixtral_options(tmp_path):
+    """--used changes the count; --experts and --dense make no sense there and are refused together."""
+    folder = checkpoints.write(
+        tmp_path / "m", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, head_dim=16
+    )
+
+    convert(folder, tmp_path / "out.gguf", Options(used=3))
+
+    assert (4, 3) == counts_of(tmp_path / "out.gguf")
+    with pytest.raises(PlanError, match="has 4 experts already") as caught:
+        plan_conversion(folder, Options(experts=8, dense=True))
+    assert 2 == len(caught.value.refusals)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["auto", "f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_every_type_from_every_type(tmp_path, dtype, kind):
+    """The tensors have the planned types and the sliced weights are the checkpoint's, to the type's precision."""
+    folder = checkpoints.make(tmp_path / "model", dtype=dtype, intermediate_size=128)
+    convert(folder, tmp_path / "out.gguf", Options(experts=4, type=kind))
+
+    stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    down = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].astype(np.float32)
+    tensor = stored["blk.1.ffn_down_exps.weight"]
+    wanted = {"auto": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]}.get(kind, kind.upper())
+    assert wanted == tensor.tensor_type.name
+    assert (
+        "F32" == stored["blk.1.ffn_gate_inp.weight"].tensor_type.name == stored["output_norm.weight"].tensor_type.name
+    )
+    decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(4, 64, 32)
+    restored = np.concatenate(list(decoded), axis=1) / 4
+    tolerance = {"Q8_0": 0.01, "Q4_0": 0.15, "BF16": 0.004, "F16": 0.001, "F32": 0}[wanted]
+    lossless = wanted in ("F32", {"float16": "F16", "bfloat16": "BF16"}.get(dtype))
+    assert np.abs(restored - down).max() <= (0 if lossless else tolerance * np.abs(down).max())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@given(
+    experts=st.integers(1, 12),
+    align=st.sampled_from([1, 8, 32, 256]),
+    kind=st.sampled_from(["auto", "bf16", "f16"]),
+    tied=st.booleans(),
+)
+def test_the_plan_is_the_file(made, tmp_path_factory, experts, align, kind, tied):
+    """Exact size, names, shapes and types, before a tensor is read; padding is exactly zero."""
+    folder = made("llama-tied" if tied else "llama")
+    out = tmp_path_factory.mktemp("plan") / "out.gguf"
+    plan = plan_conversion(folder, Options(experts=experts, align=align, type=kind))
+
+    convert(folder, out, Options(experts=experts, align=align, type=kind))
+
+    assert plan.file_size == out.stat().st_size
+    tensors = gguf.GGUFReader(out).tensors
+    assert [(t.name, t.shape, t.type) for t in plan.tensors] == [
+        (t.name, tuple(reversed(t.shape.tolist())), t.tensor_type) for t in tensors
+    ]
+    up = next(t for t in tensors if t.name == "blk.0.ffn_up_exps.weight")
+    rows = gguf.quants.dequantize(up.data, up.tensor_type).reshape(-1, 64)
+    assert 96 == np.any(rows != 0, axis=1).sum()
+
+
+def test_the_plan_reads_no_tensor_data(made, tmp_path):
+    """With the weights replaced by a hole of the same size, the plan is the same."""
+    folder = shutil.copytree(made("llama"), tmp_path / "hollow")
+    whole = plan_conversion(folder).to_dict()
+    path = folder / "model.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(header)
+        file.truncate(size)
+
+    assert whole == plan_conversion(folder).to_dict()
+
+
+def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path):
+    """One model, five ways to lay it out, one file."""
+    one = checkpoints.make(tmp_path / "one")
+    elsewhere = shutil.copytree(one, tmp_path / "x" / "another name")
+    three = checkpoints.make(tmp_path / "three", shards=3)
+    assert (three / INDEX).exists()
+    renamed = shutil.copytree(one, tmp_path / "renamed")
+    (renamed / "model.safetensors").rename(renamed / "weights.safetensors")
+
+    results = []
+    for i, (folder, threads) in enumerate([(one, 1), (one, 4), (elsewhere, 2), (three, 3), (renamed, 2)]):
+        convert(folder, tmp_path / f"{i}.gguf", threads=threads)
+        results.append((tmp_path / f"{i}.gguf").read_bytes())
+
+    assert [results[0]] * 5 == results
+    assert str(tmp_path).encode() not in results[0]
+
+
+def test_metadata_says_what_was_done(made, tmp_path):
+    """Hyper-parameters, provenance, no key that arch `llama` misreads."""
+    done = convert(made("llama"), tmp_path / "out.gguf", Options(experts=5, used=5, align=32))
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()}
+
+    assert {
+        "general.architecture": "llama",
+        "general.file_type": gguf.LlamaFileType.ALL_F32,
+        "general.name": "Llama",
+        "llama.block_count": 3,
+        "llama.feed_forward_length": 32,
+        "llama.expert_count": 5,
+        "llama.expert_used_count": 5,
+        "llama.attention.head_count_kv": 2,
+        "moe2gguf.slicing.method": "contiguous",
+        "moe2gguf.slicing.router": "zero",
+        "moe2gguf.slicing.amplification": 5.0,
+        "moe2gguf.slicing.padding": 5 * 32 - 96,
+        "moe2gguf.slicing.dense_feed_forward_length": 96,
+        "moe2gguf.slicing.seed": 0,
+        "moe2gguf.source.architecture": "LlamaForCausalLM",
+        "moe2gguf.source.sha256": done.source_digest,
+    }.items() <= fields.items()
+    assert (64, True) == (len(done.source_digest), "0" * 64 != done.source_digest)
+    assert not [key for key in fields if "expert_weights" in key or "expert_gating" in key]
+
+
+def test_the_digest_changes_with_one_weight(tmp_path):
+    """And with nothing else."""
+    folder = checkpoints.make(tmp_path / "model")
+    before = convert(folder, tmp_path / "a.gguf").source_digest
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, folder / "model.safetensors")
+
+    assert before != convert(folder, tmp_path / "b.gguf").source_digest
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"],
+)
+def test_a_corrupt_weight_is_named_and_nothing_is_left(tmp_path, name, value):
+    """Tensor and layer, wherever it stands."""
+    folder = checkpoints.make(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].reshape(-1)[5] = value
+    save_file(tensors, folder / "model.safetensors")
+    before = set(tmp_path.iterdir())
+
+    with pytest.raises(CorruptWeightError, match=name.replace(".", r"\.")):
+        convert(folder, tmp_path / "out.gguf")
+
+    assert before == set(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("value", "fits"), [(8188.0, True), (8192.0, False), (1e5, False)])
+def test_f16_overflow_after_the_amplification(tmp_path, value, fits):
+    """8 * 8188 = 65504 is the largest f16; above it an error that offers bf16, never an infinity."""
+    folder = checkpoints.make(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = value
+    save_file(tensors, folder / "model.safetensors")
+
+    if fits:
+        convert(folder, tmp_path / "out.gguf", Options(type="f16"))
+    else:
+        with pytest.raises(CorruptWeightError, match=r"down_proj.*--type bf16"):
+            convert(folder, tmp_path / "out.gguf", Options(type="f16"))
+        convert(folder, tmp_path / "out.gguf", Options(type="bf16"))
+
+
+def test_all_refusals_at_once(tmp_path):
+    """Tensors missing, unexpected and mis-shaped, config and tokenizer faults: one error lists every one."""
+    folder = checkpoints.make(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["lm_head.weight"]
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
+    tensors["model.norm.weight"] = np.ones(65, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    checkpoints.rewrite_config(folder, mlp_bias=True, rms_norm_eps="small")
+    (folder / "tokenizer.json").unlink()
+
+    with pytest.raises(PlanError) as caught:
+        convert(folder, tmp_path / "out.gguf")
+
+    message = str(caught.value)
+    for words in (
+        "mlp_bias is true",
+        "rms_norm_eps is 'small'",
+        "missing tensor: model.layers.0.mlp.up_proj.weight (96, 64)",
+        "missing tensor: lm_head.weight",
+        "tie_word_embeddings",
+        "unexpected tensor: model.layers.0.self_attn.q_norm.weight",
+        "wrong shape: model.norm.weight is (65,), config.json says (64,)",
+        "tokenizer",
+    ):
+        assert words in message, words
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_tied_embeddings_ignore_a_stored_head_and_old_files_their_frequencies(tmp_path):
+    """Both are common in real checkpoints; the first is worth a warning."""
+    folder = checkpoints.make(tmp_path / "model", "llama-tied")
+    plain = convert(folder, tmp_path / "a.gguf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+
+    done = convert(folder, tmp_path / "b.gguf")
+
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert plain.plan.warnings == ()
+    assert ["lm_head.weight is ignored"] == [warning[:25] for warning in done.plan.warnings]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"experts": 0}, "--experts 0: must lie between 1 and"),
+        ({"experts": 97}, "--experts 97: must lie between 1 and the MLP's width, 96"),
+        ({"experts": 8, "used": 9}, "--used 9: must lie between 1 and the number of experts, 8"),
+        ({"used": 0}, "--used 0"),
+        ({"align": 0}, "--align 0"),
+        ({"type": "q9_9"}, "--type q9_9: unknown; choose auto"),
+        ({"type": "q8_0", "experts": 8}, "pad the experts with --align 32"),
+    ],
+)
+def test_each_bad_option_is_refused_with_the_way_out(made, options, words):
+    """By the plan, so before anything is written."""
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(made("llama"), Options(**options))
+
+    assert words in str(caught.value)
+
+
+def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path):
+    """The limit of llama.cpp's graph, with its reason, instead of a file that kills every program."""
+    folder = checkpoints.make(tmp_path / "model", num_hidden_layers=12, hidden_size=16)
+    with pytest.raises(PlanError, match="the process aborts"):
+        plan_conversion(folder, Options(experts=16))
+    assert (16, 4) == counts_of(convert(folder, tmp_path / "out.gguf", Options(experts=16, used=4)).path)
+
+
+def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(made, tmp_path):
+    """96 neurons in 8 experts of 12, padded to 32: 8 * 32 - 96 zero neurons."""
+    plan = plan_conversion(made("llama"), Options(experts=8, align=32, type="q8_0"))
+
+    places = sum(t.n_bytes for t in plan.tensors if "_exps" in t.name)
+    assert plan.padding_bytes == places - places * 96 // 256
+    convert(made("llama"), tmp_path / "out.gguf", Options(experts=8, align=32, type="q8_0"))
+    convert(made("llama"), tmp_path / "dense.gguf", Options(dense=True, type="q8_0"))
+    ours, theirs = (llama_logits(tmp_path / name, TOKENS) for name in ("out.gguf", "dense.gguf"))
+    assert mean_kl(theirs, ours) < 1e-3
+
+
+def test_speed_bounds_by_hand(made):
+    """All experts: a little under 1, for the router is read too. Half of them: the arithmetic of bytes."""
+    plan = plan_conversion(made("llama"), Options(experts=4))
+    sizes = {tensor.name: tensor.n_bytes for tensor in plan.tensors}
+    experts = sum(size for name, size in sizes.items() if "_exps" in name)
+    other = sum(sizes.values()) - experts - sizes["token_embd.weight"]
+    routers = 3 * 4 * 64 * 4
+
+    assert other + experts // 2 == plan.active_bytes(2)
+    assert (other - routers + experts) / (other + experts // 2) == plan.speed_bound(2)
+    assert 0.9 < plan.speed_bound(4) < 1
+
+
+def test_fewer_experts_with_a_zero_router_is_one_clear_warning(made):
+    """Never shipped silently; and all experts give no warning."""
+    assert [True] == [
+        "not be coherent" in warning for warning in plan_conversion(made("llama"), Options(used=4)).warnings
+    ]
+    assert () == plan_conversion(made("llama")).warnings
+
+
+def test_a_number_of_experts_that_is_no_power_of_two_is_said_to_round(made):
+    """The amplification is then not exact in the file's type."""
+    assert "not a power of two" in plan_conversion(made("llama"), Options(experts=6)).warnings[0]
+
+
+def test_targets(made, tmp_path):
+    """An existing file needs force; a file of the model is refused always, by name and by link."""
+    folder = shutil.copytree(made("llama"), tmp_path / "model")
+    out = tmp_path / "out.gguf"
+    convert(folder, out)
+    with pytest.raises(OutputError, match="--force"):
+        convert(folder, out)
+    convert(folder, out, force=True)
+    (tmp_path / "link").symlink_to(folder / "model.safetensors")
+    for target in (folder / "model.safetensors", tmp_path / "link", folder / "config.json"):
+        with pytest.raises(OutputError, match="file of the model itself"):
+            convert(folder, target, force=True)
+    assert checkpoints.torch_logits(folder, [5, 6]).shape[0] == 2
+
+
+def test_the_model_card_becomes_metadata(tmp_path):
+    """Licence, languages, base model and name as llama.cpp's converter writes them; a local path never."""
+    folder = checkpoints.make(tmp_path / "model")
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- en\n- no\nbase_model: org/Base-Model-1B\ntags: [chat]\n---\n# Hi\n"
+    )
+    checkpoints.rewrite_config(folder, _name_or_path="org/Tiny-Chat")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "top_k": 40}))
+
+    metadata = plan_conversion(folder).metadata
+
+    expected = {
+        "general.name": "Tiny Chat",
+        "general.basename": "Tiny",
+        "general.finetune": "Chat",
+        "general.organization": "Org",
+        "general.license": "apache-2.0",
+        "general.languages": ["en", "no"],
+        "general.tags": ["chat"],
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Base Model 1B",
+        "general.base_model.0.organization": "Org",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/Base-Model-1B",
+        "general.sampling.temp": 0.7,
+        "general.sampling.top_k": 40,
+    }
+    assert expected == {key: metadata[key] for key in expected}
+    checkpoints.rewrite_config(folder, _name_or_path=str(Path("/home/me/secret")))
+    assert "secret" not in json.dumps(plan_conversion(folder).to_dict()["metadata"])
+    assert "Mine" == plan_conversion(folder, Options(name="Mine")).metadata["general.name"]
+
+
+@pytest.mark.parametrize(
+    ("front", "refused"),
+    [
+        ("a: &x [1]\nb: *x", True),
+        ("a: [", True),
+        ("_: !!python/object:os.x 1", True),
+        ("base_model: {a: [1]}", False),
+        ("tags: 5", False),
+        ("license: [a, [b]]", False),
+    ],
+)
+def test_a_senseless_model_card_is_an_error_or_nothing_never_a_crash(tmp_path, front, refused):
+    """YAML of a stranger: no aliases, no objects; odd values are left out."""
+    folder = checkpoints.make(tmp_path / "model")
+    (folder / "README.md").write_text(f"---\n{front}\n---\n")
+
+    if refused:
+        with pytest.raises(PlanError, match=r"README\.md"):
+            plan_conversion(folder)
+    else:
+        assert plan_conversion(folder).metadata["general.name"] == "Llama"
+
+
+def test_a_conversion_is_described_by_json_ready_values(made, tmp_path):
+    """What --json prints."""
+    done = convert(made("llama"), tmp_path / "out.gguf", Options(experts=4))
+
+    values = json.loads(json.dumps(done.to_dict()))
+
+    assert (tmp_path / "out.gguf").stat().st_size == values["file_size"]
+    assert 4 == values["expert_count"] == len(values["speed_bound"])
+    assert dataclasses.asdict(done.plan.slicing) == values["slicing"]

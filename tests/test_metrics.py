@@ -1,0 +1,174 @@
+"""The vectorized metrics against a textbook version, one token and one vocabulary entry at a time, in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moe2gguf.harness import metrics
+from moe2gguf.harness.metrics import TokenScores
+
+
+def textbook_token(base: NDArray[Any], other: NDArray[Any], target: int, tail: float) -> dict[str, float]:
+    """The scores of one token, straight from their definitions."""
+
+    def log_softmax(x: NDArray[Any]) -> list[float]:
+        highest = max(float(v) for v in x)
+        log_sum = highest + math.log(math.fsum(math.exp(float(v) - highest) for v in x))
+        return [float(v) - log_sum for v in x]
+
+    def best(x: NDArray[Any], n: int) -> list[int]:
+        return sorted(range(len(x)), key=lambda i: (-float(x[i]), i))[:n]
+
+    lp, lq = log_softmax(base), log_softmax(other)
+    return {
+        "nll": -lq[target],
+        "nll_base": -lp[target],
+        "kl": math.fsum(math.exp(p) * (p - q) for p, q in zip(lp, lq, strict=True) if p > tail),
+        "p_change": math.exp(lq[target]) - math.exp(lp[target]),
+        "same_top": float(best(base, 1) == best(other, 1)),
+        "top5_overlap": len(set(best(base, 5)) & set(best(other, 5))) / min(5, len(base)),
+        "max_difference": max(abs(float(p) - float(q)) for p, q in zip(base, other, strict=True)),
+        "n_bad": 0,
+    }
+
+
+def textbook_summary(tokens: list[dict[str, float]]) -> dict[str, float]:
+    n = len(tokens)
+
+    def mean(values: list[float]) -> tuple[float, float]:
+        average = math.fsum(values) / n
+        return average, math.sqrt(math.fsum((v - average) ** 2 for v in values) / n / (n - 1))
+
+    def column(name: str) -> list[float]:
+        return [token[name] for token in tokens]
+
+    def percentile(values: list[float], percent: float) -> float:
+        values, place = sorted(values), percent / 100 * (n - 1)
+        low = int(place)
+        return values[low] + (place - low) * (values[min(low + 1, n - 1)] - values[low])
+
+    nll, nll_error = mean(column("nll"))
+    base, base_error = mean(column("nll_base"))
+    products = [(a - nll) * (b - base) for a, b in zip(column("nll"), column("nll_base"), strict=True)]
+    covariance = math.fsum(products) / n / (n - 1)
+    square, square_error = mean([v**2 for v in column("p_change")])
+    top1 = math.fsum(column("same_top")) / n
+    kl, kl_error = mean(column("kl"))
+    return {
+        "n_token": n,
+        "perplexity": math.exp(nll),
+        "perplexity_error": math.exp(nll) * nll_error,
+        "perplexity_base": math.exp(base),
+        "perplexity_base_error": math.exp(base) * base_error,
+        "log_ratio": nll - base,
+        "log_ratio_error": math.sqrt(nll_error**2 + base_error**2 - 2 * covariance),
+        "correlation": covariance / (nll_error * base_error),
+        "kl_mean": kl,
+        "kl_error": kl_error,
+        "kl_max": max(column("kl")),
+        **{f"kl_percentiles.{p:g}": percentile(column("kl"), p) for p in metrics.PERCENTILES},
+        "p_change_mean": math.fsum(column("p_change")) / n,
+        "p_change_rms": math.sqrt(square),
+        "p_change_rms_error": 0.5 / math.sqrt(square) * square_error,
+        "top1": top1,
+        "top1_error": math.sqrt(top1 * (1 - top1) / (n - 1)),
+        "top5": math.fsum(column("top5_overlap")) / n,
+        "max_difference": max(column("max_difference")),
+        "n_bad": 0,
+    }
+
+
+def logits(n_token: int, n_vocab: int, noise: float, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    base = (5 * rng.standard_normal((n_token, n_vocab)) + 20).astype(np.float32)
+    other = (base + noise * rng.standard_normal(base.shape)).astype(np.float32)
+    return base, other, rng.integers(0, n_vocab, n_token, dtype=np.int32)
+
+
+@pytest.mark.parametrize("tail", [metrics.TAIL, -np.inf])
+@pytest.mark.parametrize(("n_vocab", "noise"), [(2, 1.0), (7, 0.5), (300, 0.0), (300, 1e-5), (300, 2.0), (40_000, 1.0)])
+def test_scores_equal_the_textbook(n_vocab: int, noise: float, tail: float) -> None:
+    """Every score of every token equals the textbook's to 1e-9, with and without the tail."""
+    base, other, targets = logits(40 if n_vocab < 1000 else 5, n_vocab, noise)
+    scores = metrics.compare(base, other, targets, tail)
+    expected = [textbook_token(*row, tail) for row in zip(base, other, targets, strict=True)]
+    for field in fields(TokenScores):
+        column = [token[field.name] for token in expected]
+        np.testing.assert_allclose(getattr(scores, field.name), column, rtol=1e-9, atol=1e-9, err_msg=field.name)
+
+
+def test_summary_equals_the_textbook() -> None:
+    """Every sum equals the textbook's to 1e-9."""
+    base, other, targets = logits(200, 50, 0.7)
+    summary = metrics.summarize(metrics.compare(base, other, targets)).to_dict()
+    flat = {k: v for k, v in summary.items() if k != "kl_percentiles"}
+    flat |= {f"kl_percentiles.{p}": v for p, v in summary["kl_percentiles"].items()}
+    rows = zip(base, other, targets, strict=True)
+    assert flat == pytest.approx(
+        textbook_summary([textbook_token(*row, metrics.TAIL) for row in rows]), rel=1e-9, abs=1e-9
+    )
+
+
+def test_worked_example() -> None:
+    """Two tokens in the vocabulary, probabilities 1/2, 1/2 against 1/4, 3/4: KL = ln(2 / sqrt 3)."""
+    base = np.log(np.array([[0.5, 0.5]])).astype(np.float32)
+    other = np.log(np.array([[0.25, 0.75]])).astype(np.float32)
+    scores = metrics.compare(base, other, np.array([1], np.int32))
+    assert scores.kl[0] == pytest.approx(math.log(2 / math.sqrt(3)), abs=1e-7)
+    assert scores.p_change[0] == pytest.approx(0.25, abs=1e-7)
+    assert math.exp(scores.nll[0]) == pytest.approx(4 / 3, abs=1e-6)
+
+
+def test_blocks_join_to_the_whole() -> None:
+    """Scoring block by block and joining gives what scoring at once gives, but for the order of sums."""
+    base, other, targets = logits(30, 20_000, 0.3)
+    whole = metrics.compare(base, other, targets)
+    parts = [metrics.compare(base[i : i + 7], other[i : i + 7], targets[i : i + 7]) for i in range(0, 30, 7)]
+    for field in fields(TokenScores):
+        np.testing.assert_allclose(getattr(metrics.join(parts), field.name), getattr(whole, field.name), rtol=1e-12)
+
+
+def test_token_nll_equals_the_compared_nll() -> None:
+    """The likelihood of one file alone is the one it has in a comparison."""
+    base, other, targets = logits(30, 20_000, 0.3)
+    np.testing.assert_allclose(
+        metrics.token_nll(other, targets), metrics.compare(base, other, targets).nll, rtol=0, atol=1e-12
+    )
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    """Of equal logits the first counts as the most likely, as in llama.cpp."""
+    base = np.array([[1, 3, 3, 0]], np.float32)
+    other = np.array([[1, 3, 2, 0]], np.float32)
+    assert metrics.compare(base, other, np.array([0], np.int32)).same_top.tolist() == [1.0]
+    assert metrics.compare(base, other[:, ::-1], np.array([0], np.int32)).same_top.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_numbers_are_counted_and_never_averaged_away(bad: float) -> None:
+    """One NaN or infinite logit is counted, turns the means into NaN, and becomes null in JSON."""
+    base, other, targets = logits(20, 30, 0.1)
+    other[3, 4] = bad
+    summary = metrics.summarize(metrics.compare(base, other, targets))
+    assert summary.n_bad == 1
+    assert math.isnan(summary.top1)
+    assert math.isnan(summary.top5)
+    assert not math.isfinite(summary.max_difference)
+    assert json.loads(json.dumps(summary.to_dict(), allow_nan=False))["top1"] is None
+
+
+def test_one_token_has_no_error_and_none_is_refused() -> None:
+    """A standard error needs two tokens; without any there is nothing to summarize."""
+    base, other, targets = logits(1, 30, 0.1)
+    summary = metrics.summarize(metrics.compare(base, other, targets))
+    assert math.isnan(summary.kl_error)
+    assert summary.to_dict()["kl_error"] is None
+    with pytest.raises(ValueError, match="no scored token"):
+        metrics.summarize(TokenScores(*[np.empty(0)] * 7, np.empty(0, np.int64)))

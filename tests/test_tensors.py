@@ -1,0 +1,243 @@
+"""moe2gguf.checkpoint.tensors: which files make a checkpoint, hostile headers, and reading in blocks."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moe2gguf.checkpoint.tensors import INDEX, SourceDigest, read_headers
+from moe2gguf.errors import CheckpointError
+
+A = np.arange(12, dtype=np.float32).reshape(4, 3)
+B = np.array([1.5, -2.0], np.float16)
+C = np.array([[3.0, -1.0]], ml_dtypes.bfloat16)
+
+
+def sharded(folder, shards, weight_map=None):
+    """Write {file name: {tensor: array}} and the index that fits (or the given one)."""
+    for name, tensors in shards.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_file(tensors, folder / name)
+    own = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map or own}))
+
+
+def raw(path, header, data=b""):
+    """A safetensors file from its header (bytes or JSON value) and data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+TWO = {"model-00001-of-00002.safetensors": {"a": A}, "model-00002-of-00002.safetensors": {"b": B}}
+
+
+def test_one_file_gives_names_shapes_types_and_the_very_values(tmp_path):
+    """f32, f16 and bf16, from one file."""
+    save_file({"a": A, "b": B, "c": C}, tmp_path / "model.safetensors")
+
+    tensors = read_headers(tmp_path)
+
+    assert {"a": ("F32", (4, 3)), "b": ("F16", (2,)), "c": ("BF16", (1, 2))} == {
+        name: (t.dtype, t.shape) for name, t in tensors.items()
+    }
+    for name, array in (("a", A), ("b", B), ("c", C)):
+        assert array.dtype == tensors[name].read().dtype
+        assert array.tobytes() == tensors[name].read().tobytes()
+
+
+def test_shards_are_all_read(tmp_path):
+    """Not only the first one; a name in a subfolder is fine."""
+    sharded(tmp_path, {"part/x.safetensors": {"a": A}, "y.safetensors": {"b": B}})
+
+    assert ["a", "b"] == sorted(read_headers(tmp_path))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 12, 13, 25, 1000])
+def test_blocks_are_rows_in_order(tmp_path, max_bytes):
+    """However small the limit, at least a row at a time; together they are the tensor."""
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    blocks = list(read_headers(tmp_path)["a"].blocks(max_bytes))
+
+    assert A.tolist() == np.concatenate(blocks).tolist()
+    assert max(block.nbytes for block in blocks) <= max(max_bytes, 12)
+
+
+def test_the_digest_does_not_depend_on_sharding(tmp_path):
+    """Nor on whether a tensor was read whole or in blocks; but on every value and name."""
+    digests = []
+    shardings = ({"model.safetensors": {"a": A, "b": B}}, TWO, {"model.safetensors": {"a": A + 1, "b": B}})
+    for i, shards in enumerate(shardings):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        sharded(folder, shards)
+        tensors, digest = read_headers(folder), SourceDigest()
+        digest.read(tensors["b"])
+        for _ in digest.blocks(tensors["a"], 12 * (i + 1)):
+            pass
+        digests.append(digest.hexdigest(tensors))
+
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
+def refused(folder):
+    """The message with which the folder is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        read_headers(folder)
+    return str(caught.value)
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    """Noticed before anything is read."""
+    sharded(tmp_path, TWO)
+    for name in TWO:
+        (tmp_path / name).unlink()
+
+    message = refused(tmp_path)
+
+    assert all(name in message for name in TWO)
+
+
+def test_a_surplus_shard_of_the_same_set_is_named(tmp_path):
+    """A leftover of another upload; other safetensors files beside the shards are no concern."""
+    sharded(tmp_path, TWO)
+    save_file({"x": B}, tmp_path / "consolidated.safetensors")
+    assert 2 == len(read_headers(tmp_path))
+
+    save_file({"x": B}, tmp_path / "model-00003-of-00003.safetensors")
+
+    assert "model-00003-of-00003" in refused(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path):
+    """Even when both agree."""
+    first, second = TWO
+    sharded(tmp_path, {first: {"a": A}, second: {"a": A}}, {"a": first, "b": second})
+
+    assert "stored twice: a" in refused(tmp_path)
+
+
+def test_an_index_that_disagrees_with_the_shards_lists_every_name(tmp_path):
+    """Named and not stored, stored and not named, stored elsewhere."""
+    first, second = TWO
+    sharded(tmp_path, {first: {"a": A, "c": B}, second: {"b": B}}, {"a": second, "b": second, "d": first})
+
+    message = refused(tmp_path)
+
+    assert "stored nowhere: d" in message
+    assert "not named in the index: c" in message
+    assert "another file than the index says: a" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a\\b.safetensors", "C:x.safetensors", "x\0.safetensors", "sub/../../x"]
+)
+def test_names_that_leave_the_folder_are_refused(tmp_path, name):
+    """Whatever an index says, no path leaves the model's folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": A}, tmp_path / "x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+
+    assert "refused the file name" in refused(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    """The same for a link with an innocent name."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": A}, tmp_path / "x.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "x.safetensors")
+
+    assert "leaves the model's folder" in refused(folder)
+
+
+def test_the_hubs_cache_layout_is_allowed(tmp_path):
+    """snapshots/REVISION/file -> ../../blobs/HASH, as huggingface_hub lays it out."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    blobs = tmp_path / "models--org--name" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    save_file({"a": A}, blobs / "hash")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/hash")
+
+    assert ["a"] == list(read_headers(snapshot))
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{}, [], "x", {"a": 1}, {"a": None}], ids=["empty", "list", "string", "number", "null"]
+)
+def test_a_senseless_index_is_refused(tmp_path, weight_map):
+    """weight_map must be an object of names."""
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    assert "weight_map" in refused(tmp_path)
+
+
+def test_shards_without_an_index(tmp_path):
+    """Which belong together cannot be known."""
+    sharded(tmp_path, TWO)
+    (tmp_path / INDEX).unlink()
+
+    assert INDEX in refused(tmp_path)
+
+
+def test_pickles_are_never_read(tmp_path):
+    """They can run code; the message says what to do."""
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+    assert "save the model as safetensors" in refused(tmp_path)
+
+
+def test_an_empty_folder(tmp_path):
+    """No file name matches: an error, never a file of metadata alone."""
+    assert "no *.safetensors" in refused(tmp_path)
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HOSTILE = {
+    "empty": b"",
+    "header longer than the file": struct.pack("<Q", 1000) + b"{}",
+    "header of an exabyte": struct.pack("<Q", 2**60) + b"{}",
+    "not json": struct.pack("<Q", 4) + b"oops",
+    "deep json": struct.pack("<Q", 10**6) + b"[" * 10**6,
+    "data too short": {"a": ONE | {"shape": [2], "data_offsets": [0, 8]}},
+    "reversed offsets": {"a": ONE | {"data_offsets": [4, 0]}},
+    "gap": {"a": ONE | {"data_offsets": [2, 6]}},
+    "overlap": {"a": ONE, "b": ONE},
+    "past the end": {"a": ONE | {"data_offsets": [0, 400]}},
+    "negative": {"a": ONE | {"shape": [-1]}},
+    "shape and span differ": {"a": ONE | {"shape": [3]}},
+    "product overflows": {"a": ONE | {"shape": [2**40, 2**40]}},
+    "unknown type": {"a": ONE | {"dtype": "Z9"}},
+    "no offsets": {"a": {"dtype": "F32", "shape": [1]}},
+    "duplicate key": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_are_refused(tmp_path, case):
+    """Each kind of broken header is one clear error that names the file."""
+    path = tmp_path / "model.safetensors"
+    header = HOSTILE[case]
+    if isinstance(header, bytes) and case != "duplicate key":
+        path.write_bytes(header)
+    else:
+        raw(path, header, b"\0" * 4)
+
+    assert "model.safetensors" in refused(tmp_path)
+
+
+def test_a_file_cut_after_its_header_was_read(tmp_path):
+    """Another process truncates it: an error that names file and tensor, no hang, no zeros."""
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    tensor = read_headers(tmp_path)["a"]
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-5])
+
+    with pytest.raises(CheckpointError, match="ends inside a"):
+        tensor.read()

@@ -1,0 +1,79 @@
+"""moe2gguf.export.types: bytes of every type, against the gguf package, and numbers that must be refused."""
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+
+from moe2gguf.errors import CorruptWeightError
+from moe2gguf.export import types
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal((3, 256)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", types.NAMES.values(), ids=types.NAMES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_every_type_has_the_planned_size_and_decodes_to_about_the_same(kind, dtype):
+    """The gguf package, which did not encode floats, decodes what we encoded."""
+    array = WEIGHT.astype(dtype)
+
+    data = np.frombuffer(types.encode(array, kind, "t"), np.uint8)
+
+    assert types.n_bytes(array.shape, kind) == data.size
+    typed = data.view(np.float32 if kind is GGMLType.F32 else np.float16) if kind in (0, 1) else data
+    decoded = gguf.quants.dequantize(typed.reshape(3, -1), kind).astype(np.float32)
+    error = np.abs(decoded - array.astype(np.float32)).mean()
+    assert error < (0.75 if "TQ" in kind.name else 0.12 if "4" in kind.name else 0.06)  # of a standard normal
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_float_kept_as_it_is_keeps_its_bits(dtype):
+    """Same type in and out: the very bytes, negative zero and subnormals included."""
+    array = np.array([-0.0, 1e-7, 3.1, -65504.0], dtype)
+
+    assert array.tobytes() == bytes(types.encode(array, types.of_dtype(array.dtype), "t"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q8_0], ids=["f32", "q8_0"])
+def test_nan_and_infinity_are_refused_with_their_place(bad, dtype, kind):
+    """The error names the tensor and the first bad element, also where a block type would hide it."""
+    array = WEIGHT.astype(dtype)
+    array[1, 7] = bad
+
+    with pytest.raises(CorruptWeightError, match=r"blk\.3\.ffn_up.*\[1, 7\]"):
+        types.encode(array, kind, "blk.3.ffn_up")
+
+
+@pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False), (1e5, False)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_f16_overflow_is_an_error_that_offers_bf16(value, fits, dtype):
+    """65504 is the largest f16; 65519 still rounds to it, 65520 to infinity."""
+    array = np.array([[value]], dtype).astype(np.float32)
+    if fits:
+        types.encode(array, GGMLType.F16, "t")
+    else:
+        with pytest.raises(CorruptWeightError, match=r"t: .*65504.*--type bf16"):
+            types.encode(array, GGMLType.F16, "t")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_is_finite_agrees_with_numpy_on_every_kind_of_number(dtype):
+    """Largest and smallest numbers are finite, empty arrays too."""
+    info = ml_dtypes.finfo(dtype)
+    good = np.array([0, -0.0, info.max, info.min, info.tiny, info.smallest_subnormal], dtype)
+
+    assert types.is_finite(good)
+    assert types.is_finite(good[:0])
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not types.is_finite(np.append(good, np.array(bad, dtype)))
+
+
+def test_sizes_equal_the_gguf_packages():
+    """Block sizes and bytes come from one table, the gguf package's."""
+    assert 3 * 256 // 32 * 34 == types.n_bytes((3, 256), GGMLType.Q8_0)
+    assert 32 == types.block_size(GGMLType.Q4_0)
+    assert set(types.NAMES.values()) == set(types.FILE_TYPES)

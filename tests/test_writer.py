@@ -1,0 +1,241 @@
+"""moe2gguf.export.writer: nothing unfinished under the final name, whatever goes wrong."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+
+from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
+from moe2gguf.export.layout import lay_out
+from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors, write_text
+
+RNG = np.random.default_rng(0)
+ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
+
+
+def tensors(arrays=ARRAYS):
+    """Output tensors that hand out `arrays` row by row."""
+    return [
+        OutputTensor(name, array.shape, GGMLType.F32, ("source",), lambda array=array: iter(array[:, None]))
+        for name, array in arrays.items()
+    ]
+
+
+def write(target, arrays=ARRAYS, threads=3):
+    """Write `arrays` as a GGUF file."""
+    outputs = tensors(arrays)
+    layout = lay_out({"digest": "0000"}, outputs)
+    with replacing(target, layout.file_size) as (descriptor, _):
+        write_tensors(descriptor, layout, outputs, threads=threads, advance=lambda _: None)
+    return layout
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_an_independent_reader_finds_every_value(tmp_path, threads):
+    """However many threads wrote it."""
+    layout = write(tmp_path / "out.gguf", threads=threads)
+
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+
+    assert layout.file_size == (tmp_path / "out.gguf").stat().st_size
+    assert [*ARRAYS] == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        assert np.array_equal(ARRAYS[tensor.name], tensor.data)
+
+
+def test_progress_adds_up_to_the_file(tmp_path):
+    """Header and tensors, padding aside."""
+    outputs = tensors()
+    layout = lay_out({}, outputs)
+    told = []
+    with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):
+        write_tensors(descriptor, layout, outputs, threads=2, advance=told.append)
+
+    assert len(layout.header) + sum(tensor.n_bytes for tensor in outputs) == sum(told)
+
+
+def test_a_bad_weight_stops_the_writing_and_leaves_nothing(tmp_path):
+    """The error names tensor and source; neither the file nor a partial one remains."""
+    arrays = ARRAYS | {"t3": np.full((4, 64), np.nan, np.float32)}
+
+    with pytest.raises(CorruptWeightError, match=r"t3 \(from source\)"):
+        write(tmp_path / "out.gguf", arrays)
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_tensor_of_the_wrong_size_is_a_defect_that_is_noticed(tmp_path):
+    """Never a shifted offset."""
+    outputs = [OutputTensor("t", (2, 64), GGMLType.F32, (), lambda: iter([ARRAYS["t0"]]))]
+    layout = lay_out({}, outputs)
+
+    with (
+        pytest.raises(GGUFError, match="256 bytes were made, the plan says 512"),
+        replacing(tmp_path / "x", layout.file_size) as (descriptor, _),
+    ):
+        write_tensors(descriptor, layout, outputs, threads=1, advance=lambda _: None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_an_interrupt_leaves_the_old_file_as_it_was(tmp_path, error):
+    """Replacing happens at the end or not at all."""
+    target = tmp_path / "out.gguf"
+    target.write_text("old")
+
+    def interrupted():
+        with replacing(target, 100) as (descriptor, _):
+            os.write(descriptor, b"new")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+
+    assert "old" == target.read_text()
+    assert [target] == list(tmp_path.iterdir())
+
+
+WRITER = """
+import sys, time, numpy as np
+from pathlib import Path
+from gguf import GGMLQuantizationType as T
+from moe2gguf.export.layout import lay_out
+from moe2gguf.export.writer import OutputTensor, replacing, write_tensors
+
+def slow():
+    for i in range(200):
+        print(i, flush=True)
+        time.sleep(0.01)
+        yield np.full((1, 64), i, np.float32)
+
+outputs = [OutputTensor("t", (200, 64), T.F32, (), slow)]
+layout = lay_out({}, outputs)
+with replacing(Path(sys.argv[1]), layout.file_size) as (descriptor, _):
+    write_tensors(descriptor, layout, outputs, threads=1, advance=lambda _: None)
+"""
+
+
+@pytest.mark.parametrize("after", [0, 20, 150])
+def test_a_killed_writer_leaves_no_final_name_and_a_rerun_succeeds(tmp_path, after):
+    """SIGKILL at several offsets: at most the partial file remains, which the next run replaces."""
+    target = tmp_path / "out.gguf"
+    with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if int(line) >= after:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not target.exists()
+
+    write(target)
+
+    assert [target] == list(tmp_path.iterdir())
+    assert 9 == len(gguf.GGUFReader(target).tensors)
+
+
+def test_two_writers_of_one_target(tmp_path):
+    """The second is told to wait, and does not disturb the first."""
+    target = tmp_path / "out.gguf"
+    with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        with pytest.raises(OutputError, match="another process"):
+            write(target)
+        process.stdout.read()
+
+    assert 200 == gguf.GGUFReader(target).tensors[0].data.shape[0]
+
+
+def limited(_=None):
+    """A file size limit, as a full disk would be met: in the middle of writing."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_a_full_disk_is_an_error_not_a_success(tmp_path):
+    """The message says so; nothing is left; the exit is no traceback of ours."""
+    code = WRITER.replace("with replacing", "from moe2gguf.errors import OutputError\ntry:\n with replacing").replace(
+        "    write_tensors", "  write_tensors"
+    )
+    code += "except OutputError as error:\n print('refused:', error)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "out.gguf"], preexec_fn=limited, capture_output=True, text=True
+    )
+
+    assert "refused:" in done.stdout, done.stderr
+    assert "no room left" in done.stdout
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_too_little_room_is_noticed_before_writing(tmp_path):
+    """An exabyte does not fit."""
+    with pytest.raises(OutputError, match="make room first"), replacing(tmp_path / "x", 10**18):
+        pass
+
+
+def test_targets_that_must_not_be_replaced(tmp_path):
+    """Existing without force; a source by name, symbolic link and hard link also with it; folders and devices."""
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.write_text("s")
+    other.write_text("o")
+    (tmp_path / "symbolic").symlink_to(source)
+    (tmp_path / "hard").hardlink_to(source)
+
+    check_target(other, [source], force=True)
+    check_target(tmp_path / "new", [source], force=False)
+    with pytest.raises(OutputError, match="--force"):
+        check_target(other, [source], force=False)
+    for name in ("source", "symbolic", "hard"):
+        with pytest.raises(OutputError, match="file of the model itself"):
+            check_target(tmp_path / name, [source], force=True)
+    for path in (tmp_path, os.devnull):
+        with pytest.raises(OutputError, match="not a regular file"):
+            check_target(type(tmp_path)(path), [source], force=True)
+    with pytest.raises(OutputError, match="no such folder"):
+        check_target(tmp_path / "a" / "b", [source], force=False)
+
+
+def test_a_partial_name_that_is_a_link_is_not_followed(tmp_path):
+    """A planted link must not make us overwrite its target."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out.gguf.partial").symlink_to(victim)
+
+    with pytest.raises(OutputError, match="cannot be created"):
+        write(tmp_path / "out.gguf")
+
+    assert "precious" == victim.read_text()
+
+
+def test_a_placeholder_is_replaced(tmp_path):
+    """The digest that is known only at the end."""
+    with replacing(tmp_path / "x", 8) as (descriptor, _):
+        os.write(descriptor, b"ab0000gh")
+        write_text(descriptor, "cdef", 2)
+
+    assert b"abcdefgh" == (tmp_path / "x").read_bytes()
+
+
+def test_the_writer_keeps_only_a_few_tensors_in_memory(tmp_path):
+    """As many at once as there are threads."""
+    alive, most = [], []
+
+    def blocks(array):
+        alive.append(1)
+        most.append(len(alive))
+        time.sleep(0.01)
+        yield array
+        alive.pop()
+
+    outputs = [
+        OutputTensor(f"t{i}", (1, 64), GGMLType.F32, (), lambda: blocks(np.zeros((1, 64), np.float32)))
+        for i in range(20)
+    ]
+    layout = lay_out({}, outputs)
+    with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):
+        write_tensors(descriptor, layout, outputs, threads=3, advance=lambda _: None)
+
+    assert 1 < max(most) <= 3
