@@ -8,10 +8,13 @@ from moe2gguf.convert import Conversion, convert, write_plan
 from moe2gguf.errors import Moe2GgufError
 from moe2gguf.export.inspect import Inspection, inspect
 from moe2gguf.export.reader import GGUFFile, read_gguf
+from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.export.verify import Verification, verify
 from moe2gguf.harness.check import Check, check
 from moe2gguf.harness.generate import Generation, generate
-from moe2gguf.planning import Options, Plan, plan_conversion
+from moe2gguf.options import Options
+from moe2gguf.planning import Plan, plan_conversion
+from moe2gguf.quantize import Quantization, quantize
 
 __all__ = [
     "Check",
@@ -22,12 +25,15 @@ __all__ = [
     "Moe2GgufError",
     "Options",
     "Plan",
+    "Quantization",
+    "TypeOptions",
     "Verification",
     "check",
     "convert",
     "generate",
     "inspect",
     "plan_conversion",
+    "quantize",
     "read_gguf",
     "verify",
     "write_plan",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -12,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe2gguf.errors import CalibrationError
+from moe2gguf.export.assignment import may_quantize
 from moe2gguf.export.layout import value_offset
 from moe2gguf.export.metadata import DIGEST_PLACEHOLDER, SOURCE_DIGEST
+from moe2gguf.export.types import require_kernels
 from moe2gguf.export.verify import require_sound
 from moe2gguf.export.writer import check_target, replacing, write_tensors, write_text
 from moe2gguf.harness.check import Check, check
-from moe2gguf.planning import Options, Plan, plan_conversion
+from moe2gguf.options import Options
+from moe2gguf.planning import Plan, plan_conversion
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """`with progress(stage, total_bytes) as advance:` gives the function that is told about bytes done."""
@@ -32,15 +38,21 @@ def silent(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: the file, its plan, and the SHA-256 over the source tensors."""
+    """What `convert` did: the file, its plan, the SHA-256 over the source tensors, what calibration found by layer."""
 
     path: Path
     plan: Plan
     source_digest: str
+    layers: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
-        return {"path": str(self.path), "source_sha256": self.source_digest, **self.plan.to_dict()}
+        return {
+            "path": str(self.path),
+            "source_sha256": self.source_digest,
+            "layers": list(self.layers),
+            **self.plan.to_dict(),
+        }
 
 
 def convert(
@@ -66,6 +78,8 @@ def convert(
         PlanError: the model or the options do not fit; every reason is listed.
         CheckpointError: `model` is not a model folder, or a file of it ends early.
         CorruptWeightError: a weight is NaN, infinite, or too large for the type.
+        HarnessError: a type needs llama.cpp's kernels, and they are not installed.
+        CalibrationError: the text or the activations cannot be used, or torch is missing.
         OutputError: `out` cannot be written, or must not be replaced.
         GGUFError: the written file did not verify (a defect of ours or of the disk).
     """
@@ -76,32 +90,87 @@ def write_plan(
     plan: Plan, out: Path, *, force: bool = False, threads: int | None = None, progress: Progress = silent
 ) -> Conversion:
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
+    quantizers = threads or os.cpu_count() or 1
     threads = threads or min(os.cpu_count() or 1, 4)
     sources = (path for path in plan.checkpoint.folder.iterdir() if path.is_file())
+    require_kernels(tensor.type for tensor in plan.tensors)
     check_target(out, (*plan.checkpoint.files, *sources), force=force)
+    reports = _calibrate(plan, work := out.with_name(out.name + ".calibration"), progress)
     with replacing(out, plan.file_size) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
-            write_tensors(descriptor, plan.layout, plan.tensors, threads=threads, advance=advance)
+            write_tensors(
+                descriptor, plan.layout, plan.tensors, threads=threads, quantizers=quantizers, advance=advance
+            )
         digest = plan.digest.hexdigest(plan.checkpoint.tensors)
         write_text(descriptor, digest, value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
         with progress("verify", plan.file_size) as advance:
             require_sound(partial, threads=threads, progress=advance)
-    return Conversion(out, plan, digest)
+    shutil.rmtree(work, ignore_errors=True)
+    return Conversion(out, plan, digest, reports)
+
+
+def _calibrate(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
+    """Make the experts that need text, in `work`; the reports of the layers. A stopped calibration is continued."""
+    if plan.text is None or plan.slicing is None:
+        return ()
+    try:
+        from moe2gguf.experts.calibration import Settings, calibrate
+    except ImportError as error:
+        raise CalibrationError(
+            f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
+            "or take --recipe seed"
+        ) from error
+    checkpoint, options = plan.checkpoint, plan.options
+    vocabulary = checkpoint.vocabulary
+    bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
+    settings = Settings(options.calibration_tokens, min(512, checkpoint.model.n_context), bos, options.device)
+    total = options.calibration_tokens * checkpoint.model.n_layer
+    with progress("calibrate", total) as advance:
+        reports = calibrate(
+            checkpoint.folder,
+            lambda name: checkpoint.tensors[name].read(),
+            plan.text,
+            plan.slicing,
+            settings,
+            work,
+            advance,
+        )
+    plan.experts.folder = work
+    return tuple(reports)
 
 
 def check_conversion(done: Conversion, dense: str, *, threads: int | None = None, progress: Progress = silent) -> Check:
     """Compare the file `done` in llama.cpp with its dense twin, at all experts.
 
-    `dense` is a path, or "auto": the dense file is made beside it from the same checkpoint, at the same type, and
-    removed afterwards.
+    `dense` is a path, or "auto": the dense file is made beside it from the same checkpoint, with the same type for
+    every tensor, and removed afterwards.
 
     Raises:
         HarnessError: llama.cpp is not installed or cannot run a file.
     """
     if dense != "auto":
         return check(done.path, Path(dense), threads=threads)
-    options = dataclasses.replace(done.plan.options, dense=True, experts=None, used=None)
+    options = dataclasses.replace(
+        done.plan.options,
+        dense=True,
+        experts=None,
+        used=None,
+        recipe_file=None,
+        tensor_types=_pinned(done.plan),
+        allow_fallback=True,
+    )
     with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
         twin = Path(folder) / "dense.gguf"
         convert(done.plan.checkpoint.folder, twin, options, threads=threads, progress=progress)
         return check(done.path, twin, threads=threads)
+
+
+def _pinned(plan: Plan) -> tuple[str, ...]:
+    """`--tensor-type` for every matrix of the plan, by its name in the dense file; none where all are as stored."""
+    if not plan.assigned.counts:
+        return ()
+    return tuple(
+        f"{re.escape(tensor.name.replace('_exps', ''))}={tensor.type.name}"
+        for tensor in plan.tensors
+        if may_quantize(tensor.name, tensor.shape)
+    )

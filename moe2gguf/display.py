@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from moe2gguf.harness.check import Check
     from moe2gguf.harness.generate import Generation
     from moe2gguf.planning import Plan
+    from moe2gguf.quantize import Quantization, QuantizationPlan
 
 PLAIN_WIDTH = 120
+WEAK = 0.95
+"""Always-on experts should run for at least this share of tokens."""
 
 
 def out() -> Console:
@@ -57,14 +60,9 @@ def warnings(lines: Iterable[str]) -> None:
 def plan(plan: Plan) -> None:
     """Every tensor, then the sums."""
     console = out()
-    table = Table("tensor", "shape", "type", "bytes", box=None, pad_edge=False)
-    table.columns[3].justify = "right"
-    for tensor in plan.tensors:
-        shape = " x ".join(map(str, tensor.shape))
-        table.add_row(tensor.name, shape, tensor.type.name, f"{tensor.n_bytes:,}")
-    console.print(table)
-    console.print()
+    _tensors(console, plan)
     console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors")
+    console.print(f"bits per weight     {plan.bits_per_weight:.3f}")
     if plan.padding_bytes:
         share = plan.padding_bytes / plan.file_size
         console.print(f"zero-neuron padding {plan.padding_bytes:,} bytes ({share:.1%} of the file)")
@@ -72,6 +70,34 @@ def plan(plan: Plan) -> None:
         _active(console, plan)
     else:
         console.print(f"read per token      {plan.active_bytes(0):,} bytes")
+
+
+def quantization_plan(plan: QuantizationPlan) -> None:
+    """Every tensor, the rules, then the sums."""
+    console = out()
+    _tensors(console, plan)
+    before = plan.source.file_size
+    console.print(f"file size       {plan.file_size:,} bytes ({plan.file_size / before:.1%} of {before:,})")
+    console.print(f"bits per weight {plan.bits_per_weight:.3f}")
+
+
+def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
+    """Every tensor with its type, then the rules that chose the types and how many tensors each decided."""
+    from moe2gguf.export.types import bits_per_weight
+
+    table = Table("tensor", "shape", "type", "bytes", "bits per weight", box=None, pad_edge=False)
+    table.columns[3].justify = table.columns[4].justify = "right"
+    for tensor in plan.tensors:
+        shape, bits = " x ".join(map(str, tensor.shape)), bits_per_weight(tensor.type)
+        table.add_row(escape(tensor.name), shape, tensor.type.name, f"{tensor.n_bytes:,}", f"{bits:g}")
+    console.print(table)
+    console.print()
+    if plan.assigned.counts:
+        rules = Table("tensors", "type", "because of", "pattern", box=None, pad_edge=False)
+        for rule, count in plan.assigned.counts:
+            rules.add_row(str(count), rule.type.name, escape(rule.origin), escape(rule.pattern))
+        console.print(rules)
+        console.print()
 
 
 def _active(console: Console, plan: Plan) -> None:
@@ -94,8 +120,51 @@ def conversion(done: Conversion, checked: Check | None) -> None:
     out().print(
         f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors, {what}; verified"
     )
+    if done.layers:
+        layers(done.layers)
     if checked:
         check(checked)
+
+
+def layers(reports: Sequence[dict[str, Any]]) -> None:
+    """What calibration found, layer by layer."""
+    console = out()
+    columns = ("layer", "always on", "for every token", "energy kept", "best choice", "hit rate", "load", "after refit")
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    for i, report in enumerate(reports):
+        routed = report["load"][int(report["always_on"]) :]
+        table.add_row(
+            str(i),
+            f"{report['always_on']:.0f}",
+            f"{report['always_on_rate']:.1%}",
+            _share(report, "energy_kept"),
+            _share(report, "energy_oracle"),
+            _share(report, "hit_rate"),
+            f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
+            _share(report, "refit_error"),
+        )
+    console.print(table)
+    console.print(
+        "energy kept: share of the routed experts' output that the chosen ones hold (best choice: if always the "
+        "largest were chosen); load: share of tokens, least and most busy routed expert; after refit: error left"
+    )
+    if weak := [i for i, report in enumerate(reports) if report["always_on_rate"] < WEAK]:
+        warnings([f"always-on experts do not run for every token in layers {weak}; fewer of them may do better"])
+
+
+def _share(report: dict[str, Any], key: str) -> str:
+    return f"{report[key]:.1%}" if key in report else ""
+
+
+def quantization(done: Quantization) -> None:
+    """One line for the file."""
+    plan = done.plan
+    out().print(
+        f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors, "
+        f"{plan.bits_per_weight:.3f} bits per weight; verified"
+    )
 
 
 def check(checked: Check) -> None:

@@ -40,6 +40,10 @@ class CorruptWeightError(Moe2GgufError):
     """A weight is NaN or infinite, or does not fit the requested type."""
 
 
+class CalibrationError(Moe2GgufError):
+    """Calibration is impossible: too little or unreadable text, torch missing, or activations that are not finite."""
+
+
 class OutputError(Moe2GgufError):
     """The output file cannot be written or must not be replaced."""
 

@@ -6,8 +6,10 @@ recipe to a thunk, so that nothing is read before the second pass asks for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
@@ -16,8 +18,10 @@ from numpy.typing import NDArray
 from moe2gguf.checkpoint.families import DENSE, MIXTRAL_FUSED, rules
 from moe2gguf.checkpoint.folder import Checkpoint
 from moe2gguf.checkpoint.tensors import DTYPES, SourceDigest, StoredTensor
+from moe2gguf.errors import CalibrationError
 from moe2gguf.experts import slicing as cut
-from moe2gguf.export import types
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.export.assignment import as_stored
 from moe2gguf.export.metadata import rope_frequencies
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.spec import Slicing
@@ -30,10 +34,9 @@ BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes output tensors of the `requested` type ("auto": as stored) whose sources are hashed as they are read."""
+    """Makes output tensors of the type in which they are stored; their sources are hashed as they are read."""
 
     digest: SourceDigest
-    requested: str
 
     def row_wise(self, name: str, source: StoredTensor) -> OutputTensor:
         """The tensor as it is, in blocks of rows."""
@@ -67,35 +70,40 @@ class Maker:
         sources: Sequence[StoredTensor],
         blocks: Callable[[], Iterator[Array]],
     ) -> OutputTensor:
-        kind = choose_type(name, shape, sources[0].dtype, self.requested)
+        kind = as_stored(name, shape, DTYPES[sources[0].dtype])
         return OutputTensor(name, shape, kind, tuple(source.name for source in sources), blocks)
 
 
-def constant(name: str, array: NDArray[np.float32]) -> OutputTensor:
+def made(name: str, shape: tuple[int, ...], array: Callable[[], NDArray[np.float32]]) -> OutputTensor:
     """An F32 tensor of ours, with no source."""
-    return OutputTensor(name, array.shape, GGMLType.F32, (), lambda: iter([array]))
+    return OutputTensor(name, shape, GGMLType.F32, (), lambda: iter([array()]))
 
 
-def choose_type(name: str, shape: tuple[int, ...], stored: str, requested: str) -> GGMLType:
-    """Vectors and routers are F32; vocabulary matrices stay at Q8_0 or better; "auto" keeps the stored type."""
-    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
-        return GGMLType.F32
-    if requested == "auto":
-        return types.of_dtype(DTYPES[stored])
-    kind = types.NAMES[requested]
-    if kind in types.BLOCKS and name in ("token_embd.weight", "output.weight"):
-        return GGMLType.Q8_0
-    return kind
+class Experts:
+    """Where the second pass finds each layer's experts: one for all layers, or what calibration left in `folder`."""
+
+    def __init__(self, plain: LayerExperts | None) -> None:
+        self._plain = plain
+        self.folder: Path | None = None
+        self.layer = functools.lru_cache(maxsize=2)(self._layer)
+
+    def _layer(self, i: int) -> LayerExperts:
+        if self._plain is not None:
+            return self._plain
+        if self.folder is None:
+            raise CalibrationError("the experts have not been made yet: calibrate first")
+        return LayerExperts.load(self.folder, i)
 
 
 def output_tensors(
-    checkpoint: Checkpoint, slicing: Slicing | None, digest: SourceDigest, requested: str
+    checkpoint: Checkpoint, slicing: Slicing | None, experts: Experts, digest: SourceDigest
 ) -> tuple[OutputTensor, ...]:
-    """Every tensor of the file, in file order. `slicing` None keeps the MLPs as the checkpoint has them."""
-    model, make = checkpoint.model, Maker(digest, requested)
+    """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the checkpoint's MLPs."""
+    model, make = checkpoint.model, Maker(digest)
     tensors = []
     if model.rope.kind == "llama3":
-        tensors.append(constant("rope_freqs.weight", rope_frequencies(model.rope, model.d_head)))
+        frequencies = rope_frequencies(model.rope, model.d_head)
+        tensors.append(made("rope_freqs.weight", frequencies.shape, lambda: frequencies))
     for rule, i in rules(model):
         name, source = rule.target.format(i=i), checkpoint.tensors[rule.source.format(i=i)]
         if rule.permute:
@@ -104,7 +112,7 @@ def output_tensors(
         else:
             tensors.append(make.row_wise(name, source))
         if i is not None and rule.target.endswith("ffn_norm.weight"):
-            tensors += _mlp(checkpoint, slicing, make, i)
+            tensors += _mlp(checkpoint, slicing, experts, make, i)
     return tuple(tensors)
 
 
@@ -121,7 +129,7 @@ def _rotary_pairs(n_head: int) -> Callable[[Array], Iterator[Array]]:
     return permute
 
 
-def _mlp(checkpoint: Checkpoint, slicing: Slicing | None, make: Maker, i: int) -> list[OutputTensor]:
+def _mlp(checkpoint: Checkpoint, slicing: Slicing | None, experts: Experts, make: Maker, i: int) -> list[OutputTensor]:
     """The MLP of layer `i`."""
     if checkpoint.mlp is not DENSE:
         return _existing_experts(checkpoint, make, i)
@@ -130,23 +138,24 @@ def _mlp(checkpoint: Checkpoint, slicing: Slicing | None, make: Maker, i: int) -
             make.row_wise(f"blk.{i}.ffn_{role}.weight", _sources(checkpoint, role, i)[0])
             for role in ("gate", "up", "down")
         ]
-    return _sliced(checkpoint, slicing, make, i)
+    return _sliced(checkpoint, slicing, experts, make, i)
 
 
-def _sliced(checkpoint: Checkpoint, slicing: Slicing, make: Maker, i: int) -> list[OutputTensor]:
+def _sliced(checkpoint: Checkpoint, slicing: Slicing, experts: Experts, make: Maker, i: int) -> list[OutputTensor]:
     """One MLP, cut into experts with a router."""
     gate, up, down = (_sources(checkpoint, role, i)[0] for role in ("gate", "up", "down"))
     n, d_model, d_expert = slicing.n_expert, checkpoint.model.d_model, slicing.d_expert
-    order = cut.contiguous_order(checkpoint.model.d_ff, n, slicing.align)
 
     def rows(weight: Array) -> Iterator[Array]:
-        return cut.slice_rows(weight, order)
+        return cut.slice_rows(weight, experts.layer(i).order)
 
     def columns(weight: Array) -> Iterator[Array]:
-        return cut.slice_columns(weight, order, slicing.amplification)
+        layer = experts.layer(i)
+        corrected = weight if layer.down is None else layer.down
+        return cut.slice_columns(corrected, layer.order, layer.amplification)
 
     return [
-        constant(f"blk.{i}.ffn_gate_inp.weight", cut.zero_router(n, d_model)),
+        made(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), lambda: experts.layer(i).router),
         make.mapped(f"blk.{i}.ffn_gate_exps.weight", (n, d_expert, d_model), gate, rows),
         make.mapped(f"blk.{i}.ffn_up_exps.weight", (n, d_expert, d_model), up, rows),
         make.mapped(f"blk.{i}.ffn_down_exps.weight", (n, d_model, d_expert), down, columns),

@@ -3,56 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType as GGMLType
-
 from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import PlanError
+from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.slicing import expert_width
+from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export import types
+from moe2gguf.export.assignment import Assignment, assign
 from moe2gguf.export.layout import Layout, lay_out
 from moe2gguf.export.metadata import model_metadata, provenance
+from moe2gguf.export.presets import Network
 from moe2gguf.export.vocabulary import vocabulary_metadata
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
-from moe2gguf.outputs import output_tensors
-from moe2gguf.spec import MetadataValue, Model, Slicing
-
-DEFAULT_EXPERTS = 8
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chooses about the file; every default is the command line's.
-
-    experts  how many experts each dense MLP is cut into (None: 8). A Mixtral checkpoint keeps its own.
-    used     experts that run per token unless the program that runs the file says otherwise (None: all of them)
-    align    every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
-    type     "auto" (as stored) or a name in `moe2gguf.export.types.NAMES`
-    dense    write the ordinary dense file instead, the reference for every comparison
-    name     the model's name in the metadata, instead of the model card's
-    """
-
-    experts: int | None = None
-    used: int | None = None
-    align: int = 1
-    type: str = "auto"
-    dense: bool = False
-    name: str | None = None
+from moe2gguf.options import Options, refusals
+from moe2gguf.outputs import Experts, output_tensors
+from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about the file to come. `slicing` is None where the MLPs are not cut."""
+    """Everything about the file to come. `slicing` is None where the MLPs are not cut; `text` calibrates, if any.
+
+    `assigned` is why every tensor has its type.
+    """
 
     options: Options
     checkpoint: Checkpoint
     slicing: Slicing | None
+    experts: Experts
+    text: Text | None
+    assigned: Assignment
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[OutputTensor, ...]
     layout: Layout
@@ -63,6 +51,11 @@ class Plan:
     def file_size(self) -> int:
         """Bytes of the finished file, exactly."""
         return self.layout.file_size
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors together, zero neurons included."""
+        return 8 * sum(t.n_bytes for t in self.tensors) / sum(math.prod(t.shape) for t in self.tensors)
 
     @property
     def n_expert(self) -> int:
@@ -112,6 +105,8 @@ class Plan:
             "model": dataclasses.asdict(self.checkpoint.model),
             "slicing": dataclasses.asdict(self.slicing) if self.slicing else None,
             "file_size": self.file_size,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            **self.assigned.to_dict(),
             "padding_bytes": self.padding_bytes,
             "expert_count": self.n_expert,
             "expert_used_count": self.n_expert_used,
@@ -124,6 +119,7 @@ class Plan:
                     "shape": list(tensor.shape),
                     "type": tensor.type.name,
                     "bytes": tensor.n_bytes,
+                    "bits_per_weight": types.bits_per_weight(tensor.type),
                     "sources": list(tensor.sources),
                 }
                 for tensor in self.tensors
@@ -142,56 +138,53 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
     """
     options = options or Options()
     checkpoint = open_checkpoint(model, name=options.name)
-    if refusals := _refuse_options(checkpoint.model, options):
-        raise PlanError(refusals)
+    if found := refusals(checkpoint.model, options):
+        raise PlanError(found)
     slicing = None
     if checkpoint.model.n_expert and options.used:
         hyper = dataclasses.replace(checkpoint.model, n_expert_used=options.used)
         checkpoint = dataclasses.replace(checkpoint, model=hyper)
     elif not checkpoint.model.n_expert and not options.dense:
         slicing = _slicing(checkpoint.model, options)
-    digest = SourceDigest()
-    tensors = output_tensors(checkpoint, slicing, digest, options.type)
-    if refusals := _refuse_widths(tensors) + _refuse_counts(checkpoint.model, slicing, tensors):
-        raise PlanError(refusals)
+    text = read_text(options.calibration) if slicing and slicing.recipe.needs_calibration else None
+    experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
+    stored = output_tensors(checkpoint, slicing, experts, digest)
+    assigned = assign(stored, options.types(), _network(checkpoint.model, slicing))
+    tensors = assigned.typed(stored)
+    if found := [*assigned.refusals, *_refuse_counts(checkpoint.model, slicing, tensors)]:
+        raise PlanError(found)
+    calibration = Calibration(text.label, text.digest, options.calibration_tokens) if text else None
     metadata: dict[str, MetadataValue] = {
-        **model_metadata(checkpoint.model, slicing, types.FILE_TYPES[_main_type(tensors)]),
+        **model_metadata(checkpoint.model, slicing, assigned.file_type),
         **checkpoint.card,
         **vocabulary_metadata(checkpoint.vocabulary),
-        **provenance(checkpoint.model, slicing),
+        **provenance(checkpoint.model, slicing, calibration),
     }
-    warnings = (*checkpoint.warnings, *_warnings(checkpoint.model, slicing, tensors))
-    return Plan(options, checkpoint, slicing, metadata, tensors, lay_out(metadata, tensors), digest, warnings)
+    warnings = (*checkpoint.warnings, *assigned.warnings, *_warnings(checkpoint.model, slicing, tensors))
+    layout = lay_out(metadata, tensors)
+    return Plan(options, checkpoint, slicing, experts, text, assigned, metadata, tensors, layout, digest, warnings)
 
 
-def _slicing(model: Model, options: Options) -> Slicing:
-    n_expert = options.experts or DEFAULT_EXPERTS
-    return Slicing(
-        n_expert=n_expert,
-        n_expert_used=options.used or n_expert,
-        d_expert=expert_width(model.d_ff, n_expert, options.align),
-        amplification=float(n_expert),
-        align=options.align,
+def _network(model: Model, slicing: Slicing | None) -> Network:
+    """What presets depend on, of the file to come."""
+    n_expert = slicing.n_expert if slicing else model.n_expert
+    return Network(
+        "llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, model.tied_embeddings, n_expert
     )
 
 
-def _refuse_options(model: Model, options: Options) -> list[str]:
-    refusals = []
-    experts, used, kind = options.experts, options.used, options.type
-    n = model.n_expert or (DEFAULT_EXPERTS if experts is None else experts)
-    if model.n_expert and experts not in (None, n):
-        refusals.append(f"--experts {experts}: the checkpoint has {n} experts already, which are kept; leave it out")
-    if model.n_expert and options.dense:
-        refusals.append(f"--dense: the checkpoint has {n} experts already; leave it out")
-    if not model.n_expert and not 1 <= n <= model.d_ff:
-        refusals.append(f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}")
-    if used is not None and not 1 <= used <= n:
-        refusals.append(f"--used {used}: must lie between 1 and the number of experts, {n}")
-    if options.align < 1:
-        refusals.append(f"--align {options.align}: must be at least 1; 32 and 256 are the quantization blocks")
-    if kind != "auto" and kind not in types.NAMES:
-        refusals.append(f"--type {kind}: unknown; choose auto, {', '.join(types.NAMES)}")
-    return refusals
+def _plain_experts(model: Model, slicing: Slicing | None) -> LayerExperts | None:
+    """The experts of a recipe that needs no calibration, the same in every layer."""
+    if slicing is None or slicing.recipe.needs_calibration:
+        return None
+    factor = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
+    return LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, factor)
+
+
+def _slicing(model: Model, options: Options) -> Slicing:
+    n_expert, n_expert_used = options.counts()
+    width = expert_width(model.d_ff, n_expert, options.align)
+    return Slicing(n_expert, n_expert_used, width, options.chosen_recipe(), options.align)
 
 
 def _warnings(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTensor]) -> list[str]:
@@ -203,7 +196,7 @@ def _warnings(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTen
 def _slicing_warnings(slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
-    if k < n and slicing.router == "zero":
+    if k < n and slicing.recipe.router == "zero":
         warnings.append(
             f"--used {k} of {n} with a zero router: llama.cpp runs a fixed, arbitrary choice of experts, and the "
             "output will not be coherent"
@@ -213,38 +206,11 @@ def _slicing_warnings(slicing: Slicing) -> list[str]:
     return warnings
 
 
-def _refuse_widths(tensors: Sequence[OutputTensor]) -> list[str]:
-    """Rows that do not fit a block type: one sentence per type and width, with the tensors and the ways out."""
-    misfits: dict[tuple[GGMLType, int], list[str]] = {}
-    for tensor in tensors:
-        if tensor.shape[-1] % types.block_size(tensor.type):
-            misfits.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.name)
-    return [_misfit(kind, width, names) for (kind, width), names in misfits.items()]
-
-
-def _misfit(kind: GGMLType, width: int, names: Sequence[str]) -> str:
-    block = types.block_size(kind)
-    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    pad = f"pad the experts with --align {block}, choose another --experts, or " if _is_expert(names[0]) else ""
-    return (
-        f"{kind.name} needs rows whose width is a multiple of {block}, but {width} is the width of {listed}; "
-        f"{pad}use --type f16"
-    )
-
-
 def _refuse_counts(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTensor]) -> list[str]:
     source = slicing or model
     if not source.n_expert:
         return []
     return check_expert_counts(source.n_expert, source.n_expert_used, n_layer=model.n_layer, n_tensor=len(tensors))
-
-
-def _main_type(tensors: Sequence[OutputTensor]) -> GGMLType:
-    """The type of most of the bytes, which names the file's type."""
-    size: dict[GGMLType, int] = {}
-    for tensor in tensors:
-        size[tensor.type] = size.get(tensor.type, 0) + tensor.n_bytes
-    return max(size, key=lambda kind: size[kind])
 
 
 def _is_expert(name: str) -> bool:

@@ -84,17 +84,48 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Slicing:
-    """How every MLP is cut into experts.
+class Recipe:
+    """How neurons are grouped, experts chosen and weights corrected; names as in `moe2gguf.experts.methods`.
 
-    `d_expert * n_expert >= d_ff`; the difference is zero neurons. `amplification` multiplies the down projection.
+    always_on  experts that the router always picks; None chooses a number per layer
+    refit      correct the down projection for the experts that do not run, at n_expert_used
     """
+
+    group: str = "contiguous"
+    always_on: int | None = 0
+    router: str = "zero"
+    refit: bool = False
+    amplify: str = "exact"
+    seed: int = 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text has to be run through the model."""
+        return self != Recipe(amplify=self.amplify, seed=self.seed) or self.amplify in ("any", "fitted")
+
+
+SEED = Recipe()
+"""The plain recipe: contiguous slices, zero router, exact with all experts on."""
+
+COHERENT = Recipe("activations", None, "least-squares", refit=True, amplify="used")
+"""The recipe for fewer experts than all: what measured best (docs/experts.md)."""
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How every MLP is cut into experts: `d_expert * n_expert >= d_ff`; the difference is zero neurons."""
 
     n_expert: int
     n_expert_used: int
     d_expert: int
-    amplification: float
-    method: str = "contiguous"
-    router: str = "zero"
+    recipe: Recipe = SEED
     align: int = 1
-    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text a model was calibrated on: what to call it (never a path), its SHA-256, and how many tokens of it."""
+
+    label: str
+    digest: str
+    n_token: int

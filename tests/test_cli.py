@@ -48,7 +48,7 @@ def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
 
 def test_json_is_the_only_thing_on_stdout(model, tmp_path):
     """Warnings go to stderr, so that a pipe gets JSON whatever happens."""
-    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4, "-k", 2, "--json")
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4, "-k", 2, "--recipe", "seed", "--json")
 
     assert 4 == json.loads(done.stdout)["expert_count"]
     assert "not be coherent" in done.stderr
@@ -117,7 +117,7 @@ def test_inspect_shows_experts_and_provenance(files):
     text = moe2gguf("inspect", files[0]).stdout
     values = json.loads(moe2gguf("inspect", files[0], "--json").stdout)
 
-    assert "moe2gguf.slicing.method" in text
+    assert "moe2gguf.slicing.group" in text
     assert 4 == values["experts"]["count"]
 
 
@@ -217,3 +217,48 @@ def test_completion_completes():
 def test_a_gguf_written_by_the_command_is_a_gguf(files):
     """Read by the gguf package."""
     assert 33 == len(gguf.GGUFReader(files[0]).tensors)
+
+
+def test_quantize_in_one_pass_and_from_a_file_give_the_same_tensors(model, tmp_path):
+    """`convert --type` and `quantize` share kernels and rules; one line on stdout."""
+    rule = r"blk\..*\.ffn_down_exps\.weight=q8_0"
+    options = ["--tensor-type", rule, "--allow-fallback"]
+    moe2gguf("convert", model, tmp_path / "full.gguf", "-n", 3)
+    direct = moe2gguf("convert", model, tmp_path / "direct.gguf", "-n", 3, "--type", "Q4_K_M", *options)
+    done = moe2gguf("quantize", tmp_path / "full.gguf", tmp_path / "out.gguf", "Q4_K_M", *options)
+
+    assert (0, 0) == (direct.returncode, done.returncode), direct.stderr + done.stderr
+    size = f"{(tmp_path / 'out.gguf').stat().st_size:,}"
+    assert re.fullmatch(
+        rf"wrote {tmp_path}/out\.gguf: {size} bytes, 33 tensors, [\d.]+ bits per weight; verified\n", done.stdout
+    )
+    assert "warning: Q4_K does not fit token_embd.weight" in done.stderr
+    files = [gguf.GGUFReader(tmp_path / name).tensors for name in ("direct.gguf", "out.gguf")]
+    assert [(t.name, t.tensor_type.name, t.data.tobytes()) for t in files[0]] == [
+        (t.name, t.tensor_type.name, t.data.tobytes()) for t in files[1]
+    ]
+    assert "Q8_0" == next(t.tensor_type.name for t in files[0] if t.name == "blk.0.ffn_down_exps.weight")
+
+
+def test_quantize_plan_shows_rules_and_refusals(files):
+    """What each pattern decided, bits per weight; for machines the refusals and exit code 1."""
+    shown = moe2gguf("quantize", files[1], "unused.gguf", "q8_0", "--plan")
+    refused = moe2gguf("quantize", files[1], "unused.gguf", "q4_k", "--plan", "--json")
+
+    assert re.search(r"blk\.0\.attn_q\.weight +64 x 64 +Q8_0 +4,352 +8\.5", shown.stdout)
+    assert re.search(r"22 +Q8_0 +Q8_0 +\.\*", shown.stdout)
+    assert "bits per weight" in shown.stdout
+    assert not os.path.exists("unused.gguf")
+    assert 1 == refused.returncode
+    assert all("Q4_K needs rows whose width" in text for text in json.loads(refused.stdout)["refusals"])
+
+
+def test_check_auto_compares_the_same_types(tmp_path):
+    """The dense twin of a quantized file has the sliced file's types, tensor by tensor, so only slicing is judged."""
+    model = checkpoints.make(tmp_path / "model", intermediate_size=128)
+    done = moe2gguf(
+        "convert", model, tmp_path / "out.gguf", "-n", 4, "--type", "q8_0",
+        "--tensor-type", r"blk\.1\.ffn_.*_exps\.weight=q4_0", "--check", "auto", "--json",
+    )  # fmt: skip
+
+    assert (0, True) == (done.returncode, json.loads(done.stdout)["check"]["ok"]), done.stderr

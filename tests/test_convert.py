@@ -106,7 +106,7 @@ def test_mixtral_options(tmp_path):
 def test_every_type_from_every_type(tmp_path, dtype, kind):
     """The tensors have the planned types and the sliced weights are the checkpoint's, to the type's precision."""
     folder = checkpoints.make(tmp_path / "model", dtype=dtype, intermediate_size=128)
-    convert(folder, tmp_path / "out.gguf", Options(experts=4, type=kind))
+    convert(folder, tmp_path / "out.gguf", Options(experts=4, type=kind, allow_fallback=True))
 
     stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     down = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].astype(np.float32)
@@ -194,7 +194,8 @@ def test_metadata_says_what_was_done(made, tmp_path):
         "llama.expert_count": 5,
         "llama.expert_used_count": 5,
         "llama.attention.head_count_kv": 2,
-        "moe2gguf.slicing.method": "contiguous",
+        "moe2gguf.slicing.group": "contiguous",
+        "moe2gguf.slicing.refit": False,
         "moe2gguf.slicing.router": "zero",
         "moe2gguf.slicing.amplification": 5.0,
         "moe2gguf.slicing.padding": 5 * 32 - 96,
@@ -323,7 +324,7 @@ def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path):
     folder = checkpoints.make(tmp_path / "model", num_hidden_layers=12, hidden_size=16)
     with pytest.raises(PlanError, match="the process aborts"):
         plan_conversion(folder, Options(experts=16))
-    assert (16, 4) == counts_of(convert(folder, tmp_path / "out.gguf", Options(experts=16, used=4)).path)
+    assert (16, 4) == counts_of(convert(folder, tmp_path / "out.gguf", Options(experts=16, used=4, recipe="seed")).path)
 
 
 def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(made, tmp_path):
@@ -353,9 +354,8 @@ def test_speed_bounds_by_hand(made):
 
 def test_fewer_experts_with_a_zero_router_is_one_clear_warning(made):
     """Never shipped silently; and all experts give no warning."""
-    assert [True] == [
-        "not be coherent" in warning for warning in plan_conversion(made("llama"), Options(used=4)).warnings
-    ]
+    (warning,) = plan_conversion(made("llama"), Options(used=4, recipe="seed")).warnings
+    assert "not be coherent" in warning
     assert () == plan_conversion(made("llama")).warnings
 
 
@@ -443,3 +443,35 @@ def test_a_conversion_is_described_by_json_ready_values(made, tmp_path):
     assert (tmp_path / "out.gguf").stat().st_size == values["file_size"]
     assert 4 == values["expert_count"] == len(values["speed_bound"])
     assert dataclasses.asdict(done.plan.slicing) == values["slicing"]
+
+
+def test_a_preset_in_one_pass(tmp_path):
+    """Experts padded to 256, types like the dense parent's, file type and bits per weight in metadata and plan."""
+    folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=512, dtype="bfloat16")
+    options = Options(experts=4, align=256, type="q4_k_m", tensor_types=(r"blk\.0\.ffn_up_exps\.weight=q8_0",))
+
+    done = convert(folder, tmp_path / "out.gguf", options)
+    dense = plan_conversion(folder, Options(dense=True, type="q4_k_m"))
+
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    stored = {t.name: t.tensor_type.name for t in reader.tensors}
+    expected = {t.name: t.type.name for t in dense.tensors} | {"blk.0.ffn_up.weight": "Q8_0"}
+    assert expected == {name.replace("_exps", ""): kind for name, kind in stored.items() if "gate_inp" not in name}
+    assert {"F32"} == {kind for name, kind in stored.items() if "gate_inp" in name or "norm" in name}
+    assert gguf.LlamaFileType.MOSTLY_Q4_K_M == reader.fields["general.file_type"].contents()
+    values = done.to_dict()
+    bits = 8 * sum(t.n_bytes for t in reader.tensors) / sum(int(t.n_elements) for t in reader.tensors)
+    assert round(bits, 4) == values["bits_per_weight"]
+    assert ["Q8_0", "Q6_K"] == [rule["type"] for rule in values["rules"][:2]]
+
+
+def test_q4_k_that_does_not_fit_offers_the_ways_out(made):
+    """24 wide experts in a 64 wide model: every misfit at once, nothing silent; allowed, each is listed."""
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(made("llama"), Options(experts=4, type="q4_k_m"))
+    assert any("--align 256" in text and "--allow-fallback" in text for text in caught.value.refusals)
+
+    plan = plan_conversion(made("llama"), Options(experts=4, type="q4_k_m", allow_fallback=True))
+
+    assert any("Q4_K does not fit" in text and "Q5_0 instead" in text for text in plan.warnings)
+    assert {fallback["used"] for fallback in plan.to_dict()["fallbacks"]} == {"Q5_0", "Q8_0", "F16"}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export.layout import Entry, lay_out, value_offset
+from moe2gguf.export.reader import ValueType, read_gguf
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 VALUES = st.one_of(
@@ -95,3 +96,33 @@ def test_offsets_are_aligned():
 
     assert layout.offsets["a"] + 32 == layout.offsets["b"]
     assert np.all(np.array(list(layout.offsets.values())) % 32 == 0)
+
+
+@given(
+    kind=st.sampled_from([kind for kind in gguf.GGUFValueType if kind.name[:3] in ("UIN", "INT")]),
+    data=st.data(),
+    alignment=st.sampled_from([8, 32, 64, 4096]),
+)
+def test_stored_kinds_and_the_alignment_of_another_file_are_obeyed(kind, data, alignment, tmp_path_factory):
+    """A value comes back with the type that it had, alone and in arrays, empty ones too."""
+    bits, signed = int(kind.name.lstrip("UINT")), kind.name.startswith("INT")
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    value, values = data.draw(st.integers(low, high)), data.draw(st.lists(st.integers(low, high), max_size=3))
+    metadata = {"general.alignment": alignment, "one": value, "many": values}
+    stored = {"one": ValueType(kind), "many": ValueType(gguf.GGUFValueType.ARRAY, kind)}
+    path = tmp_path_factory.mktemp("layout") / "file.gguf"
+    layout = lay_out(metadata, [Entry("t", (3, 5), GGMLType.F32), Entry("u", (3,), GGMLType.F32)], stored)
+
+    path.write_bytes(layout.header.ljust(layout.file_size, b"\0"))
+
+    file = read_gguf(path)
+    assert metadata == file.metadata
+    assert stored.items() <= file.types.items()
+    assert [layout.offsets[name] for name in ("t", "u")] == [t.offset for t in file.tensors.values()]
+    assert {0} == {offset % alignment for offset in layout.offsets.values()}
+
+
+def test_a_value_outside_its_stored_type_is_an_error():
+    """Never wrapped around."""
+    with pytest.raises(GGUFError, match="metadata a: 256 does not fit"):
+        lay_out({"a": 256}, [], {"a": ValueType(gguf.GGUFValueType.UINT8)})

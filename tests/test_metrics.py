@@ -35,6 +35,7 @@ def textbook_token(base: NDArray[Any], other: NDArray[Any], target: int, tail: f
         "same_top": float(best(base, 1) == best(other, 1)),
         "top5_overlap": len(set(best(base, 5)) & set(best(other, 5))) / min(5, len(base)),
         "max_difference": max(abs(float(p) - float(q)) for p, q in zip(base, other, strict=True)),
+        "kl_slack": 0.0,
         "n_bad": 0,
     }
 
@@ -81,6 +82,7 @@ def textbook_summary(tokens: list[dict[str, float]]) -> dict[str, float]:
         "top1_error": math.sqrt(top1 * (1 - top1) / (n - 1)),
         "top5": math.fsum(column("top5_overlap")) / n,
         "max_difference": max(column("max_difference")),
+        "kl_slack": 0.0,
         "n_bad": 0,
     }
 
@@ -171,4 +173,14 @@ def test_one_token_has_no_error_and_none_is_refused() -> None:
     assert math.isnan(summary.kl_error)
     assert summary.to_dict()["kl_error"] is None
     with pytest.raises(ValueError, match="no scored token"):
-        metrics.summarize(TokenScores(*[np.empty(0)] * 7, np.empty(0, np.int64)))
+        metrics.summarize(TokenScores(*[np.empty(0)] * 8, np.empty(0, np.int64)))
+
+
+def test_a_summary_comes_back_from_json() -> None:
+    """What `to_dict` wrote is read back to the same numbers, NaN included."""
+    base, other, targets = logits(1, 30, 0.1)
+    summary = metrics.summarize(metrics.compare(base, other, targets))
+    again = metrics.Summary.from_dict(json.loads(json.dumps(summary.to_dict())))
+    assert str(again) == str(summary)
+    with pytest.raises(TypeError):
+        metrics.Summary.from_dict({**summary.to_dict(), "invented": 1})

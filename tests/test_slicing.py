@@ -54,7 +54,7 @@ def test_concatenated_experts_restore_the_matrices(d_ff, n_expert, align, seed):
     real = order.ravel() != PADDING
 
     rows = np.concatenate(list(slice_rows(weight, order)))
-    columns = np.concatenate(list(slice_columns(weight.T, order, 4.0)), axis=1)
+    columns = np.concatenate(list(slice_columns(weight.T, order, np.full(n_expert, 4.0))), axis=1)
 
     assert np.array_equal(weight, rows[real])
     assert np.array_equal(weight.T * 4, columns[:, real])
@@ -73,7 +73,7 @@ def test_four_neurons_by_hand():
         z = g @ x
         return d @ (z / (1 + np.exp(-z)) * (u @ x))
 
-    parts = zip(slice_rows(gate, order), slice_rows(up, order), slice_columns(down, order, 2.0), strict=True)
+    parts = zip(slice_rows(gate, order), slice_rows(up, order), slice_columns(down, order, [2.0, 2.0]), strict=True)
 
     np.testing.assert_allclose(mlp(gate, up, down), np.mean([mlp(*part) for part in parts], axis=0), rtol=1e-6)
 
@@ -87,14 +87,14 @@ def test_a_scattered_order_is_gathered():
 
     assert [[6, 7], [0, 0], [0, 1]] == first.tolist()
     assert [[2, 3], [4, 5], [0, 0]] == second.tolist()
-    assert [[6, 0, 0], [7, 0, 1]] == next(slice_columns(weight.T, order, 1.0)).tolist()
+    assert [[6, 0, 0], [7, 0, 1]] == next(slice_columns(weight.T, order, [1.0, 1.0])).tolist()
 
 
 def test_an_overflow_of_the_amplification_becomes_an_infinity_not_a_warning():
     """f16 times 16 can overflow; the writer sees the infinity and refuses it."""
     weight = np.full((1, 2), 60000, np.float16)
 
-    (only,) = slice_columns(weight, contiguous_order(2, 1), 2.0)
+    (only,) = slice_columns(weight, contiguous_order(2, 1), [2.0])
 
     assert np.isinf(only).all()
 
@@ -104,7 +104,7 @@ def test_a_power_of_two_amplifies_exactly(dtype):
     """Dividing again gives the same bits, subnormals included."""
     weight = np.array([[1e-7, 0.1, -3.3, 6e-8]], dtype)
 
-    (only,) = slice_columns(weight, contiguous_order(4, 1), 8.0)
+    (only,) = slice_columns(weight, contiguous_order(4, 1), [8.0])
 
     assert np.array_equal(weight, only / weight.dtype.type(8))
 

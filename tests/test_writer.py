@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gguf
@@ -13,6 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
+from moe2gguf.export import types, writer
 from moe2gguf.export.layout import lay_out
 from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors, write_text
 
@@ -239,3 +241,55 @@ def test_the_writer_keeps_only_a_few_tensors_in_memory(tmp_path):
         write_tensors(descriptor, layout, outputs, threads=3, advance=lambda _: None)
 
     assert 1 < max(most) <= 3
+
+
+def test_one_large_tensor_is_quantized_by_several_threads(tmp_path, monkeypatch):
+    """In pieces of rows, whose bytes arrive in order; the first error stops all."""
+    rows = RNG.standard_normal((64, 256)).astype(np.float32)
+    output = OutputTensor("t", (64, 256), GGMLType.Q4_0, (), lambda: iter([rows]))
+    layout = lay_out({}, [output])
+    monkeypatch.setattr(writer, "PIECE", 512)
+    seen = set()
+    encode = types.encode
+
+    def watched(array, kind, name):
+        seen.add((threading.get_ident(), len(array)))
+        time.sleep(0.005)
+        return encode(array, kind, name)
+
+    monkeypatch.setattr(types, "encode", watched)
+    with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):
+        write_tensors(descriptor, layout, [output], threads=1, quantizers=3, advance=lambda _: None)
+
+    (tensor,) = gguf.GGUFReader(tmp_path / "x").tensors
+    assert np.array_equal(gguf.quants.quantize(rows, GGMLType.Q4_0), tensor.data)
+    assert (3, {2}) == (len({thread for thread, _ in seen}), {n for _, n in seen})
+
+
+def test_an_error_does_not_wait_for_the_rows_of_other_tensors(tmp_path, monkeypatch):
+    """A large tensor may have minutes of rows in the queue; they are dropped."""
+    rows = RNG.standard_normal((1000, 32)).astype(np.float32)
+    outputs = [
+        OutputTensor("large", rows.shape, GGMLType.Q4_0, (), lambda: iter([rows])),
+        OutputTensor("bad", (1, 32), GGMLType.F32, (), late),
+    ]
+    layout = lay_out({}, outputs)
+    monkeypatch.setattr(writer, "PIECE", 32)
+    encode = types.encode
+    monkeypatch.setattr(types, "encode", lambda *arguments: time.sleep(0.02) or encode(*arguments))
+    start = time.monotonic()
+
+    with (
+        pytest.raises(CorruptWeightError, match="bad"),
+        replacing(tmp_path / "x", layout.file_size) as (descriptor, _),
+    ):
+        write_tensors(descriptor, layout, outputs, threads=2, advance=lambda _: None)
+
+    assert time.monotonic() - start < 5  # of the ten seconds that all rows would take
+    assert [] == list(tmp_path.iterdir())
+
+
+def late():
+    """A bad weight, after the other tensor has begun."""
+    time.sleep(0.1)
+    yield np.full((1, 32), np.nan, np.float32)

@@ -7,7 +7,7 @@ of error, since silu(0) * 0 = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,21 +53,20 @@ def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
             yield block
 
 
-def slice_columns(weight: Array, order: Order, amplification: float) -> Iterator[Array]:
-    """Down projection (d_model, d_ff) -> each expert's (d_model, d_expert), times `amplification`.
+def slice_columns(weight: Array, order: Order, amplification: Sequence[float] | Array) -> Iterator[Array]:
+    """Down projection (d_model, d_ff) -> each expert's (d_model, d_expert), times its amplification (n_expert,).
 
     The product is rounded once to the weight's own type; it is exact where `amplification` is a power of two
     and nothing overflows (an overflow becomes an infinity, which the writer refuses).
     """
-    factor = weight.dtype.type(amplification)
-    for neurons in order:
+    for neurons, factor in zip(order, amplification, strict=True):
         if _is_run(neurons):
             columns = weight[:, neurons[0] : neurons[0] + len(neurons)]
         else:
             columns = weight[:, np.maximum(neurons, 0)]
             columns[:, neurons == PADDING] = 0
         with np.errstate(over="ignore", invalid="ignore"):
-            yield columns * factor  # type: ignore[operator]
+            yield columns * weight.dtype.type(factor)  # type: ignore[operator]
 
 
 def _is_run(neurons: NDArray[np.int64]) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export import types
+from moe2gguf.export.reader import TensorType, ValueType
 from moe2gguf.spec import MetadataValue
 
 MAGIC = b"GGUF"
@@ -27,7 +28,7 @@ class Entry:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLType
+    type: TensorType
 
     @property
     def n_bytes(self) -> int:
@@ -44,23 +45,31 @@ class Layout:
     file_size: int
 
 
-def lay_out(metadata: Mapping[str, MetadataValue], tensors: Sequence[Entry]) -> Layout:
+def lay_out(
+    metadata: Mapping[str, MetadataValue],
+    tensors: Sequence[Entry],
+    kinds: Mapping[str, ValueType] = MappingProxyType({}),
+) -> Layout:
     """The layout of a file with this metadata and these tensors, in this order.
+
+    `kinds` says how a value is stored where that differs from what `MetadataValue` promises, for metadata that comes
+    from another file. A key `general.alignment` is obeyed.
 
     Raises:
         GGUFError: a metadata value does not fit its type, or two tensors share a name.
     """
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise GGUFError("two tensors have the same name")
-    keys = b"".join(_string(key) + _value(key, value) for key, value in metadata.items())
+    alignment = int(str(metadata.get("general.alignment", ALIGNMENT)))
+    keys = b"".join(_string(key) + _value(key, value, kinds.get(key)) for key, value in metadata.items())
     infos, position = [], 0
     relative = {}
     for tensor in tensors:
         relative[tensor.name] = position
         infos.append(_tensor_info(tensor, position))
-        position = _aligned(position + tensor.n_bytes)
+        position = _aligned(position + tensor.n_bytes, alignment)
     head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)) + keys + b"".join(infos)
-    header = head.ljust(_aligned(len(head)), b"\0")
+    header = head.ljust(_aligned(len(head), alignment), b"\0")
     offsets = {name: len(header) + offset for name, offset in relative.items()}
     return Layout(header, offsets, len(header) + position)
 
@@ -71,8 +80,8 @@ def value_offset(layout: Layout, key: str, value: str) -> int:
     return layout.header.index(prefix + value.encode()) + len(prefix)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 def _tensor_info(tensor: Entry, offset: int) -> bytes:
@@ -81,34 +90,44 @@ def _tensor_info(tensor: Entry, offset: int) -> bytes:
 
 
 def _string(text: str) -> bytes:
-    data = text.encode()
+    data = text.encode("utf-8", "surrogateescape")  # bytes of another file that were not UTF-8 come back as they were
     return struct.pack("<Q", len(data)) + data
 
 
-_SCALARS: dict[type, tuple[Kind, str]] = {
-    bool: (Kind.BOOL, "?"),
-    int: (Kind.UINT32, "I"),
-    float: (Kind.FLOAT32, "f"),
+_SCALARS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32}
+_ITEMS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.INT32, float: Kind.FLOAT32}
+_CODES: dict[Kind, str] = {
+    Kind.UINT8: "B",
+    Kind.INT8: "b",
+    Kind.UINT16: "H",
+    Kind.INT16: "h",
+    Kind.UINT32: "I",
+    Kind.INT32: "i",
+    Kind.FLOAT32: "f",
+    Kind.BOOL: "?",
+    Kind.UINT64: "Q",
+    Kind.INT64: "q",
+    Kind.FLOAT64: "d",
 }
-_ITEMS: dict[type, tuple[Kind, str]] = _SCALARS | {int: (Kind.INT32, "i")}
 
 
-def _value(key: str, value: MetadataValue) -> bytes:
+def _value(key: str, value: MetadataValue, stored: ValueType | None) -> bytes:
     try:
+        if isinstance(value, list):
+            return struct.pack("<I", Kind.ARRAY) + _array(value, stored.element if stored else None)
         if isinstance(value, str):
             return struct.pack("<I", Kind.STRING) + _string(value)
-        if isinstance(value, list):
-            return struct.pack("<I", Kind.ARRAY) + _array(value)
-        kind, code = _SCALARS[type(value)]
-        return struct.pack(f"<I{code}", kind, value)
+        kind = stored.type if stored else _SCALARS[type(value)]
+        return struct.pack(f"<I{_CODES[kind]}", kind, value)
     except (struct.error, OverflowError, KeyError) as error:
         raise GGUFError(f"metadata {key}: {value!r} does not fit a GGUF value ({error})") from error
 
 
-def _array(values: Sequence[str] | Sequence[int] | Sequence[float]) -> bytes:
-    if not values:
+def _array(values: Sequence[str] | Sequence[int] | Sequence[float], element: Kind | None) -> bytes:
+    if not values and element is None:
         raise struct.error("an empty array has no type")
-    if isinstance(values[0], str):
-        return struct.pack("<IQ", Kind.STRING, len(values)) + b"".join(_string(str(item)) for item in values)
-    kind, code = _ITEMS[type(values[0])]
-    return struct.pack(f"<IQ{len(values)}{code}", kind, len(values), *values)
+    if element is None:
+        element = Kind.STRING if isinstance(values[0], str) else _ITEMS[type(values[0])]
+    if element == Kind.STRING:
+        return struct.pack("<IQ", element, len(values)) + b"".join(_string(str(item)) for item in values)
+    return struct.pack(f"<IQ{len(values)}{_CODES[element]}", element, len(values), *values)

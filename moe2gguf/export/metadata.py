@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.spec import MetadataValue, Model, Rope, Slicing
+from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing
 
 SOURCE_DIGEST = "moe2gguf.source.sha256"
 DIGEST_PLACEHOLDER = "0" * 64
@@ -84,7 +84,9 @@ def rope_frequencies(rope: Rope, d_head: int) -> NDArray[np.float32]:
     return np.where(short, 1.0, np.where(long, rope.factor, blended)).astype(np.float32)
 
 
-def provenance(model: Model, slicing: Slicing | None) -> dict[str, MetadataValue]:
+def provenance(
+    model: Model, slicing: Slicing | None, calibration: Calibration | None = None
+) -> dict[str, MetadataValue]:
     """`moe2gguf.*`: what made this file, from what, how. No path, no time: equal inputs give equal bytes."""
     result: dict[str, MetadataValue] = {
         "moe2gguf.version": version("moe2gguf"),
@@ -93,14 +95,26 @@ def provenance(model: Model, slicing: Slicing | None) -> dict[str, MetadataValue
     }
     if slicing:
         result |= {
-            "moe2gguf.slicing.method": slicing.method,
-            "moe2gguf.slicing.router": slicing.router,
+            "moe2gguf.slicing.group": slicing.recipe.group,
+            "moe2gguf.slicing.router": slicing.recipe.router,
+            "moe2gguf.slicing.refit": slicing.recipe.refit,
+            "moe2gguf.slicing.amplify": slicing.recipe.amplify,
+            "moe2gguf.slicing.seed": slicing.recipe.seed,
             "moe2gguf.slicing.expert_count": slicing.n_expert,
             "moe2gguf.slicing.expert_used_count": slicing.n_expert_used,
-            "moe2gguf.slicing.amplification": float(slicing.amplification),
             "moe2gguf.slicing.dense_feed_forward_length": model.d_ff,
             "moe2gguf.slicing.padding": slicing.n_expert * slicing.d_expert - model.d_ff,
             "moe2gguf.slicing.align": slicing.align,
-            "moe2gguf.slicing.seed": slicing.seed,
+        }
+        if slicing.recipe.amplify in ("exact", "used"):
+            count = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
+            result["moe2gguf.slicing.amplification"] = float(count)
+        if slicing.recipe.always_on is not None:
+            result["moe2gguf.slicing.always_on"] = slicing.recipe.always_on
+    if calibration:
+        result |= {
+            "moe2gguf.calibration.text": calibration.label,
+            "moe2gguf.calibration.sha256": calibration.digest,
+            "moe2gguf.calibration.tokens": calibration.n_token,
         }
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import gguf
 import ml_dtypes
@@ -11,75 +12,122 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CorruptWeightError
+from moe2gguf.export import kernels
+from moe2gguf.export.reader import BLOCK_SIZES, LaterType, TensorType
 
 Array = NDArray[np.generic]
 
-FLOATS: dict[GGMLType, np.dtype[np.generic]] = {
+FLOATS: dict[TensorType, np.dtype[np.generic]] = {
     GGMLType.F32: np.dtype(np.float32),
     GGMLType.F16: np.dtype(np.float16),
     GGMLType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
 
-BLOCKS: tuple[GGMLType, ...] = (
-    GGMLType.Q8_0,
-    GGMLType.Q5_1,
-    GGMLType.Q5_0,
-    GGMLType.Q4_1,
-    GGMLType.Q4_0,
-    GGMLType.TQ2_0,
-    GGMLType.TQ1_0,
+
+def _known(name: str) -> TensorType:
+    """The type of that name, also where the installed gguf package is older than the type."""
+    kind: TensorType = GGMLType[name] if name in GGMLType.__members__ else LaterType[name]
+    return kind
+
+
+BLOCKS: tuple[TensorType, ...] = tuple(
+    _known(name)
+    for name in (
+        *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "NVFP4", "MXFP4"),
+        *("Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "Q2_0", "TQ2_0", "TQ1_0"),
+        *("IQ1_M", "IQ1_S", "Q1_0"),
+    )
 )
-"""The block types that the gguf package can quantize to."""
+"""The block types that llama.cpp can quantize to, large to small:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8089"""
 
-NAMES: dict[str, GGMLType] = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS)}
-"""What `--type` takes, beside "auto"."""
+NUMPY: frozenset[TensorType] = frozenset(
+    _known(name) for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "TQ2_0", "TQ1_0")
+)
+"""The block types that the gguf package can quantize to as well, to the same bytes, more slowly."""
 
-FILE_TYPES: dict[GGMLType, int] = {
-    GGMLType.F32: gguf.LlamaFileType.ALL_F32,
-    GGMLType.F16: gguf.LlamaFileType.MOSTLY_F16,
-    GGMLType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    GGMLType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-    GGMLType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
-    GGMLType.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
-    GGMLType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
-    GGMLType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
-    GGMLType.TQ2_0: gguf.LlamaFileType.MOSTLY_TQ2_0,
-    GGMLType.TQ1_0: gguf.LlamaFileType.MOSTLY_TQ1_0,
+NAMES: dict[str, TensorType] = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS)}
+"""Every type we can write, by its name in lower case."""
+
+_FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+_FILE_TYPES |= {"MXFP4": "MOSTLY_MXFP4_MOE"}
+_LATER_FILE_TYPES = {"MOSTLY_MXFP4_MOE": 38, "MOSTLY_NVFP4": 39, "MOSTLY_Q1_0": 40, "MOSTLY_Q2_0": 41}
+
+
+def file_type(name: str) -> int:
+    """llama.cpp's number for a file type, such as ALL_F32 or MOSTLY_Q4_K_M:
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/include/llama.h#L115
+    """
+    known = gguf.LlamaFileType.__members__
+    return int(known[name]) if name in known else _LATER_FILE_TYPES[name]
+
+
+FILE_TYPES: dict[TensorType, int] = {
+    kind: file_type(_FILE_TYPES.get(kind.name, f"MOSTLY_{kind.name}")) for kind in (*FLOATS, *BLOCKS)
 }
 """The `general.file_type` of a file whose weights are mostly of a type."""
 
 
-def of_dtype(dtype: np.dtype[np.generic]) -> GGMLType:
+def of_dtype(dtype: np.dtype[np.generic]) -> TensorType:
     """The float type that stores `dtype` unchanged."""
     return next(kind for kind, stored in FLOATS.items() if stored == dtype)
 
 
-def block_size(kind: GGMLType) -> int:
+def named(name: str) -> TensorType:
+    """The type called `name`, in upper or lower case; raises KeyError for another name."""
+    return NAMES[name.lower()]
+
+
+def block_size(kind: TensorType) -> int:
     """Elements per block; a row's width must be a multiple of it."""
-    return int(gguf.GGML_QUANT_SIZES[kind][0])
+    return BLOCK_SIZES[kind][0]
 
 
-def n_bytes(shape: tuple[int, ...], kind: GGMLType) -> int:
+def bits_per_weight(kind: TensorType) -> float:
+    """Bits that one element takes, its share of the block's scales included."""
+    elements, size = BLOCK_SIZES[kind]
+    return 8 * size / elements
+
+
+def n_bytes(shape: tuple[int, ...], kind: TensorType) -> int:
     """The size of a tensor in bytes; `shape`'s last axis must be a multiple of the block size."""
-    elements, size = gguf.GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // int(elements) * int(size)
+    elements, size = BLOCK_SIZES[kind]
+    return math.prod(shape) // elements * size
 
 
-def encode(array: Array, kind: GGMLType, name: str) -> memoryview:
-    """`array` (f32, f16 or bf16) as the bytes of type `kind`; `name` is for the error message.
+def encode(array: Array, kind: TensorType, name: str) -> memoryview:
+    """`array` as the bytes of type `kind`; `name` is for the error message.
+
+    An array of f32, f16 or bf16 is encoded; one of uint8 holds blocks of that type already, which are kept.
 
     Raises:
-        CorruptWeightError: a value is NaN or infinite, or too large for f16.
+        CorruptWeightError: a value is NaN or infinite, or too large for the type.
+        HarnessError: the type needs llama.cpp's kernels, and they are not installed.
     """
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array).reshape(-1).data
     require_finite(array, name)
-    if kind in FLOATS:
-        with np.errstate(over="ignore"):
-            encoded: Array = np.ascontiguousarray(array, FLOATS[kind])
-        if kind is GGMLType.F16 and array.dtype != encoded.dtype and not is_finite(encoded):
-            raise _overflow(array, name)
-    else:
-        encoded = gguf.quants.quantize(array.astype(np.float32), kind)
+    if kind not in FLOATS:
+        return _quantize(array.astype(np.float32, copy=False), kind, name).data
+    with np.errstate(over="ignore"):
+        encoded: Array = np.ascontiguousarray(array, FLOATS[kind])
+    if kind is GGMLType.F16 and array.dtype != encoded.dtype and not is_finite(encoded):
+        raise _overflow(array, name)
     return encoded.reshape(-1).view(np.uint8).data
+
+
+def require_kernels(kinds: Iterable[TensorType]) -> None:
+    """Raise HarnessError, before anything is written, if one of the types to write needs a missing kernel."""
+    wanted = {kind for kind in kinds if kind in BLOCKS}
+    kernels.require(wanted if kernels.installed() else wanted - NUMPY)
+
+
+def _quantize(rows: NDArray[np.float32], kind: TensorType, name: str) -> NDArray[np.uint8]:
+    """The blocks of `rows` (..., width): llama.cpp's where it is installed, else the same from the gguf package."""
+    if kind in NUMPY and not kernels.installed():
+        blocks: NDArray[np.uint8] = gguf.quants.quantize(rows, kind)
+        return blocks.reshape(-1)
+    return kernels.quantize(rows, kind, name)
 
 
 def require_finite(array: Array, name: str) -> None:
@@ -96,9 +144,9 @@ _EXPONENT = {2: {"float16": 0x7C00, "bfloat16": 0x7F80}, 4: {"float32": 0x7F8000
 def is_finite(array: Array) -> bool:
     """Whether no element is NaN or infinite, from the exponent bits alone (several times faster than isfinite)."""
     size = array.dtype.itemsize
-    exponent = _EXPONENT[size][array.dtype.name]
-    bits = array.view(np.uint16 if size == 2 else np.uint32).astype(np.uint32, copy=False)
-    return bool(array.size == 0 or (bits & exponent).max() < exponent)
+    bits = array.view(np.uint16 if size == 2 else np.uint32)
+    exponent = bits.dtype.type(_EXPONENT[size][array.dtype.name])
+    return bool(array.size == 0 or np.bitwise_and(bits, exponent).max() < exponent)
 
 
 def _overflow(array: Array, name: str) -> CorruptWeightError:

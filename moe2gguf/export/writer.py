@@ -23,8 +23,12 @@ from numpy.typing import NDArray
 from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.export import types
 from moe2gguf.export.layout import Entry, Layout
+from moe2gguf.export.reader import TensorType
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
+
+PIECE = 1 << 18
+"""Elements that are quantized together: a fraction of a second in the slowest kernel, a megabyte of float32."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,21 @@ def write_tensors(
     *,
     threads: int,
     advance: Callable[[int], None],
+    quantizers: int | None = None,
 ) -> None:
     """Write header and tensors at the places `layout` gives them; `advance` is told the bytes as they are written.
 
     Each thread works on one tensor at a time, so reading, casting and writing overlap, and no more than `threads`
-    tensors are in memory. The first failure stops all of them and is raised.
+    tensors are in memory. Block types are quantized by `quantizers` more threads (None: as many), a few rows at a time,
+    so that one large tensor keeps all cores busy too. The first failure stops everything and is raised.
     """
     _write_at(descriptor, memoryview(layout.header), 0)
     advance(len(layout.header))
     stop = threading.Event()
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(_write_tensor, descriptor, layout.offsets[t.name], t, advance, stop) for t in tensors]
+    with ThreadPoolExecutor(quantizers or threads) as kernels, ThreadPoolExecutor(threads) as pool:
+        jobs = [
+            pool.submit(_write_tensor, descriptor, layout.offsets[t.name], t, advance, stop, kernels) for t in tensors
+        ]
         try:
             done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
             for job in done:
@@ -125,19 +133,38 @@ def write_text(descriptor: int, text: str, offset: int) -> None:
 
 
 def _write_tensor(
-    descriptor: int, offset: int, tensor: OutputTensor, advance: Callable[[int], None], stop: threading.Event
+    descriptor: int,
+    offset: int,
+    tensor: OutputTensor,
+    advance: Callable[[int], None],
+    stop: threading.Event,
+    kernels: ThreadPoolExecutor,
 ) -> None:
     position = offset
     label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
     for block in tensor.blocks():
-        if stop.is_set():
-            return
-        data = types.encode(block, tensor.type, label)
-        _write_at(descriptor, data, position)
-        position += len(data)
-        advance(len(data))
+        for data in _encoded(block, tensor.type, label, kernels):
+            if stop.is_set():
+                return
+            _write_at(descriptor, data, position)
+            position += len(data)
+            advance(len(data))
     if position != offset + tensor.n_bytes:
         raise GGUFError(f"{tensor.name}: {position - offset} bytes were made, the plan says {tensor.n_bytes}")
+
+
+def _encoded(
+    block: NDArray[np.generic], kind: TensorType, label: str, kernels: ThreadPoolExecutor
+) -> Iterator[memoryview]:
+    """`block` as bytes of type `kind`: at once, or for block types in pieces of rows made in parallel."""
+    if kind in types.FLOATS or block.dtype == np.uint8:
+        yield types.encode(block, kind, label)
+        return
+    types.require_finite(block, label)
+    rows = block.reshape(-1, block.shape[-1])
+    step = max(1, PIECE // rows.shape[1])
+    pieces = [rows[i : i + step] for i in range(0, len(rows), step)]
+    yield from kernels.map(lambda piece: types.encode(piece, kind, label), pieces)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -90,7 +90,7 @@ def check(
     with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
         reference = record(dense, setup, text, n_token, 0, Path(folder) / "logits")
         ours = _compare(sliced, replace(setup, n_expert_used=wanted), reference)
-        noise = _compare(dense, _disturbed(setup), reference, n_window=1)
+        noise = _compare(dense, disturbed(setup), reference, n_window=1)
     return _judged(dense, facts, n_expert_used, ours, noise)
 
 
@@ -106,7 +106,7 @@ def _compare(path: Path, setup: Setup, reference: Reference, n_window: int | Non
         return metrics.summarize(metrics.join(islice(scores, n_window)))
 
 
-def _disturbed(setup: Setup) -> Setup:
+def disturbed(setup: Setup) -> Setup:
     """Return the same computation in another order.
 
     On CPUs only single tokens meet other kernels (dot products instead of matrix products), and the kernels of

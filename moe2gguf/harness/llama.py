@@ -6,6 +6,7 @@ position, forces flash attention off, and hides the settings that make results r
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.library import import_llama, int_overrides, last_lines, load_model, processors
+from moe2gguf.harness.library import (
+    cpu_experts,
+    import_llama,
+    int_overrides,
+    last_lines,
+    load_model,
+    processors,
+    require_gpu,
+)
 
 Logits = NDArray[np.float32]
 
@@ -32,6 +41,7 @@ class Setup:
     n_batch        tokens computed at once; logits of at most so many positions are in memory
     n_threads      None: all processors this process may use
     n_gpu_layers   0: CPU only; negative: all layers
+    experts_on_cpu keep the expert tensors in the processor's memory, whatever `n_gpu_layers` says
     kv_type        element type of the key/value cache
     flash_attention, repack   llama.cpp's faster attention, and weights rearranged at load for the processor
     """
@@ -41,6 +51,7 @@ class Setup:
     n_batch: int = 128
     n_threads: int | None = None
     n_gpu_layers: int = 0
+    experts_on_cpu: bool = False
     kv_type: Literal["f32", "f16"] = "f32"
     flash_attention: bool = False
     repack: bool = False
@@ -98,10 +109,8 @@ def open_model(path: Path, setup: Setup) -> Iterator[Llama]:
     Raises HarnessError if the file, the settings or the device do not fit.
     """
     lib = import_llama()
-    if setup.n_gpu_layers != 0 and not lib.llama_supports_gpu_offload():
-        raise HarnessError(
-            "the installed llama.cpp has no GPU support: run vendor/install cuda|vulkan|metal (see vendor/README.md)"
-        )
+    if setup.n_gpu_layers != 0:
+        require_gpu(lib)
     facts = read_facts(path)
     params = lib.llama_model_default_params()
     params.n_gpu_layers = setup.n_gpu_layers
@@ -109,6 +118,9 @@ def open_model(path: Path, setup: Setup) -> Iterator[Llama]:
     k = expert_override(facts, setup.n_expert_used)
     if k is not None:
         params.kv_overrides = int_overrides(lib, {f"{facts.architecture}.expert_used_count": k})
+    placement = cpu_experts(lib)  # must outlive the load
+    if setup.experts_on_cpu:
+        params.tensor_buft_overrides = ctypes.addressof(placement)
     llama = Llama(lib, load_model(lib, path, params), setup, facts, facts.n_expert_used if k is None else k)
     try:
         if setup.n_context:

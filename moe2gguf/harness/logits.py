@@ -1,7 +1,7 @@
 """The logits of one text under two files: the reference's go to disk once, every other file is compared with them.
 
 Only scored positions are computed to logits, a batch at a time, so memory stays near n_batch * n_vocab * 4 bytes
-for any text and any vocabulary; disk space is n_token * n_vocab * 4 bytes.
+for any text and any vocabulary; disk space is n_token * n_vocab * 4 bytes, or what `record` is given: see `compact`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness import metrics
+from moe2gguf.harness import compact, metrics
 from moe2gguf.harness.child import run_in_child, stream_from_child
 from moe2gguf.harness.llama import Facts, Llama, Logits, Setup, open_model
 from moe2gguf.harness.metrics import TokenScores
@@ -46,13 +46,17 @@ class Windows:
 
 @dataclass(frozen=True)
 class Reference:
-    """What `record` leaves: logits (n_token, n_vocab) float32, row after row, in the file `logits`."""
+    """What `record` leaves: logits (n_token, n_vocab) float32, row after row, in the file `logits`.
+
+    With `n_kept` the file holds records of `compact.row_type(n_kept)` instead.
+    """
 
     logits: Path
     windows: Windows
     text: str
     facts: Facts
     vocabulary: str  # digest
+    n_kept: int | None = None
 
 
 def cut(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, bos: int | None) -> Windows:
@@ -79,37 +83,58 @@ def cut(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, 
     return Windows(cut, first)
 
 
-def record(path: Path, setup: Setup, text: str, n_token: int, first: int, target: Path) -> Reference:
+def record(
+    path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None = None
+) -> Reference:
     """Compute the reference's logits in a child process and keep them in the file `target`.
 
-    At least `n_token` positions are scored, windows being whole; see `cut`. Raises HarnessError if llama.cpp
-    cannot run the file, the text is too short, or the disk has no room.
+    At least `n_token` positions are scored (None: the whole text), windows being whole; see `cut`. `room` is how many
+    bytes the file may have before it takes the compact form. Raises HarnessError if llama.cpp cannot run the file, the
+    text is too short, or the disk has no room.
     """
-    return run_in_child(_record, path, setup, text, n_token, first, target, what=f"running {path}")
+    return run_in_child(_record, path, setup, text, n_token, first, target, room, what=f"running {path}")
 
 
 def measure(
-    path: Path, setup: Setup, reference: Reference, tail: float = metrics.TAIL
+    path: Path,
+    setup: Setup,
+    reference: Reference,
+    tail: float = metrics.TAIL,
+    *,
+    timeout: float | None = None,
+    memory_limit: int | None = None,
 ) -> Generator[TokenScores, None, None]:
     """Compare a file with the reference in a child process; yields the scores of one window after the other.
 
+    `timeout` is in seconds per window, the first with the load; `memory_limit` in bytes: see `run_in_child`. A compact
+    reference has a tail of its own, `metrics.TAIL`.
+
     Raises HarnessError if llama.cpp cannot run the file or its vocabulary is not the reference's.
     """
-    yield from stream_from_child(_measure, path, setup, reference, tail, what=f"running {path}")
+    limits: dict[str, Any] = {"timeout": timeout, "memory_limit": memory_limit}
+    yield from stream_from_child(_measure, path, setup, reference, tail, what=f"running {path}", **limits)
 
 
-def _record(path: Path, setup: Setup, text: str, n_token: int, first: int, target: Path) -> Reference:
+def _record(
+    path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None
+) -> Reference:
     with open_model(path, setup) as model:
-        windows = cut(_tokens(model, text), n_token=n_token, n_context=setup.n_context, first=first, bos=model.bos())
-        _require_room(target.parent, windows.n_token * model.facts.n_vocab * 4)
+        tokens, n = _tokens(model, text), setup.n_context
+        n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
+        windows = cut(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
+        n_vocab = model.facts.n_vocab
+        n_kept = None if room is None else compact.entries_to_keep(windows.n_token, n_vocab, room)
+        row_bytes = n_vocab * 4 if n_kept is None else compact.row_type(n_kept).itemsize
+        _require_room(target.parent, windows.n_token * row_bytes)
         try:
             with target.open("wb") as file:
                 for window in windows.tokens:
-                    for block in _scored(model, window, first):
-                        file.write(block.data)
+                    for block, targets in _scored(model, window, first):
+                        rows = block if n_kept is None else compact.shrink(block, targets, n_kept)
+                        file.write(rows.data)
         except OSError as error:
             raise HarnessError(f"cannot keep the reference's logits: {error}; set TMPDIR to a larger disk") from error
-        return Reference(target, windows, text, model.facts, model.vocabulary_digest())
+        return Reference(target, windows, text, model.facts, model.vocabulary_digest(), n_kept)
 
 
 def _measure(path: Path, setup: Setup, reference: Reference, tail: float) -> Iterator[TokenScores]:
@@ -118,21 +143,27 @@ def _measure(path: Path, setup: Setup, reference: Reference, tail: float) -> Ite
     with open_model(path, setup) as model, reference.logits.open("rb") as file:
         _require_same_vocabulary(model, reference)
         for window in windows.tokens:
-            yield metrics.join(_compare_window(model, window, windows.first, file, tail))
+            yield metrics.join(_compare_window(model, window, reference, file, tail))
 
 
 def _compare_window(
-    model: Llama, window: NDArray[np.int32], first: int, file: IO[bytes], tail: float
+    model: Llama, window: NDArray[np.int32], reference: Reference, file: IO[bytes], tail: float
 ) -> Iterator[TokenScores]:
+    for block, targets in _scored(model, window, reference.windows.first):
+        if reference.n_kept is None:
+            base = np.fromfile(file, np.float32, block.size).reshape(block.shape)
+            yield metrics.compare(base, block, targets, tail)
+        else:
+            rows = np.fromfile(file, compact.row_type(reference.n_kept), len(block))
+            yield compact.compare(rows, block, targets)
+
+
+def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
+    """Yield blocks of logits of the scored positions, and the tokens that follow these."""
     row = first
-    for block in _scored(model, window, first):
-        base = np.fromfile(file, np.float32, block.size).reshape(block.shape)
-        yield metrics.compare(base, block, window[row + 1 : row + 1 + len(block)], tail)
+    for block in model.blocks(window, first, len(window) - 1):
+        yield block, window[row + 1 : row + 1 + len(block)]
         row += len(block)
-
-
-def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[Logits]:
-    return model.blocks(window, first, len(window) - 1)
 
 
 def _tokens(model: Llama, text: str) -> NDArray[np.int32]:

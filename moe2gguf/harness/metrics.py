@@ -24,7 +24,8 @@ TAIL = -16.0
 
 PERCENTILES = (0.1, 1.0, 5.0, 10.0, 50.0, 90.0, 95.0, 99.0, 99.9)
 
-_CHUNK_ENTRIES = 2**17  # logits per step: the working arrays (float64) stay in the processor's cache
+CHUNK_ENTRIES = 2**17
+"""Logits per step: the working arrays (float64) stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TokenScores:
     same_top        1 where both have the same most likely token, else 0
     top5_overlap    share of the base's five most likely tokens that the other has among its five
     max_difference  largest |logit difference| over the vocabulary
+    kl_slack        how much larger than `kl` the KL divergence may be; above 0 only against a compact reference
     n_bad           NaN or infinite logits of either model
     """
 
@@ -47,6 +49,7 @@ class TokenScores:
     same_top: Floats
     top5_overlap: Floats
     max_difference: Floats
+    kl_slack: Floats
     n_bad: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -79,11 +82,17 @@ class Summary:
     top1_error: float
     top5: float
     max_difference: float
+    kl_slack: float  # the mean KL divergence is in kl_mean ... kl_mean + kl_slack
     n_bad: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
         return {key: _finite(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Summary:
+        """Return what `to_dict` was made of; None becomes NaN. Raises TypeError for missing or other fields."""
+        return cls(**{key: _number(value) for key, value in values.items()})
 
 
 def compare(
@@ -93,7 +102,7 @@ def compare(
 
     KL sums p_base * (ln p_base - ln p_other) over the entries with ln p_base > `tail`; -inf takes them all.
     """
-    step = max(1, _CHUNK_ENTRIES // base.shape[1])
+    step = max(1, CHUNK_ENTRIES // base.shape[1])
     chunks = [slice(i, i + step) for i in range(0, len(base), step)]
     with np.errstate(all="ignore"):  # bad numbers are counted, not warned about
         return join(_compare_chunk(base[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
@@ -101,13 +110,13 @@ def compare(
 
 def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> Floats:
     """Return the negative log-likelihood of `targets` (n_token,) under `logits` (n_token, n_vocab), nats."""
-    step = max(1, _CHUNK_ENTRIES // logits.shape[1])
+    step = max(1, CHUNK_ENTRIES // logits.shape[1])
     out = np.empty(len(logits))
     with np.errstate(all="ignore"):
         for i in range(0, len(logits), step):
             chunk = logits[i : i + step].astype(np.float64)
             chosen = chunk[np.arange(len(chunk)), targets[i : i + step]]
-            out[i : i + step] = _log_sum_exp(chunk)[0] - chosen
+            out[i : i + step] = log_sum_exp(chunk)[0] - chosen
     return out
 
 
@@ -153,6 +162,7 @@ def _summarize(scores: TokenScores, n: int) -> Summary:
         top1_error=_root(top1 * (1 - top1) / (n - 1)) if n > 1 else math.nan,
         top5=float(np.mean(scores.top5_overlap)),
         max_difference=float(np.max(scores.max_difference)),
+        kl_slack=float(np.mean(scores.kl_slack)),
         n_bad=int(np.sum(scores.n_bad)),
     )
 
@@ -164,15 +174,15 @@ def _compare_chunk(
     b, q = base.astype(np.float64), other.astype(np.float64)
     nll_base, nll = -b[row, targets], -q[row, targets]
     difference = b - q
-    lse_b, weight, total = _log_sum_exp(b)  # weight / total = p_base; overwrites b
-    lse_q, _, _ = _log_sum_exp(q)
+    lse_b, weight, total = log_sum_exp(b)  # weight / total = p_base; overwrites b
+    lse_q, _, _ = log_sum_exp(q)
     nll_base += lse_b
     nll += lse_q
     if tail > -np.inf:
         weight *= base > (lse_b + tail)[:, None]
     # sum p_b (ln p_b - ln p_q) = sum p_b (b - q) - (lse_b - lse_q) sum p_b, over the entries that are kept
     kl = (np.einsum("ij,ij->i", weight, difference) - (lse_b - lse_q) * weight.sum(axis=1)) / total
-    top_b, top_q = _top(base, 5), _top(other, 5)
+    top_b, top_q = top_ids(base, 5), top_ids(other, 5)
     same_top = (top_b[:, 0] == top_q[:, 0]).astype(np.float64)
     top5_overlap = (top_b[:, :, None] == top_q[:, None, :]).any(axis=2).mean(axis=1)
     np.abs(difference, out=difference)
@@ -188,11 +198,12 @@ def _compare_chunk(
         same_top=same_top,
         top5_overlap=top5_overlap,
         max_difference=max_difference,
+        kl_slack=np.zeros(len(kl)),
         n_bad=n_bad,
     )
 
 
-def _log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:
+def log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:
     """Return ln sum exp(x) (n,), exp(x - max) (n, n_vocab) and its sum (n,); overwrites `x` with the second."""
     highest = x.max(axis=1)
     x -= highest[:, None]
@@ -201,7 +212,7 @@ def _log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:
     return highest + np.log(total), x, total
 
 
-def _top(logits: NDArray[np.float32], n: int) -> NDArray[np.intp]:
+def top_ids(logits: NDArray[np.float32], n: int) -> NDArray[np.intp]:
     """Return the ids of the n highest logits of each row, (n_token, min(n, n_vocab)); of equals the lowest id first."""
     left = logits.copy()
     row = np.arange(len(left))
@@ -235,6 +246,12 @@ def _root(x: float) -> float:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    return math.nan if value is None else value
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,36 @@
+"""What each expert's down projection is multiplied by, (n_expert,).
+
+With an ordering-only router every chosen expert weighs 1/k, so a factor a gives (a / k) * sum of the chosen outputs:
+`exact` a = n is the dense MLP with all experts on, `used` a = k the plain sum at that k, `fitted` the least-squares
+optimum at that k. `any` belongs to the concentrated router: one over the weight that an expert gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(n_expert: int, factor: float) -> Tensor:
+    """`exact` (factor = n_expert) and `used` (factor = n_expert_used)."""
+    return torch.full((n_expert,), float(factor))
+
+
+def fitted(target_dot_sum: float, sum_dot_sum: float, n_expert: int, n_expert_used: int) -> Tensor:
+    """k * c with c the scalar that brings the plain sum of the chosen experts closest to the dense output.
+
+    c = <F, P> / <P, P>, from the two sums over the calibration tokens.
+    """
+    return uniform(n_expert, n_expert_used * target_dot_sum / max(sum_dot_sum, 1e-30))
+
+
+def inverse_weights(weights: Sequence[Tensor]) -> Tensor:
+    """`any`: the factors that bring the chosen experts' weights closest to 1 over several counts at once.
+
+    weights: for each k one (n_token, n_expert), zero where an expert does not run; a_e = sum p / sum p^2.
+    """
+    total = torch.stack([weight.sum(0) for weight in weights]).sum(0)
+    square = torch.stack([weight.square().sum(0) for weight in weights]).sum(0)
+    return total / square.clamp_min(1e-30)

@@ -1,0 +1,316 @@
+"""A comparison as one HTML file: words first, then pictures, every number in a table, and how it was measured.
+
+The file needs nothing but itself: plotly's JavaScript is inside, and a content security policy forbids all network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.harness.page import SCRIPT, STYLE
+from moe2gguf.harness.rows import Comparison, Row
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_COLUMNS = (
+    ("file", "file"),
+    ("type", "type"),
+    ("k", "n_expert_used"),
+    ("of", "n_expert"),
+    ("device", "device"),
+    ("status", "status"),
+    ("perplexity", "perplexity"),
+    ("±", "perplexity_error"),
+    ("KL mean", "kl_mean"),
+    ("±", "kl_error"),
+    ("KL slack", "kl_slack"),
+    ("KL 50 %", "kl_50%"),
+    ("KL 99 %", "kl_99%"),
+    ("KL max", "kl_max"),
+    ("top-1", "top1"),
+    ("top-5", "top5"),
+    ("RMS Δp", "p_change_rms"),
+    ("correlation", "correlation"),
+    ("max Δlogit", "max_difference"),
+    ("NaN", "n_bad"),
+    ("above noise", "above_noise"),
+    ("prompt t/s", "prompt_speed"),
+    ("generation t/s", "generation_speed"),
+    ("bound t/s", "speed_bound"),
+    ("speed / reference", "speed_ratio"),
+    ("size, bytes", "file_size"),
+    ("reason", "reason"),
+)
+
+
+def require_plotly(target: Path) -> None:
+    """Raise HarnessError if the report cannot be made: better before the measurements than after them."""
+    _plotly()
+    if not target.parent.is_dir():
+        raise HarnessError(f"{target}: there is no folder {target.parent}; make it, or name another file")
+
+
+def write_report(found: Comparison, target: Path, arguments: Sequence[str]) -> None:
+    """Write the report; `arguments` is the command line that made the comparison, the program first.
+
+    Raises HarnessError without plotly, OutputError if `target` cannot be written.
+    """
+    page = render(found, _plotly(), arguments)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(page, "utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def render(found: Comparison, plotly: str, arguments: Sequence[str]) -> str:
+    """Return the page; `plotly` is the text of plotly.js."""
+    figures = pictures(found)
+    sections = [
+        "<h1>Quality and speed against the dense model</h1>",
+        *(f"<p>{line}</p>" for line in summary(found)),
+        *(f'<h2>{escape(title)}</h2><div class="figure" id="figure{i}"></div>' for i, (title, _) in enumerate(figures)),
+        "<h2>Every number</h2>",
+        "<p>A click on a heading sorts by it. The pictures show nothing below a tenth of the noise limit.</p>",
+        _rows_table(found),
+        "<h2>How it was measured</h2>",
+        *_method(found, arguments),
+    ]
+    data = json.dumps([figure for _, figure in figures], allow_nan=False).replace("<", "\\u003c")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>moe2gguf compare</title><style>{STYLE}</style></head><body><main>\n"
+        + "\n".join(sections)
+        + f"\n</main><script>{plotly}</script><script>const FIGURES = {data};\n{SCRIPT}</script></body></html>\n"
+    )
+
+
+def summary(found: Comparison) -> list[str]:
+    """Return the result in sentences of HTML."""
+    sound = [row for row in found.rows if row.status == "ok"]
+    lines = [f"{len(sound)} of {len(found.rows)} runs completed."]
+    if found.base:
+        perplexity = f"{found.base.perplexity_base:.4g} ± {found.base.perplexity_base_error:.2g}"
+        reference = _name(found.reference.label)
+        lines[0] += f" The reference, {reference}, has a perplexity of {perplexity} on {found.base.n_token:,} tokens."
+    same = [row.candidate.label for row in sound if row.above_noise is False]
+    if same:
+        lines.append(f"As far as the noise floor can tell, the same model as the reference: {_names(same)}.")
+    if found.choice:
+        lines.append(f"<b>Take {_name(found.choice.label)}</b>: {escape(found.choice.reason)}.")
+        lines.append(f"Beaten by no other in both quality and speed: {_names(found.choice.front)}.")
+    equal = [f"{_name(pair.first)} and {_name(pair.second)}" for pair in found.pairs if not pair.different]
+    if equal:
+        lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
+    for row in found.rows:
+        if row.reason:
+            lines.append(f"{_name(row.candidate.label)} {row.status}: {escape(row.reason)}")
+    return lines
+
+
+def pictures(found: Comparison) -> list[tuple[str, dict[str, Any]]]:
+    """Return titles and figures, each a dictionary of plotly's `data` and `layout`; none without a sound row."""
+    sound = [row for row in found.rows if row.status == "ok" and row.quality]
+    if not sound:
+        return []
+    figures = []
+    if found.choice:
+        figures.append(("Quality and generation speed", _quality_and_speed(found, sound)))
+    sliced = [row for row in sound if row.candidate.n_expert]
+    if sliced:
+        figures.append(("KL divergence and experts used", _divergence_by_count(found, sliced)))
+    figures.append(("KL divergence window by window", _divergence_by_window(found, sound)))
+    return figures
+
+
+def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "name": name,
+            "x": [row.speed.generation.median for row in rows if row.speed],
+            "y": [_shown(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [row.speed.generation.high - row.speed.generation.median for row in rows if row.speed],
+                "arrayminus": [row.speed.generation.median - row.speed.generation.low for row in rows if row.speed],
+            },
+            "text": [str(row.candidate.n_expert_used) if row.candidate.n_expert else "dense" for row in rows],
+            "hovertext": [row.candidate.label for row in rows],
+            "textposition": "top center",
+            "marker": {"size": 12},
+        }
+        for name, rows in _by_file([row for row in sound if row.speed]).items()
+    ]
+    points = {row.candidate.label: row for row in sound}
+    front = [points[label] for label in found.choice.front] if found.choice else []
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "front",
+            "line": {"dash": "dot"},
+            "x": [row.speed.generation.median for row in front if row.speed],
+            "y": [_shown(row.quality.summary.kl_mean, found) for row in front if row.quality],
+        }
+    )
+    layout = _axes("generation, tokens per second", "mean KL divergence, nats per token")
+    if found.reference_speed:
+        layout["shapes"] = [_line("x", found.reference_speed.generation.median)]
+        layout["annotations"] = [
+            {
+                "x": found.reference_speed.generation.median,
+                "y": 1,
+                "yref": "paper",
+                "text": "reference",
+                "showarrow": False,
+            }
+        ]
+    return {"data": traces, "layout": layout}
+
+
+def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
+    traces = []
+    for name, rows in _by_file(sound).items():
+        ordered = sorted(rows, key=lambda row: row.candidate.n_expert_used)
+        intervals = [row.quality.kl_interval for row in ordered if row.quality]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [row.candidate.n_expert_used for row in ordered],
+                "y": [_shown(i.mean, found) for i in intervals],
+                "error_y": {"type": "data", "array": [_half(i.high - i.mean) for i in intervals]},
+                "hovertext": [row.candidate.label for row in ordered],
+            }
+        )
+    layout = _axes("experts used per token", "mean KL divergence, nats per token")
+    layout["shapes"] = [_line("y", found.kl_limit)]
+    layout["annotations"] = [
+        {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "text": "noise", "showarrow": False}
+        | {"y": math.log10(found.kl_limit)}
+    ]
+    return {"data": traces, "layout": layout}
+
+
+def _divergence_by_window(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": row.candidate.label,
+            "x": list(range(1, len(row.quality.window_kl) + 1)),
+            "y": [_shown(value, found) for value in row.quality.window_kl],
+        }
+        for row in sound
+        if row.quality
+    ]
+    return {"data": traces, "layout": _axes("window of the text", "mean KL divergence, nats per token")}
+
+
+def _axes(x: str, y: str) -> dict[str, Any]:
+    return {
+        "xaxis": {"title": {"text": x}},
+        "yaxis": {"title": {"text": y}, "type": "log", "exponentformat": "power"},
+    }
+
+
+def _line(axis: str, value: float) -> dict[str, Any]:
+    other = "y" if axis == "x" else "x"
+    ends = {f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
+    return {"type": "line", "line": {"dash": "dash", "width": 1, "color": "gray"}, **ends}
+
+
+def _by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by file and device, in the order of their first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        device = "" if row.candidate.device == "cpu" else f" {row.candidate.device}"
+        groups.setdefault(f"{row.candidate.name or row.candidate.path.name}{device}", []).append(row)
+    return groups
+
+
+def _shown(value: float, found: Comparison) -> float:
+    """Return a value for a logarithmic axis: not below a tenth of what is noise, where there is nothing to see."""
+    return max(value, found.kl_limit / 10)
+
+
+def _half(width: float) -> float | None:
+    return width if math.isfinite(width) else None
+
+
+def _rows_table(found: Comparison) -> str:
+    lines = [row.flat() | {"file": row.candidate.name or row.candidate.path.name} for row in found.rows]
+    columns = [(title, name) for title, name in _COLUMNS if any(line.get(name) not in (None, "") for line in lines)]
+    head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title, _ in columns)
+    body = "".join("<tr>" + "".join(_cell(line.get(name)) for _, name in columns) + "</tr>" for line in lines)
+    return f'<div class="wide"><table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, bool):
+        return f"<td>{'yes' if value else 'no'}</td>"
+    if isinstance(value, int | float):
+        return f'<td class="number" data-value="{value!r}">{value:.4g}</td>' if math.isfinite(value) else "<td></td>"
+    return f"<td>{escape(str(value))}</td>"
+
+
+def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
+    files = dict.fromkeys([found.reference.path, *(row.candidate.path for row in found.rows)])
+    digests = "".join(f"<tr><td>{escape(path.name)}</td><td><code>{_sha256(path)}</code></td></tr>" for path in files)
+    facts = found.environment | found.settings
+    items = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    return [
+        f"<pre>{escape(shlex.join(['moe2gguf', *arguments[1:]]))}</pre>",
+        "<p>Definitions are those of llama.cpp's perplexity tool: the text in windows, the second half of each scored; "
+        "KL divergence of the next-token distributions from the reference, in nats. Confidence intervals (95 %) are "
+        f"Student's t over windows, paired where two runs are compared. The noise limit, {found.kl_limit:.2g} nats per "
+        "token, is what the reference differs from itself when it is computed token by token, with a margin. Speeds "
+        "are medians of interleaved runs, defined as in llama-bench.</p>",
+        f'<div class="wide"><table><thead><tr><th>file</th><th>SHA-256</th></tr></thead>{digests}</table></div>',
+        f'<div class="wide"><table><thead><tr><th>setting</th><th>value</th></tr></thead>{items}</table></div>',
+    ]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    except OSError as error:
+        return f"not readable any more: {error.strerror}"
+    return digest.hexdigest()
+
+
+def _name(label: str) -> str:
+    return f"<code>{escape(label)}</code>"
+
+
+def _names(labels: Iterable[str]) -> str:
+    return ", ".join(_name(label) for label in labels)
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise HarnessError("the report needs plotly: pip install 'moe2gguf[report]'") from error
+    return str(get_plotlyjs())

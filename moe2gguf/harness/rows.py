@@ -1,0 +1,222 @@
+"""Results of a sweep: one row per candidate, and what the rows say about each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from moe2gguf.harness.candidates import Candidate
+from moe2gguf.harness.intervals import Interval, interval, paired
+from moe2gguf.harness.metrics import Summary, TokenScores, join, summarize
+from moe2gguf.harness.speed import Speed
+
+Status = Literal["ok", "failed", "refused"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The scores of one candidate against the reference.
+
+    window_kl, window_nll, window_top1   means of every window, in order: nats per token, nats per token, share
+    seconds                              wall time, load included
+    """
+
+    summary: Summary
+    window_kl: tuple[float, ...]
+    window_nll: tuple[float, ...]
+    window_top1: tuple[float, ...]
+    seconds: float
+
+    @property
+    def kl_interval(self) -> Interval:
+        """The mean KL divergence with its confidence interval over windows."""
+        return interval(self.window_kl)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; numbers that are not finite become None."""
+        windows = {name: [_finite(x) for x in getattr(self, name)] for name in _WINDOWS}
+        return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Quality:
+        """Return what `to_dict` was made of. Raises KeyError or TypeError for anything else."""
+        windows = {name: tuple(math.nan if x is None else float(x) for x in values[name]) for name in _WINDOWS}
+        return cls(Summary.from_dict(values["summary"]), **windows, seconds=float(values["seconds"]))
+
+
+_WINDOWS = ("window_kl", "window_nll", "window_top1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result; `quality` is there unless the status is "refused" or the run failed.
+
+    reason   why it was refused or failed, empty otherwise
+    above_noise   whether the KL divergence is more than the noise floor explains; None without quality
+    resumed  taken from the journal of an earlier run
+    speed    what `bench` found, if it was asked
+    """
+
+    candidate: Candidate
+    status: Status
+    reason: str = ""
+    quality: Quality | None = None
+    above_noise: bool | None = None
+    resumed: bool = False
+    speed: Speed | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON types."""
+        return {
+            **self.candidate.to_dict(),
+            "status": self.status,
+            "reason": self.reason,
+            "above_noise": self.above_noise,
+            "resumed": self.resumed,
+            "quality": self.quality.to_dict() if self.quality else None,
+            "speed": self.speed.to_dict() if self.speed else None,
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Return the row as one level of names and plain values, for tables."""
+        values = {**self.candidate.to_dict(), "status": self.status, "reason": self.reason}
+        values["above_noise"] = self.above_noise
+        if self.quality:
+            summary = self.quality.summary.to_dict()
+            percentiles = summary.pop("kl_percentiles")
+            values |= summary | {f"kl_{name}%": value for name, value in percentiles.items()}
+            values["seconds"] = self.quality.seconds
+        if self.speed:
+            values |= {
+                "prompt_speed": self.speed.prompt.median,
+                "generation_speed": self.speed.generation.median,
+                "first_token": self.speed.first_token.median,
+                "peak_memory": self.speed.peak_memory,
+                "speed_bound": self.speed.bound,
+                "speed_ratio": self.speed.ratio,
+            }
+        return values
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows on the same windows: differences first - second with confidence intervals.
+
+    kl          of the mean KL divergence, nats per token
+    log_ratio   of ln perplexity
+    different   whether the KL divergences differ by more than chance and more than the noise floor
+    """
+
+    first: str
+    second: str
+    kl: Interval
+    log_ratio: Interval
+    different: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; numbers that are not finite become None."""
+        values = asdict(self)
+        for name in ("kl", "log_ratio"):
+            values[name] = {key: _finite(value) for key, value in values[name].items()}
+        return values
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows nothing else beats in both quality and speed, by label, fastest first, and the one to take."""
+
+    front: tuple[str, ...]
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns.
+
+    perplexity   of the reference over the same tokens, None if no row ran
+    noise        the reference against itself, computed in another order, over the first window; None if nothing ran
+    kl_limit     mean KL divergence in nats per token that the noise explains
+    settings, environment   JSON-ready facts: what was asked for; versions and machine
+    reference_speed, choice   with speed measured: the reference's, and which row to take
+    """
+
+    reference: Candidate
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    noise: Quality | None
+    kl_limit: float
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    reference_speed: Speed | None = None
+    choice: Choice | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no row failed; a refused one is an answer, not a failure."""
+        return all(row.status != "failed" for row in self.rows)
+
+    @property
+    def base(self) -> Summary | None:
+        """The summary of the first sound row, which holds the reference's perplexity too."""
+        return next((row.quality.summary for row in self.rows if row.status == "ok" and row.quality), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        return {
+            "ok": self.ok,
+            "reference": {
+                **self.reference.to_dict(),
+                "perplexity": self.base.perplexity_base if self.base else None,
+                "perplexity_error": _finite(self.base.perplexity_base_error) if self.base else None,
+            },
+            "reference_speed": self.reference_speed.to_dict() if self.reference_speed else None,
+            "choice": asdict(self.choice) if self.choice else None,
+            "settings": self.settings,
+            "environment": self.environment,
+            "noise": self.noise.to_dict() if self.noise else None,
+            "kl_limit": self.kl_limit,
+            "rows": [row.to_dict() for row in self.rows],
+            "pairs": [pair.to_dict() for pair in self.pairs],
+        }
+
+
+def quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
+    """Return the scores of all windows, at least one, as one record."""
+    parts = list(windows)
+    return Quality(
+        summary=summarize(join(parts)),
+        window_kl=tuple(float(np.mean(part.kl)) for part in parts),
+        window_nll=tuple(float(np.mean(part.nll)) for part in parts),
+        window_top1=tuple(float(np.mean(part.same_top)) for part in parts),
+        seconds=seconds,
+    )
+
+
+def is_above_noise(measured: Quality, kl_limit: float) -> bool:
+    """Return whether the confidence interval of the mean KL divergence lies above `kl_limit` as a whole.
+
+    With one window there is no interval: the mean itself decides.
+    """
+    found = measured.kl_interval
+    return (found.low if math.isfinite(found.low) else found.mean) > kl_limit
+
+
+def pair_up(rows: Iterable[Row], kl_limit: float) -> list[Pair]:
+    """Return every pair of rows that ran soundly, in the order of the rows."""
+    sound = [(row.candidate.label, row.quality) for row in rows if row.status == "ok" and row.quality]
+    pairs = []
+    for i, (first, a) in enumerate(sound):
+        for second, b in sound[i + 1 :]:
+            kl = paired(a.window_kl, b.window_kl)
+            different = kl.excludes_zero and abs(kl.mean) > kl_limit
+            pairs.append(Pair(first, second, kl, paired(a.window_nll, b.window_nll), different))
+    return pairs
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,133 @@
+"""What the user chooses about the file, and every choice that is refused before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
+from moe2gguf.export.recipes import TypeOptions, refuse_type
+from moe2gguf.spec import COHERENT, SEED, Model, Recipe
+
+DEFAULT_EXPERTS = 8
+RECIPES = {"seed": SEED, "coherent": COHERENT}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every default is the command line's.
+
+    experts    how many experts each dense MLP is cut into (None: 8). A Mixtral checkpoint keeps its own.
+    used       experts that run per token unless the program that runs the file says otherwise (None: all of them)
+    align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
+    type       "auto" (as stored), a preset or a tensor type; it and the five below are `TypeOptions`
+    dense      write the ordinary dense file instead, the reference for every comparison
+    name       the model's name in the metadata, instead of the model card's
+    recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next six change it
+    group, always_on, router, refit, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on -1 chooses per layer
+    calibration         text file to calibrate on (None: the embedded text, to which nothing is refitted unless asked:
+                        a refit fits the domain of its text)
+    calibration_tokens  how many tokens of it
+    device              torch device of the calibration (None: the best there is)
+    """
+
+    experts: int | None = None
+    used: int | None = None
+    align: int = 1
+    type: str = "auto"
+    tensor_types: tuple[str, ...] = ()
+    recipe_file: Path | None = None
+    pure: bool = False
+    allow_fallback: bool = False
+    llama_cpp_mix: bool = False
+    dense: bool = False
+    name: str | None = None
+    recipe: str | None = None
+    group: str | None = None
+    always_on: int | None = None
+    router: str | None = None
+    refit: bool | None = None
+    amplify: str | None = None
+    seed: int = 0
+    calibration: Path | None = None
+    calibration_tokens: int = 16384
+    device: str | None = None
+
+    def counts(self) -> tuple[int, int]:
+        """(n_expert, n_expert_used) of a dense checkpoint."""
+        n = DEFAULT_EXPERTS if self.experts is None else self.experts
+        return n, n if self.used is None else self.used
+
+    def types(self) -> TypeOptions:
+        """What concerns the types of tensors."""
+        return TypeOptions(**{field.name: getattr(self, field.name) for field in fields(TypeOptions)})
+
+    def chosen_recipe(self) -> Recipe:
+        """The recipe with the user's changes."""
+        n, k = self.counts()
+        base = RECIPES[self.recipe] if self.recipe else (SEED if k == n else COHERENT)
+        changes = {
+            name: value
+            for name in ("group", "router", "refit", "amplify")
+            if (value := getattr(self, name)) is not None
+        }
+        if base is COHERENT and self.refit is None:
+            changes["refit"] = self.calibration is not None
+        if self.always_on is not None:
+            changes["always_on"] = None if self.always_on < 0 else self.always_on
+        return replace(base, seed=self.seed, **changes)
+
+
+def refusals(model: Model, options: Options) -> list[str]:
+    """Every reason, with the way out, why `options` do not fit `model`."""
+    found = _refuse_experts(model, options) + _refuse_output(options)
+    return found or (_refuse_recipe(options) if not model.n_expert and not options.dense else [])
+
+
+def _refuse_experts(model: Model, options: Options) -> list[str]:
+    found = []
+    experts, used = options.experts, options.used
+    n = model.n_expert or options.counts()[0]
+    if model.n_expert and experts not in (None, n):
+        found.append(f"--experts {experts}: the checkpoint has {n} experts already, which are kept; leave it out")
+    if model.n_expert and options.dense:
+        found.append(f"--dense: the checkpoint has {n} experts already; leave it out")
+    if not model.n_expert and not 1 <= n <= model.d_ff:
+        found.append(f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}")
+    if used is not None and not 1 <= used <= n:
+        found.append(f"--used {used}: must lie between 1 and the number of experts, {n}")
+    return found
+
+
+def _refuse_output(options: Options) -> list[str]:
+    found = []
+    if options.align < 1:
+        found.append(f"--align {options.align}: must be at least 1; 32 and 256 are the quantization blocks")
+    return found + refuse_type(options.type)
+
+
+def _refuse_recipe(options: Options) -> list[str]:
+    tables = (("recipe", RECIPES), ("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
+    found = [
+        f"--{name} {value}: unknown; choose {', '.join(table)}"
+        for name, table in tables
+        if (value := getattr(options, name)) is not None and value not in table
+    ]
+    if found:
+        return found
+    (n, k), recipe = options.counts(), options.chosen_recipe()
+    shared = recipe.always_on
+    if shared is not None and shared > 0:
+        if not (shared < k or shared == k == n):
+            found.append(f"--always-on {shared}: must be below --used {k}, so that there is something to route")
+        if recipe.router == "zero":
+            found.append("--router zero cannot keep experts always on; choose gate-mean or least-squares")
+        if recipe.group == "contiguous":
+            found.append("--group contiguous has no important experts to keep always on; choose another group")
+    if recipe.refit and k == n:
+        found.append("--refit corrects for experts that do not run, but all run; give --used below --experts")
+    if recipe.amplify == "any" and (recipe.router == "zero" or shared == 0):
+        found.append("--amplify any needs always-on experts and a router; add --always-on and --router least-squares")
+    if options.calibration_tokens < 1024:
+        found.append(f"--calibration-tokens {options.calibration_tokens}: too few for a stable solve; at least 1024")
+    return found

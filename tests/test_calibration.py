@@ -1,0 +1,277 @@
+"""Calibrated conversions end to end: experts from real activations, in llama.cpp, resumable and repeatable."""
+
+import ctypes
+import json
+import shutil
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+import torch
+from llama_logits import llama_logits, llama_logits_at, mean_kl
+from reference import reference_logits
+from safetensors.numpy import load_file, save_file
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.errors import CalibrationError, PlanError
+from moe2gguf.experts import calibration
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.harness.child import run_in_child
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
+QUICK = {"experts": 8, "calibration_tokens": 2048}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaMA whose hidden states share a constant part, as those of trained models do."""
+    folder = checkpoints.make(tmp_path_factory.mktemp("calibration") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 6.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("group", "router", "always_on"),
+    [
+        ("activations", "least-squares", 2),
+        ("weights", "gate-mean", 3),
+        ("random", "least-squares", 0),
+        ("contiguous", "gate-mean", 0),
+        ("activations", "least-squares", -1),
+    ],
+)
+def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group, router, always_on):
+    """Whatever the grouping and the router, in llama.cpp; and every k equals the numpy graph."""
+    options = Options(
+        **QUICK, used=4, group=group, router=router, always_on=always_on, refit=False, amplify="exact", recipe="seed"
+    )
+    convert(folder, tmp_path / "sliced.gguf", options)
+    expected = checkpoints.torch_logits(folder, TOKENS)
+
+    counts = [8, 5, 4]
+    logits = dict(zip(counts, llama_logits_at(tmp_path / "sliced.gguf", TOKENS, counts), strict=True))
+
+    assert mean_kl(expected, logits[8]) <= 2e-6
+    for k in counts:
+        difference = np.abs(reference_logits(tmp_path / "sliced.gguf", TOKENS, k) - logits[k]).max(axis=1)
+        assert (difference <= 2e-3).mean() >= 0.9, k  # float32 decides a near-tie otherwise once in a while
+
+
+def chosen_experts(path, tokens, n_expert_used):
+    """(n_layer, n_token, n_expert_used): the experts llama.cpp chose, from its own `ffn_moe_topk` tensors."""
+    return run_in_child(_chosen, path, tokens, n_expert_used)
+
+
+def _chosen(path, tokens, k):
+    import llama_cpp
+
+    class Tensor(ctypes.Structure):
+        _fields_ = [
+            ("type", ctypes.c_int), ("buffer", ctypes.c_void_p),
+            ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
+            ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
+            ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
+            ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
+        ]  # fmt: skip
+
+    found = {}
+
+    def see(pointer, ask, _):
+        tensor = ctypes.cast(pointer, ctypes.POINTER(Tensor)).contents
+        name = tensor.name.decode()
+        if not name.startswith("ffn_moe_topk-"):
+            return False
+        if not ask:
+            rows = [
+                np.ctypeslib.as_array(
+                    (ctypes.c_int32 * tensor.ne[0]).from_address(tensor.data + t * tensor.nb[1])
+                ).copy()
+                for t in range(tensor.ne[1])
+            ]
+            found[int(name.split("-")[1])] = np.array(rows)
+        return True
+
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    override = (llama_cpp.llama_model_kv_override * 2)()
+    override[0].tag, override[0].key = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, b"llama.expert_used_count"
+    override[0].value.val_i64 = k
+    params.kv_overrides = override
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    context_params = llama_cpp.llama_context_default_params()
+    callback = llama_cpp.ggml_backend_sched_eval_callback(see)
+    context_params.n_ctx, context_params.cb_eval = 256, callback
+    context = llama_cpp.llama_init_from_model(model, context_params)
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+    llama_cpp.llama_decode(context, batch)
+    return np.array([found[i] for i in sorted(found)])
+
+
+def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
+    """Read from llama.cpp's own routing tensors: experts 0 and 1 in every layer, for every token, at every k."""
+    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, refit=False))
+
+    for k in (3, 4, 6):
+        chosen = chosen_experts(tmp_path / "x.gguf", TOKENS, k)
+
+        assert (3, len(TOKENS), k) == chosen.shape
+        assert [{0, 1}] == [set(np.unique(np.sort(chosen, axis=2)[:, :, :2]).tolist())]
+        assert len(np.unique(chosen[:, :, 2:] if k < 6 else chosen)) > 3  # the others differ from token to token
+
+
+def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(folder, tmp_path):
+    """On text it was not calibrated on (the tokens above): KL against the dense model, at half of the experts."""
+    done = convert(folder, tmp_path / "ours.gguf", Options(**QUICK, used=4))
+    assert all(layer["always_on_rate"] > 0.99 for layer in done.layers)
+    convert(folder, tmp_path / "seed.gguf", Options(experts=8, used=4, recipe="seed"))
+    expected = checkpoints.torch_logits(folder, TOKENS)
+
+    ours, seed = (mean_kl(expected, llama_logits(tmp_path / name, TOKENS)) for name in ("ours.gguf", "seed.gguf"))
+
+    assert ours < 0.75 * seed
+    fields = {key: f.contents() for key, f in gguf.GGUFReader(tmp_path / "ours.gguf").fields.items()}
+    expected_fields = {
+        "moe2gguf.slicing.group": "activations",
+        "moe2gguf.slicing.router": "least-squares",
+        "moe2gguf.slicing.refit": False,
+        "moe2gguf.slicing.amplify": "used",
+        "moe2gguf.calibration.text": "python documentation topics",
+        "moe2gguf.calibration.tokens": 2048,
+    }
+    assert expected_fields == {key: fields[key] for key in expected_fields}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "llama-bias", "llama3-rope", "yarn-rope"])
+def test_every_family_calibrates(tmp_path, family):
+    """The dense stream of the calibration is transformers' own forward pass: with all experts kept, nothing changes."""
+    folder = checkpoints.make(tmp_path / family, family)
+    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=8, group="activations", router="least-squares"))
+
+    assert 3 == len(done.layers)
+    assert mean_kl(checkpoints.torch_logits(folder, TOKENS), llama_logits(tmp_path / "x.gguf", TOKENS)) <= 2e-6
+
+
+def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
+    """Layer by layer, one layer's weights in memory, the same numbers as the whole model."""
+    import transformers
+
+    from moe2gguf.checkpoint.folder import open_checkpoint
+    from moe2gguf.experts.forward import Layers
+
+    checkpoint = open_checkpoint(folder)
+    ids = np.array([TOKENS[:32], TOKENS[32:]])
+    with torch.inference_mode():
+        layers = Layers(folder, lambda name: checkpoint.tensors[name].read(), torch.device("cpu"))
+        hidden = layers.embed(ids)
+        for i in range(len(layers)):
+            block = layers.block(i)
+            block.attend(hidden)
+            hidden += block.mlp(block.mlp_input(hidden)).reshape(hidden.shape)
+            layers.release(i)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = model.model(torch.from_numpy(ids), output_hidden_states=True)
+
+    torch.testing.assert_close(expected.last_hidden_state, model.model.norm(hidden), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
+    """Seed, text and machine being equal."""
+    for name in ("a", "b"):
+        convert(folder, tmp_path / name, Options(**QUICK, used=4, refit=True))
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch):
+    """Stopped after its second layer: the next run does the third only."""
+    options = Options(**QUICK, used=4, refit=True)
+    convert(folder, tmp_path / "whole.gguf", options)
+    real, done = calibration.carve, []
+
+    def stops(*args):
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(calibration, "carve", stops)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "x.gguf", options)
+    assert ["whole.gguf", "x.gguf.calibration"] == sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CalibrationError, match="holds another calibration"):
+        convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=5))
+
+    convert(folder, tmp_path / "x.gguf", options)
+
+    assert 4 == len(done)
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
+    assert not (tmp_path / "x.gguf.calibration").exists()
+
+
+def test_a_layers_file_is_read_back(tmp_path):
+    """With and without a corrected down projection."""
+    rng = np.random.default_rng(0)
+    for down in (None, rng.standard_normal((4, 6)).astype(np.float32)):
+        layer = LayerExperts(
+            np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, {"a": 1}
+        )
+        layer.save(tmp_path, 7)
+
+        again = LayerExperts.load(tmp_path, 7)
+
+        assert (down is None) == (again.down is None)
+        assert layer.order.tolist() == again.order.tolist()
+        assert {"a": 1} == again.report
+        if down is not None:
+            assert np.array_equal(down, again.down)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"used": 4, "always_on": 4}, "--always-on 4: must be below --used 4"),
+        ({"used": 4, "router": "zero", "always_on": 1}, "--router zero cannot"),
+        ({"used": 4, "group": "contiguous", "always_on": 1}, "--group contiguous has no important"),
+        ({"used": 8, "refit": True}, "--refit corrects for experts that do not run"),
+        ({"used": 4, "amplify": "any", "always_on": 0}, "--amplify any needs always-on"),
+        ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, gate-mean, least-squares"),
+        ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(folder, options, words):
+    """By the plan, with the way out."""
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(folder, Options(experts=8, **options))
+
+    assert words in str(caught.value)
+
+
+def test_unusable_text_is_refused_and_nothing_is_written(folder, tmp_path):
+    """Empty or too short; no file, no partial file."""
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("few words")
+    for name in ("empty.txt", "short.txt"):
+        with pytest.raises(CalibrationError):
+            convert(folder, tmp_path / "x.gguf", Options(experts=8, used=4, calibration=tmp_path / name))
+        assert not (tmp_path / "x.gguf").exists()
+        shutil.rmtree(tmp_path / "x.gguf.calibration", ignore_errors=True)
+
+
+def test_the_report_is_json_ready(folder, tmp_path):
+    """Per layer: what was kept, how well it was chosen, who works how much."""
+    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, refit=True))
+
+    layers = json.loads(json.dumps(done.to_dict()))["layers"]
+
+    assert 3 == len(layers)
+    for layer in layers:
+        assert 0 < layer["energy_kept"] <= layer["energy_oracle"] + 1e-6 <= 1 + 1e-5
+        assert 8 == len(layer["load"])
+        assert {"hit_rate", "constant_min", "refit_error", "refit_strength", "always_on"} <= layer.keys()

@@ -1,0 +1,146 @@
+"""moe2gguf.experts.carve: one layer, every combination of methods, against what the graph must give."""
+
+import itertools
+
+import pytest
+import torch
+
+from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.carve import MLP, Inputs, carve, default_always_on
+from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
+from moe2gguf.spec import Recipe, Slicing
+
+D_MODEL, D_FF, N, K = 24, 80, 8, 4
+
+
+def layer(seed=0, n_token=1500):
+    """(mlp, inputs): neurons in clusters that fire together, inputs with a common offset as after a norm."""
+    g = torch.Generator().manual_seed(seed)
+    topics = torch.randn(10, D_MODEL, generator=g)
+    gate = topics.repeat_interleave(D_FF // 10, 0) + 0.3 * torch.randn(D_FF, D_MODEL, generator=g)
+    mlp = MLP(gate, torch.randn(D_FF, D_MODEL, generator=g), torch.randn(D_FF, D_MODEL, generator=g) / 8)
+    x = topics[torch.randint(10, (n_token,), generator=g)] * 0.4 + 0.3 * torch.randn(n_token, D_MODEL, generator=g)
+    x[:, 0] = 1.0
+    y = mlp(x)
+    return mlp, Inputs(x, y, x, y)
+
+
+def slicing(**recipe):
+    """n = 8, k = 4, no padding."""
+    return Slicing(N, K, D_FF // N, Recipe(**recipe))
+
+
+def error(carved, inputs, k=K):
+    """Share of the dense output's energy that is missing."""
+    return float((carved(inputs.sliced, k) - inputs.output).square().sum() / inputs.output.square().sum())
+
+
+@pytest.mark.parametrize(("group", "router"), list(itertools.product(GROUPS, ROUTERS)))
+def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
+    """Whatever the grouping and the router."""
+    mlp, inputs = layer()
+    shared = 0 if group == "contiguous" or router == "zero" else 2
+
+    carved = carve(mlp, inputs, slicing(group=group, router=router, always_on=shared, amplify="exact"))
+
+    torch.testing.assert_close(inputs.output, carved(inputs.sliced, N), rtol=0.1, atol=0.06)
+    assert error(carved, inputs, N) < 1e-3
+
+
+def test_always_on_experts_always_run():
+    """For every token, at every count above them."""
+    mlp, inputs = layer()
+    carved = carve(mlp, inputs, slicing(group="activations", router="least-squares", always_on=2, amplify="used"))
+
+    for k in (3, 4, 7):
+        assert (carved.weights(inputs.sliced, k)[:, :2] > 0).all()
+    assert 2.0 == carved.report["always_on"]
+    assert [1.0, 1.0] == carved.report["load"][:2]
+
+
+def test_what_was_learned_beats_what_was_not():
+    """Activation groups with a least-squares router keep more than random groups, and than contiguous ones."""
+    mlp, inputs = layer()
+
+    def left(**recipe):
+        return error(carve(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
+
+    ours = left(group="activations", router="least-squares", always_on=2)
+    assert ours < left(group="random", router="least-squares", always_on=0)
+    assert ours < left(group="contiguous", router="zero")
+
+
+def test_a_refit_is_never_worse_on_its_own_tokens():
+    """And here much better."""
+    mlp, inputs = layer()
+    recipe = {"group": "activations", "router": "least-squares", "always_on": 2, "amplify": "used"}
+    without, with_refit = (carve(mlp, inputs, slicing(refit=refit, **recipe)) for refit in (False, True))
+
+    assert error(with_refit, inputs) < 0.9 * error(without, inputs)
+    assert 0 < with_refit.report["refit_error"] < 1
+    torch.testing.assert_close(mlp.gate, with_refit.mlp.gate)
+
+
+def test_router_rows_keep_the_oracles_order_better_than_chance():
+    """Hit rate against the true largest outputs; energy kept is at most the oracle's."""
+    mlp, inputs = layer()
+    report = carve(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1)).report
+
+    assert report["hit_rate"] > 1.3 * (K - 1) / (N - 1)
+    assert report["energy_kept"] <= report["energy_oracle"] + 1e-6
+    assert abs(sum(report["load"]) - K) < 1e-5
+
+
+@pytest.mark.parametrize("amplify", AMPLIFICATIONS)
+def test_amplifications(amplify):
+    """exact: n; used: k; fitted: no worse than used; any: close to dense with all experts on, and graceful below."""
+    mlp, inputs = layer()
+    recipe = {"group": "activations", "router": "least-squares", "always_on": 2}
+    carved = carve(mlp, inputs, slicing(amplify=amplify, **recipe))
+    used = carve(mlp, inputs, slicing(amplify="used", **recipe))
+
+    if amplify == "exact":
+        assert {float(N)} == set(carved.scale.tolist())
+    elif amplify == "used":
+        assert {float(K)} == set(carved.scale.tolist())
+    elif amplify == "fitted":
+        assert error(carved, inputs) <= error(used, inputs) + 1e-6
+    else:
+        assert error(carved, inputs, N) < 0.1 * error(used, inputs, N)
+        assert error(carved, inputs) < 2 * error(used, inputs)
+
+
+def test_carriers_of_massive_activations_are_always_on():
+    """One neuron makes a huge output for one token in a hundred (an attention sink): it must be in an always-on expert,
+    though its mean energy over all tokens may be small."""
+    mlp, inputs = layer(n_token=20000)
+    down = mlp.down.clone()
+    x = inputs.dense.clone()
+    x[5000, 1] = 40.0
+    gate, up = mlp.gate.clone(), mlp.up.clone()
+    gate[:, 1], up[:, 1] = 0, 0
+    gate[77], up[77] = 0, 0
+    gate[77, 1], up[77, 1] = 1.0, 0.5
+    mlp = MLP(gate, up, down)
+    y = mlp(x)
+
+    carved = carve(mlp, Inputs(x, y, x, y), slicing(group="activations", router="least-squares", always_on=1))
+
+    a = mlp.hidden(x).abs() * down.norm(dim=1)
+    assert int((a.square().mean(0) > a[:, 77].square().mean()).sum()) >= 10  # its mean alone would not put it there
+    assert 77 in carved.groups[0].tolist()
+
+
+def test_activations_that_are_not_finite():
+    """An error, not a file of NaN."""
+    mlp, inputs = layer()
+    inputs.sliced[3, 3] = float("nan")
+
+    with pytest.raises(CalibrationError, match="not finite"):
+        carve(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1))
+
+
+@pytest.mark.parametrize(("k", "expected"), [(12, 8), (8, 4), (4, 2), (2, 1), (1, 0)])
+def test_how_many_are_always_on_by_default(k, expected):
+    """Of 16."""
+    assert expected == default_always_on(16, k)

@@ -1,0 +1,57 @@
+"""Devices by name: settings for llama.cpp, and a clear refusal where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from llama_logits import llama_logits
+
+from moe2gguf.errors import HarnessError
+from moe2gguf.harness.child import run_in_child
+from moe2gguf.harness.devices import placed, require_devices
+from moe2gguf.harness.library import import_llama
+from moe2gguf.harness.llama import Setup, open_model
+
+
+def has_gpu() -> bool:
+    return bool(import_llama().llama_supports_gpu_offload())
+
+
+def logits_with_experts_on_cpu(path: Path, tokens: list[int]) -> np.ndarray:
+    with open_model(path, Setup(n_context=len(tokens), n_threads=1, experts_on_cpu=True)) as model:
+        return np.array(model.logits(np.array(tokens, np.int32)), np.float64)
+
+
+def test_names_become_settings() -> None:
+    """All layers or none; experts apart; everything else is left as it was."""
+    setup = Setup(n_expert_used=3, n_context=99)
+    assert setup == placed(setup, "cpu")
+    gpu, split = placed(setup, "gpu"), placed(setup, "gpu:experts-on-cpu")
+    assert [(-1, False, 99), (-1, True, 99)] == [(s.n_gpu_layers, s.experts_on_cpu, s.n_context) for s in (gpu, split)]
+
+
+def test_unknown_devices_are_all_named() -> None:
+    """With the names that exist."""
+    with pytest.raises(HarnessError, match="no such device: tpu, npu; choose from cpu, gpu, gpu:experts-on-cpu"):
+        require_devices(["cpu", "tpu", "npu"])
+
+
+def test_a_missing_gpu_says_how_to_get_one() -> None:
+    """Before anything is measured; the CPU alone is always there."""
+    require_devices(["cpu"])
+    if run_in_child(has_gpu):
+        require_devices(["gpu", "gpu:experts-on-cpu"])
+    else:
+        with pytest.raises(HarnessError, match=r"vendor/install cuda\|vulkan\|metal"):
+            require_devices(["cpu", "gpu:experts-on-cpu"])
+
+
+def test_the_placement_of_experts_is_accepted(tmp_path: Path) -> None:
+    """llama.cpp loads a file with experts pinned to the processor's memory and computes the same logits."""
+    path = tiny_gguf.write_gguf(tmp_path / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))
+    tokens = [1, 260, 270, 280, 290]
+    found = run_in_child(logits_with_experts_on_cpu, path, tokens)
+    np.testing.assert_array_equal(llama_logits(path, tokens), found)

@@ -1,0 +1,64 @@
+"""moe2gguf.export.edit: the used count, in place."""
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+from llama_logits import llama_logits, llama_logits_at
+
+from moe2gguf import Options, convert, verify
+from moe2gguf.errors import GGUFError
+from moe2gguf.export.edit import set_used
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaMA."""
+    return checkpoints.make(tmp_path_factory.mktemp("edit") / "model")
+
+
+def test_the_count_changes_and_nothing_else(folder, tmp_path):
+    """llama.cpp runs the new count by default; the rest of the file keeps its bytes."""
+    path = convert(folder, tmp_path / "x.gguf", Options(experts=8)).path
+    before = path.read_bytes()
+
+    set_used(path, 3)
+
+    fields = gguf.GGUFReader(path).fields
+    assert [3, 3] == [
+        fields[key].contents() for key in ("llama.expert_used_count", "moe2gguf.slicing.expert_used_count")
+    ]
+    after = path.read_bytes()
+    assert len(before) == len(after)
+    assert 2 == sum(a != b for a, b in zip(before, after, strict=True))
+    assert () == verify(path).problems
+    assert np.array_equal(llama_logits_at(path, TOKENS, [3])[0], llama_logits(path, TOKENS))
+
+
+@pytest.mark.parametrize(("k", "words"), [(0, "at least 1"), (9, "there are only 8")])
+def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
+    """They would abort llama.cpp."""
+    path = convert(folder, tmp_path / "x.gguf", Options(experts=8)).path
+
+    with pytest.raises(GGUFError, match=words):
+        set_used(path, k)
+
+
+def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
+    """Amplified for 4 of 8: another count would be too loud or too quiet."""
+    options = Options(experts=8, used=4, group="random", router="gate-mean", always_on=0, calibration_tokens=2048)
+    path = convert(folder, tmp_path / "x.gguf", options).path
+
+    with pytest.raises(GGUFError, match=r"amplified for 4 of them.*--used 6"):
+        set_used(path, 6)
+    set_used(path, 4)
+
+
+def test_a_dense_file_has_no_count(folder, tmp_path):
+    """And says so."""
+    path = convert(folder, tmp_path / "x.gguf", Options(dense=True)).path
+
+    with pytest.raises(GGUFError, match="has no experts"):
+        set_used(path, 1)

@@ -1,0 +1,64 @@
+"""The front of quality against speed, and the choice from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe2gguf.harness import metrics
+from moe2gguf.harness.candidates import Candidate
+from moe2gguf.harness.front import choose, pareto_front
+from moe2gguf.harness.rows import Row, quality
+from moe2gguf.harness.speed import Run, collect
+
+SCORES = metrics.compare(*[np.eye(4, dtype=np.float32)] * 2, np.arange(4, dtype=np.int32))
+NUMBERS = st.integers(0, 5).map(float)
+
+
+def row(name: str, kl: float, speed: float, status: str = "ok") -> Row:
+    """A row with a given mean KL divergence and generation speed."""
+    measured = quality([SCORES], 1.0)
+    return Row(
+        Candidate(Path(name), 0, 0, "cpu", "F32", 1, 1, ""),
+        status,  # type: ignore[arg-type]
+        quality=replace(measured, summary=replace(measured.summary, kl_mean=kl)),
+        speed=collect([Run(1.0, speed, 1.0, 1.0, 1)]),
+    )
+
+
+@given(st.lists(st.tuples(st.just(""), NUMBERS, NUMBERS), min_size=1, max_size=8))
+def test_the_front_is_what_nothing_beats(points: list[tuple[str, float, float]]) -> None:
+    """Against the definition: a point is on it unless another is at least as good in both and better in one."""
+
+    def beaten(a: tuple[str, float, float]) -> bool:
+        return any(b[1] <= a[1] and b[2] >= a[2] and b[1:] != a[1:] for b in points)
+
+    expected = sorted({p for p in points if not beaten(p)}, key=lambda p: -p[2])
+    assert expected == pareto_front(points)
+
+
+def test_the_fastest_that_is_close_enough_is_recommended() -> None:
+    """Within 0.05 nats; faster ones are on the front but too far off, slower ones are not better for it."""
+    choice = choose([row("exact", 0.0, 10), row("close", 0.04, 20), row("far", 1.0, 40), row("slow", 0.04, 5)])
+    assert choice is not None
+    assert (("far", "close", "exact"), "close") == (choice.front, choice.label)
+    assert choice.reason.startswith("the fastest of 4 within 0.05 nats per token of the reference: KL divergence 0.04")
+
+
+def test_where_nothing_is_close_the_closest_is_named_with_a_warning() -> None:
+    """And the reference is recommended for quality."""
+    choice = choose([row("far", 1.0, 40), row("farther", 2.0, 80)])
+    assert choice is not None
+    assert "far" == choice.label
+    assert "the reference itself is the better choice" in choice.reason
+
+
+@pytest.mark.parametrize("rows", [[], [replace(row("a", 0, 1), speed=None)], [row("a", 0, 1, "failed")]])
+def test_without_sound_and_timed_rows_there_is_no_choice(rows: list[Row]) -> None:
+    """A failed row is never recommended."""
+    assert choose(rows) is None

@@ -1,0 +1,62 @@
+"""Student's t against the printed tables, and intervals against their definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from moe2gguf.harness.intervals import interval, paired, t_probability, t_quantile
+
+
+@pytest.mark.parametrize(
+    ("n_free", "expected"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (7, 2.3646), (10, 2.2281), (30, 2.0423), (120, 1.9799)],
+)
+def test_quantiles_are_those_of_the_tables(n_free: int, expected: float) -> None:
+    """The 97.5 % points, four decimals, odd and even degrees of freedom."""
+    assert expected == pytest.approx(t_quantile(0.975, n_free), abs=5.1e-5)
+
+
+@pytest.mark.parametrize("n_free", [1, 2, 5, 8, 41])
+def test_the_probability_is_the_integral_of_the_density(n_free: int) -> None:
+    """The finite series equals a numerical integral of Student's density."""
+    x = np.linspace(0, 1.7, 20_001)
+    scale = math.gamma((n_free + 1) / 2) / (math.sqrt(n_free * math.pi) * math.gamma(n_free / 2))
+    density = scale * (1 + x**2 / n_free) ** (-(n_free + 1) / 2)
+    assert 0.5 + np.trapezoid(density, x) == pytest.approx(t_probability(1.7, n_free), abs=1e-9)
+
+
+def test_a_worked_interval() -> None:
+    """Samples 1, 2, 3: mean 2, standard error 1 / sqrt 3, two degrees of freedom."""
+    found = interval([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)
+    assert (2.0, 2 - half, 2 + half) == pytest.approx((found.mean, found.low, found.high), abs=1e-5)
+    assert not found.excludes_zero
+
+
+def test_pairing_takes_out_what_both_share() -> None:
+    """A small constant difference between two noisy series is found, and its sign is first - second."""
+    text = [5.0, 1.0, 9.0, 3.0]
+    better = [x - 0.1 + wobble for x, wobble in zip(text, [0.01, -0.01, 0.01, -0.01], strict=True)]
+    found = paired(better, text)
+    assert found.mean == pytest.approx(-0.1)
+    assert found.excludes_zero
+    assert not interval([a - b for a, b in zip(better, text[::-1], strict=True)]).excludes_zero
+
+
+def test_coverage() -> None:
+    """About 95 of 100 intervals from five normal samples hold the true mean."""
+    rng = np.random.default_rng(0)
+    held = [interval(list(rng.standard_normal(5))) for _ in range(2000)]
+    assert 0.95 == pytest.approx(np.mean([not i.excludes_zero for i in held]), abs=0.015)
+
+
+def test_too_few_samples() -> None:
+    """One sample says nothing about its spread; none, or unequal lengths, are refused."""
+    assert (-math.inf, math.inf) == (interval([3.0]).low, interval([3.0]).high)
+    with pytest.raises(ValueError, match="no samples"):
+        interval([])
+    with pytest.raises(ValueError, match="zip"):
+        paired([1.0], [1.0, 2.0])

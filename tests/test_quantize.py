@@ -1,0 +1,306 @@
+"""moe2gguf.quantize: llama.cpp's bytes, from our writer; everything else of the file as it was."""
+
+import dataclasses
+import hashlib
+import re
+import sys
+
+import gguf
+import gguf_bytes as g
+import numpy as np
+import pytest
+import tiny_gguf
+from llama_logits import llama_logits, mean_kl
+from llama_quantize import file_type_of
+from llama_quantize import quantize as llama_quantize
+
+from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, PlanError
+from moe2gguf.export import kernels, types
+from moe2gguf.export.presets import FILE_TYPE_NAMES, PRESETS
+from moe2gguf.export.reader import ValueType, read_gguf
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.quantize import network_of, plan_quantization, quantize
+
+TOKENS = [1, *np.random.default_rng(0).integers(3, 300, 60).tolist()]
+UNGUIDED = [
+    name
+    for name in PRESETS
+    if not PRESETS[name].tiny and name not in ("Q2_K_S", "IQ3_XXS") and PRESETS[name].type not in ("F32", "BF16", "F16")
+    and name != "IQ3_XS"
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense file, 256 wide, whose weights are of the size that trained ones have."""
+    weights = tiny_gguf.dense_weights(0, n_layer=2, d_model=256, d_ff=512)
+    return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", weights)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The same, in F16, one layer."""
+    weights = tiny_gguf.dense_weights(1, n_layer=1, d_model=256, d_ff=256)
+    return tiny_gguf.write_gguf(tmp_path_factory.mktemp("half") / "half.gguf", weights, f16=True)
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory):
+    """Four experts, 256 wide, with a random router."""
+    weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=1024), 4, router_seed=1)
+    return tiny_gguf.write_gguf(tmp_path_factory.mktemp("sliced") / "sliced.gguf", weights)
+
+
+def contents(path):
+    """Name -> (type, SHA-256 of the bytes), by our reader."""
+    file, data = read_gguf(path), path.read_bytes()
+    return {
+        t.name: (t.type.name, hashlib.sha256(data[t.offset : t.offset + t.n_bytes]).hexdigest())
+        for t in file.tensors.values()
+    }
+
+
+@pytest.mark.parametrize("name", UNGUIDED)
+def test_every_tensor_is_llama_cpps_byte_for_byte(half, tmp_path, name):
+    """Of every preset that needs no importance matrix; and llama.cpp finds the file type it would write."""
+    llama_quantize(half, tmp_path / "theirs.gguf", types.file_type(FILE_TYPE_NAMES[name]))
+
+    done = quantize(half, tmp_path / "ours.gguf", TypeOptions(name.lower()), threads=2)
+
+    assert contents(tmp_path / "theirs.gguf") == contents(tmp_path / "ours.gguf")
+    assert file_type_of(tmp_path / "theirs.gguf") == file_type_of(tmp_path / "ours.gguf")
+    assert done.plan.file_size == (tmp_path / "ours.gguf").stat().st_size
+
+
+def test_experts_are_llama_cpps_byte_for_byte(sliced, tmp_path):
+    """Three-dimensional tensors, which it cuts into other pieces than we do."""
+    llama_quantize(sliced, tmp_path / "theirs.gguf", types.file_type("MOSTLY_Q4_K_M"))
+
+    quantize(sliced, tmp_path / "ours.gguf", TypeOptions("q4_k_m", llama_cpp_mix=True), threads=3)
+
+    assert contents(tmp_path / "theirs.gguf") == contents(tmp_path / "ours.gguf")
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
+def test_floats_are_llama_cpps_byte_for_byte(dense, half, tmp_path, kind):
+    """Rounding is the same; from F32 and from F16."""
+    for source in (dense, half):
+        llama_quantize(source, tmp_path / "theirs.gguf", types.file_type(FILE_TYPE_NAMES[kind.upper()]))
+        quantize(source, tmp_path / "ours.gguf", TypeOptions(kind), force=True)
+
+        assert contents(tmp_path / "theirs.gguf") == contents(tmp_path / "ours.gguf")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in types.BLOCKS if kind.name not in ("IQ2_XXS", "IQ2_XS", "IQ1_S")])
+def test_llama_cpp_loads_every_type(sliced, tmp_path, kind):
+    """A sliced file, all experts and attention in that type; nearer to the source the more bits there are."""
+    weak = kind.name in ("IQ3_XXS", "IQ2_S", "IQ1_M")
+    if weak:
+        options = TypeOptions(tensor_types=(rf"token_embd\.weight={kind.name}",))
+    else:
+        options = TypeOptions(kind.name, pure=True)
+    quantize(sliced, tmp_path / "out.gguf", options)
+
+    divergence = mean_kl(llama_logits(sliced, TOKENS), llama_logits(tmp_path / "out.gguf", TOKENS))
+
+    bits = types.bits_per_weight(kind)
+    assert divergence < (0.01 if bits > 8 else 0.3 if bits > 5 else 1.5 if bits > 4 else 20)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bytes_do_not_depend_on_threads(dense, tmp_path, monkeypatch, threads):
+    """However rows are shared out."""
+    monkeypatch.setattr("moe2gguf.export.writer.PIECE", 1000)
+    monkeypatch.setattr(sys.modules["moe2gguf.quantize"], "BLOCK", 70_000)
+    quantize(dense, tmp_path / "small.gguf", TypeOptions("q4_k_m"), threads=threads)
+    monkeypatch.undo()
+
+    quantize(dense, tmp_path / "large.gguf", TypeOptions("q4_k_m"), threads=2)
+
+    assert (tmp_path / "large.gguf").read_bytes() == (tmp_path / "small.gguf").read_bytes()
+
+
+def test_metadata_keeps_values_types_and_order(tmp_path):
+    """Every kind of value that GGUF has, odd strings, empty arrays and an unusual alignment, bit for bit."""
+    pairs = [
+        g.key("general.architecture", "str", "odd"),
+        g.key("general.alignment", "u32", 64),
+        *[g.key(f"x.{kind}", kind, 7) for kind in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64")],
+        g.key("x.f32", "f32", 0.1),
+        g.key("x.f64", "f64", 0.1),
+        g.key("x.bool", "bool", True),
+        *[g.array(f"x.list.{kind}", kind, [1, 2, 3]) for kind in ("u8", "i16", "u64", "f64")],
+        g.array("x.empty", "f32", []),
+        g.array("x.words", "str", ["a", "ü", ""]),
+        g.key("general.file_type", "u32", 0),
+        g.key("moe2gguf.quantize.type", "str", "old"),
+    ]
+    source = tmp_path / "in.gguf"
+    source.write_bytes(g.gguf(pairs, [g.f32("a.weight", (3, 64)), g.f32("b_norm.weight", (5,))], alignment=64))
+    before = read_gguf(source)
+
+    quantize(source, tmp_path / "out.gguf", TypeOptions("q8_0", pure=True, tensor_types=("a.*=q4_0",)))
+
+    after = read_gguf(tmp_path / "out.gguf")
+    changed = {"general.file_type", "moe2gguf.quantize.type"}
+    for key in before.metadata.keys() - changed:
+        assert (before.metadata[key], before.types[key]) == (after.metadata[key], after.types[key]), key
+    assert [key for key in before.metadata if key not in changed] == [
+        key for key in after.metadata if key in before.metadata and key not in changed
+    ]
+    assert (64, {0}) == (after.alignment, {t.offset % 64 for t in after.tensors.values()})
+    added = {key: value for key, value in after.metadata.items() if before.metadata.get(key) != value}
+    assert {
+        "general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0,
+        "general.quantization_version": 2,
+        "moe2gguf.quantize.version": added["moe2gguf.quantize.version"],
+        "moe2gguf.quantize.type": "q8_0",
+        "moe2gguf.quantize.rules": ["a.*=Q4_0"],
+        "moe2gguf.quantize.source_file_type": 0,
+        "moe2gguf.quantize.pure": True,
+    } == added
+    assert ValueType(gguf.GGUFValueType.UINT32) == after.types["general.quantization_version"]
+
+
+def test_strings_that_are_not_utf8_come_back_as_they_were(tmp_path):
+    """Broken vocabularies exist; their bytes are nobody's business."""
+    source = tmp_path / "in.gguf"
+    data = g.gguf(
+        [g.key("general.architecture", "str", "odd"), g.key("x", "str", "\x01\x02")], [g.f32("a.weight", (3, 64))]
+    )
+    source.write_bytes(data.replace(b"\x01\x02", b"\xff\x80"))
+
+    quantize(source, tmp_path / "out.gguf", TypeOptions("q8_0", pure=True))
+
+    assert b"\x02\x00\x00\x00\x00\x00\x00\x00\xff\x80" in (tmp_path / "out.gguf").read_bytes()
+
+
+def test_auto_with_one_rule_changes_one_tensor(dense, tmp_path):
+    """All others are copied."""
+    quantize(dense, tmp_path / "out.gguf", TypeOptions(tensor_types=(r"blk\.0\.ffn_up\.weight=q8_0",)))
+
+    before, after = contents(dense), contents(tmp_path / "out.gguf")
+    assert ["blk.0.ffn_up.weight"] == [name for name in before if before[name] != after[name]]
+
+
+def test_quantized_sources_need_permission(dense, tmp_path):
+    """They lose twice; with permission, the bytes are those that llama.cpp's requantizing gives."""
+    quantize(dense, tmp_path / "q8.gguf", TypeOptions("q8_0"))
+    with pytest.raises(PlanError, match=r"16 tensors are Q8_0 already.*--allow-requantize"):
+        plan_quantization(tmp_path / "q8.gguf", TypeOptions("q4_k_m"))
+    llama_quantize(
+        tmp_path / "q8.gguf", tmp_path / "theirs.gguf", types.file_type("MOSTLY_Q4_K_M"), allow_requantize=True
+    )
+
+    quantize(tmp_path / "q8.gguf", tmp_path / "ours.gguf", TypeOptions("q4_k_m"), allow_requantize=True)
+
+    assert contents(tmp_path / "theirs.gguf") == contents(tmp_path / "ours.gguf")
+    assert True is read_gguf(tmp_path / "ours.gguf").metadata["moe2gguf.quantize.requantized"]
+    quantize(tmp_path / "q8.gguf", tmp_path / "same.gguf", TypeOptions("q8_0"))
+    assert contents(tmp_path / "q8.gguf") == contents(tmp_path / "same.gguf")
+
+
+def test_what_does_not_change_is_copied_not_made_again(dense, tmp_path):
+    """Q4_K blocks would come out otherwise if they were decoded between."""
+    quantize(dense, tmp_path / "q4.gguf", TypeOptions("q4_k"))
+
+    quantize(tmp_path / "q4.gguf", tmp_path / "copy.gguf", TypeOptions())
+
+    assert contents(tmp_path / "q4.gguf") == contents(tmp_path / "copy.gguf")
+    assert "moe2gguf.quantize.requantized" not in read_gguf(tmp_path / "copy.gguf").metadata
+
+
+def test_a_misfit_is_refused_before_anything_is_written(tmp_path):
+    """With --allow-fallback it is llama.cpp's substitute, byte for byte."""
+    source = tiny_gguf.write_gguf(tmp_path / "in.gguf", tiny_gguf.dense_weights(0, n_layer=1))
+    with pytest.raises(PlanError, match="--allow-fallback") as caught:
+        quantize(source, tmp_path / "ours.gguf", TypeOptions("q4_k_m"))
+    assert not (tmp_path / "ours.gguf").exists()
+    assert all("rows whose width is a multiple of 256" in text for text in caught.value.refusals)
+    llama_quantize(source, tmp_path / "theirs.gguf", types.file_type("MOSTLY_Q4_K_M"))
+
+    done = quantize(source, tmp_path / "ours.gguf", TypeOptions("q4_k_m", allow_fallback=True))
+
+    assert contents(tmp_path / "theirs.gguf") == contents(tmp_path / "ours.gguf")
+    assert 8 == len(done.plan.assigned.fallbacks)
+    assert True is read_gguf(tmp_path / "ours.gguf").metadata["moe2gguf.quantize.fallback"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e9])
+def test_a_bad_weight_is_named_and_leaves_nothing(tmp_path, value):
+    """NaN, infinity, and what the type's scales cannot hold."""
+    weights = tiny_gguf.dense_weights(0, n_layer=1)
+    weights["blk.0.attn_k.weight"][3, 5] = value
+    source = tiny_gguf.write_gguf(tmp_path / "in.gguf", weights)
+
+    with pytest.raises(CorruptWeightError, match=r"blk\.0\.attn_k\.weight"):
+        quantize(source, tmp_path / "out.gguf", TypeOptions("q8_0"))
+
+    assert [source] == list(tmp_path.iterdir())
+
+
+def test_targets_and_sources_that_are_refused(dense, tmp_path):
+    """The file itself, an existing one, a shard, an absurd alignment, a file without tensors, no GGUF at all."""
+    with pytest.raises(OutputError, match="file of the model itself"):
+        quantize(dense, dense, TypeOptions("q8_0"), force=True)
+    (tmp_path / "old.gguf").write_text("old")
+    with pytest.raises(OutputError, match="--force"):
+        quantize(dense, tmp_path / "old.gguf", TypeOptions("q8_0"))
+    name = g.key("general.architecture", "str", "odd")
+    files = {
+        "shard": (g.gguf([name, g.key("split.count", "u16", 3)], [g.f32("a", (4,))]), "one shard of several"),
+        "aligned": (
+            g.gguf([name, g.key("general.alignment", "u32", 2**21)], [g.f32("a", (4,))], alignment=2**21),
+            "aligns tensors to 2097152 bytes",
+        ),
+        "empty": (g.gguf([name], []), "holds no tensors"),
+    }
+    for label, (data, words) in files.items():
+        (tmp_path / label).write_bytes(data)
+        with pytest.raises(PlanError, match=words):
+            quantize(tmp_path / label, tmp_path / "out.gguf", TypeOptions("q8_0"))
+    (tmp_path / "text").write_text("not a model at all, but long enough")
+    with pytest.raises(GGUFError, match="not a GGUF file"):
+        quantize(tmp_path / "text", tmp_path / "out.gguf", TypeOptions("q8_0"))
+
+
+def test_the_network_of_a_file_and_of_a_hostile_one(dense, sliced, tmp_path):
+    """From the metadata; a missing number and a billion layers are errors, not a crash or a long wait."""
+    assert (2, 4, 2, 256, False, 0) == dataclasses.astuple(network_of(read_gguf(dense)))[1:7]
+    assert 4 == network_of(read_gguf(sliced)).n_expert
+    for n, words in ((None, "block_count is missing"), (10**9, "1000000000 layers, but only 1 tensors")):
+        keys = [g.key("general.architecture", "str", "llama")] + ([g.key("llama.block_count", "u32", n)] if n else [])
+        keys += [g.key("llama.attention.head_count", "u32", 4)]
+        (tmp_path / "bad").write_bytes(g.gguf(keys, [g.f32("a.weight", (2, 64))]))
+        with pytest.raises(GGUFError, match=re.escape(words)):
+            network_of(read_gguf(tmp_path / "bad"))
+
+
+def test_the_plan_is_the_file(dense, tmp_path):
+    """Size, types and bits per weight before anything is read; as JSON too."""
+    plan = plan_quantization(dense, TypeOptions("q5_k_m"))
+
+    quantize(dense, tmp_path / "out.gguf", TypeOptions("q5_k_m"))
+
+    file = read_gguf(tmp_path / "out.gguf")
+    assert plan.file_size == file.file_size
+    assert [(t.name, t.type) for t in plan.tensors] == [(t.name, t.type) for t in file.tensors.values()]
+    n_bytes, n = sum(t.n_bytes for t in file.tensors.values()), sum(t.n_elements for t in file.tensors.values())
+    values = plan.to_dict()
+    assert round(8 * n_bytes / n, 4) == values["bits_per_weight"]
+    assert 15 + 1 == sum(rule["tensors"] for rule in values["rules"])
+    assert {5.5, 6.5625, 32.0} == {tensor["bits_per_weight"] for tensor in values["tensors"]}
+
+
+def test_kernels_are_asked_for_before_a_byte_is_written(dense, tmp_path, monkeypatch):
+    """An installation without them says so and leaves no file."""
+    monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
+    kernels.library.cache_clear()
+    try:
+        with pytest.raises(
+            kernels.HarnessError, match=r"Q4_K, Q6_K: quantized by llama.cpp's kernels.*moe2gguf\[run\]"
+        ):
+            quantize(dense, tmp_path / "out.gguf", TypeOptions("q4_k_m"))
+    finally:
+        kernels.library.cache_clear()
+    assert [] == list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""moe2gguf.experts.refit: the ridge solution, against a brute-force one."""
+
+import torch
+
+from moe2gguf.experts.refit import Normal, refit
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def problem(n=300, m=7, d=4):
+    """(h, y, w): y is linear in h, with noise."""
+    h = torch.randn(n, m, generator=GENERATOR)
+    y = h @ torch.randn(m, d, generator=GENERATOR) + 0.5 * torch.randn(n, d, generator=GENERATOR)
+    return h, y, torch.rand(n, generator=GENERATOR)
+
+
+def filled(h, y, w, parts=3):
+    """Normal equations of all tokens, added in parts."""
+    normal = Normal.empty(h.shape[1], y.shape[1])
+    for a, b, c in zip(h.chunk(parts), y.chunk(parts), w.chunk(parts), strict=True):
+        normal.add(a, b, c)
+    return normal
+
+
+def test_solve_is_the_weighted_ridge_solution():
+    """The augmented least squares problem, solved directly."""
+    h, y, w = problem()
+    normal = filled(h, y, w)
+    root = w.sqrt()[:, None]
+    strength = 0.2
+    ridge = (strength * (h.T @ (w[:, None] * h)).diagonal().mean()).sqrt() * torch.eye(7)
+    expected = torch.linalg.lstsq(torch.cat([root * h, ridge]), torch.cat([root * y, torch.zeros(7, 4)])).solution
+
+    torch.testing.assert_close(expected, normal.solve(strength), rtol=1e-3, atol=1e-4)
+
+
+def test_error_is_the_share_that_is_left():
+    """Against the residual itself."""
+    h, y, w = problem()
+    delta = torch.randn(7, 4, generator=GENERATOR)
+    left = (w[:, None] * (y - h @ delta).square()).sum() / (w[:, None] * y.square()).sum()
+
+    assert abs(float(left) - filled(h, y, w).error(delta)) < 1e-4
+
+
+def test_a_refit_is_never_worse_on_its_own_tokens():
+    """All tokens together: at most the error of no refit; and much better where y is linear in h."""
+    h, y, w = problem()
+    train, held_out = filled(h[:200], y[:200], w[:200]), filled(h[200:], y[200:], w[200:])
+
+    delta, strength, error = refit(train, held_out)
+
+    assert (train + held_out).error(delta) < 0.5
+    assert error < 0.5
+    assert strength > 0
+
+
+def test_noise_is_left_alone():
+    """Where nothing can be learned, the weights stay what they are."""
+    h, _, w = problem()
+    noise = 10 * torch.randn(40, 4, generator=GENERATOR)
+    train, held_out = filled(h[:20], noise[:20], w[:20]), filled(h[200:], noise[20:].repeat(5, 1), w[200:])
+
+    delta, _, error = refit(train, held_out)
+
+    assert (0.0, 1.0) == (float(delta.abs().max()), error)

@@ -1,0 +1,218 @@
+"""The report: one sound HTML file, nothing from elsewhere, with the rows and the words in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.harness import metrics, report
+from moe2gguf.harness.candidates import Candidate
+from moe2gguf.harness.front import choose
+from moe2gguf.harness.report import pictures, render, require_plotly, summary, write_report
+from moe2gguf.harness.rows import Comparison, Quality, Row, is_above_noise, pair_up, quality
+from moe2gguf.harness.speed import Run, collect
+
+LIMIT = 2e-6
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+NASTY = "</script><b>&.gguf"
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and collects what the tests ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.addresses: list[str] = []
+        self.policy = ""
+        self.cells: list[list[str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs)["content"] or ""
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        if tag == "td":
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag == self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open:
+            self.cells[-1][-1] += data
+
+
+def measured(noise: float) -> Quality:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((40, 30)).astype(np.float32)
+    other = base + np.float32(noise) * rng.standard_normal(base.shape).astype(np.float32)
+    targets = rng.integers(0, 30, 40, dtype=np.int32)
+    parts = [metrics.compare(base[i : i + 10], other[i : i + 10], targets[i : i + 10]) for i in range(0, 40, 10)]
+    return quality(parts, 1.5)
+
+
+def candidate(path: Path, k: int, device: str = "cpu") -> Candidate:
+    return Candidate(path, 8 if k else 0, k, device, "F16", 1000, 500, "x")
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Comparison:
+    """Three sound rows with speeds, a refused and a failed one, in files with an awkward name."""
+    path = tmp_path / NASTY.replace("/", "_")
+    path.write_bytes(b"abc")
+    rows = []
+    for k, noise, speed in ((8, 0.0, 10.0), (4, 0.1, 20.0), (2, 2.0, 30.0)):
+        row = Row(candidate(path, k), "ok", quality=measured(noise), speed=collect([Run(99.0, speed, 0.1, 1.0, 10)]))
+        rows.append(replace(row, above_noise=is_above_noise(measured(noise), LIMIT)))
+    rows.append(Row(candidate(path, 9), "refused", "only <8> & no more"))
+    rows.append(Row(candidate(path, 6, "gpu"), "failed", "crashed\n  | here"))
+    return Comparison(
+        reference=candidate(path, 0),
+        rows=tuple(rows),
+        pairs=tuple(pair_up(rows, LIMIT)),
+        noise=measured(0.0),
+        kl_limit=LIMIT,
+        settings={"context": 512},
+        environment={"python": "3"},
+        reference_speed=collect([Run(90.0, 12.0, 0.1, 1.0, 10)]),
+        choice=choose(rows),
+    )
+
+
+def test_the_page_is_sound_and_complete(found: Comparison) -> None:
+    """Balanced tags, a line per row with its numbers, one place per picture, and hostile names as text only."""
+    page = Page(render(found, "/* plotly */", ["prog", "compare", "a b.gguf"]))
+    assert [] == page.open
+    assert 3 == page.tags["h2"] - 2 == len(pictures(found))
+    assert 2 == page.tags["script"]
+    assert page.tags["b"] == 1  # the recommendation's, none from the file's name
+    rows = [cells for cells in page.cells if "F16" in cells]
+    assert [["ok", "8"], ["ok", "4"], ["ok", "2"], ["refused", "9"], ["failed", "6"]] == [[c[5], c[2]] for c in rows]
+    assert f"{found.rows[1].quality.summary.kl_mean:.4g}" in rows[1]  # type: ignore[union-attr]
+    assert NASTY.replace("/", "_") == rows[0][0]
+
+
+def test_nothing_comes_from_elsewhere(found: Comparison) -> None:
+    """No address in any attribute, a policy that forbids the network, and with plotly inside still so."""
+    plotly = report._plotly() if _has_plotly() else "/* plotly */"
+    page = Page(render(found, plotly, ["prog"]))
+    assert [] == page.addresses
+    assert page.policy.startswith("default-src 'none'")
+    assert "http" not in page.policy
+
+
+def test_data_cannot_end_the_script(found: Comparison) -> None:
+    """Figures are strict JSON in which no tag can be written."""
+    text = render(found, "", ["prog"])
+    data = re.search(r"const FIGURES = (.*);\n", text)
+    assert data is not None
+    assert "<" not in data[1]
+    assert len(pictures(found)) == len(json.loads(data[1]))
+
+
+def test_the_words_come_first(found: Comparison) -> None:
+    """How many ran, what is the reference itself, what to take, what failed and why."""
+    lines = summary(found)
+    text = "\n".join(lines)
+    assert lines[0].startswith("3 of 5 runs completed. The reference, <code>")
+    assert "the same model as the reference: <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=8/8</code>." in text
+    assert "<b>Take <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=4/8</code></b>: the fastest of 3 within" in text
+    assert "refused: only &lt;8&gt; &amp; no more" in text
+    page = render(found, "", ["prog"])
+    assert page.index("runs completed") < page.index('id="figure0"') < page.index('id="rows"')
+
+
+def test_pictures_hold_the_numbers(found: Comparison) -> None:
+    """Quality over speed with the front, divergence over k in order with the noise limit, a line of windows each."""
+    figures: dict[str, Any] = dict(pictures(found))
+    points, front = figures["Quality and generation speed"]["data"]
+    assert ([10.0, 20.0, 30.0], ["8", "4", "2"]) == (points["x"], points["text"])
+    assert [30.0, 20.0, 10.0] == front["x"]
+    (line,) = figures["KL divergence and experts used"]["data"]
+    kl = [row.quality.summary.kl_mean for row in found.rows[:3] if row.quality]
+    assert [2, 4, 8] == line["x"]
+    assert [kl[2], kl[1], LIMIT / 10] == pytest.approx(line["y"])
+    windows = figures["KL divergence window by window"]["data"]
+    assert [[1, 2, 3, 4]] * 3 == [trace["x"] for trace in windows]
+    assert list(found.rows[1].quality.window_kl) == pytest.approx(windows[1]["y"])  # type: ignore[union-attr]
+
+
+def test_how_it_was_measured(found: Comparison) -> None:
+    """The command to repeat it, digests of the files, versions."""
+    text = render(found, "", ["/usr/bin/prog", "compare", "a b.gguf"])
+    assert "moe2gguf compare &#x27;a b.gguf&#x27;" in text
+    assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in text  # of "abc": FIPS 180-4
+    found.reference.path.unlink()
+    assert "not readable any more" in render(found, "", ["prog"])
+
+
+def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None:
+    """Fewer pictures, the same words, no empty columns."""
+    quiet = tuple(replace(row, speed=None) for row in found.rows)
+    silent = replace(found, rows=quiet, choice=None, reference_speed=None)
+    assert 2 == len(pictures(silent))
+    assert "generation t/s" not in render(silent, "", ["prog"])
+    nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
+    assert [] == pictures(nothing)
+    assert Page(render(nothing, "", ["prog"])).open == []
+    dense = replace(silent, rows=(replace(quiet[0], candidate=candidate(found.reference.path, 0)),), pairs=())
+    assert ["KL divergence window by window"] == [title for title, _ in pictures(dense)]
+
+
+def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> None:
+    """One window has no interval; a row with NaN has no picture and empty cells."""
+    first = found.rows[0]
+    assert first.quality is not None
+    one = replace(first, quality=replace(first.quality, window_kl=(0.5,), window_nll=(1.0,), window_top1=(1.0,)))
+    bad = replace(
+        first,
+        status="failed",
+        above_noise=None,
+        quality=replace(first.quality, summary=replace(first.quality.summary, kl_mean=math.nan)),
+    )
+    text = render(replace(found, rows=(one, bad), pairs=(), choice=None), "", ["prog"])
+    assert "NaN" not in text.split("const FIGURES")[1].split("\n")[0]
+    assert ">nan<" not in text
+
+
+def test_writing_is_all_or_nothing(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file appears whole; a folder that is not there is an error before and after measuring."""
+    monkeypatch.setattr(report, "_plotly", lambda: "/* plotly */")
+    write_report(found, tmp_path / "out.html", ["prog"])
+    assert ["out.html"] == [path.name for path in tmp_path.glob("*out.html*")]
+    require_plotly(tmp_path / "new.html")
+    with pytest.raises(HarnessError, match="there is no folder"):
+        require_plotly(tmp_path / "no" / "out.html")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_report(found, tmp_path / "no" / "out.html", ["prog"])
+
+
+def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is measured."""
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(HarnessError, match=r"pip install 'moe2gguf\[report\]'"):
+        require_plotly(tmp_path / "out.html")
+
+
+def _has_plotly() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("plotly") is not None

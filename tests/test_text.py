@@ -1,0 +1,86 @@
+"""moe2gguf.experts.text: what may calibrate, and the windows made of it."""
+
+import numpy as np
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tiny_tokenizers import byte_level_bpe, sentencepiece_model
+from transformers import AutoTokenizer
+
+from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.text import EMBEDDED, read_text, windows
+
+
+def test_the_embedded_text_needs_no_file():
+    """Every Python carries it; it is long enough for 65k tokens of most tokenizers."""
+    text = read_text(None)
+
+    assert EMBEDDED == text.label
+    assert len(text.text) > 300_000
+    assert text.digest == read_text(None).digest
+
+
+def test_plain_text_and_jsonl_are_the_same_text(tmp_path):
+    """The label is the file's name, never its path."""
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"text": "one", "x": 1}\n\n{"text": "two"}\n')
+
+    plain, lines = read_text(tmp_path / "a.txt"), read_text(tmp_path / "b.jsonl")
+
+    assert plain.text == lines.text
+    assert ("a.txt", "b.jsonl") == (plain.label, lines.label)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "empty"),
+        ("a.txt", b" \n", "empty"),
+        ("a.txt", b"\xff\xfe\x00", "not readable as UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{oops', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": 5}', 'line 1 is not an object with a "text"'),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+    ],
+)
+def test_unusable_text_is_a_clear_error(tmp_path, name, content, words):
+    """Named, with the line where there is one."""
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(CalibrationError, match=words):
+        read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_windows_are_the_tokenizers_ids(tmp_path, bos):
+    """Spread over the text, each as a prompt of its own: transformers' ids, after BOS where the model wants one."""
+    byte_level_bpe(tmp_path)
+    text = read_text(None)
+
+    ids = windows(tmp_path, text, 640, 64, bos)
+
+    assert ((10, 64), np.int64) == (ids.shape, ids.dtype)
+    expected = AutoTokenizer.from_pretrained(tmp_path)(text.text[:4000], add_special_tokens=False).input_ids
+    begin = 0 if bos is None else 1
+    assert expected[: 64 - begin] == ids[0, begin:].tolist()
+    assert bos is None or [bos] * 10 == ids[:, 0].tolist()
+    assert 10 == len({tuple(row) for row in ids.tolist()})
+
+
+def test_a_folder_with_tokenizer_model_alone(tmp_path):
+    """sentencepiece's ids, as LLaMA 1 and 2 ship them."""
+    sentencepiece_model(tmp_path)
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    text = read_text(None)
+
+    ids = windows(tmp_path, text, 640, 64, 1)
+
+    expected = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text.text[:4000])
+    assert [1, *expected[:63]] == ids[0].tolist()
+
+
+def test_too_little_text(tmp_path):
+    """Two windows at least; the message says how much there is and how much is needed."""
+    byte_level_bpe(tmp_path)
+    (tmp_path / "short.txt").write_text("a few words")
+
+    with pytest.raises(CalibrationError, match="too few to calibrate"):
+        windows(tmp_path, read_text(tmp_path / "short.txt"), 1024, 512, None)
