@@ -1,0 +1,86 @@
+"""The command line: parse, call one library function, print.
+
+Results go to stdout (`--json` for machines), progress and notes to stderr. Exit codes: 0 done, 1 a Moe2GgufError,
+2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import NoReturn
+
+import click
+import cloup
+from click.shell_completion import get_completion_class
+from cloup import HelpTheme, Style
+
+from moe2gguf.cli.looking import inspect, run, verify
+from moe2gguf.cli.making import convert, quantize, set_used
+from moe2gguf.cli.measuring import bench, compare
+from moe2gguf.errors import Moe2GgufError
+
+SETTINGS = cloup.Context.settings(
+    help_option_names=["-h", "--help"],
+    max_content_width=100,
+    align_option_groups=False,
+    formatter_settings=cloup.HelpFormatter.settings(
+        theme=HelpTheme(heading=Style(bold=True), invoked_command=Style(fg="bright_cyan")), col1_max_width=34
+    ),
+)
+
+
+@cloup.group(context_settings=SETTINGS)
+@click.version_option(package_name="moe2gguf")
+def cli() -> None:
+    """Turn a dense LLaMA-family model into a sparse one that stock llama.cpp runs.
+
+    Every MLP is cut into experts and written as a Mixtral-architecture GGUF file. With all experts on, the file is
+    the dense model.
+
+    \b
+    Example:
+      moe2gguf convert SmolLM2-135M-Instruct smollm2-moe.gguf --experts 8
+      moe2gguf run smollm2-moe.gguf -p "The capital of France is"
+    """
+
+
+@cloup.command()
+@cloup.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="Your shell.")
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    Example:
+      moe2gguf completion bash >> ~/.bashrc
+      moe2gguf completion fish > ~/.config/fish/completions/moe2gguf.fish
+    """
+    kind = get_completion_class(shell)
+    if kind is not None:
+        click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
+
+
+for command in (convert, quantize, set_used, verify, inspect, run, compare, bench, completion):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Entry point of the `moe2gguf` command: every expected error becomes one message and an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that partial files are removed
+    try:
+        cli(standalone_mode=False, prog_name="moe2gguf")
+    except click.exceptions.Abort:
+        click.echo(
+            "moe2gguf: interrupted; no unfinished file was kept (a calibration goes on where it stopped)", err=True
+        )
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Moe2GgufError as error:
+        click.echo(f"moe2gguf: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(0)

@@ -1,0 +1,179 @@
+"""Commands that make or change a file: convert, quantize, set-used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import cloup
+from cloup import option, option_group
+
+from moe2gguf import display
+from moe2gguf.cli.shared import FILE, AlwaysOn, emit, json_option, threads_option, type_options
+from moe2gguf.errors import PlanError
+from moe2gguf.experts import methods
+
+
+@cloup.command()
+@cloup.argument("model", type=click.Path(path_type=Path), help="Hugging Face folder (config.json, safetensors).")
+@cloup.argument("out", type=click.Path(path_type=Path), required=False, help="The GGUF file to write.")
+@option_group(
+    "Slicing",
+    option("-n", "--experts", type=int, help="Experts per MLP; a Mixtral model keeps its own.  [default: 8]"),
+    option("-k", "--used", type=int, help="Experts that run per token.  [default: all, the exact dense model]"),
+    option("--align", type=int, default=1, help="Pad experts with zero neurons to a multiple of 32 or 256."),
+    option("--dense", is_flag=True, help="Do not slice: write the ordinary dense file, the reference."),
+)
+@option_group(
+    "Experts that hold together when only some run (defaults: seed if all run, coherent below)",
+    option("--recipe", type=click.Choice(["seed", "coherent"]), help="Where the options below start from."),
+    option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped."),
+    option("--always-on", type=AlwaysOn(), metavar="N|auto", help="Experts that every token runs."),
+    option("--router", type=click.Choice([*methods.ROUTERS]), help="How experts are chosen."),
+    option("--refit/--no-refit", default=None, help="Correct the down projections for what does not run."),
+    option("--amplify", type=click.Choice([*methods.AMPLIFICATIONS]), help="Which counts sound right."),
+    option("--calibration", type=FILE, help="Text, or JSONL with a text field.  [default: Python's documentation]"),
+    option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it."),
+    option("--device", help="torch device of the calibration.  [default: cuda, mps or cpu]"),
+    option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the grouping."),
+)
+@option_group(
+    "Output",
+    option(
+        "-t",
+        "--type",
+        default="auto",
+        show_default=True,
+        help="auto (as stored), f32, f16, bf16, or a type of llama.cpp such as q8_0, q6_k, q4_k_m or iq4_xs.",
+    ),
+    option("--name", help="The model's name in the metadata."),
+    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    threads_option,
+)
+@type_options
+@option_group(
+    "Looking first, checking after",
+    option("--plan", "plan_only", is_flag=True, help="Print what would be written, read no weights, and stop."),
+    option(
+        "--check",
+        metavar="auto|FILE",
+        help="Compare OUT in llama.cpp with its dense twin FILE (auto: make one, then remove it).",
+    ),
+    json_option,
+)
+def convert(
+    model: Path,
+    out: Path | None,
+    plan_only: bool,
+    check: str | None,
+    as_json: bool,
+    force: bool,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Convert a Hugging Face folder into a GGUF file with experts.
+
+    LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 and Mixtral checkpoints in f32, f16 or bf16. The file appears under
+    its name only when it is complete and verified.
+
+    \b
+    Example:
+      moe2gguf convert SmolLM2-135M-Instruct moe.gguf --experts 8 --check auto
+      moe2gguf convert SmolLM2-135M-Instruct --plan
+      moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf -n 16 --align 32 --type q8_0
+      moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration text.txt
+    """
+    from moe2gguf.convert import check_conversion, write_plan
+    from moe2gguf.options import Options
+    from moe2gguf.planning import plan_conversion
+
+    if out is None and not plan_only:
+        raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
+    try:
+        plan = plan_conversion(model, Options(**options))
+    except PlanError as error:
+        if as_json and plan_only:
+            emit({"refusals": error.refusals}, as_json, lambda: None)
+        raise
+    display.warnings(plan.warnings)
+    if plan_only or out is None:
+        emit(plan.to_dict(), as_json, lambda: display.plan(plan))
+        return
+    done = write_plan(plan, out, force=force, threads=threads, progress=display.progress)
+    checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None
+    result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
+    emit(result, as_json, lambda: display.conversion(done, checked))
+    if checked and not checked.ok:
+        raise SystemExit(1)
+
+
+@cloup.command()
+@cloup.argument("source", type=FILE, help="The GGUF file to quantize (f32, f16 or bf16).")
+@cloup.argument("out", type=click.Path(path_type=Path), help="The GGUF file to write.")
+@cloup.argument("type", help="A type of llama.cpp, such as q4_k_m, iq4_xs or q8_0; auto keeps what no rule names.")
+@type_options
+@option_group(
+    "Output",
+    option("--allow-requantize", is_flag=True, help="Also change tensors that are quantized already."),
+    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    option("--threads", type=click.IntRange(1), help="Threads that quantize.  [default: one per core]"),
+)
+@option_group(
+    "Looking first",
+    option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop."),
+    json_option,
+)
+def quantize(
+    source: Path,
+    out: Path,
+    plan_only: bool,
+    as_json: bool,
+    allow_requantize: bool,
+    force: bool,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Write a GGUF file again with smaller types.
+
+    With llama.cpp's own kernels, and the choice of types of its quantizer for the dense model. A type that does not
+    fit a tensor is an error that lists the ways out, never a silent substitute.
+
+    \b
+    Example:
+      moe2gguf quantize moe.gguf moe-q4.gguf q4_k_m --allow-fallback
+      moe2gguf quantize moe.gguf moe-q5.gguf q5_k --tensor-type 'blk\\..*\\.ffn_down_exps\\.weight=q6_k' --plan
+    """
+    from moe2gguf.export.recipes import TypeOptions
+    from moe2gguf.quantize import plan_quantization, write_quantization
+
+    try:
+        plan = plan_quantization(source, TypeOptions(**options), allow_requantize=allow_requantize)
+    except PlanError as error:
+        if as_json and plan_only:
+            emit({"refusals": error.refusals}, as_json, lambda: None)
+        raise
+    display.warnings(plan.warnings)
+    if plan_only:
+        emit(plan.to_dict(), as_json, lambda: display.quantization_plan(plan))
+        return
+    done = write_quantization(plan, out, force=force, threads=threads, progress=display.progress)
+    emit(done.to_dict(), as_json, lambda: display.quantization(done))
+
+
+@cloup.command("set-used")
+@cloup.argument("file", type=FILE, help="The GGUF file to change.")
+@cloup.argument("count", type=int, help="Experts that run per token.")
+def set_used(file: Path, count: int) -> None:
+    """Change how many experts run per token, in place.
+
+    Refused where the experts were amplified or refitted for one count (see convert --amplify).
+
+    \b
+    Example:
+      moe2gguf set-used moe.gguf 6
+    """
+    from moe2gguf.export.edit import set_used as change
+
+    change(file, count)
+    display.out().print(f"{file}: {count} experts per token from now on", markup=False)

@@ -1,0 +1,75 @@
+"""What several commands share: option decorators, parameter types, and printing a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from cloup import option, option_group
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
+    """A number of experts, or "auto" (-1)."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; -1 for auto."""
+        if value == "auto":
+            return -1
+        try:
+            return max(int(value), 0)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+threads_option = option(
+    "--threads", type=click.IntRange(1), help="Threads to use.  [default: the number of cores, at most 4]"
+)
+
+
+def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[int]:
+    """Parse `8,6,4`."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 8,6,4") from error
+
+
+type_options = option_group(
+    "Types of single tensors",
+    option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        metavar="PATTERN=TYPE",
+        help="Another type for tensors whose whole name matches this regular expression; the first match decides.",
+    ),
+    option("--recipe-file", type=FILE, help="A TOML or JSON file of such rules, tried after them."),
+    option("--pure", is_flag=True, help="The type for every matrix, those of the vocabulary included."),
+    option("--allow-fallback", is_flag=True, help="Where a type does not fit, take llama.cpp's substitute, listed."),
+    option("--llama-cpp-mix", is_flag=True, help="Choose for experts as llama.cpp does, not as for the dense parent."),
+)
+
+
+llama_threads_option = option("--threads", type=click.IntRange(1), help="Threads to use.  [default: all]")
+used_list_option = option(
+    "-k", "--used", callback=whole_numbers, metavar="K,K", help="Experts per token.  [default: what the file says]"
+)
+devices_option = option(
+    "--device", default="cpu", show_default=True, metavar="D,D", help="Of cpu, gpu and gpu:experts-on-cpu."
+)
+
+
+def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """JSON on stdout, or the text that `show` prints."""
+    if as_json:
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        show()
