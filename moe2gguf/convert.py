@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,10 @@ def write_plan(
             )
         digest = plan.digest.hexdigest(plan.checkpoint.tensors)
         write_text(descriptor, digest, value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
-        with progress("verify", plan.file_size) as advance:
+        with ThreadPoolExecutor(1) as background, progress("verify", plan.file_size) as advance:
+            flushed = background.submit(os.fsync, descriptor)  # the disk works while the processors check
             require_sound(partial, threads=threads, progress=advance)
+            flushed.result()
     shutil.rmtree(work, ignore_errors=True)
     return Conversion(out, plan, digest, reports)
 

@@ -28,8 +28,9 @@ from moe2gguf.spec import Slicing
 
 Array = NDArray[np.generic]
 
-BLOCK_BYTES = 16 << 20
-"""Row-wise tensors (the embedding, the output matrix) pass through memory in pieces of this size."""
+BLOCK_BYTES = 1 << 20
+"""Row-wise tensors (the embedding, the output matrix) pass through memory in pieces of this size, which stay in the
+cache while they are hashed, checked and written."""
 
 
 @dataclass(frozen=True)
