@@ -108,7 +108,8 @@ def write_plan(
             flushed = background.submit(os.fsync, descriptor)  # the disk works while the processors check
             require_sound(partial, threads=threads, progress=advance)
             flushed.result()
-    shutil.rmtree(work, ignore_errors=True)
+    if reports:
+        shutil.rmtree(work)
     return Conversion(out, plan, digest, reports)
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import shutil
+import sys
 
 import checkpoints
 import gguf
@@ -213,6 +214,26 @@ def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, mon
     assert 4 == len(done)
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
     assert not (tmp_path / "x.gguf.calibration").exists()
+
+
+def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder, tmp_path):
+    """A stopped calibration of the same name is still there after a plain conversion."""
+    (tmp_path / "x.gguf.calibration").mkdir()
+    (tmp_path / "x.gguf.calibration" / "job.json").write_text("{}")
+
+    convert(folder, tmp_path / "x.gguf", Options(experts=8))
+
+    assert (tmp_path / "x.gguf.calibration" / "job.json").exists()
+
+
+def test_without_transformers_the_error_says_what_to_install(folder, tmp_path, monkeypatch):
+    """Torch alone is not enough; the message names both ways out."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("moe2gguf.experts.calibration", "moe2gguf.experts.forward"):
+        monkeypatch.delitem(sys.modules, name)
+
+    with pytest.raises(CalibrationError, match=r"pip install 'moe2gguf\[calibrate\]'"):
+        convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4))
 
 
 def test_a_layers_file_is_read_back(tmp_path):

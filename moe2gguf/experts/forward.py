@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2gguf.experts.carve import MLP, chunks
 
@@ -24,8 +25,6 @@ class Layers:
     """Blocks of the model in `folder`; weights come from `load`, computation is float32 on `device`."""
 
     def __init__(self, folder: Path, load: Load, device: torch.device) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = "sdpa"
         config.tie_word_embeddings = False
