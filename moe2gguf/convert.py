@@ -104,13 +104,20 @@ def write_plan(
             )
         digest = plan.digest.hexdigest(plan.checkpoint.tensors)
         write_text(descriptor, digest, value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
-        with ThreadPoolExecutor(1) as background, progress("verify", plan.file_size) as advance:
-            flushed = background.submit(os.fsync, descriptor)  # the disk works while the processors check
-            require_sound(partial, threads=threads, progress=advance)
-            flushed.result()
+        flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
     if reports:
         shutil.rmtree(work)
     return Conversion(out, plan, digest, reports)
+
+
+def flush_and_verify(
+    descriptor: int, partial: Path, file_size: int, *, threads: int | None, progress: Progress
+) -> None:
+    """Verify the file just written while the disk still works on it. Raises GGUFError for what is not sound."""
+    with ThreadPoolExecutor(1) as background, progress("verify", file_size) as advance:
+        flushed = background.submit(os.fsync, descriptor)
+        require_sound(partial, threads=threads, progress=advance)
+        flushed.result()
 
 
 def _calibrate(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:

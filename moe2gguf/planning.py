@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from moe2gguf.experts.slicing import expert_width
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export import types
 from moe2gguf.export.assignment import Assignment, assign
-from moe2gguf.export.layout import Layout, lay_out
+from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.export.metadata import model_metadata, provenance
 from moe2gguf.export.presets import Network
 from moe2gguf.export.vocabulary import vocabulary_metadata
@@ -55,7 +54,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Of all tensors together, zero neurons included."""
-        return 8 * sum(t.n_bytes for t in self.tensors) / sum(math.prod(t.shape) for t in self.tensors)
+        return mean_bits_per_weight(self.tensors)
 
     @property
     def n_expert(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,15 +13,14 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.convert import Progress, silent
+from moe2gguf.convert import Progress, flush_and_verify, silent
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.export import kernels, types
 from moe2gguf.export.assignment import Assignment, assign, may_quantize
-from moe2gguf.export.layout import Layout, lay_out
+from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.export.presets import ARCHITECTURES, Network
 from moe2gguf.export.reader import GGUFFile, TensorInfo, read_gguf
 from moe2gguf.export.recipes import TypeOptions, own_rules
-from moe2gguf.export.verify import require_sound
 from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
 from moe2gguf.spec import MetadataValue
 
@@ -53,8 +51,7 @@ class QuantizationPlan:
     @property
     def bits_per_weight(self) -> float:
         """Of all tensors together."""
-        n_weight = sum(math.prod(tensor.shape) for tensor in self.tensors)
-        return 8 * sum(tensor.n_bytes for tensor in self.tensors) / max(n_weight, 1)
+        return mean_bits_per_weight(self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
@@ -159,8 +156,7 @@ def write_quantization(
             write_tensors(
                 descriptor, plan.layout, plan.tensors, threads=min(cores, 4), quantizers=cores, advance=advance
             )
-        with progress("verify", plan.file_size) as advance:
-            require_sound(partial, threads=threads, progress=advance)
+        flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
     return Quantization(out, plan)
 
 

@@ -5,6 +5,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, li
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ class Layout:
     header: bytes
     offsets: Mapping[str, int]
     file_size: int
+
+
+def mean_bits_per_weight(tensors: Sequence[Entry]) -> float:
+    """Bits per element of all tensors together; 0 where there are none."""
+    n_weight = sum(math.prod(tensor.shape) for tensor in tensors)
+    return 8 * sum(tensor.n_bytes for tensor in tensors) / max(n_weight, 1)
 
 
 def lay_out(
