@@ -12,6 +12,11 @@ import llama_cpp
 from moe2gguf.spec import Metadata
 
 
+@llama_cpp.llama_log_callback
+def _quiet(_level: int, _text: bytes, _data: object) -> None:
+    """Drop a line. llama.cpp keeps a bare pointer to this function for good: it must never be collected."""
+
+
 def write_vocabulary_file(path: Path, metadata: Metadata) -> None:
     """Write a GGUF without tensors; lists that hold floats become float arrays, as in the files we make."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -37,8 +42,7 @@ class LlamaTokens:
     def __init__(self, path: Path) -> None:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise ValueError(f"llama.cpp does not load {path}")
