@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from moe2gguf.errors import CalibrationError
 from moe2gguf.export.assignment import may_quantize
 from moe2gguf.export.layout import value_offset
 from moe2gguf.export.metadata import DIGEST_PLACEHOLDER, SOURCE_DIGEST
+from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.types import require_kernels
 from moe2gguf.export.verify import require_sound
 from moe2gguf.export.writer import check_target, replacing, write_tensors, write_text
@@ -39,12 +41,16 @@ def silent(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: the file, its plan, the SHA-256 over the source tensors, what calibration found by layer."""
+    """What `convert` did: the file, its plan, the SHA-256 over the source tensors, what calibration found by layer.
+
+    `reused` tensors were there already, from a run that was stopped.
+    """
 
     path: Path
     plan: Plan
     source_digest: str
     layers: tuple[dict[str, Any], ...] = ()
+    reused: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
@@ -52,6 +58,7 @@ class Conversion:
             "path": str(self.path),
             "source_sha256": self.source_digest,
             "layers": list(self.layers),
+            "reused_tensors": self.reused,
             **self.plan.to_dict(),
         }
 
@@ -62,6 +69,7 @@ def convert(
     options: Options | None = None,
     *,
     force: bool = False,
+    resume: bool = True,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Conversion:
@@ -72,6 +80,7 @@ def convert(
         out: the file to write; it appears only when it is complete and verified.
         options: how many experts, which type, ...: see `Options`.
         force: replace `out` if it exists.
+        resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
         threads: how many tensors are worked on at once (None: the number of cores, at most 4).
         progress: receives stages ("write", "verify") and the bytes done.
 
@@ -81,14 +90,21 @@ def convert(
         CorruptWeightError: a weight is NaN, infinite, or too large for the type.
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
         CalibrationError: the text or the activations cannot be used, or torch is missing.
-        OutputError: `out` cannot be written, or must not be replaced.
+        OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
         GGUFError: the written file did not verify (a defect of ours or of the disk).
     """
-    return write_plan(plan_conversion(model, options), out, force=force, threads=threads, progress=progress)
+    plan = plan_conversion(model, options)
+    return write_plan(plan, out, force=force, resume=resume, threads=threads, progress=progress)
 
 
 def write_plan(
-    plan: Plan, out: Path, *, force: bool = False, threads: int | None = None, progress: Progress = silent
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    progress: Progress = silent,
 ) -> Conversion:
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
     quantizers = threads or os.cpu_count() or 1
@@ -97,17 +113,36 @@ def write_plan(
     require_kernels(tensor.type for tensor in plan.tensors)
     check_target(out, (*plan.checkpoint.files, *sources), force=force)
     reports = _calibrate(plan, work := out.with_name(out.name + ".calibration"), progress)
-    with replacing(out, plan.file_size) as (descriptor, partial):
+    journal = Journal(out, _job(plan), plan.digest.parts, resume=resume)
+    with replacing(out, plan.file_size, journal) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
             write_tensors(
-                descriptor, plan.layout, plan.tensors, threads=threads, quantizers=quantizers, advance=advance
+                descriptor,
+                plan.layout,
+                plan.tensors,
+                threads=threads,
+                quantizers=quantizers,
+                advance=advance,
+                journal=journal,
             )
         digest = plan.digest.hexdigest(plan.checkpoint.tensors)
         write_text(descriptor, digest, value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
         flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
     if reports:
         shutil.rmtree(work)
-    return Conversion(out, plan, digest, reports)
+    return Conversion(out, plan, digest, reports, journal.reused)
+
+
+def _job(plan: Plan) -> dict[str, str]:
+    """Everything that decides the bytes of the file."""
+    kinds = {tensor.type for tensor in plan.tensors}
+    job = describe_job("convert", plan.options, plan.checkpoint.files, plan.layout.header, kinds)
+    if plan.experts.folder is not None:
+        parts = (path.read_bytes() for path in sorted(plan.experts.folder.glob("layer-*.npz")))
+        job["calibrated experts"] = hashlib.sha256(
+            b"".join(hashlib.sha256(part).digest() for part in parts)
+        ).hexdigest()
+    return job
 
 
 def flush_and_verify(

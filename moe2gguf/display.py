@@ -117,13 +117,16 @@ def conversion(done: Conversion, checked: Check | None) -> None:
     """One line for the file, one for the check."""
     plan = done.plan
     what = f"{plan.n_expert} experts, {plan.n_expert_used} used" if plan.n_expert else "dense"
-    out().print(
-        f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors, {what}; verified"
-    )
+    tensors = f"{len(plan.tensors)} tensors{_reused(done)}"
+    out().print(f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
     if done.layers:
         layers(done.layers)
     if checked:
         check(checked)
+
+
+def _reused(done: Conversion | Quantization) -> str:
+    return f" ({done.reused} of them from the run that was stopped)" if done.reused else ""
 
 
 def layers(reports: Sequence[dict[str, Any]]) -> None:
@@ -162,7 +165,7 @@ def quantization(done: Quantization) -> None:
     """One line for the file."""
     plan = done.plan
     out().print(
-        f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors, "
+        f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_reused(done)}, "
         f"{plan.bits_per_weight:.3f} bits per weight; verified"
     )
 

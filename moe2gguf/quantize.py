@@ -18,6 +18,7 @@ from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.export import kernels, types
 from moe2gguf.export.assignment import Assignment, assign, may_quantize
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
+from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.presets import ARCHITECTURES, Network
 from moe2gguf.export.reader import GGUFFile, TensorInfo, read_gguf
 from moe2gguf.export.recipes import TypeOptions, own_rules
@@ -79,14 +80,15 @@ class QuantizationPlan:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `quantize` did."""
+    """What `quantize` did; `reused` tensors were there already, from a run that was stopped."""
 
     path: Path
     plan: QuantizationPlan
+    reused: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
-        return {"path": str(self.path), **self.plan.to_dict()}
+        return {"path": str(self.path), "reused_tensors": self.reused, **self.plan.to_dict()}
 
 
 def quantize(
@@ -96,6 +98,7 @@ def quantize(
     *,
     allow_requantize: bool = False,
     force: bool = False,
+    resume: bool = True,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Quantization:
@@ -107,6 +110,7 @@ def quantize(
         options: a preset or a type, and rules for single tensors.
         allow_requantize: also change tensors that are quantized already, which loses twice.
         force: replace `out` if it exists.
+        resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
         threads: threads that quantize (None: one per core).
         progress: receives stages ("write", "verify") and the bytes done.
 
@@ -115,10 +119,10 @@ def quantize(
         GGUFError: `source` is not a sound GGUF file, or the written file did not verify.
         CorruptWeightError: a weight is NaN, infinite, or too large for its type.
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
-        OutputError: `out` cannot be written, or must not be replaced.
+        OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
     plan = plan_quantization(source, options, allow_requantize=allow_requantize)
-    return write_quantization(plan, out, force=force, threads=threads, progress=progress)
+    return write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=progress)
 
 
 def plan_quantization(source: Path, options: TypeOptions, *, allow_requantize: bool = False) -> QuantizationPlan:
@@ -143,6 +147,7 @@ def write_quantization(
     out: Path,
     *,
     force: bool = False,
+    resume: bool = True,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Quantization:
@@ -151,13 +156,22 @@ def write_quantization(
     types.require_kernels(tensor.type for tensor in plan.tensors if _changes(plan, tensor))
     kernels.require({plan.source.tensors[t.name].type for t in plan.tensors if _changes(plan, t)} & {*types.BLOCKS})
     check_target(out, [plan.source.path], force=force)
-    with replacing(out, plan.file_size) as (descriptor, partial):
+    kinds = {tensor.type for tensor in plan.tensors}
+    job = describe_job("quantize", plan.options, [plan.source.path], plan.layout.header, kinds)
+    journal = Journal(out, job, resume=resume)
+    with replacing(out, plan.file_size, journal) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
             write_tensors(
-                descriptor, plan.layout, plan.tensors, threads=min(cores, 4), quantizers=cores, advance=advance
+                descriptor,
+                plan.layout,
+                plan.tensors,
+                threads=min(cores, 4),
+                quantizers=cores,
+                advance=advance,
+                journal=journal,
             )
         flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
-    return Quantization(out, plan)
+    return Quantization(out, plan, journal.reused)
 
 
 def network_of(file: GGUFFile) -> Network:

@@ -162,20 +162,28 @@ def test_wrong_input_is_one_clear_error(model, tmp_path, arguments, code, words)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, name, code):
-    """Ctrl-C and a polite kill in mid-write: the exit code says so, no file of any name remains."""
-    folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=8192, num_hidden_layers=8)
+def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path, name, code):
+    """Ctrl-C and a polite kill in mid-write: exit code and message say so, the second run reuses the first."""
+    folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=2048, num_hidden_layers=8)
     target = tmp_path / "out"
     target.mkdir()
+    journal = target / "x.gguf.partial.jsonl"
     command = [sys.executable, "-c", "from moe2gguf.cli import main; main()", "convert", folder, target / "x.gguf"]
-    with subprocess.Popen([*command, "--type", "q8_0", "--threads", "1"], stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not list(target.iterdir()):
+    command += ["--type", "q6_k", "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (journal.exists() and journal.read_text().count("xxh3") > 3):
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
-        process.communicate()
+        message = process.communicate()[1]
 
     assert code == process.returncode
-    assert [] == list(target.iterdir())
+    assert re.search(r"x.gguf.partial keeps \d+ finished tensors; the same command", message)
+    assert ["x.gguf.partial", journal.name] == sorted(path.name for path in target.iterdir())
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert re.search(r"tensors \(\d+ of them from the run that was stopped\)", done.stdout)
+    assert ["x.gguf"] == [path.name for path in target.iterdir()]
 
 
 def test_help_is_immediate_and_needs_nothing_heavy():

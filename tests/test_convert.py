@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import checkpoints
@@ -475,3 +477,37 @@ def test_q4_k_that_does_not_fit_offers_the_ways_out(made):
 
     assert any("Q4_K does not fit" in text and "Q5_0 instead" in text for text in plan.warnings)
     assert {fallback["used"] for fallback in plan.to_dict()["fallbacks"]} == {"Q5_0", "Q8_0", "F16"}
+
+
+SLOW = """
+import sys, time, contextlib
+from pathlib import Path
+from moe2gguf import Options, convert
+
+@contextlib.contextmanager
+def slow(stage, total):
+    def advance(n):
+        print(stage, flush=True)
+        time.sleep(0.02)
+    yield advance
+
+convert(Path(sys.argv[1]), Path(sys.argv[2]), Options(experts=4), threads=1, progress=slow)
+"""
+
+
+def test_a_killed_conversion_goes_on_where_it_was(made, tmp_path):
+    """SIGKILL twice: the third run reuses what was done and gives the same bytes, the digest of the source included."""
+    folder, undisturbed, target = made("llama"), tmp_path / "undisturbed.gguf", tmp_path / "out.gguf"
+    digest = convert(folder, undisturbed, Options(experts=4)).source_digest
+    for step in (4, 30):
+        with subprocess.Popen([sys.executable, "-c", SLOW, folder, target], stdout=subprocess.PIPE) as process:
+            for _ in range(step):
+                process.stdout.readline()
+            process.kill()
+
+    done = convert(folder, target, Options(experts=4))
+
+    assert done.reused > 5
+    assert digest == done.source_digest
+    assert undisturbed.read_bytes() == target.read_bytes()
+    assert [target, undisturbed] == sorted(tmp_path.iterdir())

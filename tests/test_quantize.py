@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+import subprocess
 import sys
 
 import gguf
@@ -304,3 +305,54 @@ def test_kernels_are_asked_for_before_a_byte_is_written(dense, tmp_path, monkeyp
     finally:
         kernels.library.cache_clear()
     assert [] == list(tmp_path.iterdir())
+
+
+SLOW = """
+import sys, time, contextlib
+from pathlib import Path
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.quantize import quantize
+
+@contextlib.contextmanager
+def slow(stage, total):
+    def advance(n):
+        print(stage, flush=True)
+        time.sleep(0.02)
+    yield advance
+
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), TypeOptions("q4_k_m"), threads=1, progress=slow)
+"""
+
+
+@pytest.mark.parametrize("steps", [(3, 8), (12, 12)])
+def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path, steps):
+    """SIGKILL twice, at several offsets: the third run reuses what was done and gives the same bytes."""
+    undisturbed, target = tmp_path / "undisturbed.gguf", tmp_path / "out.gguf"
+    quantize(dense, undisturbed, TypeOptions("q4_k_m"))
+    for step in steps:
+        with subprocess.Popen([sys.executable, "-c", SLOW, dense, target], stdout=subprocess.PIPE) as process:
+            for _ in range(step):
+                process.stdout.readline()
+            process.kill()
+        assert not target.exists()
+
+    done = quantize(dense, target, TypeOptions("q4_k_m"))
+
+    assert done.reused >= max(steps) - 3  # header, the tensor in the works, and the line that came early
+    assert undisturbed.read_bytes() == target.read_bytes()
+    assert [target, undisturbed] == sorted(tmp_path.iterdir())
+
+
+def test_an_unfinished_file_of_other_options_is_refused(dense, tmp_path):
+    """The option that differs is named, nothing is lost; resume=False starts anew."""
+    target = tmp_path / "out.gguf"
+    with subprocess.Popen([sys.executable, "-c", SLOW, dense, target], stdout=subprocess.PIPE) as process:
+        for _ in range(5):
+            process.stdout.readline()
+        process.kill()
+
+    with pytest.raises(OutputError, match=r"type: q4_k_m there, q5_k_m now"):
+        quantize(dense, target, TypeOptions("q5_k_m"))
+
+    assert 0 == quantize(dense, target, TypeOptions("q5_k_m"), resume=False).reused
+    assert [target] == list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from moe2gguf.checkpoint.paths import inside
 from moe2gguf.errors import CheckpointError
 
 Array = NDArray[np.generic]
+Seen = Callable[[memoryview], object]
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),
@@ -33,6 +34,9 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """The storage types we read, by their safetensors name."""
+
+PIECE = 1 << 20
+"""Bytes that are read at once: they stay in the cache while they are hashed."""
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
@@ -49,12 +53,14 @@ class StoredTensor:
     offset: int
     n_bytes: int
 
-    def read(self) -> Array:
+    def read(self, seen: Seen = lambda _: None) -> Array:
         """The whole tensor, in its storage type (bf16 as `ml_dtypes.bfloat16`)."""
-        return next(self.blocks(max(self.n_bytes, 1)))
+        return next(self.blocks(max(self.n_bytes, 1), seen))
 
-    def blocks(self, max_bytes: int) -> Iterator[Array]:
+    def blocks(self, max_bytes: int, seen: Seen = lambda _: None) -> Iterator[Array]:
         """Consecutive row blocks of at most `max_bytes` (at least one row each), shape (n_row, *shape[1:]).
+
+        `seen` is given the bytes piece by piece, as they are read.
 
         Raises:
             CheckpointError: the file ends before the tensor does.
@@ -67,7 +73,7 @@ class StoredTensor:
             for start in range(0, n_row, step):
                 shape = (min(step, n_row - start), *self.shape[1:]) if self.shape else ()
                 block = np.empty(shape, DTYPES[self.dtype])
-                _read_into(file, block, self)
+                _read_into(file, block, self, seen)
                 yield block
 
     def is_zero(self, max_bytes: int = 1 << 24) -> bool:
@@ -75,12 +81,13 @@ class StoredTensor:
         return not any(block.any() for block in self.blocks(max_bytes))
 
 
-def _read_into(file: object, block: Array, tensor: StoredTensor) -> None:
+def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> None:
     view = _bytes_of(block)
     while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]
+        count = file.readinto(view[:PIECE])  # type: ignore[attr-defined]
         if not count:
             raise CheckpointError(f"{tensor.file}: ends inside {tensor.name}; fetch a sound copy of the file")
+        seen(view[:count])
         view = view[count:]
 
 
@@ -201,32 +208,32 @@ def _listed(names: list[str], most: int = 8) -> str:
 class SourceDigest:
     """One SHA-256 over a checkpoint's tensors that does not depend on how they are sharded.
 
-    Every tensor is hashed as it is read; the digest covers name, type, shape and hash of each, in name order.
+    Every tensor is hashed as it is read; the digest covers name, type, shape and hash of each, in name order. `parts`
+    are the hashes by name, in hexadecimal.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, bytes] = {}
+        self.parts: dict[str, str] = {}
 
     def read(self, tensor: StoredTensor) -> Array:
         """The whole tensor, hashed."""
-        array = tensor.read()
-        self._parts[tensor.name] = hashlib.sha256(_bytes_of(array)).digest()
+        sha = hashlib.sha256()
+        array = tensor.read(sha.update)
+        self.parts[tensor.name] = sha.hexdigest()
         return array
 
     def blocks(self, tensor: StoredTensor, max_bytes: int) -> Iterator[Array]:
         """The tensor in row blocks, hashed when the last block is taken."""
         sha = hashlib.sha256()
-        for block in tensor.blocks(max_bytes):
-            sha.update(_bytes_of(block))
-            yield block
-        self._parts[tensor.name] = sha.digest()
+        yield from tensor.blocks(max_bytes, sha.update)
+        self.parts[tensor.name] = sha.hexdigest()
 
     def hexdigest(self, tensors: Mapping[str, StoredTensor]) -> str:
         """The digest over `tensors`, each of which must have been read."""
         sha = hashlib.sha256()
         for name in sorted(tensors):
             tensor = tensors[name]
-            sha.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode() + self._parts[name])
+            sha.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode() + bytes.fromhex(self.parts[name]))
         return sha.hexdigest()
 
 

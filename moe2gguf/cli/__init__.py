@@ -1,7 +1,7 @@
 """The command line: parse, call one library function, print.
 
 Results go to stdout (`--json` for machines), progress and notes to stderr. Exit codes: 0 done, 1 a Moe2GgufError,
-2 wrong usage, 130 interrupted.
+2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -64,16 +64,23 @@ for command in (convert, quantize, set_used, verify, inspect, run, compare, benc
     cli.add_command(command)
 
 
+class Terminated(KeyboardInterrupt):
+    """A polite kill: handled as Ctrl-C is, with an exit code of its own."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 def main() -> NoReturn:
     """Entry point of the `moe2gguf` command: every expected error becomes one message and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that partial files are removed
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         cli(standalone_mode=False, prog_name="moe2gguf")
-    except click.exceptions.Abort:
-        click.echo(
-            "moe2gguf: interrupted; no unfinished file was kept (a calibration goes on where it stopped)", err=True
-        )
-        sys.exit(130)
+    except click.exceptions.Abort as abort:
+        kept = str(abort.__cause__ or "") or "no unfinished file was kept (a calibration goes on where it stopped)"
+        click.echo(f"moe2gguf: interrupted; {kept}", err=True)
+        sys.exit(143 if isinstance(abort.__cause__, Terminated) else 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -10,7 +10,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf import display
-from moe2gguf.cli.shared import FILE, AlwaysOn, emit, json_option, threads_option, type_options
+from moe2gguf.cli.shared import FILE, AlwaysOn, emit, json_option, resume_option, threads_option, type_options
 from moe2gguf.errors import PlanError
 from moe2gguf.experts import methods
 
@@ -49,6 +49,7 @@ from moe2gguf.experts import methods
     ),
     option("--name", help="The model's name in the metadata."),
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    resume_option,
     threads_option,
 )
 @type_options
@@ -69,6 +70,7 @@ def convert(
     check: str | None,
     as_json: bool,
     force: bool,
+    resume: bool,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -100,7 +102,7 @@ def convert(
     if plan_only or out is None:
         emit(plan.to_dict(), as_json, lambda: display.plan(plan))
         return
-    done = write_plan(plan, out, force=force, threads=threads, progress=display.progress)
+    done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: display.conversion(done, checked))
@@ -117,6 +119,7 @@ def convert(
     "Output",
     option("--allow-requantize", is_flag=True, help="Also change tensors that are quantized already."),
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    resume_option,
     option("--threads", type=click.IntRange(1), help="Threads that quantize.  [default: one per core]"),
 )
 @option_group(
@@ -131,6 +134,7 @@ def quantize(
     as_json: bool,
     allow_requantize: bool,
     force: bool,
+    resume: bool,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -157,7 +161,7 @@ def quantize(
     if plan_only:
         emit(plan.to_dict(), as_json, lambda: display.quantization_plan(plan))
         return
-    done = write_quantization(plan, out, force=force, threads=threads, progress=display.progress)
+    done = write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     emit(done.to_dict(), as_json, lambda: display.quantization(done))
 
 

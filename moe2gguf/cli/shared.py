@@ -29,6 +29,11 @@ class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
 
 
 json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+resume_option = option(
+    "--resume/--no-resume",
+    default=True,
+    help="Go on where the same command was stopped, from OUT.partial; or start anew.  [default: resume]",
+)
 threads_option = option(
     "--threads", type=click.IntRange(1), help="Threads to use.  [default: the number of cores, at most 4]"
 )

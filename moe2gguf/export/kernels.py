@@ -56,6 +56,11 @@ def installed() -> bool:
     return True
 
 
+def build() -> str:
+    """What tells this build of the library from others, which may round otherwise; "none" where there is none."""
+    return f"{Path(library()._name).stat().st_size:,} bytes" if installed() else "none"
+
+
 def require(kinds: Iterable[TensorType]) -> None:
     """Raise HarnessError unless the installed llama.cpp has a kernel for each of the block types `kinds`."""
     wanted = sorted(set(kinds))

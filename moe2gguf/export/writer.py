@@ -1,7 +1,7 @@
 """The file on disk: written beside its final name by several threads, checked, then renamed.
 
-Nothing ever stands under the final name that is not complete: a crash, a full disk or an interrupt leaves at most
-`NAME.partial`, which the next run replaces.
+Nothing ever stands under the final name that is not complete. An error or a full disk leaves nothing; an interrupt or a
+crash leaves at most `NAME.partial`, which the next run continues where it has a journal, else replaces.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.export import types
 from moe2gguf.export.layout import Entry, Layout
+from moe2gguf.export.partial import Journal, partial_path
 from moe2gguf.export.reader import TensorType
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
 PIECE = 1 << 18
 """Elements that are quantized together: a fraction of a second in the slowest kernel, a megabyte of float32."""
+
+FLUSH_BYTES = 1 << 27
+"""The disk is set to work whenever so much has been written, so that little is left to wait for at the end."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,18 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, file_size: int) -> Iterator[tuple[int, Path]]:
+def replacing(target: Path, file_size: int, journal: Journal | None = None) -> Iterator[tuple[int, Path]]:
     """Open `TARGET.partial` for writing (descriptor and path); give it the final name if the block succeeds.
 
-    The data is flushed to disk before the rename. On any exception the partial file is removed.
+    The data is flushed to disk before the rename. With a `journal` an unfinished file is continued, and an interrupt
+    (KeyboardInterrupt, whose message then says so, or SystemExit) keeps finished tensors. Any other exception removes
+    the partial file.
 
     Raises:
         OutputError: not enough room, a disk error, or another process is writing the same target.
     """
-    partial = target.with_name(target.name + ".partial")
-    _require_room(target.parent, file_size)
+    partial = partial_path(target)
+    _require_room(partial, file_size)
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
@@ -80,20 +87,33 @@ def replacing(target: Path, file_size: int) -> Iterator[tuple[int, Path]]:
         os.close(descriptor)
         raise
     try:
-        os.ftruncate(descriptor, 0)
-        os.ftruncate(descriptor, file_size)
+        if journal is None or not journal.begin(descriptor, file_size):
+            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, file_size)
         yield descriptor, partial
         os.fsync(descriptor)
         os.replace(partial, target)
+        if journal:
+            journal.remove()
         _sync_folder(target.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if journal and journal.done and isinstance(error, (KeyboardInterrupt, SystemExit)):
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (f"{partial} keeps {journal.done} finished tensors; the same command goes on there",)
+            raise
+        _remove(partial, journal)
         if isinstance(error, OSError):
             raise _output_error(target, error) from error
         raise
     finally:
         os.close(descriptor)
+
+
+def _remove(partial: Path, journal: Journal | None) -> None:
+    with contextlib.suppress(OSError):
+        partial.unlink()
+    if journal:
+        journal.remove()
 
 
 def write_tensors(
@@ -104,27 +124,50 @@ def write_tensors(
     threads: int,
     advance: Callable[[int], None],
     quantizers: int | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """Write header and tensors at the places `layout` gives them; `advance` is told the bytes as they are written.
 
     Each thread works on one tensor at a time, so reading, casting and writing overlap, and no more than `threads`
     tensors are in memory. Block types are quantized by `quantizers` more threads (None: as many), a few rows at a time,
-    so that one large tensor keeps all cores busy too. The first failure stops everything and is raised.
+    so that one large tensor keeps all cores busy too. One more thread keeps the disk working. What the `journal` holds
+    is checked, not made again. The first failure stops everything and is raised.
     """
     _write_at(descriptor, memoryview(layout.header), 0)
     advance(len(layout.header))
     stop = threading.Event()
-    with ThreadPoolExecutor(quantizers or threads) as kernels, ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(_write_tensor, descriptor, layout.offsets[t.name], t, advance, stop, kernels) for t in tensors
-        ]
+    with (
+        ThreadPoolExecutor(1) as disk,
+        ThreadPoolExecutor(quantizers or threads) as kernels,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+
+        def write(tensor: OutputTensor) -> int:
+            try:
+                if not stop.is_set():
+                    _write_tensor(descriptor, layout.offsets[tensor.name], tensor, advance, stop, kernels, journal)
+            except BaseException:
+                stop.set()
+                raise
+            return tensor.n_bytes
+
+        jobs = [pool.submit(write, tensor) for tensor in tensors]
         try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in done:
-                job.result()
+            _flush_often(disk, descriptor, jobs)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _flush_often(disk: ThreadPoolExecutor, descriptor: int, jobs: Sequence[Future[int]]) -> None:
+    """Wait for the `jobs`, each of which returns the bytes it wrote; raises the first error of them or of the disk."""
+    flush, waiting = disk.submit(lambda: None), 0
+    for job in as_completed(jobs):
+        waiting += job.result()
+        if waiting >= FLUSH_BYTES and flush.done():
+            flush.result()
+            flush, waiting = disk.submit(os.fsync, descriptor), 0
+    flush.result()
 
 
 def write_text(descriptor: int, text: str, offset: int) -> None:
@@ -139,18 +182,25 @@ def _write_tensor(
     advance: Callable[[int], None],
     stop: threading.Event,
     kernels: ThreadPoolExecutor,
+    journal: Journal | None,
 ) -> None:
-    position = offset
+    if journal and journal.holds(descriptor, offset, tensor.name, tensor.n_bytes, tensor.sources):
+        advance(tensor.n_bytes)
+        return
+    position, checksum = offset, xxhash.xxh3_128()
     label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
     for block in tensor.blocks():
         for data in _encoded(block, tensor.type, label, kernels):
             if stop.is_set():
                 return
             _write_at(descriptor, data, position)
+            checksum.update(data)
             position += len(data)
             advance(len(data))
     if position != offset + tensor.n_bytes:
         raise GGUFError(f"{tensor.name}: {position - offset} bytes were made, the plan says {tensor.n_bytes}")
+    if journal:
+        journal.record(tensor.name, checksum.hexdigest(), tensor.sources)
 
 
 def _encoded(
@@ -173,10 +223,12 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def _require_room(folder: Path, file_size: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _require_room(partial: Path, file_size: int) -> None:
+    """Raise OutputError unless the file fits, in the free room and in what an unfinished one has taken already."""
+    taken = partial.lstat().st_blocks * 512 if partial.exists() else 0
+    free = shutil.disk_usage(partial.parent).free + taken
     if free < file_size:
-        raise OutputError(f"{folder}: {free:,} bytes are free, the file needs {file_size:,}; make room first")
+        raise OutputError(f"{partial.parent}: {free:,} bytes are free, the file needs {file_size:,}; make room first")
 
 
 def _lock(descriptor: int, partial: Path) -> None:

@@ -1,0 +1,182 @@
+"""moe2gguf.export.partial: a stopped job goes on where it was, and believes nothing that it does not check."""
+
+import json
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+
+from moe2gguf.errors import CorruptWeightError, OutputError
+from moe2gguf.export.layout import lay_out
+from moe2gguf.export.partial import Journal, describe_job
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.export.writer import OutputTensor, replacing, write_tensors
+
+NAMES = [f"t{i}" for i in range(6)]
+JOB = {"type": "q4_k_m"}
+HASHES = {f"source of {name}": format(i, "064x") for i, name in enumerate(NAMES)}
+
+
+def values(name):
+    """More than one checksum piece of them."""
+    return np.full((300, 1024), float(name[1:]), np.float32)
+
+
+def write(target, stop_at=None, error=KeyboardInterrupt, **journal):
+    """Write the six tensors, in order; returns the names of those that were made, and the journal."""
+    made, hashes = [], {}
+
+    def blocks(name):
+        made.append(name)
+        if name == stop_at:
+            raise error("stopped")
+        hashes[f"source of {name}"] = HASHES[f"source of {name}"]
+        yield values(name)
+
+    outputs = [
+        OutputTensor(name, (300, 1024), GGMLType.F32, (f"source of {name}",), lambda name=name: blocks(name))
+        for name in NAMES
+    ]
+    layout = lay_out({}, outputs)
+    kept = Journal(target, journal.pop("job", JOB), hashes, **journal)
+    with replacing(target, layout.file_size, kept) as (descriptor, _):
+        write_tensors(descriptor, layout, outputs, threads=1, advance=lambda _: None, journal=kept)
+    assert HASHES == hashes
+    return made, kept
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The bytes that an undisturbed run writes."""
+    write(tmp_path / "whole")
+    return (tmp_path / "whole").read_bytes()
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A target whose first four tensors are finished."""
+    target = tmp_path / "x.gguf"
+    with pytest.raises(KeyboardInterrupt, match=r"x.gguf.partial keeps 4 finished tensors; the same command"):
+        write(target, "t4")
+    return target
+
+
+def journal_of(target):
+    return target.with_name(target.name + ".partial.jsonl")
+
+
+def files(target):
+    """What there is beside the file of an undisturbed run."""
+    return sorted(path.name for path in target.parent.iterdir() if path.name != "whole")
+
+
+def test_only_what_is_missing_is_made(stopped, whole):
+    """Stopped twice, finished in the third run: the same bytes, the sources' hashes known, no other file left."""
+    with pytest.raises(KeyboardInterrupt, match="keeps 5"):
+        write(stopped, "t5")
+
+    made, journal = write(stopped)
+
+    assert (["t5"], 5) == (made, journal.reused)
+    assert whole == stopped.read_bytes()
+    assert ["x.gguf"] == files(stopped)
+
+
+def test_a_tensor_whose_bytes_changed_is_made_anew(stopped, whole):
+    """One bit in the middle of the third."""
+    partial = stopped.with_name("x.gguf.partial")
+    data = bytearray(partial.read_bytes())
+    data[len(data) * 5 // 12] ^= 1
+    partial.write_bytes(data)
+
+    made, _ = write(stopped)
+
+    assert ["t2", "t4", "t5"] == made
+    assert whole == stopped.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "made"),
+    [
+        ('"xxh3": "', '"xxh3": "0', NAMES),
+        ('"source of t1": "0', '"source of t1": "x', ["t1", "t4", "t5"]),
+        ('"source of t1"', '"source of t5"', ["t1", "t4", "t5"]),
+        ('{"tensor": "t3"', '{"ten', ["t3", "t4", "t5"]),
+        ('{"tensor": "t3"', "[" * 100_000, ["t3", "t4", "t5"]),
+        ('{"job": {"type": "q4_k_m"}}', '{"job": 7}', NAMES),
+        ('{"job"', "{", NAMES),
+    ],
+)
+def test_a_journal_that_makes_no_sense_is_not_believed(stopped, whole, before, after, made):
+    """Other checksums, hashes that are none, torn and hostile lines, no job."""
+    path = journal_of(stopped)
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+    assert made == write(stopped)[0]
+    assert whole == stopped.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["no journal", "no partial file", "another size"])
+def test_without_its_other_half_nothing_is_continued(stopped, whole, what):
+    """A journal alone, a partial file alone, a partial file that something else has written."""
+    if what == "no journal":
+        journal_of(stopped).unlink()
+    elif what == "no partial file":
+        stopped.with_name("x.gguf.partial").unlink()
+    else:
+        with stopped.with_name("x.gguf.partial").open("ab") as file:
+            file.write(b"more")
+
+    assert NAMES == write(stopped)[0]
+    assert whole == stopped.read_bytes()
+
+
+def test_the_unfinished_file_of_another_job_is_refused(stopped):
+    """The message names what differs; --no-resume replaces it."""
+    before = files(stopped)
+
+    with pytest.raises(OutputError, match=r"(?s)another job:\n  - type: q4_k_m there, q6_k now\n.*--no-resume"):
+        write(stopped, job={"type": "q6_k"})
+
+    assert before == files(stopped)
+    assert NAMES == write(stopped, job={"type": "q6_k"}, resume=False)[0]
+
+
+@pytest.mark.parametrize("error", [CorruptWeightError, OSError, RuntimeError])
+def test_an_error_keeps_nothing(tmp_path, error):
+    """Only an interrupt is worth continuing."""
+    with pytest.raises((OutputError, error)):
+        write(tmp_path / "x.gguf", "t4", error)
+
+    assert [] == files(tmp_path / "x.gguf")
+
+
+def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path):
+    """There is nothing to continue."""
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        write(tmp_path / "x.gguf", "t0")
+
+    assert [] == files(tmp_path / "x.gguf")
+
+
+def test_a_journal_that_is_a_link_is_not_followed(tmp_path):
+    """A planted link is replaced, not written through."""
+    (tmp_path / "victim").write_text("precious")
+    journal_of(tmp_path / "x.gguf").symlink_to(tmp_path / "victim")
+
+    write(tmp_path / "x.gguf")
+
+    assert "precious" == (tmp_path / "victim").read_text()
+
+
+def test_a_job_names_every_choice_and_input_without_a_path(tmp_path):
+    """Options, files by size and time, the header; the build of the kernels only where one is used."""
+    (tmp_path / "a.gguf").write_text("abc")
+    job = describe_job("quantize", TypeOptions("q8_0"), [tmp_path / "a.gguf"], b"header", [GGMLType.F16])
+
+    assert ("quantize", "q8_0", "False") == (job["command"], job["type"], job["allow fallback"])
+    assert job["a.gguf"].startswith("3 bytes, changed ")
+    assert str(tmp_path) not in json.dumps(job)
+    assert "llama.cpp" not in job
+    assert "llama.cpp" in describe_job("quantize", TypeOptions("q8_0"), [], b"", [GGMLType.Q8_0])
