@@ -67,18 +67,22 @@ def settings_from(
     text: Path | None, n_token: int | None, *, context: int, memory: int | None, room: int | None, **options: Any
 ) -> Settings:
     """Return the command line's settings: a text file, and sizes in MiB. Raises HarnessError for an unread text."""
-    try:
-        words = None if text is None else text.read_text("utf-8", "replace")
-    except OSError as error:
-        raise HarnessError(f"{text}: cannot be read: {error.strerror}") from error
     return Settings(
-        text=words,
+        text=read_text(text),
         n_token=n_token,
         n_context=context,
         memory_limit=memory and memory * 2**20,
         room=room and room * 2**20,
         **options,
     )
+
+
+def read_text(path: Path | None) -> str | None:
+    """Return a text file's words, whatever is not UTF-8 replaced. Raises HarnessError for one that cannot be read."""
+    try:
+        return None if path is None else path.read_text("utf-8", "replace")
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def compare(

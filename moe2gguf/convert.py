@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe2gguf.errors import CalibrationError
 from moe2gguf.export.assignment import may_quantize
-from moe2gguf.export.layout import value_offset
-from moe2gguf.export.metadata import DIGEST_PLACEHOLDER, SOURCE_DIGEST
+from moe2gguf.export.layout import array_offset, value_offset
+from moe2gguf.export.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.types import require_kernels
 from moe2gguf.export.verify import require_sound
-from moe2gguf.export.writer import check_target, replacing, write_tensors, write_text
+from moe2gguf.export.writer import check_target, replacing, write_over, write_tensors
 from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
 from moe2gguf.planning import Plan, plan_conversion
@@ -126,7 +128,10 @@ def write_plan(
                 journal=journal,
             )
         digest = plan.digest.hexdigest(plan.checkpoint.tensors)
-        write_text(descriptor, digest, value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
+        write_over(descriptor, digest.encode(), value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
+        if reports:
+            load = np.array([report["load"] for report in reports], "<f4")
+            write_over(descriptor, load.tobytes(), array_offset(plan.layout, CALIBRATION_LOAD, load.size))
         flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
     if reports:
         shutil.rmtree(work)

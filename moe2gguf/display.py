@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moe2gguf.quantize import Quantization, QuantizationPlan
 
 PLAIN_WIDTH = 120
+WIDE = 250
+"""Columns of a table in a pipe or a file."""
 WEAK = 0.95
 """Always-on experts should run for at least this share of tokens."""
 
@@ -33,6 +35,14 @@ def out() -> Console:
 def err() -> Console:
     """stderr."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def lines(table: Table) -> None:
+    """Print a table: a terminal folds what is too wide, a pipe or a file gets whole lines."""
+    console = out()
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, highlight=False, width=WIDE)
+    console.print(table)
 
 
 @contextlib.contextmanager

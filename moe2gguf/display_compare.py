@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from moe2gguf.harness.metrics import Summary
     from moe2gguf.harness.rows import Comparison, Row
     from moe2gguf.harness.speed import Run, Speed, Spread
-
-
-_WIDE = 250  # columns
 
 
 def row_done(row: Row) -> None:
@@ -51,19 +47,11 @@ def comparison(found: Comparison) -> None:
         table.add_row(*names, *_scores_of(found.noise.summary, ""))
     for row in found.rows:
         table.add_row(*_names(row), *_scores(row))
-    _print(table)
+    display.lines(table)
     console.print()
     _reasons(found)
     _verdicts(found)
     _choice(found)
-
-
-def _print(table: Table) -> None:
-    """A terminal folds what is too wide, a pipe or a file gets whole lines."""
-    console = display.out()
-    if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, width=_WIDE)
-    console.print(table)
 
 
 def _heading(found: Comparison) -> None:
@@ -136,7 +124,7 @@ def _choice(found: Comparison) -> None:
         if row.speed:
             mark = "front" if row.candidate.label in found.choice.front else ""
             table.add_row(escape(row.candidate.label), *_speed_cells(row.speed), mark)
-    _print(table)
+    display.lines(table)
     console.print()
     console.print(f"take {escape(found.choice.label)}: {escape(found.choice.reason)}")
 
@@ -157,7 +145,7 @@ def speeds(found: Bench) -> None:
     for row in found.rows:
         cells = _speed_cells(row.speed) if row.speed else ("refused" if row.candidate.refusal else "failed",)
         table.add_row(escape(row.candidate.label), *cells)
-    _print(table)
+    display.lines(table)
     console.print()
     for row in found.rows:
         if row.reason:

@@ -30,7 +30,20 @@ def reference_logits(path: str | Path, tokens: Sequence[int], n_expert_used: int
 
     `n_expert_used` replaces the file's own count, like llama.cpp's `--override-kv llama.expert_used_count`.
     """
+    return _run(_Model(path), tokens, n_expert_used)
+
+
+def reference_routing(
+    path: str | Path, tokens: Sequence[int], n_expert_used: int | None = None
+) -> tuple[Array, NDArray[np.int64]]:
+    """Return the router's probabilities (n_layer, n_token, n_expert) and the experts chosen (n_layer, n_token, k)."""
     model = _Model(path)
+    _run(model, tokens, n_expert_used)
+    probabilities, chosen = zip(*model.routed, strict=True)
+    return np.stack(probabilities), np.stack(chosen)
+
+
+def _run(model: _Model, tokens: Sequence[int], n_expert_used: int | None) -> Array:
     k = model.key("expert_used_count", 0) if n_expert_used is None else n_expert_used
     rotation = _rope_rotation(model, len(tokens))
     x = model["token_embd.weight"][list(tokens)]
@@ -49,6 +62,7 @@ class _Model:
         reader = gguf.GGUFReader(path)
         self._metadata = {name: field.contents() for name, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.routed: list[tuple[Array, NDArray[np.int64]]] = []
 
     def key(self, name: str, default: Any = None) -> Any:
         """Return `llama.<name>`, or the default; a key without default must be there."""
@@ -102,6 +116,7 @@ def _mlp(model: _Model, block: str, x: Array, n_expert_used: int) -> Array:
         return _swiglu(x, *(model[f"{block}ffn_{name}.weight"] for name in ("gate", "up", "down")))
     probabilities = _softmax(x @ model[block + "ffn_gate_inp.weight"].T)  # (n_token, n_expert)
     chosen = np.argsort(-probabilities, axis=1, kind="stable")[:, :n_expert_used]  # ties: the lower index first
+    model.routed.append((probabilities, chosen))
     weights = np.take_along_axis(probabilities, chosen, axis=1)
     weights /= np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_WEIGHT_SUM)
     gate, up, down = (_experts(model, f"{block}ffn_{name}_exps") for name in ("gate", "up", "down"))

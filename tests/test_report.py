@@ -16,9 +16,11 @@ import pytest
 
 from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.harness import metrics, report
+from moe2gguf.harness import page as pages
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.harness.front import choose
-from moe2gguf.harness.report import pictures, render, require_plotly, summary, write_report
+from moe2gguf.harness.page import require_plotly
+from moe2gguf.harness.report import pictures, render, summary, write_report
 from moe2gguf.harness.rows import Comparison, Quality, Row, is_above_noise, pair_up, quality
 from moe2gguf.harness.speed import Run, collect
 
@@ -112,7 +114,7 @@ def test_the_page_is_sound_and_complete(found: Comparison) -> None:
 
 def test_nothing_comes_from_elsewhere(found: Comparison) -> None:
     """No address in any attribute, a policy that forbids the network, and with plotly inside still so."""
-    plotly = report._plotly() if _has_plotly() else "/* plotly */"
+    plotly = pages.plotly_script() if _has_plotly() else "/* plotly */"
     page = Page(render(found, plotly, ["prog"]))
     assert [] == page.addresses
     assert page.policy.startswith("default-src 'none'")
@@ -195,7 +197,7 @@ def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> N
 
 def test_writing_is_all_or_nothing(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file appears whole; a folder that is not there is an error before and after measuring."""
-    monkeypatch.setattr(report, "_plotly", lambda: "/* plotly */")
+    monkeypatch.setattr(report, "plotly_script", lambda: "/* plotly */")
     write_report(found, tmp_path / "out.html", ["prog"])
     assert ["out.html"] == [path.name for path in tmp_path.glob("*out.html*")]
     require_plotly(tmp_path / "new.html")

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
 from moe2gguf.export import types, writer
 from moe2gguf.export.layout import lay_out
-from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors, write_text
+from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_over, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
@@ -216,7 +216,7 @@ def test_a_placeholder_is_replaced(tmp_path):
     """The digest that is known only at the end."""
     with replacing(tmp_path / "x", 8) as (descriptor, _):
         os.write(descriptor, b"ab0000gh")
-        write_text(descriptor, "cdef", 2)
+        write_over(descriptor, b"cdef", 2)
 
     assert b"abcdefgh" == (tmp_path / "x").read_bytes()
 

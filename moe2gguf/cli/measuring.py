@@ -1,4 +1,4 @@
-"""Commands that measure files against the dense one: compare, bench."""
+"""Commands that measure files: compare, bench, experts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def compare(
     from moe2gguf.bench import Timing
     from moe2gguf.compare import compare as compare_files
     from moe2gguf.compare import settings_from
-    from moe2gguf.harness.report import require_plotly, write_report
+    from moe2gguf.harness.page import require_plotly
+    from moe2gguf.harness.report import write_report
 
     if report:
         require_plotly(report)
@@ -140,3 +141,51 @@ def bench(
     emit(found.to_dict(), as_json, lambda: display_compare.speeds(found))
     if not found.ok:
         raise SystemExit(1)
+
+
+@cloup.command()
+@cloup.argument("file", type=FILE, help="A GGUF file with experts.")
+@option("-k", "--used", type=int, help="Experts that run per token.  [default: what the file says]")
+@option("--device", default="cpu", show_default=True, help="One of cpu, gpu and gpu:experts-on-cpu.")
+@option_group(
+    "Text",
+    option("--text", type=FILE, help="A text file.  [default: Python's own documentation]"),
+    option("--tokens", default=4096, show_default=True, type=click.IntRange(0), help="Tokens to run; 0 is all."),
+    option("--context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."),
+)
+@option_group(
+    "Running",
+    llama_threads_option,
+    option("--timeout", default=3600.0, show_default=True, help="Seconds that the run may take."),
+)
+@option_group(
+    "Results",
+    json_option,
+    option("--report", type=click.Path(path_type=Path), help="Also write one HTML file with heat maps."),
+)
+def experts(
+    file: Path, text: Path | None, tokens: int, context: int, as_json: bool, report: Path | None, **options: Any
+) -> None:
+    """Show which experts run, layer by layer, and for which tokens.
+
+    From llama.cpp's own routing tensors while it reads a text: how evenly the experts are used, which are always on,
+    dead or overloaded, which run together, and how far that is from what calibration saw. JSON and report also have the
+    tokens typical of each expert.
+
+    \b
+    Example:
+      moe2gguf experts moe.gguf --text wiki.test.raw
+      moe2gguf experts moe.gguf --used 4 --tokens 16384 --report experts.html
+    """
+    from moe2gguf import display_experts
+    from moe2gguf.compare import read_text
+    from moe2gguf.harness.experts_report import write_report
+    from moe2gguf.harness.page import require_plotly
+    from moe2gguf.observe import observe
+
+    if report:
+        require_plotly(report)
+    found = observe(file, text=read_text(text), n_token=tokens or None, n_context=context, **options)
+    if report:
+        write_report(found, report, sys.argv)
+    emit(found.to_dict(), as_json, lambda: display_experts.experts(found))

@@ -87,6 +87,12 @@ def value_offset(layout: Layout, key: str, value: str) -> int:
     return layout.header.index(prefix + value.encode()) + len(prefix)
 
 
+def array_offset(layout: Layout, key: str, n_value: int) -> int:
+    """Where the numbers of the FLOAT32 array of `n_value` values of `key` stand in the header."""
+    prefix = _string(key) + struct.pack("<IIQ", Kind.ARRAY, Kind.FLOAT32, n_value)
+    return layout.header.index(prefix) + len(prefix)
+
+
 def _aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 

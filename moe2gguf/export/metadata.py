@@ -20,6 +20,10 @@ SOURCE_DIGEST = "moe2gguf.source.sha256"
 DIGEST_PLACEHOLDER = "0" * 64
 """Stands in the header until every source tensor has been read and hashed."""
 
+CALIBRATION_LOAD = "moe2gguf.calibration.load"
+"""Share of the calibration's tokens that ran each expert, (n_layer * n_expert,) layer after layer; zeros stand there
+until the experts are made."""
+
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
     """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""
@@ -117,4 +121,6 @@ def provenance(
             "moe2gguf.calibration.sha256": calibration.digest,
             "moe2gguf.calibration.tokens": calibration.n_token,
         }
+    if calibration and slicing:
+        result[CALIBRATION_LOAD] = [0.0] * (model.n_layer * slicing.n_expert)
     return result

@@ -170,9 +170,9 @@ def _flush_often(disk: ThreadPoolExecutor, descriptor: int, jobs: Sequence[Futur
     flush.result()
 
 
-def write_text(descriptor: int, text: str, offset: int) -> None:
-    """Write `text` at `offset`, over a placeholder of the same length."""
-    _write_at(descriptor, memoryview(text.encode()), offset)
+def write_over(descriptor: int, data: bytes, offset: int) -> None:
+    """Write `data` at `offset`, over a placeholder of the same length."""
+    _write_at(descriptor, memoryview(data), offset)
 
 
 def _write_tensor(

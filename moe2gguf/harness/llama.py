@@ -144,9 +144,15 @@ class Llama:
         self.n_context = 0
         self.n_past = 0
 
-    def start(self, n_context: int) -> None:
-        """Make room for `n_context` tokens, once. Raises HarnessError if llama.cpp cannot."""
-        self.context = self.lib.llama_init_from_model(self.model, _context_params(self.lib, self.setup, n_context))
+    def start(self, n_context: int, observer: Any = None) -> None:
+        """Make room for `n_context` tokens, once. Raises HarnessError if llama.cpp cannot.
+
+        `observer`, a ggml_backend_sched_eval_callback, is asked about every node of the graph: see `experts_trace`.
+        """
+        params = _context_params(self.lib, self.setup, n_context)
+        if observer is not None:
+            params.cb_eval = observer
+        self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
             path = self.facts.path
             raise HarnessError(f"{path}: llama.cpp cannot make a context of {n_context} tokens{last_lines()}")

@@ -119,7 +119,7 @@ def _record(
     path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None
 ) -> Reference:
     with open_model(path, setup) as model:
-        tokens, n = _tokens(model, text), setup.n_context
+        tokens, n = text_tokens(model, text), setup.n_context
         n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
         windows = cut(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
         n_vocab = model.facts.n_vocab
@@ -166,8 +166,8 @@ def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tup
         row += len(block)
 
 
-def _tokens(model: Llama, text: str) -> NDArray[np.int32]:
-    """Tokenize a text; an EOS that the file appends is not part of it."""
+def text_tokens(model: Llama, text: str) -> NDArray[np.int32]:
+    """Return the tokens (n,) of a text; an EOS that the file appends is not part of it."""
     tokens = model.tokenize(text)
     ended = len(tokens) > 0 and model.lib.llama_vocab_get_add_eos(model.vocab)
     return tokens[:-1] if ended else tokens
@@ -189,7 +189,7 @@ def _require_same_vocabulary(model: Llama, reference: Reference) -> None:
         difference = f"{ours.n_vocab} tokens against {base.n_vocab}"
     elif model.vocabulary_digest() != reference.vocabulary:
         difference = "as many tokens, but other texts or kinds of token"
-    elif not _same_cut(_tokens(model, reference.text), reference.windows, model.bos()):
+    elif not _same_cut(text_tokens(model, reference.text), reference.windows, model.bos()):
         difference = "the same tokens, but the text is split differently (tokenizer.ggml.pre or flags)"
     else:
         return

@@ -1,4 +1,24 @@
-"""The look and the behavior of the report: a style sheet for phones and dark mode, and a small script."""
+"""Pages that need nothing but themselves: style for phones and dark mode, a small script, and plotly's JavaScript.
+
+A content security policy forbids all network, so a page can be opened, mailed and kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import HarnessError, OutputError
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+Figure = Mapping[str, Any]
+"""plotly's `data` and `layout`."""
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --back: #ffffff; --edge: #d0d4da; --soft: #f3f5f7; }
@@ -38,7 +58,8 @@ function draw() {
 draw();
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
 
-const table = document.getElementById('rows'), heads = [...table.tHead.rows[0].cells];
+for (const table of document.querySelectorAll('table.sortable')) {
+const heads = [...table.tHead.rows[0].cells];
 heads.forEach((head, column) => head.addEventListener('click', () => {
   const down = head.getAttribute('aria-sort') === 'ascending';
   heads.forEach(other => other.removeAttribute('aria-sort'));
@@ -55,4 +76,75 @@ heads.forEach((head, column) => head.addEventListener('click', () => {
   };
   table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
 }));
+}
 """
+
+
+def document(title: str, sections: Sequence[str], figures: Sequence[Figure], plotly: str) -> str:
+    """Return a page of HTML `sections`; figure I is drawn in the element `figureI`. `plotly` is plotly.js."""
+    data = json.dumps([*figures], allow_nan=False).replace("<", "\\u003c")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        + "\n".join(sections)
+        + f"\n</main><script>{plotly}</script><script>const FIGURES = {data};\n{SCRIPT}</script></body></html>\n"
+    )
+
+
+def figure(number: int, title: str) -> str:
+    """Return the heading and the place of a figure."""
+    return f'<h2>{escape(title)}</h2><div class="figure" id="figure{number}"></div>'
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], name: str) -> str:
+    """Return a table that sorts at a click on a heading; see `cell` for the values."""
+    head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title in columns)
+    body = "".join("<tr>" + "".join(cell(value) for value in row) + "</tr>" for row in rows)
+    start = f'<div class="wide"><table class="sortable" id="{name}">'
+    return f"{start}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def cell(value: Any) -> str:
+    """Return a value as a table cell: text, yes or no, a number to four digits, nothing for what is not there."""
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, bool):
+        return f"<td>{'yes' if value else 'no'}</td>"
+    if isinstance(value, int | float):
+        return f'<td class="number" data-value="{value!r}">{value:.4g}</td>' if math.isfinite(value) else "<td></td>"
+    return f"<td>{escape(str(value))}</td>"
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Return settings by name as a table."""
+    items = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+    return f'<div class="wide"><table><thead><tr><th>setting</th><th>value</th></tr></thead>{items}</table></div>'
+
+
+def require_plotly(target: Path) -> None:
+    """Raise HarnessError if the page cannot be made: better before the measurements than after them."""
+    plotly_script()
+    if not target.parent.is_dir():
+        raise HarnessError(f"{target}: there is no folder {target.parent}; make it, or name another file")
+
+
+def plotly_script() -> str:
+    """Return plotly.js. Raises HarnessError without plotly."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise HarnessError("the report needs plotly: pip install 'moe2gguf[report]'") from error
+    return str(get_plotlyjs())
+
+
+def write_page(page: str, target: Path) -> None:
+    """Write a page, whole or not at all. Raises OutputError if `target` cannot be written."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(page, "utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error

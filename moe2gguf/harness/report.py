@@ -1,25 +1,22 @@
 """A comparison as one HTML file: words first, then pictures, every number in a table, and how it was measured.
 
-The file needs nothing but itself: plotly's JavaScript is inside, and a content security policy forbids all network.
+The file needs nothing but itself; see `page`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HarnessError, OutputError
-from moe2gguf.harness.page import SCRIPT, STYLE
+from moe2gguf.harness import page
+from moe2gguf.harness.page import plotly_script, write_page
 from moe2gguf.harness.rows import Comparison, Row
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _COLUMNS = (
     ("file", "file"),
     ("type", "type"),
@@ -51,26 +48,12 @@ _COLUMNS = (
 )
 
 
-def require_plotly(target: Path) -> None:
-    """Raise HarnessError if the report cannot be made: better before the measurements than after them."""
-    _plotly()
-    if not target.parent.is_dir():
-        raise HarnessError(f"{target}: there is no folder {target.parent}; make it, or name another file")
-
-
 def write_report(found: Comparison, target: Path, arguments: Sequence[str]) -> None:
     """Write the report; `arguments` is the command line that made the comparison, the program first.
 
     Raises HarnessError without plotly, OutputError if `target` cannot be written.
     """
-    page = render(found, _plotly(), arguments)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(page, "utf-8")
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+    write_page(render(found, plotly_script(), arguments), target)
 
 
 def render(found: Comparison, plotly: str, arguments: Sequence[str]) -> str:
@@ -79,22 +62,14 @@ def render(found: Comparison, plotly: str, arguments: Sequence[str]) -> str:
     sections = [
         "<h1>Quality and speed against the dense model</h1>",
         *(f"<p>{line}</p>" for line in summary(found)),
-        *(f'<h2>{escape(title)}</h2><div class="figure" id="figure{i}"></div>' for i, (title, _) in enumerate(figures)),
+        *(page.figure(i, title) for i, (title, _) in enumerate(figures)),
         "<h2>Every number</h2>",
         "<p>A click on a heading sorts by it. The pictures show nothing below a tenth of the noise limit.</p>",
         _rows_table(found),
         "<h2>How it was measured</h2>",
         *_method(found, arguments),
     ]
-    data = json.dumps([figure for _, figure in figures], allow_nan=False).replace("<", "\\u003c")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>moe2gguf compare</title><style>{STYLE}</style></head><body><main>\n"
-        + "\n".join(sections)
-        + f"\n</main><script>{plotly}</script><script>const FIGURES = {data};\n{SCRIPT}</script></body></html>\n"
-    )
+    return page.document("moe2gguf compare", sections, [figure for _, figure in figures], plotly)
 
 
 def summary(found: Comparison) -> list[str]:
@@ -257,26 +232,14 @@ def _half(width: float) -> float | None:
 def _rows_table(found: Comparison) -> str:
     lines = [row.flat() | {"file": row.candidate.name or row.candidate.path.name} for row in found.rows]
     columns = [(title, name) for title, name in _COLUMNS if any(line.get(name) not in (None, "") for line in lines)]
-    head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title, _ in columns)
-    body = "".join("<tr>" + "".join(_cell(line.get(name)) for _, name in columns) + "</tr>" for line in lines)
-    return f'<div class="wide"><table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "<td></td>"
-    if isinstance(value, bool):
-        return f"<td>{'yes' if value else 'no'}</td>"
-    if isinstance(value, int | float):
-        return f'<td class="number" data-value="{value!r}">{value:.4g}</td>' if math.isfinite(value) else "<td></td>"
-    return f"<td>{escape(str(value))}</td>"
+    return page.table(
+        [title for title, _ in columns], [[line.get(name) for _, name in columns] for line in lines], "rows"
+    )
 
 
 def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
     files = dict.fromkeys([found.reference.path, *(row.candidate.path for row in found.rows)])
     digests = "".join(f"<tr><td>{escape(path.name)}</td><td><code>{_sha256(path)}</code></td></tr>" for path in files)
-    facts = found.environment | found.settings
-    items = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     return [
         f"<pre>{escape(shlex.join(['moe2gguf', *arguments[1:]]))}</pre>",
         "<p>Definitions are those of llama.cpp's perplexity tool: the text in windows, the second half of each scored; "
@@ -285,7 +248,7 @@ def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
         "token, is what the reference differs from itself when it is computed token by token, with a margin. Speeds "
         "are medians of interleaved runs, defined as in llama-bench.</p>",
         f'<div class="wide"><table><thead><tr><th>file</th><th>SHA-256</th></tr></thead>{digests}</table></div>',
-        f'<div class="wide"><table><thead><tr><th>setting</th><th>value</th></tr></thead>{items}</table></div>',
+        page.facts(found.environment | found.settings),
     ]
 
 
@@ -306,11 +269,3 @@ def _name(label: str) -> str:
 
 def _names(labels: Iterable[str]) -> str:
     return ", ".join(_name(label) for label in labels)
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise HarnessError("the report needs plotly: pip install 'moe2gguf[report]'") from error
-    return str(get_plotlyjs())
