@@ -162,7 +162,7 @@ class _Sweep:
             "context": settings.n_context,
             "room": settings.room,
         }
-        self.journal = Journal(settings.journal or _cache_folder() / "compare.jsonl")
+        self.journal = Journal(settings.journal or cache_folder() / "compare.jsonl")
         self._reference: Reference | None = None
 
     def row(self, one: Candidate) -> Row:
@@ -239,6 +239,7 @@ def _judged(row: Row, kl_limit: float) -> Row:
     return row
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of journals and of what is made for a comparison: $MOE2GGUF_CACHE, or in the user's cache."""
     chosen = os.environ.get("MOE2GGUF_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe2gguf"

@@ -93,6 +93,8 @@ def _scores_of(s: Summary, mark: str) -> tuple[str, ...]:
 
 
 def _reasons(found: Comparison) -> None:
+    for name, origin in found.settings.get("made", {}).items():
+        display.out().print(f"{escape(name)}: {escape(origin)}")
     for row in found.rows:
         if row.reason:
             display.out().print(f"{escape(row.candidate.label)} {row.status}: {escape(row.reason)}")

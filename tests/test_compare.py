@@ -199,10 +199,10 @@ def test_settings_of_the_command_line(tmp_path: Path) -> None:
 def test_the_journal_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """$MOE2GGUF_CACHE, else the user's cache folder."""
     monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path))
-    assert tmp_path == recipe._cache_folder()
+    assert tmp_path == recipe.cache_folder()
     monkeypatch.delenv("MOE2GGUF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tmp_path / "moe2gguf" == recipe._cache_folder()
+    assert tmp_path / "moe2gguf" == recipe.cache_folder()
 
 
 def llama_tokens(path: Path) -> list[int]:

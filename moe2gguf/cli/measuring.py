@@ -10,7 +10,8 @@ import click
 import cloup
 from cloup import option, option_group
 
-from moe2gguf.cli.shared import FILE, devices_option, emit, json_option, llama_threads_option, used_list_option
+from moe2gguf import display
+from moe2gguf.cli.shared import FILE, devices_option, emit, json_option, llama_threads_option, used_list_option, words
 
 
 @cloup.command()
@@ -20,6 +21,7 @@ from moe2gguf.cli.shared import FILE, devices_option, emit, json_option, llama_t
     option("--reference", required=True, type=FILE, metavar="DENSE", help="The dense file they are compared with."),
     used_list_option,
     devices_option,
+    option("--types", callback=words, metavar="T,T", help="Also in these types, such as q4_k_m,q8_0, made on the fly."),
 )
 @option_group(
     "Text",
@@ -48,6 +50,7 @@ def compare(
     reference: Path,
     used: list[int],
     device: str,
+    types: list[str],
     text: Path | None,
     tokens: int,
     as_json: bool,
@@ -62,24 +65,30 @@ def compare(
     file token by token. The definitions are those of llama.cpp's perplexity tool. A sweep that was interrupted goes
     on where it stopped.
 
+    --types quantizes every f32, f16 or bf16 file of FILES (as `moe2gguf quantize --allow-fallback`) into the cache
+    folder, measures it like the others, and removes it when the sweep is done.
+
     \b
     Example:
       moe2gguf compare moe.gguf --reference dense.gguf --used 8,6,4,2
+      moe2gguf compare moe.gguf --reference dense.gguf --used 8,4 --types q8_0,q4_k_m
       moe2gguf compare moe-q8.gguf moe-q4.gguf --reference dense.gguf --text wiki.test.raw --tokens 0 --csv rows.csv
       moe2gguf compare moe.gguf --reference dense.gguf --used 8,4,2 --speed --report report.html
     """
     from moe2gguf import display_compare
     from moe2gguf.bench import Timing
-    from moe2gguf.compare import compare as compare_files
     from moe2gguf.compare import settings_from
     from moe2gguf.harness.page import require_plotly
     from moe2gguf.harness.report import write_report
+    from moe2gguf.variants import compare_types
 
     if report:
         require_plotly(report)
-    found = compare_files(
+    found = compare_types(
         files,
         reference,
+        kinds=types,
+        progress=display.progress,
         used=used,
         devices=device.split(","),
         settings=settings_from(text, tokens or None, **options),

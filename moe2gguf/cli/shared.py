@@ -47,6 +47,11 @@ def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: st
         raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 8,6,4") from error
 
 
+def words(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[str]:
+    """Parse `q8_0,q4_k_m`."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
 type_options = option_group(
     "Types of single tensors",
     option(

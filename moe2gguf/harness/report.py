@@ -239,7 +239,11 @@ def _rows_table(found: Comparison) -> str:
 
 def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
     files = dict.fromkeys([found.reference.path, *(row.candidate.path for row in found.rows)])
-    digests = "".join(f"<tr><td>{escape(path.name)}</td><td><code>{_sha256(path)}</code></td></tr>" for path in files)
+    made = found.settings.get("made", {})
+    digests = "".join(
+        f"<tr><td>{escape(path.name)}</td><td><code>{escape(made.get(path.name) or _sha256(path))}</code></td></tr>"
+        for path in files
+    )
     return [
         f"<pre>{escape(shlex.join(['moe2gguf', *arguments[1:]]))}</pre>",
         "<p>Definitions are those of llama.cpp's perplexity tool: the text in windows, the second half of each scored; "
@@ -248,7 +252,7 @@ def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
         "token, is what the reference differs from itself when it is computed token by token, with a margin. Speeds "
         "are medians of interleaved runs, defined as in llama-bench.</p>",
         f'<div class="wide"><table><thead><tr><th>file</th><th>SHA-256</th></tr></thead>{digests}</table></div>',
-        page.facts(found.environment | found.settings),
+        page.facts(found.environment | {key: value for key, value in found.settings.items() if key != "made"}),
     ]
 
 

@@ -1,0 +1,119 @@
+"""The recipe: a comparison whose files are also quantized on the fly, and removed when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.compare import cache_folder, compare
+from moe2gguf.convert import Progress, silent
+from moe2gguf.errors import PlanError
+from moe2gguf.export import types
+from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.harness.rows import Comparison
+from moe2gguf.quantize import QuantizationPlan, plan_quantization, write_quantization
+from moe2gguf.sweep import candidate
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file to be: `plan` says everything about it, `path` is where it stands while it is needed."""
+
+    plan: QuantizationPlan
+    path: Path
+
+    @property
+    def origin(self) -> str:
+        """How to make it again, and which types are not the one that was asked for."""
+        kind, counts = self.plan.options.type, self.plan.assigned.fallbacks
+        words = f"moe2gguf quantize {self.plan.source.path.name} OUT {kind} --allow-fallback"
+        return f"{words} ({len(counts)} tensors took a substitute)" if counts else words
+
+
+def compare_types(
+    files: Sequence[Path], reference: Path, *, kinds: Sequence[str], progress: Progress = silent, **options: Any
+) -> Comparison:
+    """Compare `files`, and each of them that is f32, f16 or bf16 in every type of `kinds` too.
+
+    `options` are those of `compare`. A type that does not fit a tensor takes llama.cpp's substitute; the result's
+    settings say how many did, and how to make each file again.
+
+    Raises:
+        PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
+        and what `quantize` and `compare` raise.
+    """
+    wanted = variants(files, kinds, cache_folder() / "types")
+    with made(wanted, progress) as paths:
+        found = compare([*files, *paths], reference, **options)
+    if not wanted:
+        return found
+    return replace(found, settings=found.settings | {"made": {one.path.name: one.origin for one in wanted}})
+
+
+def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path) -> list[Variant]:
+    """Plan every type for every file whose weights are in a float type; nothing is written.
+
+    A variant's place in `folder` depends on the source and the type only. Files that are quantized already are left
+    out. Raises PlanError with every reason.
+    """
+    refusals, out = [], []
+    sources = [path for path in dict.fromkeys(files) if _is_float(path)]
+    if kinds and not sources:
+        refusals.append("no file is f32, f16 or bf16: name the one that the others were quantized from")
+    for path in sources:
+        for kind in dict.fromkeys(kinds):
+            try:
+                plan = plan_quantization(path, TypeOptions(kind.lower(), allow_fallback=True))
+            except PlanError as error:
+                refusals += [f"{path.name} as {kind}: {line}" for line in error.refusals]
+                continue
+            place = folder / candidate(plan.source, 1).identity
+            out.append(Variant(plan, place / f"{path.stem}-{kind.upper()}.gguf"))
+    if refusals:
+        raise PlanError(refusals)
+    return out
+
+
+@contextlib.contextmanager
+def made(wanted: Sequence[Variant], progress: Progress = silent) -> Iterator[list[Path]]:
+    """Make the files, hand out their paths, and remove them.
+
+    An interrupt (or a kill) leaves the finished ones for the next time. A file's time is its source's, so that the
+    same file made again is the same to a journal.
+    """
+    try:
+        for one in wanted:
+            if not _is_made(one):
+                one.path.parent.mkdir(parents=True, exist_ok=True)
+                write_quantization(one.plan, one.path, force=True, progress=progress)
+            status = one.plan.source.path.stat()
+            os.utime(one.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        yield [one.path for one in wanted]
+    except Exception:
+        _remove(wanted)
+        raise
+    _remove(wanted)
+
+
+def _is_float(path: Path) -> bool:
+    return all(tensor.type in types.FLOATS for tensor in read_gguf(path).tensors.values())
+
+
+def _is_made(one: Variant) -> bool:
+    """Whether an interrupted run left the file: it is whole if it is there, but a version of ours may be older."""
+    header = one.plan.layout.header
+    with contextlib.suppress(OSError), one.path.open("rb") as file:
+        return file.read(len(header)) == header
+    return False
+
+
+def _remove(wanted: Sequence[Variant]) -> None:
+    for one in wanted:
+        one.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another comparison's files are in it
+            one.path.parent.rmdir()

@@ -1,0 +1,122 @@
+"""Types made on the fly: the files `quantize` makes, measured like any other, gone afterwards, found on resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_gguf
+from click.testing import CliRunner
+
+from moe2gguf.cli import cli
+from moe2gguf.compare import Settings, compare
+from moe2gguf.errors import PlanError
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.harness.rows import Row
+from moe2gguf.quantize import quantize
+from moe2gguf.variants import compare_types, made, variants
+
+CONTEXT = 32
+TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. " * 4
+KINDS = ["q8_0", "Q4_K_M"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    dense = tiny_gguf.dense_weights(d_ff=128)
+    moe = tiny_gguf.write_gguf(folder / "moe.gguf", tiny_gguf.sliced_weights(dense, 4), f16=True)
+    return {
+        "dense": tiny_gguf.write_gguf(folder / "dense.gguf", dense),
+        "moe": moe,
+        "q8_0": quantize(moe, folder / "small.gguf", TypeOptions("q8_0")).path,
+        "q4_k_m": quantize(moe, folder / "tiny.gguf", TypeOptions("q4_k_m", allow_fallback=True)).path,
+    }
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def settings() -> Settings:
+    return Settings(text=TEXT, n_token=CONTEXT // 2 - 1, n_context=CONTEXT, threads=1)
+
+
+def left(cache: Path) -> list[Path]:
+    return [path for path in (cache / "types").rglob("*") if path.is_file()]
+
+
+def test_rows_are_those_of_the_quantized_files(files: dict[str, Path], cache: Path) -> None:
+    """Every file, then every type of every float file, at every count: the same numbers as from `quantize`'s files."""
+    found = compare_types([files["moe"], files["q8_0"]], files["dense"], kinds=KINDS, used=[4, 2], settings=settings())
+    names = ["moe.gguf", "small.gguf", "moe-Q8_0.gguf", "moe-Q4_K_M.gguf"]
+    assert [f"{name} k={k}/4" for name in names for k in (4, 2)] == [row.candidate.label for row in found.rows]
+    plain = compare([files["q8_0"], files["q4_k_m"]], files["dense"], used=[4, 2], settings=settings())
+    assert [row.quality.summary for row in plain.rows if row.quality] == [
+        row.quality.summary for row in found.rows[4:] if row.quality
+    ]
+    assert found.ok
+    assert [] == left(cache)
+    origins = found.settings["made"]
+    assert "moe2gguf quantize moe.gguf OUT q8_0 --allow-fallback" == origins["moe-Q8_0.gguf"]
+    assert "tensors took a substitute)" in origins["moe-Q4_K_M.gguf"]
+
+
+def test_an_interrupted_sweep_finds_its_files_and_rows_again(files: dict[str, Path], cache: Path) -> None:
+    """An interrupt leaves the files, the next run uses them as they are; made again the journal knows them."""
+
+    def stop(_: Row) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_types([files["moe"]], files["dense"], kinds=KINDS, settings=settings(), on_row=stop)
+    inodes = {path.name: path.stat().st_ino for path in left(cache)}
+    assert ["moe-Q4_K_M.gguf", "moe-Q8_0.gguf"] == sorted(inodes)
+    with made(variants([files["moe"]], KINDS, cache / "types")) as paths:
+        assert inodes == {path.name: path.stat().st_ino for path in paths}
+    assert [] == left(cache)
+    for expected in ([True, False, False], [True, True, True]):
+        found = compare_types([files["moe"]], files["dense"], kinds=KINDS, settings=settings())
+        assert expected == [row.resumed for row in found.rows]
+        assert [] == left(cache)
+
+
+def test_a_file_of_another_version_is_made_again(files: dict[str, Path], cache: Path) -> None:
+    """What stands in the cache is used only if its header is the one that would be written."""
+    (one,) = variants([files["moe"]], ["q8_0"], cache / "types")
+    one.path.parent.mkdir(parents=True)
+    one.path.write_bytes(b"GGUF of another time")
+    with made([one]) as (path,):
+        assert files["q8_0"].read_bytes() == path.read_bytes()
+
+
+def test_errors_leave_nothing_behind(files: dict[str, Path], cache: Path) -> None:
+    """An error while measuring removes the files too."""
+    with pytest.raises(RuntimeError, match="boom"), made(variants([files["moe"]], ["q8_0"], cache / "types")):
+        raise RuntimeError("boom")
+    assert [] == left(cache)
+
+
+def test_types_that_cannot_be_had_are_refused_together(files: dict[str, Path], cache: Path) -> None:
+    """Before anything is made: unknown types, each named, and files that are all quantized already."""
+    with pytest.raises(PlanError) as caught:
+        compare_types([files["moe"]], files["dense"], kinds=["q8_0", "q9", "zip"], settings=settings())
+    assert 2 == len(caught.value.refusals)
+    assert "moe.gguf as q9" in caught.value.refusals[0]
+    with pytest.raises(PlanError, match="no file is f32, f16 or bf16"):
+        compare_types([files["q8_0"]], files["dense"], kinds=["q4_0"], settings=settings())
+    assert not cache.exists()
+
+
+def test_the_command(files: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    """`--types` adds rows; the report says how each file was made instead of a digest."""
+    (tmp_path / "text").write_text(TEXT)
+    arguments = [str(files["moe"]), "--reference", str(files["dense"]), "--types", "q8_0, q4_0", "--threads", "1"]
+    arguments += ["--text", str(tmp_path / "text"), "--tokens", "15", "--context", "32"]
+    done = CliRunner().invoke(cli, ["compare", *arguments, "--json", "--report", str(tmp_path / "report.html")])
+    assert 0 == done.exit_code, done.output
+    assert ["F16", "Q8_0", "Q4_0"] == [row["type"] for row in json.loads(done.stdout)["rows"]]
+    assert "<code>moe2gguf quantize moe.gguf OUT q4_0 --allow-fallback" in (tmp_path / "report.html").read_text()
