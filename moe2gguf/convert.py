@@ -114,7 +114,7 @@ def write_plan(
     sources = (path for path in plan.checkpoint.folder.iterdir() if path.is_file())
     require_kernels(tensor.type for tensor in plan.tensors)
     check_target(out, (*plan.checkpoint.files, *sources), force=force)
-    reports = _calibrate(plan, work := out.with_name(out.name + ".calibration"), progress)
+    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
     journal = Journal(out, _job(plan), plan.digest.parts, resume=resume)
     with replacing(out, plan.file_size, journal) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
@@ -160,7 +160,7 @@ def flush_and_verify(
         flushed.result()
 
 
-def _calibrate(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
+def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
     """Make the experts that need text, in `work`; the reports of the layers. A stopped calibration is continued."""
     if plan.text is None or plan.slicing is None:
         return ()

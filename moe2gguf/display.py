@@ -139,6 +139,15 @@ def _reused(done: Conversion | Quantization) -> str:
     return f" ({done.reused} of them from the run that was stopped)" if done.reused else ""
 
 
+def folder(done: Conversion) -> None:
+    """One line for the folder, then the layers."""
+    size = sum(file.stat().st_size for file in done.path.rglob("*") if file.is_file())
+    what = f"{done.plan.n_expert} experts, {done.plan.n_expert_used} used"
+    out().print(f"wrote {escape(str(done.path))}: {size:,} bytes, MixtralForCausalLM, {what}")
+    if done.layers:
+        layers(done.layers)
+
+
 def layers(reports: Sequence[dict[str, Any]]) -> None:
     """What calibration found, layer by layer."""
     console = out()

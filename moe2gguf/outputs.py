@@ -139,11 +139,13 @@ def _mlp(checkpoint: Checkpoint, slicing: Slicing | None, experts: Experts, make
             make.row_wise(f"blk.{i}.ffn_{role}.weight", _sources(checkpoint, role, i)[0])
             for role in ("gate", "up", "down")
         ]
-    return _sliced(checkpoint, slicing, experts, make, i)
+    return sliced_tensors(checkpoint, slicing, experts, make, i)
 
 
-def _sliced(checkpoint: Checkpoint, slicing: Slicing, experts: Experts, make: Maker, i: int) -> list[OutputTensor]:
-    """One MLP, cut into experts with a router."""
+def sliced_tensors(
+    checkpoint: Checkpoint, slicing: Slicing, experts: Experts, make: Maker, i: int
+) -> list[OutputTensor]:
+    """One MLP, cut into experts: router, gate, up, down. The blocks of the last three are one expert each."""
     gate, up, down = (_sources(checkpoint, role, i)[0] for role in ("gate", "up", "down"))
     n, d_model, d_expert = slicing.n_expert, checkpoint.model.d_model, slicing.d_expert
 

@@ -24,7 +24,7 @@ from moe2gguf.export.writer import OutputTensor
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
 from moe2gguf.options import Options, refusals
 from moe2gguf.outputs import Experts, output_tensors
-from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
+from moe2gguf.spec import Calibration, Metadata, MetadataValue, Model, Slicing
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,18 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         **model_metadata(checkpoint.model, slicing, assigned.file_type),
         **checkpoint.card,
         **vocabulary_metadata(checkpoint.vocabulary),
+        **_inherited(checkpoint.provenance),
         **provenance(checkpoint.model, slicing, calibration),
     }
     warnings = (*checkpoint.warnings, *assigned.warnings, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors)
     return Plan(options, checkpoint, slicing, experts, text, assigned, metadata, tensors, layout, digest, warnings)
+
+
+def _inherited(provenance: Metadata) -> Metadata:
+    """What a folder of ours says about how its experts were made; version and source are those of this conversion."""
+    kinds = ("moe2gguf.slicing.", "moe2gguf.calibration.", "moe2gguf.heal.")
+    return {key: value for key, value in provenance.items() if key.startswith(kinds)}
 
 
 def _network(model: Model, slicing: Slicing | None) -> Network:

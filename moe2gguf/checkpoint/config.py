@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from moe2gguf.checkpoint.families import FAMILIES, REFUSED, Family
-from moe2gguf.spec import Model, Rope
+from moe2gguf.spec import Metadata, Model, Rope
 
 _LARGEST = 2**31 - 1  # GGUF stores these as 32-bit counts, and llama.cpp reads them into int
 _MOST = {"num_hidden_layers": 512, "num_local_experts": 1024, "vocab_size": 1 << 24}
@@ -74,6 +75,26 @@ def read_family(values: Mapping[str, Any], problems: list[str]) -> Family | None
         problems.append(f"config.json: {name} is not supported: {reason}. Supported: {', '.join(FAMILIES)}")
         return None
     return FAMILIES[name]
+
+
+_PROVENANCE = re.compile(r"moe2gguf(\.[a-z0-9_]{1,40}){1,4}")
+
+
+def read_provenance(values: Mapping[str, Any]) -> Metadata:
+    """The `moe2gguf.*` metadata that a folder of ours carries in config.json; what is not plain is left out."""
+    found = values.get("moe2gguf")
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if _PROVENANCE.fullmatch(key) and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """A short text, a flag, a count, or a finite number."""
+    if isinstance(value, str):
+        return len(value) <= 256
+    if isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= _LARGEST):
+        return True
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def read_model(values: Mapping[str, Any], family: Family, problems: list[str], warnings: list[str]) -> Model:

@@ -30,6 +30,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     card: Metadata
     warnings: tuple[str, ...] = field(default=())
+    provenance: Metadata = field(default_factory=dict)  # the `moe2gguf.*` keys of a folder that we wrote
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -62,7 +63,8 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
         raise PlanError(problems)
-    return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings))
+    made_by = config.read_provenance(values)
+    return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
 
 
 def _attempt(step: Callable[[], T], problems: list[str]) -> T | None:

@@ -41,6 +41,14 @@ from moe2gguf.experts import methods
 @option_group(
     "Output",
     option(
+        "--format",
+        "form",
+        type=click.Choice(["gguf", "hf"]),
+        default="gguf",
+        show_default=True,
+        help="gguf: one file. hf: a folder that transformers loads as MixtralForCausalLM.",
+    ),
+    option(
         "-t",
         "--type",
         default="auto",
@@ -67,6 +75,7 @@ def convert(
     model: Path,
     out: Path | None,
     plan_only: bool,
+    form: str,
     check: str | None,
     as_json: bool,
     force: bool,
@@ -85,13 +94,17 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct --plan
       moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf -n 16 --align 32 --type q8_0
       moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration text.txt
+      moe2gguf convert SmolLM2-135M-Instruct half -n 16 --used 8 --calibration text.txt --format hf
     """
     from moe2gguf.convert import check_conversion, write_plan
+    from moe2gguf.folder_form import write_folder
     from moe2gguf.options import Options
     from moe2gguf.planning import plan_conversion
 
     if out is None and not plan_only:
         raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
+    if form == "hf" and (plan_only or check):
+        raise click.UsageError("--plan and --check are for GGUF files; make one of the folder to look at it.")
     try:
         plan = plan_conversion(model, Options(**options))
     except PlanError as error:
@@ -101,6 +114,10 @@ def convert(
     display.warnings(plan.warnings)
     if plan_only or out is None:
         emit(plan.to_dict(), as_json, lambda: display.plan(plan))
+        return
+    if form == "hf":
+        done = write_folder(plan, out, force=force, progress=display.progress)
+        emit(done.to_dict(), as_json, lambda: display.folder(done))
         return
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None

@@ -30,7 +30,7 @@ class Layers:
         config.tie_word_embeddings = False
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        self._blocks = skeleton.model.layers
+        self._blocks = skeleton.model.layers.float()  # a bf16 checkpoint's configuration asks for bf16 modules
         self._rotary = type(skeleton.model.rotary_emb)(config).to(device)
         self._load = load
         self._device = device

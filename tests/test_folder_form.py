@@ -1,0 +1,173 @@
+"""moe2gguf.folder_form: sliced models as Mixtral folders, against transformers, llama.cpp and the direct GGUF file."""
+
+import json
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from llama_logits import llama_logits_at
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.cli import cli
+from moe2gguf.errors import OutputError, PlanError
+from moe2gguf.export import folder as shards
+from moe2gguf.folder_form import write_folder
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
+HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen2", "llama-bias"))]
+CALIBRATED = Options(experts=4, used=2, calibration_tokens=1024, refit=True, amplify="any")
+
+
+def write(folder, out, options, **settings):
+    """The folder `out` of the checkpoint `folder`."""
+    return write_folder(plan_conversion(folder, options), out, **settings).path
+
+
+def tensors_of(path):
+    """name -> (type, shape, bytes) of a GGUF file."""
+    found = gguf.GGUFReader(path).tensors
+    return {tensor.name: (tensor.tensor_type, tuple(tensor.shape), tensor.data.tobytes()) for tensor in found}
+
+
+def hf_logits(folder, k):
+    """transformers' logits (n_token, n_vocab) with k experts per token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = k
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("family", HOLDABLE)
+def test_with_all_experts_transformers_computes_the_dense_model(family, tmp_path):
+    """Every family that fits: rotary settings, head sizes and tied embeddings survive; 1e-3 in float32."""
+    dense = checkpoints.make(tmp_path / "dense", family)
+    folder = write(dense, tmp_path / "sliced", Options(experts=4))
+
+    assert np.abs(checkpoints.torch_logits(dense, TOKENS) - hf_logits(folder, 4)).max() <= 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_transformers_and_llama_cpp_compute_the_same_at_every_count(family, tmp_path):
+    """The folder in transformers, its own GGUF form in llama.cpp: float32, k = 1 .. 4, 1e-3."""
+    dense = checkpoints.make(tmp_path / "dense", family)
+    folder = write(dense, tmp_path / "sliced", CALIBRATED)
+    convert(folder, tmp_path / "out.gguf")
+    counts = [1, 2, 3, 4]
+
+    logits = llama_logits_at(tmp_path / "out.gguf", TOKENS, counts)
+
+    for k, ours in zip(counts, logits, strict=True):
+        assert np.abs(hf_logits(folder, k) - ours).max() <= 1e-3, k
+    assert np.std(logits[0]) > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [Options(experts=5, align=32), CALIBRATED], ids=["seed", "calibrated"])
+def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype, options, tmp_path):
+    """Every tensor of the GGUF file, whichever way it went, and the recipe in its metadata."""
+    dense = checkpoints.make(tmp_path / "dense", "llama", dtype=dtype)
+    convert(dense, tmp_path / "direct.gguf", options)
+    folder = write(dense, tmp_path / "sliced", options)
+    convert(folder, tmp_path / "back.gguf")
+
+    assert tensors_of(tmp_path / "direct.gguf") == tensors_of(tmp_path / "back.gguf")
+    direct, back = (gguf.GGUFReader(tmp_path / name).fields for name in ("direct.gguf", "back.gguf"))
+    kept = [key for key in direct if key.startswith(("moe2gguf.slicing.", "moe2gguf.calibration.", "llama.", "token"))]
+    assert [direct[key].contents() for key in kept] == [back[key].contents() for key in kept]
+
+
+def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path, monkeypatch):
+    """A limit of 100 kB per shard: several files, every tensor named once, the same logits."""
+    dense = checkpoints.make(tmp_path / "dense", "llama")
+    whole = write(dense, tmp_path / "whole", Options(experts=4))
+    monkeypatch.setattr(shards.write_shards, "__defaults__", (100_000,))
+    cut = write(dense, tmp_path / "cut", Options(experts=4))
+
+    names = sorted(path.name for path in cut.glob("*.safetensors"))
+    assert len(names) > 2
+    assert f"model-00001-of-{len(names):05}.safetensors" == names[0]
+    assert np.array_equal(hf_logits(whole, 4), hf_logits(cut, 4))
+
+
+def test_what_the_class_cannot_hold_is_refused_with_the_reason(tmp_path):
+    """Attention biases, block types, rules for single tensors: all in one list, and nothing is left behind."""
+    qwen = checkpoints.make(tmp_path / "qwen", "qwen2")
+    rules = Options(experts=4, type="q8_0", align=32, tensor_types=(r"blk\.0\..*=f32",))
+
+    with pytest.raises(PlanError) as caught:
+        write(qwen, tmp_path / "out", rules)
+
+    assert ["attention biases", "q8_0", "--tensor-type"] == [
+        word
+        for word, line in zip(("attention biases", "q8_0", "--tensor-type"), caught.value.refusals, strict=True)
+        if word in line
+    ]
+    with pytest.raises(PlanError, match="source again"):
+        write(qwen, tmp_path / "out", Options(dense=True))
+    assert ["qwen"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_only_a_folder_of_ours_is_replaced(tmp_path):
+    """Without --force nothing is; with it, no other folder and never the model itself."""
+    dense = checkpoints.make(tmp_path / "dense", "llama")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    out = write(dense, tmp_path / "out", Options(experts=4))
+
+    with pytest.raises(OutputError, match="--force"):
+        write(dense, out, Options(experts=2))
+    with pytest.raises(OutputError, match="was not written by moe2gguf"):
+        write(dense, tmp_path / "mine", Options(experts=2), force=True)
+    with pytest.raises(OutputError, match="the model itself"):
+        write(dense, dense, Options(experts=2), force=True)
+    write(dense, out, Options(experts=2), force=True)
+
+    assert 2 == json.loads((out / "config.json").read_text())["num_local_experts"]
+    assert ["dense", "mine", "out"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_failure_leaves_no_folder(tmp_path):
+    """A NaN in the last layer is found while writing; neither the folder nor a part of it stays."""
+    from safetensors.numpy import load_file, save_file
+
+    dense = checkpoints.make(tmp_path / "dense", "llama")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = np.nan
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(Exception, match="NaN or infinity"):
+        write(dense, tmp_path / "out", Options(experts=4))
+
+    assert ["dense"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_hostile_provenance_is_left_out(tmp_path):
+    """Only short plain values under our own names reach the metadata of a file."""
+    dense = checkpoints.make(tmp_path / "dense", "llama")
+    folder = write(dense, tmp_path / "out", Options(experts=4))
+    bad = {"moe2gguf.slicing.x": [1], "llama.block_count": 7, "moe2gguf.slicing.y": "a" * 1000, "moe2gguf.slicing.z": 1}
+    checkpoints.rewrite_config(folder, moe2gguf=bad)
+
+    metadata = plan_conversion(folder).metadata
+
+    assert {"moe2gguf.slicing.z"} == {key for key in metadata if key.startswith("moe2gguf.slicing")}
+    assert 3 == metadata["llama.block_count"]
+
+
+def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path):
+    """Tokenizer files are the source's, a card names the recipe; --plan and --check belong to GGUF files."""
+    dense = checkpoints.make(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+
+    done = CliRunner().invoke(cli, ["convert", str(dense), str(out), "-n", "4", "--format", "hf"])
+    refused = CliRunner().invoke(cli, ["convert", str(dense), str(out), "--format", "hf", "--check", "auto"])
+
+    assert (0, 2) == (done.exit_code, refused.exit_code)
+    assert "MixtralForCausalLM, 4 experts, 4 used" in done.stdout
+    assert (dense / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    assert "| slicing.expert_count | 4 |" in (out / "README.md").read_text()
