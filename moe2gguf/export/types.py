@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 
@@ -114,6 +115,19 @@ def encode(array: Array, kind: TensorType, name: str) -> memoryview:
     if kind is GGMLType.F16 and array.dtype != encoded.dtype and not is_finite(encoded):
         raise _overflow(array, name)
     return encoded.reshape(-1).view(np.uint8).data
+
+
+def decode(rows: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
+    """Rows of blocks (n_row, row_bytes) as numbers (n_row, width): by llama.cpp, or the gguf package without it.
+
+    Raises:
+        HarnessError: the type needs llama.cpp, which is not installed or does not know it.
+    """
+    if not kernels.installed() and isinstance(kind, GGMLType):
+        with contextlib.suppress(NotImplementedError):
+            numbers: NDArray[np.float32] = gguf.quants.dequantize(rows, kind)
+            return numbers
+    return kernels.dequantize(rows, kind).reshape(len(rows), -1)
 
 
 def require_kernels(kinds: Iterable[TensorType]) -> None:
