@@ -20,8 +20,9 @@ from moe2gguf.export.assignment import Assignment, assign, may_quantize
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.presets import ARCHITECTURES, Network
-from moe2gguf.export.reader import GGUFFile, TensorInfo, read_gguf
+from moe2gguf.export.reader import GGUFFile, TensorInfo
 from moe2gguf.export.recipes import TypeOptions, own_rules
+from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
 from moe2gguf.spec import MetadataValue
 
@@ -105,7 +106,7 @@ def quantize(
     """Write the GGUF file `source` again as `out`, with the types that `options` choose.
 
     Args:
-        source: a whole GGUF file (not a shard) of f32, f16 or bf16 weights.
+        source: a GGUF file of f32, f16 or bf16 weights, or a shard of one.
         out: the file to write; it appears only when it is complete and verified.
         options: a preset or a type, and rules for single tensors.
         allow_requantize: also change tensors that are quantized already, which loses twice.
@@ -127,7 +128,7 @@ def quantize(
 
 def plan_quantization(source: Path, options: TypeOptions, *, allow_requantize: bool = False) -> QuantizationPlan:
     """The first pass of `quantize`: every tensor's type and place; arguments and errors as there."""
-    file = read_gguf(source)
+    file = read_model(source)
     if refusals := _refuse_file(file):
         raise PlanError(refusals)
     stored = [OutputTensor(t.name, t.shape, t.type) for t in file.tensors.values()]
@@ -155,9 +156,9 @@ def write_quantization(
     cores = threads or os.cpu_count() or 1
     types.require_kernels(tensor.type for tensor in plan.tensors if _changes(plan, tensor))
     kernels.require({plan.source.tensors[t.name].type for t in plan.tensors if _changes(plan, t)} & {*types.BLOCKS})
-    check_target(out, [plan.source.path], force=force)
+    check_target(out, plan.source.files, force=force)
     kinds = {tensor.type for tensor in plan.tensors}
-    job = describe_job("quantize", plan.options, [plan.source.path], plan.layout.header, kinds)
+    job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
     journal = Journal(out, job, resume=resume)
     with replacing(out, plan.file_size, journal) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
@@ -203,8 +204,6 @@ def _refuse_file(file: GGUFFile) -> list[str]:
     refusals = []
     if not file.tensors:
         refusals.append(f"{file.path}: holds no tensors")
-    if file.metadata.get("split.count", 1) != 1:
-        refusals.append(f"{file.path}: is one shard of several; merge them first (llama-gguf-split --merge)")
     if file.alignment > MAX_ALIGNMENT:
         refusals.append(f"{file.path}: aligns tensors to {file.alignment} bytes; at most {MAX_ALIGNMENT} make sense")
     return refusals

@@ -241,7 +241,7 @@ def test_a_bad_weight_is_named_and_leaves_nothing(tmp_path, value):
 
 
 def test_targets_and_sources_that_are_refused(dense, tmp_path):
-    """The file itself, an existing one, a shard, an absurd alignment, a file without tensors, no GGUF at all."""
+    """The file itself, an existing one, an absurd alignment, a file without tensors, no GGUF at all."""
     with pytest.raises(OutputError, match="file of the model itself"):
         quantize(dense, dense, TypeOptions("q8_0"), force=True)
     (tmp_path / "old.gguf").write_text("old")
@@ -249,7 +249,6 @@ def test_targets_and_sources_that_are_refused(dense, tmp_path):
         quantize(dense, tmp_path / "old.gguf", TypeOptions("q8_0"))
     name = g.key("general.architecture", "str", "odd")
     files = {
-        "shard": (g.gguf([name, g.key("split.count", "u16", 3)], [g.f32("a", (4,))]), "one shard of several"),
         "aligned": (
             g.gguf([name, g.key("general.alignment", "u32", 2**21)], [g.f32("a", (4,))], alignment=2**21),
             "aligns tensors to 2097152 bytes",
@@ -263,6 +262,23 @@ def test_targets_and_sources_that_are_refused(dense, tmp_path):
     (tmp_path / "text").write_text("not a model at all, but long enough")
     with pytest.raises(GGUFError, match="not a GGUF file"):
         quantize(tmp_path / "text", tmp_path / "out.gguf", TypeOptions("q8_0"))
+
+
+def test_a_set_of_shards_is_quantized_as_one(tmp_path):
+    """Given any of its shards; a set that is not whole is refused."""
+    for i in range(2):
+        keys = [g.key("split.no", "u16", i), g.key("split.count", "u16", 2), g.key("split.tensors.count", "i32", 2)]
+        keys += [g.key("general.architecture", "str", "odd")] if i == 0 else []
+        (tmp_path / f"m-0000{i + 1}-of-00002.gguf").write_bytes(g.gguf(keys, [g.f32(f"t{i}.weight", (2, 32))]))
+
+    quantize(tmp_path / "m-00002-of-00002.gguf", tmp_path / "out.gguf", TypeOptions("q8_0", pure=True))
+
+    assert {"t0.weight": "Q8_0", "t1.weight": "Q8_0"} == {
+        name: tensor.type.name for name, tensor in read_gguf(tmp_path / "out.gguf").tensors.items()
+    }
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(GGUFError, match="00002-of-00002"):
+        quantize(tmp_path / "m-00001-of-00002.gguf", tmp_path / "out2.gguf", TypeOptions("q8_0"))
 
 
 def test_the_network_of_a_file_and_of_a_hostile_one(dense, sliced, tmp_path):

@@ -38,15 +38,12 @@ class _Llama(NamedTuple):
 def check_architecture(file: GGUFFile, found: Findings) -> None:
     """Compare the tensors of an arch `llama` file with its keys; another architecture is noted, not judged."""
     architecture = file.metadata.get("general.architecture")
-    n_shards = file.metadata.get("split.count", 1)
     kind = file.metadata.get("general.type", "model")
     if architecture is None:
         found.problems.append("metadata 'general.architecture' is missing")
     elif architecture != "llama" or kind != "model":
         words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
         found.notes.append(f"{words}: shapes are only checked for llama models")
-    elif n_shards != 1:
-        found.notes.append(f"one of {_shown(n_shards)} shards: shapes are only checked for a whole model")
     else:
         _check_llama(file, found)
 

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +93,7 @@ def check_values(file: GGUFFile, found: Findings, threads: int, progress: Callab
     progress(file.data_offset)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for part, (n, block) in zip(ranges, pool.map(lambda part: _scan(file.path, part), ranges), strict=True):
+            for part, (n, block) in zip(ranges, pool.map(_scan, ranges), strict=True):
                 if n:
                     n_bad[part.tensor.name] += n
                     first.setdefault(part.tensor.name, block)
@@ -111,7 +110,7 @@ def _ranges(tensor: TensorInfo) -> Iterator[_Range]:
         yield _Range(tensor, start, min(step, tensor.n_bytes - start))
 
 
-def _scan(path: Path, part: _Range) -> tuple[int, int]:
+def _scan(part: _Range) -> tuple[int, int]:
     """How many bad blocks there are in a range, and the tensor's block number of the first."""
     tensor, start, n_bytes = part
     if tensor.type not in FIELDS and tensor.type != GGMLType.IQ1_M:
@@ -120,10 +119,10 @@ def _scan(path: Path, part: _Range) -> tuple[int, int]:
     step = min(_STEP // block * block, n_bytes)
     buffer, scratch = np.empty(step, np.uint8), np.empty(step, np.uint8)
     n_bad, first = 0, 0
-    with open_gguf(path) as file:
+    with open_gguf(tensor.file) as file:
         for at in range(start, start + n_bytes, step):
             piece = buffer[: start + n_bytes - at]
-            read_into(file, tensor.offset + at, piece, path)
+            read_into(file, tensor.offset + at, piece, tensor.file)
             bad = _bad_blocks(piece, tensor.type, scratch)
             if bad is not None:
                 first = first if n_bad else at // block + int(bad.argmax())

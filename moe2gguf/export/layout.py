@@ -74,9 +74,9 @@ def lay_out(
     for tensor in tensors:
         relative[tensor.name] = position
         infos.append(_tensor_info(tensor, position))
-        position = _aligned(position + tensor.n_bytes, alignment)
+        position = aligned(position + tensor.n_bytes, alignment)
     head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)) + keys + b"".join(infos)
-    header = head.ljust(_aligned(len(head), alignment), b"\0")
+    header = head.ljust(aligned(len(head), alignment), b"\0")
     offsets = {name: len(header) + offset for name, offset in relative.items()}
     return Layout(header, offsets, len(header) + position)
 
@@ -93,8 +93,14 @@ def array_offset(layout: Layout, key: str, n_value: int) -> int:
     return layout.header.index(prefix) + len(prefix)
 
 
-def _aligned(size: int, alignment: int) -> int:
+def aligned(size: int, alignment: int) -> int:
+    """`size` rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
+
+
+def info_size(tensor: Entry) -> int:
+    """Bytes of the tensor's entry in the header."""
+    return len(_tensor_info(tensor, 0))
 
 
 def _tensor_info(tensor: Entry, offset: int) -> bytes:

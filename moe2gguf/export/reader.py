@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -99,13 +99,14 @@ class ValueType(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of the tensor list; `shape` in numpy order, `offset` in bytes from the file's start."""
+    """One entry of the tensor list; `shape` in numpy order, `offset` in bytes from the start of `file`."""
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
     offset: int
     n_bytes: int
+    file: Path
 
     @property
     def n_elements(self) -> int:
@@ -136,14 +137,19 @@ class GGUFFile:
     data_offset: int
     file_size: int
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that holds a part of it: one, or the shards that were read as one."""
+        return tuple(dict.fromkeys([self.path, *(tensor.file for tensor in self.tensors.values())]))
+
     def read_tensor(self, tensor: TensorInfo) -> npt.NDArray[np.generic]:
         """The whole tensor: an array of its shape, or for block types the blocks as uint8 (n_rows, row_bytes).
 
         Raises GGUFError when the file became shorter since its header was read.
         """
         raw = np.empty(tensor.n_bytes, np.uint8)
-        with open_gguf(self.path) as file:
-            read_into(file, tensor.offset, raw, self.path)
+        with open_gguf(tensor.file) as file:
+            read_into(file, tensor.offset, raw, tensor.file)
         dtype = DTYPES.get(tensor.type)
         if dtype is not None:
             return raw.view(dtype).reshape(tensor.shape)
@@ -157,10 +163,10 @@ class GGUFFile:
         block = BLOCK_SIZES[tensor.type][1]
         step = min(max(n_bytes // block, 1) * block, tensor.n_bytes)
         buffer = np.empty(step, np.uint8)
-        with open_gguf(self.path) as file:
+        with open_gguf(tensor.file) as file:
             for start in range(0, tensor.n_bytes, max(step, 1)):
                 piece = buffer[: tensor.n_bytes - start]
-                read_into(file, tensor.offset + start, piece, self.path)
+                read_into(file, tensor.offset + start, piece, tensor.file)
                 yield piece
 
 
@@ -389,7 +395,7 @@ class _Header:
             if (shape[-1] if shape else 1) % block:
                 raise self.fail(f"rows of {shape[-1:]} elements are not whole {kind.name} blocks of {block}")
             n_bytes = math.prod(shape) // block * block_bytes
-            listed[name] = TensorInfo(name, shape, kind, self.u64(), n_bytes)
+            listed[name] = TensorInfo(name, shape, kind, self.u64(), n_bytes, self.path)
         return list(listed.values())
 
     def shape(self) -> tuple[int, ...]:
@@ -433,7 +439,7 @@ class _Header:
         ]
         if problems:
             raise GGUFError(listing(self.path, problems))
-        return {t.name: TensorInfo(t.name, t.shape, t.type, t.offset + data_offset, t.n_bytes) for t in listed}
+        return {t.name: replace(t, offset=t.offset + data_offset) for t in listed}
 
 
 def listing(path: Path, problems: list[str], limit: int = 20) -> str:

@@ -14,12 +14,8 @@ from moe2gguf.errors import GGUFError
 from moe2gguf.export.expected import check_architecture, check_experts_alike
 from moe2gguf.export.findings import Findings
 from moe2gguf.export.finite import check_values
-from moe2gguf.export.reader import (
-    GGUFFile,
-    listing,
-    read_gguf,
-    shown,
-)
+from moe2gguf.export.reader import GGUFFile, listing, shown
+from moe2gguf.export.shards import merged, read_shards
 
 
 @dataclass(frozen=True)
@@ -36,15 +32,20 @@ class Verification:
 def verify(path: Path, *, threads: int | None = None, progress: Callable[[int], None] | None = None) -> Verification:
     """Check header, layout, shapes against the metadata, and that no value is NaN or infinite.
 
+    Of a shard, the whole set is checked.
+
     `progress` is called in this thread with the bytes checked since its last call; `threads` None means one per core,
     at most 8. A file that cannot be read at all has that as its only problem; nothing is raised for it.
     """
     try:
-        file = read_gguf(path)
+        shards = read_shards(path)
     except GGUFError as error:
         return Verification(Path(path), 0, 0, (str(error),), ())
-    found = Findings()
-    _check_layout(file, found)
+    found, file = Findings(), merged(shards)
+    for shard in shards:
+        _check_layout(shard, found, name=f"{shard.path.name}: " if len(shards) > 1 else "")
+    if not file.tensors:
+        found.problems.append("the file holds metadata, but no tensor")
     check_architecture(file, found)
     check_experts_alike(file, found)
     check_values(file, found, threads or min(os.cpu_count() or 1, 8), progress or (lambda _: None))
@@ -62,23 +63,22 @@ def require_sound(
     return result
 
 
-def _check_layout(file: GGUFFile, found: Findings) -> None:
+def _check_layout(file: GGUFFile, found: Findings, name: str) -> None:
     """llama.cpp takes tensors only in the order of the list, each right after the padded one before.
 
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/gguf.cpp#L796
     """
     if not file.tensors:
-        found.problems.append("the file holds metadata, but no tensor")
         return
     expected = end = file.data_offset
     for tensor in file.tensors.values():
         if tensor.offset != expected:
             found.problems.append(
-                f"tensor {shown(tensor.name)} starts at byte {tensor.offset}, llama.cpp wants it at {expected}"
+                f"{name}tensor {shown(tensor.name)} starts at byte {tensor.offset}, llama.cpp wants it at {expected}"
             )
         end = tensor.offset + tensor.n_bytes
         expected = -(-end // file.alignment) * file.alignment
         if not tensor.n_elements:
-            found.problems.append(f"tensor {shown(tensor.name)} has no elements: shape {tensor.shape}")
+            found.problems.append(f"{name}tensor {shown(tensor.name)} has no elements: shape {tensor.shape}")
     if file.file_size > expected:
-        found.notes.append(f"{file.file_size - expected} bytes follow the last tensor; nothing reads them")
+        found.notes.append(f"{name}{file.file_size - expected} bytes follow the last tensor; nothing reads them")
