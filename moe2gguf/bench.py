@@ -10,7 +10,7 @@ from typing import Any
 from moe2gguf.errors import HarnessError
 from moe2gguf.export.reader import read_gguf
 from moe2gguf.harness.candidates import Candidate
-from moe2gguf.harness.devices import placed, require_devices
+from moe2gguf.harness.devices import placed, reference_device, require_devices
 from moe2gguf.harness.library import processors
 from moe2gguf.harness.machine import environment
 from moe2gguf.harness.speed import Run, Speed, collect, fast, memory_bandwidth, run_once
@@ -79,7 +79,8 @@ def bench(
     timing: Timing | None = None,
     on_run: Callable[[Candidate, Run], None] = lambda *_: None,
 ) -> Bench:
-    """Time every file at every `used` count on every device, and the dense `reference` on the CPU.
+    """Time every file at every `used` count on every device, and the dense `reference` on the CPU (on RPC
+    servers where all devices are such).
 
     In each of `timing.repeat` rounds every candidate runs once, in a process of its own. `on_run` hears of each run.
 
@@ -89,7 +90,7 @@ def bench(
     """
     timing = timing or Timing()
     require_devices(devices)
-    base = candidate(read_gguf(reference), 0) if reference else None
+    base = candidate(read_gguf(reference), 0, reference_device(devices)) if reference else None
     return time_candidates(candidates(files, used, devices), base, timing, on_run)
 
 

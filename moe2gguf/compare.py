@@ -4,63 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.bench import Timing, time_candidates
+from moe2gguf.cluster import measured_by_workers, require_workers
 from moe2gguf.errors import HarnessError
 from moe2gguf.export.reader import read_gguf
 from moe2gguf.harness.candidates import Candidate
-from moe2gguf.harness.check import KL_LIMIT, NOISE_FACTOR, default_text, disturbed
-from moe2gguf.harness.devices import placed, require_devices
+from moe2gguf.harness.check import KL_LIMIT, NOISE_FACTOR
+from moe2gguf.harness.devices import reference_device, require_devices
 from moe2gguf.harness.front import choose
 from moe2gguf.harness.journal import Journal, key
-from moe2gguf.harness.library import processors
-from moe2gguf.harness.llama import Setup
-from moe2gguf.harness.logits import Reference, measure, record
 from moe2gguf.harness.machine import environment, package_version
-from moe2gguf.harness.rows import Comparison, Quality, Row, is_above_noise, pair_up, quality
+from moe2gguf.harness.rows import Agreement, Comparison, Quality, Row, is_above_noise, pair_up
 from moe2gguf.harness.speed import Run, Speed
 from moe2gguf.sweep import candidate, candidates
+from moe2gguf.workbench import Answer, Job, Settings, measured_here
 
-TIMEOUT = 600.0
-"""Seconds that one window may take before its row is given up."""
-
-_ROOM = 8 * 2**30
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a comparison is made.
-
-    text       what is read; None: Python's own documentation, which differs between Python versions
-    n_token    scored positions, rounded up to whole windows; None: the whole text
-    n_context  tokens of a window; its second half is scored, as llama.cpp's perplexity tool does
-    threads    None: all processors
-    timeout    seconds per window
-    memory_limit  bytes of private memory of each run (Linux); None: no limit
-    room       bytes of disk for the reference's logits before they take the compact form; None: 8 GiB or half of
-               what is free, the smaller
-    journal    file of finished rows; None: one in the user's cache folder
-    fresh      measure again what the journal has
-    """
-
-    text: str | None = None
-    n_token: int | None = 2048
-    n_context: int = 512
-    threads: int | None = None
-    timeout: float = TIMEOUT
-    memory_limit: int | None = None
-    room: int | None = None
-    journal: Path | None = None
-    fresh: bool = False
+__all__ = ["Settings", "compare", "settings_from"]
 
 
 def settings_from(
@@ -100,24 +64,32 @@ def compare(
 
     Each run is a child process: a crash, a kill or a time-out is a row with its reason, and the next one starts.
     Finished rows are kept in the journal and not measured again. `on_row` hears of each row as it is done. With
-    `timing` the rows that ran are timed too, and the result names a choice; `on_run` hears of each run.
+    several devices, each file and k is also compared with itself on the first of them. With `timing` the rows that
+    ran are timed too, here, and the result names a choice; `on_run` hears of each run.
 
     Raises:
         GGUFError: a file's header is not sound.
-        HarnessError: a device is not there, or the reference itself cannot be run on this text.
+        HarnessError: a device, the cluster or a file on one of its workers is not there, or the reference itself
+            cannot be run on this text.
     """
     settings = settings or Settings()
-    require_devices(devices)
+    if timing and settings.scheduler:
+        raise HarnessError("speeds are those of one machine: leave out the scheduler, or the speed")
+    if settings.scheduler:  # workers have another current folder
+        files, reference = [path.absolute() for path in files], reference.absolute()
+    settings = replace(settings, text=settings.words)
     wanted = candidates(files, used, devices)
-    base = candidate(read_gguf(reference), 0)
-    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
-        sweep = _Sweep(base, settings, Path(folder))
-        noise = sweep.noise() if any(not c.refusal for c in wanted) else None
-        kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
-        rows = []
-        for one in wanted:
-            rows.append(_judged(sweep.row(one), kl_limit))
-            on_row(rows[-1])
+    base = candidate(read_gguf(reference), 0, reference_device(devices))
+    machine = environment()
+    if settings.scheduler:
+        machine["workers"] = require_workers(settings.scheduler, [base, *wanted], devices)
+    else:
+        require_devices(devices)
+    sweep = _Sweep(settings)
+    noise, rows = _rows(sweep, base, wanted, on_row)
+    kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
+    rows = [_judged(row, kl_limit) for row in rows]
+    agreements = _agreements(sweep, [row.candidate for row in rows if row.status == "ok"])
     reference_speed = None
     if timing:
         rows, reference_speed = _timed(rows, base, timing, on_run)
@@ -128,10 +100,56 @@ def compare(
         noise=noise,
         kl_limit=kl_limit,
         settings={**sweep.facts, "journal": str(sweep.journal.path)},
-        environment=environment(),
+        environment=machine,
+        agreements=agreements,
         reference_speed=reference_speed,
         choice=choose(rows),
     )
+
+
+def _rows(
+    sweep: _Sweep, base: Candidate, wanted: Sequence[Candidate], on_row: Callable[[Row], None]
+) -> tuple[Quality | None, list[Row]]:
+    """Return the noise floor, None if nothing can run, and a row for every candidate, in their order."""
+    noise = None
+    rows = {one: Row(one, "refused", one.refusal) for one in wanted if one.refusal}
+    for row in rows.values():
+        on_row(row)
+    jobs = [Job("quality", base, one) for one in wanted if not one.refusal]
+    for job, answer, resumed in sweep.answers([Job("noise", base, base), *jobs] if jobs else []):
+        if job.what == "noise":
+            noise = _sound(base, answer)
+        else:
+            rows[job.one] = _row(job.one, answer, resumed)
+            on_row(rows[job.one])
+    return noise, [rows[one] for one in wanted]
+
+
+def _row(one: Candidate, answer: Answer, resumed: bool) -> Row:
+    if isinstance(answer, HarnessError):
+        return Row(one, "failed", str(answer))
+    if answer.summary.n_bad:
+        return Row(one, "failed", f"{answer.summary.n_bad} logits are NaN or infinite", answer)
+    return Row(one, "ok", quality=answer, resumed=resumed)
+
+
+def _sound(base: Candidate, answer: Answer) -> Quality:
+    if isinstance(answer, HarnessError):
+        raise answer
+    if answer.summary.n_bad:
+        raise HarnessError(f"{base.path}: {answer.summary.n_bad} logits of the reference are not finite: use another")
+    return answer
+
+
+def _agreements(sweep: _Sweep, sound: Sequence[Candidate]) -> tuple[Agreement, ...]:
+    """Compare every file and k with itself on the first device it ran on."""
+    first: dict[tuple[Path, int], Candidate] = {}
+    for one in sound:
+        first.setdefault((one.path, one.n_expert_used), one)
+    pairs = [(first[one.path, one.n_expert_used], one) for one in sound]
+    jobs = [Job("devices", base, one) for base, one in pairs if base != one]
+    answers = {job: answer for job, answer, _ in sweep.answers(jobs)}
+    return tuple(Agreement.of(job.base, job.one, answers[job]) for job in jobs)
 
 
 def _timed(
@@ -147,87 +165,46 @@ def _timed(
 
 
 class _Sweep:
-    """One reference, one text; the reference's logits are computed when the first row needs them."""
+    """The jobs of one comparison: taken from the journal, or measured, here or on a cluster, and put there."""
 
-    def __init__(self, base: Candidate, settings: Settings, folder: Path) -> None:
-        self.base = base
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.folder = folder
-        n_token = settings.n_token
-        self.text = default_text(64 * ((n_token or 0) + 4096)) if settings.text is None else settings.text
-        self.setup = Setup(n_context=settings.n_context, n_threads=settings.threads or processors())
         self.facts = {
-            "text_sha256": hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest(),
-            "tokens": n_token,
+            "text_sha256": hashlib.sha256(settings.words.encode("utf-8", "replace")).hexdigest(),
+            "tokens": settings.n_token,
             "context": settings.n_context,
             "room": settings.room,
         }
         self.journal = Journal(settings.journal or cache_folder() / "compare.jsonl")
-        self._reference: Reference | None = None
 
-    def row(self, one: Candidate) -> Row:
-        """Return the row of a candidate: refused, from the journal, or measured now."""
-        if one.refusal:
-            return Row(one, "refused", one.refusal)
-        kept = self._kept(self._key(one, "quality"))
-        if kept:
-            return Row(one, "ok", quality=kept, resumed=True)
-        reference = self.reference()
-        k = one.n_expert_used if one.n_expert else None
-        try:
-            measured = self._measured(one.path, replace(placed(self.setup, one.device), n_expert_used=k), reference)
-        except HarnessError as error:
-            return Row(one, "failed", str(error))
-        if measured.summary.n_bad:
-            return Row(one, "failed", f"{measured.summary.n_bad} logits are NaN or infinite", measured)
-        self.journal.put(self._key(one, "quality"), measured.to_dict())
-        return Row(one, "ok", quality=measured)
+    def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Answer, bool]]:
+        """Yield every job with its answer, as they come, and whether the journal had it."""
+        kept = {job: found for job in jobs if (found := self._kept(job))}
+        for job, found in kept.items():
+            yield job, found, True
+        for job, answer in self._measured([job for job in jobs if job not in kept]):
+            if isinstance(answer, Quality) and not answer.summary.n_bad:
+                self.journal.put(self._key(job), answer.to_dict())
+            yield job, answer, False
 
-    def noise(self) -> Quality:
-        """Return the reference against itself over the first window, token by token and on half the threads."""
-        name = self._key(self.base, "noise")
-        kept = self._kept(name)
-        if kept:
-            return kept
-        measured = self._measured(self.base.path, disturbed(self.setup), self.reference(), n_window=1)
-        if measured.summary.n_bad:
-            n_bad = measured.summary.n_bad
-            raise HarnessError(f"{self.base.path}: {n_bad} logits of the reference are NaN or infinite: use another")
-        self.journal.put(name, measured.to_dict())
-        return measured
+    def _measured(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Answer]]:
+        if not jobs:
+            return iter(())
+        if self.settings.scheduler:
+            return measured_by_workers(jobs, self.settings)
+        return measured_here(jobs, self.settings)
 
-    def reference(self) -> Reference:
-        """Return the reference's logits."""
-        if self._reference is None:
-            free = shutil.disk_usage(self.folder).free
-            room = self.settings.room or min(_ROOM, free // 2)
-            n_token, first = self.settings.n_token, self.settings.n_context // 2
-            self._reference = record(
-                self.base.path, self.setup, self.text, n_token, first, self.folder / "logits", room
-            )
-        return self._reference
-
-    def _measured(self, path: Path, setup: Setup, reference: Reference, n_window: int | None = None) -> Quality:
-        began = time.perf_counter()
-        limits: dict[str, Any] = {"timeout": self.settings.timeout, "memory_limit": self.settings.memory_limit}
-        with closing(measure(path, setup, reference, **limits)) as windows:
-            parts = list(islice(windows, n_window))
-        return quality(parts, time.perf_counter() - began)
-
-    def _kept(self, name: str) -> Quality | None:
-        values = None if self.settings.fresh else self.journal.get(name)
+    def _kept(self, job: Job) -> Quality | None:
+        values = None if self.settings.fresh else self.journal.get(self._key(job))
         try:
             return Quality.from_dict(values) if values else None
         except (KeyError, TypeError, ValueError):  # another version's row, or an edited one: measure again
             return None
 
-    def _key(self, one: Candidate, what: str) -> str:
+    def _key(self, job: Job) -> str:
         return key(
-            what=what,
-            file=one.identity,
-            n_expert_used=one.n_expert_used,
-            device=one.device,
-            reference=self.base.identity,
+            what=job.what,
+            files=[[one.identity, one.n_expert_used, one.device] for one in (job.base, job.one)],
             versions=[package_version("moe2gguf"), package_version("llama-cpp-python")],
             **self.facts,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,14 +44,16 @@ def comparison(found: Comparison) -> None:
     for column in table.columns[4:]:
         column.justify = "right"
     if found.noise:
-        names = ("noise floor (1 window)", found.reference.type, "dense", "cpu")
+        names = ("noise floor (1 window)", found.reference.type, "dense", found.reference.device)
         table.add_row(*names, *_scores_of(found.noise.summary, ""))
     for row in found.rows:
         table.add_row(*_names(row), *_scores(row))
     display.lines(table)
     console.print()
     _reasons(found)
+    _devices(found)
     _verdicts(found)
+    _workers(found)
     _choice(found)
 
 
@@ -98,6 +101,23 @@ def _reasons(found: Comparison) -> None:
     for row in found.rows:
         if row.reason:
             display.out().print(f"{escape(row.candidate.label)} {row.status}: {escape(row.reason)}")
+
+
+def _devices(found: Comparison) -> None:
+    for pair in found.agreements:
+        what = escape(pair.reason)
+        if pair.quality:
+            s = pair.quality.summary
+            what = f"mean KL {s.kl_mean:.3g}, top-1 {s.top1:.2%}, largest logit difference {s.max_difference:.3g}"
+        display.out().print(f"{escape(pair.second)} against {escape(pair.first)}, first window: {what}")
+
+
+def _workers(found: Comparison) -> None:
+    """Who of a cluster measured how many rows."""
+    counts = Counter(row.quality.worker for row in found.rows if row.quality and row.quality.worker)
+    if counts:
+        words = ", ".join(f"{escape(name)} {n}" for name, n in counts.items())
+        display.out().print(f"rows measured by workers: {words}")
 
 
 def _verdicts(found: Comparison) -> None:

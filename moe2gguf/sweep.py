@@ -44,7 +44,7 @@ def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str
         type=_main_type(file),
         file_size=file.file_size,
         active_bytes=active_bytes(file, k),
-        identity=_identity(file),
+        identity=identity(file),
         refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
         name=name,
     )
@@ -81,7 +81,8 @@ def _main_type(file: GGUFFile) -> str:
     return sizes.most_common(1)[0][0] if sizes else "none"
 
 
-def _identity(file: GGUFFile) -> str:
+def identity(file: GGUFFile) -> str:
+    """Return the digest of header, size and time of change that tells one file from another: see `Candidate`."""
     with file.path.open("rb") as stream:
         digest = hashlib.sha256(stream.read(file.data_offset))
         status = os.fstat(stream.fileno())

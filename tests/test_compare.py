@@ -20,6 +20,8 @@ from moe2gguf.cli import cli
 from moe2gguf.compare import Settings, compare, settings_from
 from moe2gguf.display_compare import comparison, write_csv
 from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.harness.child import run_in_child
+from moe2gguf.harness.devices import DEVICES
 from moe2gguf.harness.metrics import TAIL
 from moe2gguf.harness.rows import Comparison, Row
 
@@ -156,6 +158,41 @@ def test_nothing_runs_for_a_device_that_is_not_there(files: dict[str, Path], tmp
     assert [] == list(tmp_path.iterdir())
 
 
+def test_the_same_file_on_two_devices_is_compared_with_itself(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mean KL and top-1 of the second against the first, over one window, by the textbook; once, then journaled."""
+    monkeypatch.setitem(DEVICES, "cpu:f16-cache", {"kv_type": "f16"})
+    asked = {"used": [4, 2], "devices": ["cpu", "cpu:f16-cache"], "settings": settings(tmp_path)}
+    found = compare([files["moe"]], files["dense"], **asked)  # type: ignore[arg-type]
+    assert [
+        ("moe.gguf k=4/4", "moe.gguf k=4/4 cpu:f16-cache"),
+        ("moe.gguf k=2/4", "moe.gguf k=2/4 cpu:f16-cache"),
+    ] == [(pair.first, pair.second) for pair in found.agreements]
+
+    window = [tiny_gguf.BOS, *llama_tokens(files["dense"])[1:CONTEXT]]
+    base, other = llama_logits(files["moe"], window, 2), run_in_child(_f16_cache_logits, files["moe"], window)
+    scored = range(CONTEXT // 2, CONTEXT - 1)
+    tokens = [textbook_token(base[t], other[t], window[t + 1], TAIL) for t in scored]
+    summary = found.agreements[1].quality.summary  # type: ignore[union-attr]
+    assert summary.kl_mean > 0
+    assert np.mean([token["kl"] for token in tokens]) == pytest.approx(summary.kl_mean, rel=1e-6)
+    assert np.mean([token["same_top"] for token in tokens]) == pytest.approx(summary.top1)
+
+    again = compare([files["moe"]], files["dense"], **asked)  # type: ignore[arg-type]
+    assert found.agreements == again.agreements
+    comparison(again)
+    assert "moe.gguf k=2/4 cpu:f16-cache against moe.gguf k=2/4, first window: mean KL" in capsys.readouterr().out
+    assert 2 == len(json.loads(json.dumps(again.to_dict(), allow_nan=False))["devices"])
+
+
+def _f16_cache_logits(path: Path, tokens: list[int]) -> np.ndarray:
+    from moe2gguf.harness.llama import Setup, open_model
+
+    with open_model(path, Setup(n_expert_used=2, n_context=len(tokens), n_threads=1, kv_type="f16")) as model:
+        return np.array(model.logits(np.array(tokens, np.int32)), np.float64)
+
+
 def test_only_refused_rows_run_nothing(files: dict[str, Path], tmp_path: Path) -> None:
     """No reference is computed; the refusals are the result."""
     found = compare([files["moe"]], files["dense"], used=[7], settings=settings(tmp_path))
@@ -206,8 +243,6 @@ def test_the_journal_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def llama_tokens(path: Path) -> list[int]:
-    from moe2gguf.harness.child import run_in_child
-
     return run_in_child(_tokens, path)
 
 

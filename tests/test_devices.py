@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
+from gpu import gpu_is_missing
 from llama_logits import llama_logits
 
+from moe2gguf.cli.shared import devices_from
 from moe2gguf.errors import HarnessError
 from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.devices import placed, require_devices
+from moe2gguf.harness.devices import placed, reference_device, require_devices, rpc_device
 from moe2gguf.harness.library import import_llama
 from moe2gguf.harness.llama import Setup, open_model
 
 
-def has_gpu() -> bool:
-    return bool(import_llama().llama_supports_gpu_offload())
+def has_rpc() -> bool:
+    return bool(import_llama().llama_supports_rpc())
 
 
 def logits_with_experts_on_cpu(path: Path, tokens: list[int]) -> np.ndarray:
@@ -42,11 +44,33 @@ def test_unknown_devices_are_all_named() -> None:
 def test_a_missing_gpu_says_how_to_get_one() -> None:
     """Before anything is measured; the CPU alone is always there."""
     require_devices(["cpu"])
-    if run_in_child(has_gpu):
+    if gpu_is_missing() is None:
         require_devices(["gpu", "gpu:experts-on-cpu"])
     else:
         with pytest.raises(HarnessError, match=r"vendor/install cuda\|vulkan\|metal"):
             require_devices(["cpu", "gpu:experts-on-cpu"])
+
+
+def test_rpc_servers_are_one_device() -> None:
+    """Named after its servers, so that rows, journal and JSON tell it from others; alone it spares the CPU."""
+    assert ["cpu"] == devices_from(None, None)
+    assert ["cpu", "gpu"] == devices_from("cpu,gpu", None)
+    both = "rpc:a:1+b:2"
+    assert ["cpu", both] == devices_from("cpu", "a:1,b:2")
+    assert [both] == devices_from(None, "a:1,b:2") == [rpc_device(["a:1", "b:2"])]
+    setup = placed(Setup(), both)
+    assert (-1, ("a:1", "b:2")) == (setup.n_gpu_layers, setup.rpc_servers)
+    assert [both, "cpu", "cpu"] == [reference_device(names) for names in ([both], ["cpu", both], ["gpu"])]
+
+
+def test_missing_rpc_is_said_before_anything_runs() -> None:
+    """A build without RPC, else an address where nobody listens, or that is none."""
+    words = "no RPC server answers at '127.0.0.1:9'" if run_in_child(has_rpc) else "has no RPC: run vendor/install rpc"
+    with pytest.raises(HarnessError, match=words):
+        require_devices([rpc_device(["127.0.0.1:9"])])
+    if run_in_child(has_rpc):
+        with pytest.raises(HarnessError, match="no RPC server answers at 'nowhere'"):
+            require_devices([rpc_device(["nowhere"])])
 
 
 def test_the_placement_of_experts_is_accepted(tmp_path: Path) -> None:

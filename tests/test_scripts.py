@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -127,6 +128,7 @@ class TestVendor:
     PROFILES = {  # noqa: RUF012
         "cpu": {"library": ""},
         "cuda": {"library": "ggml-cuda"},
+        "rpc": {"library": "ggml-rpc"},
         "metal": {"library": "ggml-metal"},
     }
 
@@ -136,6 +138,7 @@ class TestVendor:
             (["libggml.so", "libggml-cpu.so", "libllama.so"], "linux", ["cpu"]),
             (["libggml.so", "libggml-cuda.so.0.25.3"], "linux", ["cuda"]),
             (["ggml-cuda.dll", "ggml.dll"], "win32", ["cuda"]),
+            (["libggml-cuda.so", "libggml-rpc.so"], "linux", ["cuda", "rpc"]),
             (["libggml.dylib", "libggml-metal.dylib"], "darwin", ["cpu", "metal"]),
             ([], "linux", []),
         ],
@@ -173,16 +176,29 @@ class TestVendor:
         answer = start("vendor/install", "rocm")
 
         assert answer.returncode == 1
-        assert answer.stderr == "error: unknown profile 'rocm'; native.toml has cpu, cuda, vulkan, metal\n"
+        assert answer.stderr == "error: unknown profile 'rocm'; native.toml has cpu, rpc, cuda, vulkan, metal\n"
 
     def test_every_profile_is_complete(self) -> None:
         """Each profile says how it is built and why, and only cpu is built without arguments."""
         install = load("vendor/install")
         native = install.tomllib.loads(install.NATIVE.read_text(encoding="utf-8"))
 
-        assert list(native["profile"]) == ["cpu", "cuda", "vulkan", "metal"]
+        assert list(native["profile"]) == ["cpu", "rpc", "cuda", "vulkan", "metal"]
         assert [name for name, profile in native["profile"].items() if not profile["cmake"]] == ["cpu"]
         assert all(profile["reason"].strip() for profile in native["profile"].values())
+        assert all(
+            (install.NATIVE.parent / profile.get("header", "install")).exists()
+            for profile in native["profile"].values()
+        )
+
+    def test_a_header_of_ours_comes_before_every_file(self, tmp_path: Path) -> None:
+        """Only where the profile has one; a folder with a space in its name survives CMake and the shell."""
+        install = load("vendor/install")
+        install.NATIVE = tmp_path / "a b" / "native.toml"
+
+        assert install.cmake_arguments({"cmake": ["-DA=1"]}) == ["-DA=1"]
+        _, flags = install.cmake_arguments({"cmake": ["-DA=1"], "header": "x.hpp"})
+        assert shlex.split(flags.partition("=")[2]) == ["-include", str(tmp_path / "a b" / "x.hpp")]
 
 
 class TestBench:

@@ -11,7 +11,17 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf import display
-from moe2gguf.cli.shared import FILE, devices_option, emit, json_option, llama_threads_option, used_list_option, words
+from moe2gguf.cli.shared import (
+    FILE,
+    devices_from,
+    devices_option,
+    emit,
+    json_option,
+    llama_threads_option,
+    rpc_option,
+    used_list_option,
+    words,
+)
 
 
 @cloup.command()
@@ -21,6 +31,7 @@ from moe2gguf.cli.shared import FILE, devices_option, emit, json_option, llama_t
     option("--reference", required=True, type=FILE, metavar="DENSE", help="The dense file they are compared with."),
     used_list_option,
     devices_option,
+    rpc_option,
     option("--types", callback=words, metavar="T,T", help="Also in these types, such as q4_k_m,q8_0, made on the fly."),
 )
 @option_group(
@@ -35,6 +46,7 @@ from moe2gguf.cli.shared import FILE, devices_option, emit, json_option, llama_t
     option("--timeout", default=600.0, show_default=True, help="Seconds that a window may take."),
     option("--memory", type=click.IntRange(1), metavar="MIB", help="Private memory that a run may have (Linux)."),
     option("--room", type=click.IntRange(1), metavar="MIB", help="Disk for the reference's logits.  [default: 8192]"),
+    option("--scheduler", metavar="ADDRESS", help="Measure on the workers of this Dask scheduler."),
     option("--journal", type=click.Path(path_type=Path), help="Finished rows.  [default: in the cache folder]"),
     option("--fresh", is_flag=True, help="Measure again what the journal has."),
 )
@@ -49,7 +61,8 @@ def compare(
     files: tuple[Path, ...],
     reference: Path,
     used: list[int],
-    device: str,
+    device: str | None,
+    rpc: str | None,
     types: list[str],
     text: Path | None,
     tokens: int,
@@ -74,6 +87,7 @@ def compare(
       moe2gguf compare moe.gguf --reference dense.gguf --used 8,4 --types q8_0,q4_k_m
       moe2gguf compare moe-q8.gguf moe-q4.gguf --reference dense.gguf --text wiki.test.raw --tokens 0 --csv rows.csv
       moe2gguf compare moe.gguf --reference dense.gguf --used 8,4,2 --speed --report report.html
+      moe2gguf compare moe.gguf --reference dense.gguf --device cpu,gpu --scheduler tcp://10.0.0.1:8786
     """
     from moe2gguf import display_compare
     from moe2gguf.bench import Timing
@@ -90,7 +104,7 @@ def compare(
         kinds=types,
         progress=display.progress,
         used=used,
-        devices=device.split(","),
+        devices=devices_from(device, rpc),
         settings=settings_from(text, tokens or None, **options),
         timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=options["threads"]) if speed else None,
         on_row=display_compare.row_done,
@@ -112,6 +126,7 @@ def compare(
     option("--reference", type=FILE, metavar="DENSE", help="A dense file that speeds are divided by."),
     used_list_option,
     devices_option,
+    rpc_option,
 )
 @option_group(
     "Running",
@@ -123,7 +138,13 @@ def compare(
 )
 @json_option
 def bench(
-    files: tuple[Path, ...], reference: Path | None, used: list[int], device: str, as_json: bool, **options: Any
+    files: tuple[Path, ...],
+    reference: Path | None,
+    used: list[int],
+    device: str | None,
+    rpc: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure how fast files run, and how fast memory would let them.
 
@@ -142,7 +163,7 @@ def bench(
     found = bench_files(
         files,
         used=used,
-        devices=device.split(","),
+        devices=devices_from(device, rpc),
         reference=reference,
         timing=Timing(**options),
         on_run=display_compare.run_done,

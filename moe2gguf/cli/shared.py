@@ -72,9 +72,16 @@ llama_threads_option = option("--threads", type=click.IntRange(1), help="Threads
 used_list_option = option(
     "-k", "--used", callback=whole_numbers, metavar="K,K", help="Experts per token.  [default: what the file says]"
 )
-devices_option = option(
-    "--device", default="cpu", show_default=True, metavar="D,D", help="Of cpu, gpu and gpu:experts-on-cpu."
-)
+devices_option = option("--device", metavar="D,D", help="Of cpu, gpu and gpu:experts-on-cpu.  [default: cpu]")
+rpc_option = option("--rpc", metavar="HOST:PORT,..", help="A device made of these llama.cpp RPC servers.")
+
+
+def devices_from(device: str | None, rpc: str | None) -> list[str]:
+    """Return the names of devices; RPC servers alone are no reason to run on the CPU too."""
+    from moe2gguf.harness.devices import rpc_device
+
+    named = device.split(",") if device else [] if rpc else ["cpu"]
+    return [*named, rpc_device(rpc.split(","))] if rpc else named
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

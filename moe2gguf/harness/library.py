@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections import deque
@@ -55,33 +54,6 @@ def int_overrides(lib: ModuleType, values: dict[str, int]) -> Any:
         entry.key = key.encode()
         entry.value.val_i64 = value
     return array
-
-
-class _Placement(ctypes.Structure):
-    """One rule of llama_model_tensor_buft_override: tensors whose name matches a regular expression, and their memory.
-
-    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/include/llama.h#L314
-    """
-
-    _fields_ = (("pattern", ctypes.c_char_p), ("memory", ctypes.c_void_p))
-
-
-def cpu_experts(lib: ModuleType) -> Any:
-    """Return a C array of placement rules: expert tensors in the processor's memory, as llama.cpp's --cpu-moe does."""
-    cpu_memory = lib._lib.ggml_backend_cpu_buffer_type
-    cpu_memory.restype = ctypes.c_void_p
-    return (_Placement * 2)(
-        _Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory()), _Placement(None, None)
-    )
-
-
-def require_gpu(lib: ModuleType) -> None:
-    """Raise HarnessError unless the installed llama.cpp can compute on a GPU of this machine."""
-    if not lib.llama_supports_gpu_offload():
-        raise HarnessError(
-            "the installed llama.cpp has no GPU support, or sees no GPU: run vendor/install cuda|vulkan|metal "
-            "(see vendor/README.md), or leave the device gpu out"
-        )
 
 
 def processors() -> int:

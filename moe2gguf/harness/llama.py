@@ -19,15 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.library import (
-    cpu_experts,
-    import_llama,
-    int_overrides,
-    last_lines,
-    load_model,
-    processors,
-    require_gpu,
-)
+from moe2gguf.harness.library import import_llama, int_overrides, last_lines, load_model, processors
+from moe2gguf.harness.offload import cpu_experts, offload_devices
 
 Logits = NDArray[np.float32]
 
@@ -41,6 +34,7 @@ class Setup:
     n_batch        tokens computed at once; logits of at most so many positions are in memory
     n_threads      None: all processors this process may use
     n_gpu_layers   0: CPU only; negative: all layers
+    rpc_servers    addresses (host:port) of llama.cpp RPC servers that take the place of this machine's GPUs
     experts_on_cpu keep the expert tensors in the processor's memory, whatever `n_gpu_layers` says
     kv_type        element type of the key/value cache
     flash_attention, repack   llama.cpp's faster attention, and weights rearranged at load for the processor
@@ -51,6 +45,7 @@ class Setup:
     n_batch: int = 128
     n_threads: int | None = None
     n_gpu_layers: int = 0
+    rpc_servers: tuple[str, ...] = ()
     experts_on_cpu: bool = False
     kv_type: Literal["f32", "f16"] = "f32"
     flash_attention: bool = False
@@ -109,10 +104,10 @@ def open_model(path: Path, setup: Setup) -> Iterator[Llama]:
     Raises HarnessError if the file, the settings or the device do not fit.
     """
     lib = import_llama()
-    if setup.n_gpu_layers != 0:
-        require_gpu(lib)
+    devices = offload_devices(lib, setup.n_gpu_layers, setup.rpc_servers)  # must outlive the load
     facts = read_facts(path)
     params = lib.llama_model_default_params()
+    params.devices = devices and ctypes.addressof(devices)
     params.n_gpu_layers = setup.n_gpu_layers
     params.use_extra_bufts = setup.repack
     k = expert_override(facts, setup.n_expert_used)

@@ -44,6 +44,7 @@ _COLUMNS = (
     ("bound t/s", "speed_bound"),
     ("speed / reference", "speed_ratio"),
     ("size, bytes", "file_size"),
+    ("worker", "worker"),
     ("reason", "reason"),
 )
 
@@ -89,6 +90,13 @@ def summary(found: Comparison) -> list[str]:
     equal = [f"{_name(pair.first)} and {_name(pair.second)}" for pair in found.pairs if not pair.different]
     if equal:
         lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
+    for pair in found.agreements:
+        if pair.quality:
+            s = pair.quality.summary
+            lines.append(
+                f"{_name(pair.second)} against {_name(pair.first)}, over the first window: mean KL divergence "
+                f"{s.kl_mean:.3g}, same top token {s.top1:.2%}, largest logit difference {s.max_difference:.3g}."
+            )
     for row in found.rows:
         if row.reason:
             lines.append(f"{_name(row.candidate.label)} {row.status}: {escape(row.reason)}")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moe2gguf.errors import HarnessError
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.harness.intervals import Interval, interval, paired
 from moe2gguf.harness.metrics import Summary, TokenScores, join, summarize
@@ -23,6 +24,7 @@ class Quality:
 
     window_kl, window_nll, window_top1   means of every window, in order: nats per token, nats per token, share
     seconds                              wall time, load included
+    worker                               who of a cluster measured it; empty: this machine
     """
 
     summary: Summary
@@ -30,6 +32,7 @@ class Quality:
     window_nll: tuple[float, ...]
     window_top1: tuple[float, ...]
     seconds: float
+    worker: str = ""
 
     @property
     def kl_interval(self) -> Interval:
@@ -39,13 +42,14 @@ class Quality:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
         windows = {name: [_finite(x) for x in getattr(self, name)] for name in _WINDOWS}
-        return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds}
+        return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds, "worker": self.worker}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Quality:
         """Return what `to_dict` was made of. Raises KeyError or TypeError for anything else."""
         windows = {name: tuple(math.nan if x is None else float(x) for x in values[name]) for name in _WINDOWS}
-        return cls(Summary.from_dict(values["summary"]), **windows, seconds=float(values["seconds"]))
+        worker = str(values.get("worker", ""))
+        return cls(Summary.from_dict(values["summary"]), **windows, seconds=float(values["seconds"]), worker=worker)
 
 
 _WINDOWS = ("window_kl", "window_nll", "window_top1")
@@ -89,7 +93,7 @@ class Row:
             summary = self.quality.summary.to_dict()
             percentiles = summary.pop("kl_percentiles")
             values |= summary | {f"kl_{name}%": value for name, value in percentiles.items()}
-            values["seconds"] = self.quality.seconds
+            values |= {"seconds": self.quality.seconds, "worker": self.quality.worker}
         if self.speed:
             values |= {
                 "prompt_speed": self.speed.prompt.median,
@@ -126,6 +130,32 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """One file and k on two devices: the logits on `second` against those on `first`, over the first window.
+
+    first, second   labels of the two rows
+    quality   None if it could not be measured, for `reason`
+    """
+
+    first: str
+    second: str
+    quality: Quality | None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, first: Candidate, second: Candidate, answer: Quality | HarnessError) -> Agreement:
+        """Return what the answer says."""
+        if isinstance(answer, HarnessError):
+            return cls(first.label, second.label, None, str(answer))
+        return cls(first.label, second.label, answer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        quality = self.quality.to_dict() if self.quality else None
+        return {"first": self.first, "second": self.second, "quality": quality, "reason": self.reason}
+
+
+@dataclass(frozen=True)
 class Choice:
     """The rows nothing else beats in both quality and speed, by label, fastest first, and the one to take."""
 
@@ -141,6 +171,7 @@ class Comparison:
     perplexity   of the reference over the same tokens, None if no row ran
     noise        the reference against itself, computed in another order, over the first window; None if nothing ran
     kl_limit     mean KL divergence in nats per token that the noise explains
+    agreements   of the same file and k on several devices
     settings, environment   JSON-ready facts: what was asked for; versions and machine
     reference_speed, choice   with speed measured: the reference's, and which row to take
     """
@@ -152,6 +183,7 @@ class Comparison:
     kl_limit: float
     settings: dict[str, Any]
     environment: dict[str, Any]
+    agreements: tuple[Agreement, ...] = ()
     reference_speed: Speed | None = None
     choice: Choice | None = None
 
@@ -182,6 +214,7 @@ class Comparison:
             "kl_limit": self.kl_limit,
             "rows": [row.to_dict() for row in self.rows],
             "pairs": [pair.to_dict() for pair in self.pairs],
+            "devices": [agreement.to_dict() for agreement in self.agreements],
         }
 
 
