@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gguf import TokenType
 
@@ -14,8 +15,7 @@ ADDED_SCORE = -1000.0
 _SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A token."""
 
     text: str

@@ -98,11 +98,16 @@ def _merges(model: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise VocabularyError(f"{path}: model.merges is {type(merges).__name__}, expected a list")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for index, pair in enumerate(pairs):
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) and x for x in pair)):
+        if not _is_pair(pair):
             raise VocabularyError(f"{path}: model.merges[{index}] is {merges[index]!r}, expected two tokens")
     return [(left, right) for left, right in pairs]
+
+
+def _is_pair(pair: Any) -> bool:
+    """Whether this is a list of two texts, neither of them empty."""
+    return isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is type(pair[1]) is str and all(pair)
 
 
 def _added(content: Mapping[str, Any], path: Path) -> list[Any]:

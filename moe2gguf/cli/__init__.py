@@ -6,6 +6,7 @@ Results go to stdout (`--json` for machines), progress and notes to stderr. Exit
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from typing import NoReturn
@@ -74,6 +75,7 @@ def _terminate(*_: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Entry point of the `moe2gguf` command: every expected error becomes one message and an exit code."""
+    gc.set_threshold(100_000)  # a vocabulary is a million small objects without a cycle
     signal.signal(signal.SIGTERM, _terminate)
     try:
         cli(standalone_mode=False, prog_name="moe2gguf")
