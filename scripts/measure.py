@@ -20,7 +20,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS,
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one program: seconds from its start to its exit, and its peak resident memory in bytes.
+    """One run of one program: seconds from its start to its exit, its peak resident memory, and what it wrote.
 
     The peak is the kernel's own high-water mark (`ru_maxrss` from wait4) of the program or of its largest child
     that it waited for. It counts memory-mapped file pages while they are mapped. It can't be lower than the memory
@@ -29,6 +29,7 @@ class Run:
 
     seconds: float
     peak_bytes: int
+    written_bytes: int = 0
 
 
 def run(command: Sequence[str | Path], log: Path) -> Run:

@@ -237,7 +237,7 @@ class TestBench:
         for source in sources:
             source.write_bytes(os.urandom(1000))
 
-        answer = start("-c", bench.COPY, *sources, tmp_path / "copy")
+        answer = start("-c", bench.COPY, "fsync", *sources, tmp_path / "copy")
 
         assert answer.returncode == 0
         assert {path.name: path.read_bytes() for path in sources} == {
@@ -261,6 +261,46 @@ class TestBench:
         assert bench.goal("cp", [last["over_cp"] / 1.5]) == "- cp: MISSED (worst leg at 133% of the limit)"
         assert bench.goal("peer", [last["over_peer"] / 0.5]) == "- peer: reached (worst leg at 100% of the limit)"
 
+    def test_the_legs_are_measured_in_turn(self, tmp_path: Path) -> None:
+        """Seconds, memory and bytes written of every leg, files and folders; nothing of them is left."""
+        legs = load("scripts/legs.py")
+        output = tmp_path / "output"
+        both = [
+            legs.Leg("file", [sys.executable, "-c", f"open({str(output)!r}, 'w').write('x' * 1000)"]),
+            legs.Leg("folder", [sys.executable, "-c", f"import os; os.mkdir({str(output)!r})"]),
+        ]
+
+        runs = legs.measure(both, [], output, repeats=2)
+
+        assert [("file", [1000, 1000]), ("folder", [0, 0])] == [
+            (name, [run.written_bytes for run in done]) for name, done in runs.items()
+        ]
+        assert ["output.log"] == [path.name for path in tmp_path.iterdir()]
+
+    def test_quantize_compares_each_leg_with_its_own_peer(self) -> None:
+        """Time, memory and bytes; the goals are judged by the worst leg."""
+        bench, measure = load("scripts/bench_quantize.py"), load("scripts/measure.py")
+        legs = [bench.Leg("peer, two steps", []), bench.Leg("moe2gguf, one pass", [], "peer, two steps")]
+        legs += [bench.Leg("llama.cpp q8_0", []), bench.Leg("moe2gguf q8_0", [], "llama.cpp q8_0")]
+        figures = {"peer, two steps": (10.0, 100, 30), "moe2gguf, one pass": (6.0, 60, 12)}
+        figures |= {"llama.cpp q8_0": (2.0, 9, 9), "moe2gguf q8_0": (2.1, 9, 9)}
+        runs = {name: [measure.Run(*run), measure.Run(*run)] for name, run in figures.items()}
+        host = {"processor": "p", "cores": 2}
+
+        result = {
+            "legs": bench.summarize(legs, runs),
+            "machine": host,
+            "checkpoint_bytes": 1,
+            "repeats": 2,
+            "threads": 2,
+        }
+        text = bench.report(result)
+
+        assert {"seconds": 0.6, "peak_bytes": 0.6, "written_bytes": 0.4} == result["legs"][1]["over_peer"]
+        assert "0.7 of the time: reached (worst leg at 86% of the limit)" in text
+        assert "bytes written: MISSED (worst leg at 120% of the limit)" in text
+        assert "1.1 of the time: reached (worst leg at 95% of the limit)" in text
+
     def test_checkpoint_is_at_least_the_size_asked_for(self) -> None:
         """One layer less would be too small, no shard is above its limit, and the shards hold every tensor once."""
         synthetic = load("scripts/synthetic.py")
@@ -280,6 +320,7 @@ class TestBench:
         """scripts/bench finds each bench_*.py, says what it measures, and passes its options on."""
         assert "convert: wall time and peak memory" in start("scripts/bench", "--help").stdout
         assert start("scripts/bench", "convert", "--help").stdout.startswith("usage: scripts/bench convert")
+        assert start("scripts/bench", "quantize", "--help").stdout.startswith("usage: scripts/bench quantize")
         assert start("scripts/bench", "nothing").returncode == 2
 
 
