@@ -20,7 +20,7 @@ from moe2gguf.convert import Conversion, Progress, calibrate_plan, silent
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.folder import check_folder_target, replacing_folder, write_json, write_shards
-from moe2gguf.export.metadata import SOURCE_DIGEST
+from moe2gguf.export.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.export.mixtral import mixtral_card, mixtral_config
 from moe2gguf.export.reader import TensorType
 from moe2gguf.export.writer import OutputTensor
@@ -51,6 +51,8 @@ def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progre
         with progress("write", sum(tensor.n_bytes for tensor in tensors)) as advance:
             write_shards(partial, tensors, advance)
         provenance = {key: value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
+        if reports:
+            provenance[CALIBRATION_LOAD] = [share for report in reports for share in report["load"]]
         provenance[SOURCE_DIGEST] = source = digest.hexdigest(plan.checkpoint.tensors)
         values = read_json(inside(folder, "config.json"))
         write_json(partial / "config.json", mixtral_config(model, slicing, values, provenance))

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.compare import cache_folder, compare
+from moe2gguf.compare import Settings, cache_folder, compare
 from moe2gguf.convert import Progress, silent
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.harness.experts import ExpertUse
 from moe2gguf.harness.rows import Comparison
+from moe2gguf.observe import observe
 from moe2gguf.quantize import QuantizationPlan, plan_quantization, write_quantization
 from moe2gguf.sweep import candidate
 
@@ -36,12 +38,19 @@ class Variant:
 
 
 def compare_types(
-    files: Sequence[Path], reference: Path, *, kinds: Sequence[str], progress: Progress = silent, **options: Any
+    files: Sequence[Path],
+    reference: Path,
+    *,
+    kinds: Sequence[str] = (),
+    experts: bool = False,
+    progress: Progress = silent,
+    **options: Any,
 ) -> Comparison:
     """Compare `files`, and each of them that is f32, f16 or bf16 in every type of `kinds` too.
 
     `options` are those of `compare`. A type that does not fit a tensor takes llama.cpp's substitute; the result's
-    settings say how many did, and how to make each file again.
+    settings say how many did, and how to make each file again. With `experts` every sound row that leaves experts out
+    is watched too, on the same text: see `observe`.
 
     Raises:
         PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
@@ -50,9 +59,28 @@ def compare_types(
     wanted = variants(files, kinds, cache_folder() / "types")
     with made(wanted, progress) as paths:
         found = compare([*files, *paths], reference, **options)
+        if experts:
+            found = replace(found, experts=_watched(found, options.get("settings") or Settings()))
     if not wanted:
         return found
     return replace(found, settings=found.settings | {"made": {one.path.name: one.origin for one in wanted}})
+
+
+def _watched(found: Comparison, settings: Settings) -> tuple[ExpertUse, ...]:
+    """Count the experts of every sound row that does not run all."""
+    return tuple(
+        observe(
+            one.path,
+            used=one.n_expert_used,
+            text=settings.text,
+            n_token=settings.n_token,
+            n_context=settings.n_context,
+            device=one.device,
+            threads=settings.threads,
+        )
+        for one in (row.candidate for row in found.rows if row.status == "ok")
+        if one.n_expert_used < one.n_expert
+    )
 
 
 def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path) -> list[Variant]:

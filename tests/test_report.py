@@ -103,7 +103,7 @@ def test_the_page_is_sound_and_complete(found: Comparison) -> None:
     """Balanced tags, a line per row with its numbers, one place per picture, and hostile names as text only."""
     page = Page(render(found, "/* plotly */", ["prog", "compare", "a b.gguf"]))
     assert [] == page.open
-    assert 3 == page.tags["h2"] - 2 == len(pictures(found))
+    assert 6 == page.tags["h2"] - 2 == len(pictures(found))
     assert 2 == page.tags["script"]
     assert page.tags["b"] == 1  # the recommendation's, none from the file's name
     rows = [cells for cells in page.cells if "F16" in cells]
@@ -155,6 +155,30 @@ def test_pictures_hold_the_numbers(found: Comparison) -> None:
     windows = figures["KL divergence window by window"]["data"]
     assert [[1, 2, 3, 4]] * 3 == [trace["x"] for trace in windows]
     assert list(found.rows[1].quality.window_kl) == pytest.approx(windows[1]["y"])  # type: ignore[union-attr]
+    reference, *losses = figures["Loss window by window"]["data"]
+    assert list(found.rows[0].quality.window_nll_base) == reference["y"]  # type: ignore[union-attr]
+    assert list(found.rows[2].quality.window_nll) == losses[2]["y"]  # type: ignore[union-attr]
+    by_position = figures["KL divergence by position in the window"]["data"][2]
+    assert list(found.rows[2].quality.position_kl) == by_position["y"]  # type: ignore[union-attr]
+    assert (256, 511) < (by_position["x"][0], by_position["x"][-1])
+    assert by_position["x"][-1] < 511
+    assert 10 == len(figures["Loss by position in the window"]["data"][0]["y"])
+
+
+def test_details_are_means_over_windows_and_over_positions() -> None:
+    """Spans of equal length; the mean over spans, over windows and over tokens is one number."""
+    rng = np.random.default_rng(1)
+    base, other = rng.standard_normal((2, 3 * 130, 12)).astype(np.float32)
+    scores = metrics.compare(base, other, rng.integers(0, 12, 390, dtype=np.int32))
+    parts = [metrics.compare(base[i : i + 130], other[i : i + 130], np.zeros(130, np.int32)) for i in (0, 130, 260)]
+    found = quality(parts, 0.0)
+    assert (64, 3) == (len(found.position_kl), len(found.window_kl))
+    table = scores.kl.reshape(3, 130)
+    np.testing.assert_allclose(found.window_kl, table.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.position_kl[0], table[:, :3].mean(), rtol=1e-12)  # 130 = 2 * 3 + 62 * 2
+    np.testing.assert_allclose(found.position_kl[-1], table[:, -2:].mean(), rtol=1e-12)
+    again = Quality.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
 
 
 def test_how_it_was_measured(found: Comparison) -> None:
@@ -170,13 +194,13 @@ def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None
     """Fewer pictures, the same words, no empty columns."""
     quiet = tuple(replace(row, speed=None) for row in found.rows)
     silent = replace(found, rows=quiet, choice=None, reference_speed=None)
-    assert 2 == len(pictures(silent))
+    assert 5 == len(pictures(silent))
     assert "generation t/s" not in render(silent, "", ["prog"])
     nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
     assert [] == pictures(nothing)
     assert Page(render(nothing, "", ["prog"])).open == []
     dense = replace(silent, rows=(replace(quiet[0], candidate=candidate(found.reference.path, 0)),), pairs=())
-    assert ["KL divergence window by window"] == [title for title, _ in pictures(dense)]
+    assert "KL divergence and experts used" not in [title for title, _ in pictures(dense)]
 
 
 def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> None:

@@ -11,6 +11,7 @@ from moe2gguf.checkpoint.families import FAMILIES, REFUSED, Family
 from moe2gguf.spec import Metadata, Model, Rope
 
 _LARGEST = 2**31 - 1  # GGUF stores these as 32-bit counts, and llama.cpp reads them into int
+_LONGEST = 1 << 16  # numbers in a list of the provenance: layers times experts
 _MOST = {"num_hidden_layers": 512, "num_local_experts": 1024, "vocab_size": 1 << 24}
 """Bounds on what multiplies: llama.cpp's LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
 (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11-L12), and 60 times the largest vocabulary
@@ -89,7 +90,9 @@ def read_provenance(values: Mapping[str, Any]) -> Metadata:
 
 
 def _is_plain(value: object) -> bool:
-    """A short text, a flag, a count, or a finite number."""
+    """A short text, a flag, a count, a finite number, or a list of such numbers."""
+    if isinstance(value, list):
+        return len(value) <= _LONGEST and all(isinstance(one, float) and math.isfinite(one) for one in value)
     if isinstance(value, str):
         return len(value) <= 256
     if isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= _LARGEST):

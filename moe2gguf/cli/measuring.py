@@ -55,7 +55,9 @@ from moe2gguf.cli.shared import (
     json_option,
     option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the rows to this file."),
     option("--speed", is_flag=True, help="Also time 256 and 64 tokens, 3 rounds; name a choice."),
+    option("--experts", is_flag=True, help="Also count which experts run (JSON, report); see `moe2gguf experts`."),
     option("--report", type=click.Path(path_type=Path), help="Also write one HTML file with pictures."),
+    option("--picture", type=click.Path(path_type=Path), help="Also draw quality against speed, as .svg or .png."),
 )
 def compare(
     files: tuple[Path, ...],
@@ -69,7 +71,9 @@ def compare(
     as_json: bool,
     csv_file: Path | None,
     speed: bool,
+    experts: bool,
     report: Path | None,
+    picture: Path | None,
     **options: Any,
 ) -> None:
     """Measure what fewer experts or another type cost in quality.
@@ -93,15 +97,19 @@ def compare(
     from moe2gguf.bench import Timing
     from moe2gguf.compare import settings_from
     from moe2gguf.harness.page import require_plotly
+    from moe2gguf.harness.picture import require_picture, write_picture
     from moe2gguf.harness.report import write_report
     from moe2gguf.variants import compare_types
 
     if report:
         require_plotly(report)
+    if picture:
+        require_picture(picture)
     found = compare_types(
         files,
         reference,
         kinds=types,
+        experts=experts,
         progress=display.progress,
         used=used,
         devices=devices_from(device, rpc),
@@ -114,6 +122,8 @@ def compare(
         display_compare.write_csv(found, csv_file)
     if report:
         write_report(found, report, sys.argv)
+    if picture:
+        write_picture(found, picture)
     emit(found.to_dict(), as_json, lambda: display_compare.comparison(found))
     if not found.ok:
         raise SystemExit(1)

@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.harness import page
+from moe2gguf.harness.experts_report import load_map
 from moe2gguf.harness.page import plotly_script, write_page
 from moe2gguf.harness.rows import Comparison, Row
 
+_KL = "mean KL divergence, nats per token"
+_WINDOW, _POSITION = "window of the text", "position in the window, tokens"
+_DETAILS = {
+    "window_kl": ("KL divergence window by window", _WINDOW),
+    "window_nll": ("Loss window by window", _WINDOW),
+    "position_kl": ("KL divergence by position in the window", _POSITION),
+    "position_nll": ("Loss by position in the window", _POSITION),
+}
 _COLUMNS = (
     ("file", "file"),
     ("type", "type"),
@@ -65,7 +74,7 @@ def render(found: Comparison, plotly: str, arguments: Sequence[str]) -> str:
         *(f"<p>{line}</p>" for line in summary(found)),
         *(page.figure(i, title) for i, (title, _) in enumerate(figures)),
         "<h2>Every number</h2>",
-        "<p>A click on a heading sorts by it. The pictures show nothing below a tenth of the noise limit.</p>",
+        "<p>A click on a heading sorts by it. The pictures show no divergence below a tenth of the noise limit.</p>",
         _rows_table(found),
         "<h2>How it was measured</h2>",
         *_method(found, arguments),
@@ -114,8 +123,9 @@ def pictures(found: Comparison) -> list[tuple[str, dict[str, Any]]]:
     sliced = [row for row in sound if row.candidate.n_expert]
     if sliced:
         figures.append(("KL divergence and experts used", _divergence_by_count(found, sliced)))
-    figures.append(("KL divergence window by window", _divergence_by_window(found, sound)))
-    return figures
+    for name, (title, axis) in _DETAILS.items():
+        figures.append((title, _series(found, sound, name, axis)))
+    return [*figures, *((f"Experts of {one.candidate.label}: load", load_map(one)) for one in found.experts)]
 
 
 def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
             "mode": "markers+text",
             "name": name,
             "x": [row.speed.generation.median for row in rows if row.speed],
-            "y": [_shown(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
+            "y": [shown(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
             "error_x": {
                 "type": "data",
                 "symmetric": False,
@@ -137,7 +147,7 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
             "textposition": "top center",
             "marker": {"size": 12},
         }
-        for name, rows in _by_file([row for row in sound if row.speed]).items()
+        for name, rows in by_file([row for row in sound if row.speed]).items()
     ]
     points = {row.candidate.label: row for row in sound}
     front = [points[label] for label in found.choice.front] if found.choice else []
@@ -148,10 +158,10 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
             "name": "front",
             "line": {"dash": "dot"},
             "x": [row.speed.generation.median for row in front if row.speed],
-            "y": [_shown(row.quality.summary.kl_mean, found) for row in front if row.quality],
+            "y": [shown(row.quality.summary.kl_mean, found) for row in front if row.quality],
         }
     )
-    layout = _axes("generation, tokens per second", "mean KL divergence, nats per token")
+    layout = _axes("generation, tokens per second", _KL)
     if found.reference_speed:
         layout["shapes"] = [_line("x", found.reference_speed.generation.median)]
         layout["annotations"] = [
@@ -168,7 +178,7 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
 
 def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
     traces = []
-    for name, rows in _by_file(sound).items():
+    for name, rows in by_file(sound).items():
         ordered = sorted(rows, key=lambda row: row.candidate.n_expert_used)
         intervals = [row.quality.kl_interval for row in ordered if row.quality]
         traces.append(
@@ -177,12 +187,12 @@ def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, A
                 "mode": "lines+markers",
                 "name": name,
                 "x": [row.candidate.n_expert_used for row in ordered],
-                "y": [_shown(i.mean, found) for i in intervals],
+                "y": [shown(i.mean, found) for i in intervals],
                 "error_y": {"type": "data", "array": [_half(i.high - i.mean) for i in intervals]},
                 "hovertext": [row.candidate.label for row in ordered],
             }
         )
-    layout = _axes("experts used per token", "mean KL divergence, nats per token")
+    layout = _axes("experts used per token", _KL)
     layout["shapes"] = [_line("y", found.kl_limit)]
     layout["annotations"] = [
         {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "text": "noise", "showarrow": False}
@@ -191,26 +201,37 @@ def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, A
     return {"data": traces, "layout": layout}
 
 
-def _divergence_by_window(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
+def _series(found: Comparison, sound: Sequence[Row], name: str, axis: str) -> dict[str, Any]:
+    """A line per row of one of the series of `Quality`, by window or by position; losses with the reference's."""
+    by_position, is_loss = name.startswith("position"), name.endswith("nll")
+    lines = {row.candidate.label: getattr(row.quality, name) for row in sound}
+    if is_loss:
+        lines = {"reference": getattr(sound[0].quality, f"{name}_base"), **lines}
     traces = [
         {
             "type": "scatter",
-            "mode": "lines+markers",
-            "name": row.candidate.label,
-            "x": list(range(1, len(row.quality.window_kl) + 1)),
-            "y": [_shown(value, found) for value in row.quality.window_kl],
+            "mode": "lines" if by_position else "lines+markers",
+            "name": label,
+            "x": _positions(found, len(values)) if by_position else list(range(1, len(values) + 1)),
+            "y": [value if is_loss else shown(value, found) for value in values],
+            **({"line": {"dash": "dot", "color": "gray"}} if is_loss and label == "reference" else {}),
         }
-        for row in sound
-        if row.quality
+        for label, values in lines.items()
     ]
-    return {"data": traces, "layout": _axes("window of the text", "mean KL divergence, nats per token")}
+    return {"data": traces, "layout": _axes(axis, "loss, nats per token" if is_loss else _KL, log=not is_loss)}
 
 
-def _axes(x: str, y: str) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}},
-        "yaxis": {"title": {"text": y}, "type": "log", "exponentformat": "power"},
-    }
+def _positions(found: Comparison, n_span: int) -> list[float]:
+    """Return the middles of the spans of positions, counted in tokens from the start of a window."""
+    n_context = int(found.settings["context"])
+    first = n_context // 2
+    width = (n_context - 1 - first) / max(n_span, 1)
+    return [first + (i + 0.5) * width for i in range(n_span)]
+
+
+def _axes(x: str, y: str, *, log: bool = True) -> dict[str, Any]:
+    scale = {"type": "log", "exponentformat": "power"} if log else {}
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **scale}}
 
 
 def _line(axis: str, value: float) -> dict[str, Any]:
@@ -219,7 +240,7 @@ def _line(axis: str, value: float) -> dict[str, Any]:
     return {"type": "line", "line": {"dash": "dash", "width": 1, "color": "gray"}, **ends}
 
 
-def _by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Group rows by file and device, in the order of their first appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -228,7 +249,7 @@ def _by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def _shown(value: float, found: Comparison) -> float:
+def shown(value: float, found: Comparison) -> float:
     """Return a value for a logarithmic axis: not below a tenth of what is noise, where there is nothing to see."""
     return max(value, found.kl_limit / 10)
 

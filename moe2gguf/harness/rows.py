@@ -11,6 +11,7 @@ import numpy as np
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.harness.candidates import Candidate
+from moe2gguf.harness.experts import ExpertUse
 from moe2gguf.harness.intervals import Interval, interval, paired
 from moe2gguf.harness.metrics import Summary, TokenScores, join, summarize
 from moe2gguf.harness.speed import Speed
@@ -22,7 +23,9 @@ Status = Literal["ok", "failed", "refused"]
 class Quality:
     """The scores of one candidate against the reference.
 
-    window_kl, window_nll, window_top1   means of every window, in order: nats per token, nats per token, share
+    window_*     means of every window, in order: KL divergence and losses (the reference's is `nll_base`) in nats per
+                 token, share of equal top tokens
+    position_*   the same over all windows, by position: up to N_POSITION equal spans of the scored part
     seconds                              wall time, load included
     worker                               who of a cluster measured it; empty: this machine
     """
@@ -32,6 +35,10 @@ class Quality:
     window_nll: tuple[float, ...]
     window_top1: tuple[float, ...]
     seconds: float
+    window_nll_base: tuple[float, ...] = ()
+    position_kl: tuple[float, ...] = ()
+    position_nll: tuple[float, ...] = ()
+    position_nll_base: tuple[float, ...] = ()
     worker: str = ""
 
     @property
@@ -41,18 +48,20 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
-        windows = {name: [_finite(x) for x in getattr(self, name)] for name in _WINDOWS}
+        windows = {name: [_finite(x) for x in getattr(self, name)] for name in _SERIES}
         return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds, "worker": self.worker}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Quality:
         """Return what `to_dict` was made of. Raises KeyError or TypeError for anything else."""
-        windows = {name: tuple(math.nan if x is None else float(x) for x in values[name]) for name in _WINDOWS}
+        windows = {name: tuple(math.nan if x is None else float(x) for x in values[name]) for name in _SERIES}
         worker = str(values.get("worker", ""))
         return cls(Summary.from_dict(values["summary"]), **windows, seconds=float(values["seconds"]), worker=worker)
 
 
-_WINDOWS = ("window_kl", "window_nll", "window_top1")
+_SERIES = tuple(name for name in Quality.__dataclass_fields__ if name.startswith(("window_", "position_")))
+
+N_POSITION = 64
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,7 @@ class Comparison:
     agreements   of the same file and k on several devices
     settings, environment   JSON-ready facts: what was asked for; versions and machine
     reference_speed, choice   with speed measured: the reference's, and which row to take
+    experts      where it was asked for: which experts run, of every sound row that does not run all
     """
 
     reference: Candidate
@@ -186,6 +196,7 @@ class Comparison:
     agreements: tuple[Agreement, ...] = ()
     reference_speed: Speed | None = None
     choice: Choice | None = None
+    experts: tuple[ExpertUse, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -215,18 +226,29 @@ class Comparison:
             "rows": [row.to_dict() for row in self.rows],
             "pairs": [pair.to_dict() for pair in self.pairs],
             "devices": [agreement.to_dict() for agreement in self.agreements],
+            "experts": [one.to_dict() for one in self.experts],
         }
 
 
 def quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
     """Return the scores of all windows, at least one, as one record."""
     parts = list(windows)
+    spans = np.array_split(np.arange(len(parts[0])), min(N_POSITION, len(parts[0])))
+
+    def by_position(name: str) -> tuple[float, ...]:
+        mean = np.mean([getattr(part, name) for part in parts], axis=0)
+        return tuple(float(mean[span].mean()) for span in spans)
+
     return Quality(
         summary=summarize(join(parts)),
         window_kl=tuple(float(np.mean(part.kl)) for part in parts),
         window_nll=tuple(float(np.mean(part.nll)) for part in parts),
         window_top1=tuple(float(np.mean(part.same_top)) for part in parts),
         seconds=seconds,
+        window_nll_base=tuple(float(np.mean(part.nll_base)) for part in parts),
+        position_kl=by_position("kl"),
+        position_nll=by_position("nll"),
+        position_nll_base=by_position("nll_base"),
     )
 
 
