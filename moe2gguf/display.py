@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from moe2gguf.convert import Conversion
+    from moe2gguf.densify import Densified
     from moe2gguf.export.verify import Verification
     from moe2gguf.harness.check import Check
     from moe2gguf.harness.generate import Generation
@@ -137,6 +138,17 @@ def conversion(done: Conversion, checked: Check | None) -> None:
 
 def _reused(done: Conversion | Quantization) -> str:
     return f" ({done.reused} of them from the run that was stopped)" if done.reused else ""
+
+
+def densified(done: Densified) -> None:
+    """One line, and what one MLP cannot reproduce."""
+    out().print(f"wrote {escape(str(done.path))}: dense; factors: {done.how}")
+    if done.errors:
+        worst = max(range(len(done.errors)), key=lambda i: done.errors[i])
+        mean = sum(done.errors) / len(done.errors)
+        out().print(
+            f"missed of the experts' output energy: {mean:.2%}, most in layer {worst}: {done.errors[worst]:.2%}"
+        )
 
 
 def folder(done: Conversion) -> None:

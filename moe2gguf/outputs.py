@@ -187,3 +187,19 @@ def _sources(checkpoint: Checkpoint, role: str, i: int) -> list[StoredTensor]:
     name = checkpoint.mlp.tensors[role][0]
     experts = range(checkpoint.model.n_expert) if "{e}" in name else range(1)
     return [checkpoint.tensors[name.format(i=i, e=e)] for e in experts]
+
+
+def expert_stacks(checkpoint: Checkpoint, i: int) -> list[NDArray[np.float32]]:
+    """Router, gate, up and down of layer `i` of a Mixtral checkpoint as float32, experts stacked, whatever its layout.
+
+    Shapes: (n_expert, d_model), twice (n_expert, d_expert, d_model), (n_expert, d_model, d_expert).
+    """
+
+    def read(role: str) -> NDArray[np.float32]:
+        arrays = [source.read().astype(np.float32) for source in _sources(checkpoint, role, i)]
+        return np.stack(arrays) if "{e}" in checkpoint.mlp.tensors[role][0] else arrays[0]
+
+    if checkpoint.mlp is MIXTRAL_FUSED:
+        gate, up = np.split(read("gate_up"), 2, axis=1)
+        return [read("router"), gate, up, read("down")]
+    return [read(role) for role in ("router", "gate", "up", "down")]

@@ -1,4 +1,4 @@
-"""Commands that make or change a file: convert, quantize, set-used."""
+"""Commands that make or change a file: convert, quantize, densify, set-used."""
 
 from __future__ import annotations
 
@@ -180,6 +180,37 @@ def quantize(
         return
     done = write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     emit(done.to_dict(), as_json, lambda: display.quantization(done))
+
+
+@cloup.command()
+@cloup.argument("source", type=click.Path(exists=True, path_type=Path), help="A folder or a GGUF file with experts.")
+@cloup.argument("out", type=click.Path(path_type=Path), help="The folder or GGUF file to write.")
+@option_group(
+    "Experts whose weights depend on the input (healed, --amplify any or fitted)",
+    option("--text", type=FILE, help="Fit one factor per expert on this text, by least squares."),
+    option("-k", "--used", type=click.IntRange(1), help="At this count.  [default: what the folder says]"),
+    option("--tokens", "n_token", default=8192, show_default=True, type=click.IntRange(1024), help="Of the text."),
+)
+@option_group(
+    "Output",
+    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    json_option,
+)
+def densify(source: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a model with experts as a dense one.
+
+    Slices fold back exactly; where the routers weigh experts by the input, one factor per expert is fitted.
+
+    \b
+    Example:
+      moe2gguf densify half dense-again
+      moe2gguf densify healed dense-healed --text text.txt --used 8
+      moe2gguf densify moe.gguf dense.gguf
+    """
+    from moe2gguf.densify import densify as fold
+
+    done = fold(source, out, progress=display.progress, **options)
+    emit(done.to_dict(), as_json, lambda: display.densified(done))
 
 
 @cloup.command("set-used")

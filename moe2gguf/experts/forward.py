@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,12 @@ class Block:
 
     def __init__(self, module: Any, rotary: Any, device: torch.device) -> None:
         self._module, self._rotary, self._device = module, rotary, device
-        mlp = module.mlp
-        self.mlp = MLP(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T.contiguous())
+
+    @functools.cached_property
+    def mlp(self) -> MLP:
+        """The weights of the dense MLP; a block with experts has none."""
+        mlp = self._module.mlp
+        return MLP(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T.contiguous())
 
     def attend(self, hidden: Tensor) -> None:
         """Add attention to `hidden` (n_window, n_context, d_model), in place; causal, each window on its own."""

@@ -1,0 +1,1 @@
+"""Layers of experts as torch modules."""

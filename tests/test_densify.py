@@ -1,0 +1,186 @@
+"""moe2gguf.densify: slices fold back to the model they came from, other experts as well as one MLP can."""
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from llama_logits import llama_logits
+from safetensors.numpy import load_file, save_file
+
+from moe2gguf import Options, TypeOptions, convert, plan_conversion, quantize
+from moe2gguf.cli import cli
+from moe2gguf.densify import densify, joined
+from moe2gguf.errors import PlanError
+from moe2gguf.experts.fold import factors
+from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.text import read_text
+from moe2gguf.folder_form import write_folder
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
+ROUTED = {"calibration_tokens": 1024, "refit": False}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny LLaMA whose hidden states share a constant part, as those of trained models do."""
+    folder = checkpoints.make(tmp_path_factory.mktemp("dense") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 6.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def sliced(dense, out, options):
+    """A folder of experts of it."""
+    return write_folder(plan_conversion(dense, options), out).path
+
+
+def bytes_of(folder):
+    """name -> bytes of a folder's tensors."""
+    return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_two_experts_by_hand():
+    """Gate rows stand one behind the other, down columns are halved, the second expert's zero neuron is left out."""
+    gate = np.array([[[1.0], [2.0]], [[3.0], [0.0]]], np.float32)  # (2, 2, 1)
+    down = np.array([[[10.0, 20.0]], [[30.0, 0.0]]], np.float32)  # (2, 1, 2)
+
+    one = joined(gate, gate * 5, down, np.array([0.5, 0.5], np.float32), 3)
+
+    assert [[1.0], [2.0], [3.0]] == one["gate"].tolist()
+    assert [[5.0], [10.0], [15.0]] == one["up"].tolist()
+    assert [[5.0, 10.0, 15.0]] == one["down"].tolist()
+
+
+@pytest.mark.parametrize("options", [Options(experts=4), Options(experts=4, align=32), Options(experts=8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_contiguous_slices_fold_back_bit_for_bit(options, dtype, tmp_path):
+    """Amplification 4 or 8, with and without padding: every tensor is the checkpoint's own."""
+    dense = checkpoints.make(tmp_path / "dense", dtype=dtype)
+    folder = sliced(dense, tmp_path / "sliced", options)
+
+    assert "known" == densify(folder, tmp_path / "back").how
+
+    from safetensors import safe_open
+
+    with (
+        safe_open(dense / "model.safetensors", "pt") as old,
+        safe_open(tmp_path / "back/model.safetensors", "pt") as new,
+    ):
+        assert set(old.keys()) == set(new.keys())
+        assert all(torch.equal(old.get_tensor(name), new.get_tensor(name)) for name in old.keys())  # noqa: SIM118
+
+
+def test_grouped_slices_fold_back_to_the_same_neurons(dense, tmp_path):
+    """Activations decide the groups: the neurons come back in another order, each bit for bit with its column."""
+    folder = sliced(dense, tmp_path / "sliced", Options(experts=8, used=4, **ROUTED))
+
+    densify(folder, tmp_path / "back")
+
+    old, new = (load_file(path / "model.safetensors") for path in (dense, tmp_path / "back"))
+    name = "model.layers.1.mlp.{}_proj.weight"
+
+    def neurons(tensors):
+        rows = [tensors[name.format(role)] for role in ("gate", "up")] + [tensors[name.format("down")].T]
+        return sorted(row.tobytes() for row in np.concatenate(rows, 1))
+
+    assert neurons(old) == neurons(new)
+    assert (
+        np.abs(checkpoints.torch_logits(dense, TOKENS) - checkpoints.torch_logits(tmp_path / "back", TOKENS)).max()
+        < 1e-3
+    )
+
+
+def test_a_file_folds_back_to_the_dense_file(dense, tmp_path):
+    """GGUF to GGUF: the tensors of `convert --dense`, bit for bit, and llama.cpp runs it."""
+    convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
+    convert(dense, tmp_path / "dense.gguf", Options(dense=True))
+
+    densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
+
+    old, new = (gguf.GGUFReader(tmp_path / name) for name in ("dense.gguf", "back.gguf"))
+    assert {t.name: t.data.tobytes() for t in old.tensors} == {t.name: t.data.tobytes() for t in new.tensors}
+    assert 96 == new.fields["llama.feed_forward_length"].contents()
+    assert "llama.expert_count" not in new.fields
+    assert (
+        np.abs(llama_logits(tmp_path / "back.gguf", TOKENS) - llama_logits(tmp_path / "dense.gguf", TOKENS)).max() == 0
+    )
+
+
+def test_quantized_experts_become_numbers(dense, tmp_path):
+    """A q8_0 file: its projections are written as F32 with the values that the blocks stand for."""
+    convert(dense, tmp_path / "sliced.gguf", Options(experts=2, align=32))
+    quantize(tmp_path / "sliced.gguf", tmp_path / "q8.gguf", TypeOptions("q8_0"))
+
+    densify(tmp_path / "q8.gguf", tmp_path / "back.gguf")
+
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "back.gguf").tensors}
+    original = load_file(dense / "model.safetensors")["model.layers.0.mlp.gate_proj.weight"]
+    found = tensors["blk.0.ffn_gate.weight"]
+    assert (original.shape, "F32") == (found.data.shape, found.tensor_type.name)
+    assert np.abs(found.data - original).max() <= np.abs(original).max() / 127
+
+
+def test_factors_are_those_of_lstsq():
+    """Two experts and a real softmax router, against numpy's solver on the stacked outputs."""
+    rng = np.random.default_rng(0)
+    stored = Stored(*(rng.normal(size=s).astype(np.float32) for s in ((2, 6), (2, 5, 6), (2, 5, 6), (2, 6, 5))))
+    layer, x = Layer(stored, 1.0), torch.from_numpy(rng.normal(size=(400, 6)).astype(np.float32))
+
+    with torch.no_grad():
+        folded, y = factors(layer, x, 2)
+
+    def expert(e):
+        gate, up = x.numpy() @ stored.gate[e].T, x.numpy() @ stored.up[e].T
+        return (gate / (1 + np.exp(-gate)) * up) @ stored.down[e].T
+
+    columns = np.stack([expert(e).ravel() for e in (0, 1)], 1)
+    expected, left, *_ = np.linalg.lstsq(columns, y.numpy().ravel(), rcond=None)
+    assert np.allclose(expected, folded.factors, atol=1e-3)
+    assert float(left[0] / (y.numpy() ** 2).sum()) == pytest.approx(folded.error, abs=1e-3)
+
+
+def test_routers_with_a_say_need_a_text(dense, tmp_path):
+    """`--amplify any`: refused without a text, for a file in any case; with one, close to the sparse model at k = n."""
+    options = Options(experts=4, used=2, amplify="any", **ROUTED)
+    folder = sliced(dense, tmp_path / "sliced", options)
+    convert(folder, tmp_path / "sliced.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text(read_text(None).text[:30000])
+
+    with pytest.raises(PlanError, match="--text"):
+        densify(folder, tmp_path / "back")
+    with pytest.raises(PlanError, match="Hugging Face folder"):
+        densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
+    done = densify(folder, tmp_path / "back", text=text, used=4, n_token=2048)
+
+    assert "least squares" == done.how
+    assert 3 == len(done.errors)
+    assert all(error < 0.1 for error in done.errors)
+    dense_logits, back = (checkpoints.torch_logits(path, TOKENS) for path in (dense, tmp_path / "back"))
+    assert np.corrcoef(dense_logits.ravel(), back.ravel())[0, 1] > 0.95
+    with pytest.raises(PlanError, match="--used 9"):
+        densify(folder, tmp_path / "other", text=text, used=9)
+
+
+def test_a_dense_model_is_refused(dense, tmp_path):
+    """There is nothing to fold, in a folder or in a file."""
+    convert(dense, tmp_path / "dense.gguf", Options(dense=True))
+
+    with pytest.raises(PlanError, match="dense already"):
+        densify(dense, tmp_path / "out")
+    with pytest.raises(PlanError, match="expert_count"):
+        densify(tmp_path / "dense.gguf", tmp_path / "out.gguf")
+
+
+def test_the_command(dense, tmp_path):
+    """One line on stdout, and the folder converts like the first one."""
+    folder = sliced(dense, tmp_path / "sliced", Options(experts=4))
+
+    done = CliRunner().invoke(cli, ["densify", str(folder), str(tmp_path / "back")])
+
+    assert 0 == done.exit_code, done.output
+    assert "dense; factors: known" in done.stdout
+    assert bytes_of(dense) == bytes_of(tmp_path / "back")
