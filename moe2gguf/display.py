@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from moe2gguf.export.verify import Verification
     from moe2gguf.harness.check import Check
     from moe2gguf.harness.generate import Generation
+    from moe2gguf.heal import Healing
     from moe2gguf.planning import Plan
     from moe2gguf.quantize import Quantization, QuantizationPlan
 
@@ -158,6 +160,41 @@ def folder(done: Conversion) -> None:
     out().print(f"wrote {escape(str(done.path))}: {size:,} bytes, MixtralForCausalLM, {what}")
     if done.layers:
         layers(done.layers)
+
+
+def heal_line(line: Mapping[str, Any]) -> None:
+    """One line of a healing run on stderr: every layer, every evaluation, every tenth step."""
+    if line["stage"] == "layerwise":
+        text = f"layer {line['layer']}: held-out error {line['error_before']:.4f} -> {line['error_after']:.4f}"
+    elif line["stage"] == "evaluation":
+        scores = ", ".join(f"k = {k}: {kl:.4f}" for k, kl in line["kl"].items())
+        text = f"step {line['step']}: held-out KL {scores}{' (best)' if line['best'] else ''}"
+    elif line["step"] % 10 == 0:
+        text = f"step {line['step']}: loss {line['loss']:.4f} with {line['used']} experts"
+        text += f", {line['tokens_per_second']:.0f} tokens/s"
+    else:
+        return
+    err().print(text, markup=False)
+
+
+def healing(done: Healing) -> None:
+    """The first and the best held-out scores by count."""
+    console = out()
+    if scores := done.evaluations:
+        best = min(scores, key=lambda line: line["kl_mean"])
+        table = Table("experts used", "KL at first", "KL now", "perplexity now", "dense", box=None, pad_edge=False)
+        for column in table.columns:
+            column.justify = "right"
+        for k in best["kl"]:
+            values = (scores[0]["kl"][k], best["kl"][k], math.exp(best["nll"][k]), math.exp(best["nll_dense"]))
+            table.add_row(k, *(f"{value:.4g}" for value in values))
+        console.print(table)
+        needed = best["needed"]
+        console.print(
+            f"A router with a threshold would run {needed['all']:.2f} experts per token: {needed['easy']:.2f} for the "
+            f"half the dense model predicts best, {needed['hard']:.2f} for the other."
+        )
+    console.print(f"wrote {escape(str(done.path))}")
 
 
 def layers(reports: Sequence[dict[str, Any]]) -> None:

@@ -44,6 +44,10 @@ class CalibrationError(Moe2GgufError):
     """Calibration is impossible: too little or unreadable text, torch missing, or activations that are not finite."""
 
 
+class HealError(Moe2GgufError):
+    """Healing is impossible: teacher and student do not fit, torch is missing, or a number became NaN in training."""
+
+
 class OutputError(Moe2GgufError):
     """The output file cannot be written or must not be replaced."""
 

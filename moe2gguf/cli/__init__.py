@@ -19,6 +19,7 @@ from cloup import HelpTheme, Style
 from moe2gguf.cli.looking import inspect, run, verify
 from moe2gguf.cli.making import convert, densify, quantize, set_used
 from moe2gguf.cli.measuring import bench, compare, experts
+from moe2gguf.cli.training import heal
 from moe2gguf.errors import Moe2GgufError
 
 SETTINGS = cloup.Context.settings(
@@ -61,7 +62,7 @@ def completion(shell: str) -> None:
         click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
 
 
-for command in (convert, quantize, densify, set_used, verify, inspect, run, compare, bench, experts, completion):
+for command in (convert, quantize, densify, heal, set_used, verify, inspect, run, compare, bench, experts, completion):
     cli.add_command(command)
 
 

@@ -45,9 +45,11 @@ def set_used(path: Path, n_expert_used: int) -> None:
 
 
 def _require_free(file: GGUFFile, n_expert_used: int) -> None:
-    """Only the modes `exact` and `any`, and experts that were not sliced by us, mean the same at every count."""
+    """Only the modes `exact` and `any`, experts not sliced by us, and healed ones mean the same at several counts."""
     made_for, mode = file.metadata.get(USED), file.metadata.get("moe2gguf.slicing.amplify", "exact")
-    if n_expert_used == made_for:
+    low, high = (file.metadata.get(f"moe2gguf.heal.used_{end}") for end in ("min", "max"))
+    healed = isinstance(low, int) and isinstance(high, int) and low <= n_expert_used <= high
+    if n_expert_used == made_for or healed:
         return
     if mode in ("used", "fitted"):
         raise GGUFError(

@@ -1,1 +1,1 @@
-"""Layers of experts as torch modules."""
+"""A short training of sliced models against the dense model they were cut from."""

@@ -1,0 +1,103 @@
+"""The sliced model as transformers' own Mixtral, with routers that learn; and its experts as a file has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moe2gguf.experts.heal.layer import Stored
+from moe2gguf.experts.heal.plan import HealSettings, Windows
+from moe2gguf.experts.heal.router import Router, scale_of
+
+
+def load_teacher(folder: Path) -> Any:
+    """The dense model, frozen, float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Windows, settings: HealSettings) -> Any:
+    """The sliced model, float32; where `overlay` has a layer, with its experts and router.
+
+    Routers are scaled by what they see on the first window of `ids`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for i, layer in enumerate(model.model.layers):
+        if (stored := overlay(i)) is not None:
+            _put(layer.mlp, stored)
+    _install_routers(model, ids)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    return model
+
+
+def _put(mlp: Any, stored: Stored) -> None:
+    with torch.no_grad():
+        gate_up = torch.cat([torch.from_numpy(stored.gate), torch.from_numpy(stored.up)], 1)
+        mlp.experts.gate_up_proj.copy_(gate_up)
+        mlp.experts.down_proj.copy_(torch.from_numpy(stored.down))
+        mlp.gate.weight.copy_(torch.from_numpy(stored.router))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+def _install_routers(model: Any, ids: Windows) -> None:
+    """Replace every router by one that learns, scaled by its own input."""
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        layer.mlp.gate.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].detach()))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    model.eval()(torch.from_numpy(ids[:1]))
+    for hook in hooks:
+        hook.remove()
+    for i, layer in enumerate(model.model.layers):
+        rows = layer.mlp.gate.weight.detach()
+        x = seen[i].reshape(-1, rows.shape[1])
+        layer.mlp.gate = Router(rows, scale_of(rows, x), layer.mlp.gate.top_k)
+
+
+def routers(model: Any) -> Iterator[Router]:
+    """The routers, layer by layer; also of a wrapped model."""
+    return (module for module in model.modules() if isinstance(module, Router))
+
+
+def use(model: Any, k: int) -> None:
+    """Run k experts per token."""
+    for router in routers(model):
+        router.top_k = k
+
+
+def add_lora(model: Any, rank: int, seed: int) -> Any:
+    """The model with low-rank changes of all experts, by peft."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+def stored_layers(model: Any) -> Iterator[Stored]:
+    """Every layer's experts and router, low-rank changes folded in."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in inner.model.layers:
+        weights = _expert_weights(layer.mlp.experts)
+        gate, up = weights["gate_up_proj"].chunk(2, 1)
+        arrays = [t.cpu().float().numpy().copy() for t in (layer.mlp.gate.stored, gate, up, weights["down_proj"])]
+        yield Stored(*arrays)
+
+
+def _expert_weights(experts: Any) -> dict[str, Tensor]:
+    """gate_up_proj and down_proj; peft wraps one parameter after the other."""
+    changes: dict[str, Tensor] = {}
+    while hasattr(experts, "parameter_name"):
+        changes[experts.parameter_name] = experts.get_delta_weight("default")
+        experts = experts.base_layer
+    names = ("gate_up_proj", "down_proj")
+    return {name: getattr(experts, name) + changes.get(name, 0) for name in names}
