@@ -95,11 +95,16 @@ def heal(
     resume(work, _job(data, sliced, settings))
     log = Log(work / "log.jsonl", on_line)
     trained = _train(sliced, dense, data, settings, work, log, progress)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         provenance = _provenance(data, settings, log.lines)
         write_healed(sliced, trained, out, provenance, log.lines, progress=progress)
         shutil.rmtree(work)
     return Healing(out, tuple(log.lines))
+
+
+def is_main() -> bool:
+    """Whether this process writes: the only one, or the first of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def misfits(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> list[str]:
@@ -182,7 +187,9 @@ def resume(work: Path, job: dict[str, Any]) -> None:
     manifest, job = work / "job.json", json.loads(json.dumps(job))
     if not manifest.exists():
         work.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps(job))
+        unfinished = manifest.with_name(f"job.{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(job))
+        unfinished.replace(manifest)
         return
     known = json.loads(manifest.read_text())
     if differing := [key for key in job if known.get(key) != job[key]]:
@@ -197,7 +204,8 @@ class Log:
         text = path.read_text("utf-8") if path.exists() else ""
         self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         self._known = {self._key(line) for line in self.lines}
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
+        if is_main():
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Add one line."""
@@ -237,8 +245,9 @@ def _train(
     if settings.layerwise:
         layers = Layers(dense.folder, lambda name: dense.tensors[name].read(), choose_device(settings.device))
         job = Job.of(data.ids, data.held_out, settings)
+        tied = None if settings.steps else dense.model.tied_embeddings
         with progress("layers", data.ids.size * sliced.model.n_layer) as advance:
-            heal_layers(layers, lambda i: Stored(*expert_stacks(sliced, i)), job, settings, work, log, advance)
+            heal_layers(layers, lambda i: Stored(*expert_stacks(sliced, i)), job, settings, work, log, advance, tied)
         overlay = partial(_stored, work)
     if settings.steps:
         with progress("steps", settings.steps * settings.batch * data.ids.shape[1]) as advance:

@@ -83,6 +83,21 @@ def test_layer_by_layer_heals_every_count(models, tmp_path):
     assert all(after[k] <= before[k] / 2 for k in ("2", "4", "8"))
 
 
+def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models, tmp_path):
+    """Without whole-model steps, the held-out scores come layer by layer: those of transformers on the result."""
+    settings = replaced(STEPS, layerwise=1, steps=0, evaluate_at=(2, 8), used_range=(2, 8))
+    streamed = run(models, tmp_path / "out", settings).evaluations[0]
+
+    dense, _, text = models
+    again = replaced(settings, layerwise=0, steps=1)
+    whole = heal(tmp_path / "out", dense, [text], tmp_path / "again", again, **SIZES).evaluations[0]
+
+    for key in ("kl", "nll"):
+        for k in ("2", "8"):
+            assert whole[key][k] == pytest.approx(streamed[key][k], rel=1e-2), (key, k)
+    assert whole["nll_dense"] == pytest.approx(streamed["nll_dense"], rel=1e-4)
+
+
 @pytest.mark.parametrize("stop", [("steps", 10), ("layerwise", 1), ("evaluation", 8)])
 def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
     """Stopped among the layers, the steps or the scores: continued, it writes what it would have written."""

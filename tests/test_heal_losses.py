@@ -66,6 +66,7 @@ def test_needed_counts_experts_up_to_the_threshold():
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
 
     assert [1, 2, 3, 3] == [int(losses.needed(logits, t)) for t in (0.4, 0.7, 0.9, 1.0)]
+    assert 2 == int(losses.needed(torch.zeros(1, 4), 0.5))  # two quarters reach it exactly
 
 
 def test_an_ordering_only_router_runs_as_stored_and_learns_as_if_it_were_not():

@@ -126,6 +126,7 @@ def heal(
     from moe2gguf.harness.curves import write_curves
     from moe2gguf.harness.page import require_plotly
     from moe2gguf.heal import heal as heal_folder
+    from moe2gguf.heal import is_main
 
     if report:
         require_plotly(report)
@@ -145,6 +146,8 @@ def heal(
         progress=display.progress,
         on_line=display.heal_line,
     )
+    if not is_main():
+        return
     if report:
         write_curves(done.log, report)
     emit(done.to_dict(), as_json, lambda: display.healing(done))

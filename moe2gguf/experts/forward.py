@@ -33,6 +33,7 @@ class Layers:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self._blocks = skeleton.model.layers.float()  # a bf16 checkpoint's configuration asks for bf16 modules
         self._rotary = type(skeleton.model.rotary_emb)(config).to(device)
+        self._norm = skeleton.model.norm.float()
         self._load = load
         self._device = device
 
@@ -43,6 +44,14 @@ class Layers:
         """(n_window, n_context) token ids -> (n_window, n_context, d_model)."""
         table = self._load("model.embed_tokens.weight")
         return torch.from_numpy(table[ids].astype(np.float32))
+
+    def head(self, tied: bool) -> Callable[[Tensor], Tensor]:
+        """What turns the last layer's hidden states (n_token, d_model) into logits (n_token, n_vocab)."""
+        norm = self._norm.to_empty(device=self._device)
+        norm.load_state_dict({"weight": torch.from_numpy(self._load("model.norm.weight").astype(np.float32))})
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        matrix = torch.from_numpy(self._load(name).astype(np.float32)).to(self._device)
+        return lambda hidden: norm(hidden.to(self._device)) @ matrix.T
 
     def block(self, i: int) -> Block:
         """Layer `i` with its weights."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts.forward import Layers
+from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.layer import Layer, Stored
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for, require_finite, trained
 from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
@@ -52,11 +53,13 @@ def heal_layers(
     work: Path,
     log: Log,
     advance: Callable[[int], None],
+    tied: bool | None = None,
 ) -> None:
     """Write `layer-I.npz` (see `Stored`) of every layer into `work`; goes on after the last finished one.
 
     `layers` is the dense model, `load` reads a layer of the sliced one. `log` receives one line per layer, `advance`
-    the training tokens done. Frozen tensors are written as they were.
+    the training tokens done. Frozen tensors are written as they were. Where no other stage follows, `tied` says whether
+    the embedding is the output matrix, and the held-out text is scored at the end.
 
     Raises:
         HealError: an activation or a weight is not finite; the layer and step are named.
@@ -83,6 +86,29 @@ def heal_layers(
         layers.release(i)
         log({"stage": "layerwise", "layer": i, **report})
         advance(job.ids[: job.n_train].size)
+    if tied is not None:
+        log({"stage": "evaluation", "step": 0, "best": True, **scores(layers.head(tied), dense, sliced, job)})
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+def scores(head: Callable[[Tensor], Tensor], dense: Tensor, sliced: Tensor, job: Job) -> dict[str, Any]:
+    """Divergence and loss by count of the held-out windows, from both streams behind the last layer; see `evaluate`."""
+    kl: dict[str, list[float]] = {}
+    nll: dict[str, list[float]] = {}
+    base_nll = []
+    for w in range(job.n_train, len(job.ids)):
+        k, following = str(job.counts[w]), torch.from_numpy(job.ids[w, 1:, None])
+        base, ours = (head(stream[w, :-1]).cpu() for stream in (dense, sliced))
+        kl.setdefault(k, []).append(float(losses.kl(ours, base)))
+        nll.setdefault(k, []).append(-float(ours.log_softmax(-1).gather(1, following).mean()))
+        base_nll.append(-float(base.log_softmax(-1).gather(1, following).mean()))
+    means = {k: float(np.mean(values)) for k, values in kl.items()}
+    return {
+        "kl": means,
+        "nll": {k: float(np.mean(values)) for k, values in nll.items()},
+        "nll_dense": float(np.mean(base_nll)),
+        "kl_mean": float(np.mean([*means.values()])),
+    }
 
 
 def _kept(layer: Layer, stored: Stored, settings: HealSettings) -> Stored:

@@ -147,7 +147,7 @@ class _Trainer:
     def _clip(self, step: int) -> float:
         """Clip the gradient; its norm before that."""
         norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), self.settings.clip) or 0.0)
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
             named = self.model.named_parameters()
             bad = next(name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all()))
             raise HealError(f"step {step}: the gradient of {bad} is NaN or infinite; lower --lr and --router-lr")
