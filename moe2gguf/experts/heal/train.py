@@ -44,6 +44,7 @@ def heal_model(
     Raises:
         HealError: the loss or a gradient is not finite; step and layer, or parameter, are named.
     """
+    torch.use_deterministic_algorithms(True, warn_only=True)  # or a resumed run would differ in the last bits
     trainer = _Trainer(student_folder, teacher_folder, overlay, ids, held_out, settings, work, log)
     first = trainer.resume()
     advance(first * settings.batch * ids.shape[1])
