@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from moe2gguf.checkpoint.folder import Checkpoint
+from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.saved import Job
+from moe2gguf.experts.saved import save as save_calibration
+from moe2gguf.experts.text import Text
 from moe2gguf.export.assignment import may_quantize
 from moe2gguf.export.layout import array_offset, value_offset
 from moe2gguf.export.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
@@ -28,7 +35,9 @@ from moe2gguf.export.verify import require_sound
 from moe2gguf.export.writer import check_target, replacing, write_over, write_tensors
 from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
+from moe2gguf.outputs import BLOCK_BYTES
 from moe2gguf.planning import Plan, plan_conversion
+from moe2gguf.spec import Slicing
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """`with progress(stage, total_bytes) as advance:` gives the function that is told about bytes done."""
@@ -111,11 +120,14 @@ def write_plan(
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
     quantizers = threads or os.cpu_count() or 1
     threads = threads or min(os.cpu_count() or 1, 4)
-    sources = (path for path in plan.checkpoint.folder.iterdir() if path.is_file())
+    sources = [path for path in plan.checkpoint.folder.iterdir() if path.is_file()]
     require_kernels(tensor.type for tensor in plan.tensors)
     check_target(out, (*plan.checkpoint.files, *sources), force=force)
+    if target := plan.options.save_calibration:
+        check_target(target, (*plan.checkpoint.files, *sources), force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
-    journal = Journal(out, _job(plan), plan.digest.parts, resume=resume)
+    calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
+    journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
     with replacing(out, plan.file_size, journal) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
             write_tensors(
@@ -133,21 +145,17 @@ def write_plan(
             load = np.array([report["load"] for report in reports], "<f4")
             write_over(descriptor, load.tobytes(), array_offset(plan.layout, CALIBRATION_LOAD, load.size))
         flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
-    if reports:
+    if reports and not plan.saved:
         shutil.rmtree(work)
     return Conversion(out, plan, digest, reports, journal.reused)
 
 
-def _job(plan: Plan) -> dict[str, str]:
-    """Everything that decides the bytes of the file."""
+def _writing_job(plan: Plan, calibrated: Iterable[Path]) -> dict[str, str]:
+    """Everything that decides the bytes of the file; `calibrated` are the files that its experts come from."""
     kinds = {tensor.type for tensor in plan.tensors}
     job = describe_job("convert", plan.options, plan.checkpoint.files, plan.layout.header, kinds)
-    if plan.experts.folder is not None:
-        parts = (path.read_bytes() for path in sorted(plan.experts.folder.glob("layer-*.npz")))
-        job["calibrated experts"] = hashlib.sha256(
-            b"".join(hashlib.sha256(part).digest() for part in parts)
-        ).hexdigest()
-    return job
+    parts = [hashlib.sha256(path.read_bytes()).digest() for path in calibrated]
+    return job | ({"calibrated experts": hashlib.sha256(b"".join(parts)).hexdigest()} if parts else {})
 
 
 def flush_and_verify(
@@ -161,9 +169,35 @@ def flush_and_verify(
 
 
 def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
-    """Make the experts that need text, in `work`; the reports of the layers. A stopped calibration is continued."""
-    if plan.text is None or plan.slicing is None:
+    """Find the experts of every layer, if they need text; the reports of the layers.
+
+    They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
+    """
+    text, saved, slicing = plan.text, plan.saved, plan.slicing
+    if slicing is None:
         return ()
+    identity = _identity(plan.checkpoint) if text or saved else ""
+    if saved:
+        if saved.job.checkpoint != identity:
+            raise CalibrationError(
+                f"{saved.path}: made from another checkpoint than {plan.checkpoint.folder} (other weights); "
+                "calibrate again without --load-calibration"
+            )
+        plan.experts.load = lambda i: saved.layer(i, slicing)
+        return saved.reports
+    if text is None:
+        return ()
+    reports = _calibrate_on_text(plan, text, slicing, work, identity, progress)
+    plan.experts.load = functools.partial(LayerExperts.load, work)
+    if target := plan.options.save_calibration:
+        save_calibration(target, _calibration_job(plan, text, slicing, identity), plan.experts.load)
+    return tuple(reports)
+
+
+def _calibrate_on_text(
+    plan: Plan, text: Text, slicing: Slicing, work: Path, identity: str, progress: Progress
+) -> list[dict[str, Any]]:
+    """Make the experts of every layer in `work`."""
     try:
         from moe2gguf.experts.calibration import Settings, calibrate
     except ImportError as error:
@@ -171,23 +205,49 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str
             f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
             "or take --recipe seed"
         ) from error
-    checkpoint, options = plan.checkpoint, plan.options
-    vocabulary = checkpoint.vocabulary
+    checkpoint, options, vocabulary = plan.checkpoint, plan.options, plan.checkpoint.vocabulary
     bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
-    settings = Settings(options.calibration_tokens, min(512, checkpoint.model.n_context), bos, options.device)
-    total = options.calibration_tokens * checkpoint.model.n_layer
+    n_context = min(512, checkpoint.model.n_context)
+    settings = Settings(
+        options.calibration_tokens, n_context, bos, options.device, options.calibration_memory, identity
+    )
+    total = options.calibration_tokens // n_context * n_context * checkpoint.model.n_layer
     with progress("calibrate", total) as advance:
-        reports = calibrate(
+        return calibrate(
             checkpoint.folder,
             lambda name: checkpoint.tensors[name].read(),
-            plan.text,
-            plan.slicing,
+            text,
+            slicing,
             settings,
             work,
             advance,
         )
-    plan.experts.folder = work
-    return tuple(reports)
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """A digest of everything that a calibration depends on: the embedding and all layers."""
+    digest = SourceDigest()
+    used = {name: t for name, t in checkpoint.tensors.items() if name.startswith(("model.layers.", "model.embed"))}
+    for tensor in used.values():
+        for _ in digest.blocks(tensor, BLOCK_BYTES):
+            pass
+    return digest.hexdigest(used)
+
+
+def _calibration_job(plan: Plan, text: Text, slicing: Slicing, identity: str) -> Job:
+    model = plan.checkpoint.model
+    return Job(
+        checkpoint=identity,
+        text=text.digest,
+        label=text.label,
+        n_token=plan.options.calibration_tokens,
+        n_layer=model.n_layer,
+        d_model=model.d_model,
+        d_ff=model.d_ff,
+        n_expert=slicing.n_expert,
+        n_expert_used=slicing.n_expert_used,
+        **vars(slicing.recipe),
+    )
 
 
 def check_conversion(done: Conversion, dense: str, *, threads: int | None = None, progress: Progress = silent) -> Check:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -50,15 +58,15 @@ def lines(table: Table) -> None:
 
 @contextlib.contextmanager
 def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, rate and time left on stderr; nothing when stderr is not a terminal."""
+    """A bar with time left on stderr, and bytes with their rate; nothing when stderr is not a terminal.
+
+    What is counted are bytes, but tokens times layers in the stage "calibrate", which has its share done instead.
+    """
     console = err()
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        DownloadColumn(binary_units=False),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    amount = (
+        (TaskProgressColumn(),) if stage == "calibrate" else (DownloadColumn(binary_units=False), TransferSpeedColumn())
     )
+    columns = (TextColumn("{task.description:9}"), BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(stage, total=total)
         yield lambda n: bar.advance(task, n)
@@ -114,16 +122,31 @@ def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
 
 
 def _active(console: Console, plan: Plan) -> None:
-    """Bytes per token and the bandwidth bound at each count."""
+    """Bytes per token, the bandwidth bound and the expected quality at each count."""
     console.print()
-    table = Table("experts used", "bytes per token", "speed-up, at most", box=None, pad_edge=False)
-    for column in table.columns:
+    expected = {row.n_expert_used: row for row in plan.outlook}
+    columns = (
+        "experts used",
+        "bytes per token",
+        "speed-up, at most",
+        *(["perplexity / dense, about", ""] * bool(expected)),
+    )
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[:4]:
         column.justify = "right"
     for k in range(1, plan.n_expert + 1):
         mark = " (file)" if k == plan.n_expert_used else ""
-        table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
+        cells = [f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x"]
+        if row := expected.get(k):
+            about = "" if row.perplexity is None else f"{row.perplexity:.2f}"
+            cells += [about, "recommended" if row.recommended else ""]
+        table.add_row(*cells)
     console.print(table)
     console.print("The bound is what memory bandwidth alone would allow against the dense model; measure to know.")
+    if expected:
+        from moe2gguf.outlook import words
+
+        console.print(f"Perplexity: of a file converted for that count. {words(plan.outlook)}")
 
 
 def conversion(done: Conversion, checked: Check | None) -> None:
@@ -134,6 +157,7 @@ def conversion(done: Conversion, checked: Check | None) -> None:
     out().print(f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
     if done.layers:
         layers(done.layers)
+        _energy(done)
     if checked:
         check(checked)
 
@@ -200,7 +224,17 @@ def healing(done: Healing) -> None:
 def layers(reports: Sequence[dict[str, Any]]) -> None:
     """What calibration found, layer by layer."""
     console = out()
-    columns = ("layer", "always on", "for every token", "energy kept", "best choice", "hit rate", "load", "after refit")
+    columns = (
+        "layer",
+        "always on",
+        "for every token",
+        "energy kept",
+        "best choice",
+        "hit rate",
+        "load",
+        "constant",
+        "after refit",
+    )
     table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns:
         column.justify = "right"
@@ -214,15 +248,36 @@ def layers(reports: Sequence[dict[str, Any]]) -> None:
             _share(report, "energy_oracle"),
             _share(report, "hit_rate"),
             f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
+            f"{report['constant_min']:.2f}",
             _share(report, "refit_error"),
         )
     console.print(table)
     console.print(
         "energy kept: share of the routed experts' output that the chosen ones hold (best choice: if always the "
-        "largest were chosen); load: share of tokens, least and most busy routed expert; after refit: error left"
+        "largest were chosen); load: share of tokens, least and most busy routed expert; constant: smallest value, "
+        "on tokens held out, of the direction that keeps experts always on (perfect: 1); after refit: error left"
     )
     if weak := [i for i, report in enumerate(reports) if report["always_on_rate"] < WEAK]:
         warnings([f"always-on experts do not run for every token in layers {weak}; fewer of them may do better"])
+
+
+def _energy(done: Conversion) -> None:
+    """Energy kept at each count, over the layers, beside the speed bound; then the recommendation."""
+    from moe2gguf.outlook import words
+
+    console, plan = out(), done.plan
+    columns = ("experts used", "energy kept, mean", "worst layer", "speed-up, at most")
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    for k, values in enumerate(zip(*(layer["energy_by_used"] for layer in done.layers), strict=True), 1):
+        mean = sum(values) / len(values)
+        mark = " (file)" if k == plan.n_expert_used else ""
+        table.add_row(
+            f"{k} of {plan.n_expert}{mark}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"
+        )
+    console.print(table)
+    console.print(f"energy kept: here of all experts, always-on ones included. {words(plan.outlook)}")
 
 
 def _share(report: dict[str, Any], key: str) -> str:

@@ -59,7 +59,7 @@ def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progre
         (partial / "README.md").write_text(mixtral_card(plan.metadata, slicing, provenance, reports), "utf-8")
         copy_companions(folder, partial)
         open_checkpoint(partial)
-    if reports:
+    if reports and not plan.saved:
         shutil.rmtree(work)
     return Conversion(out, plan, source, reports)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
+from moe2gguf.experts.saved import Saved
+from moe2gguf.experts.text import read_text
 from moe2gguf.export.recipes import TypeOptions, refuse_type
 from moe2gguf.spec import COHERENT, SEED, Model, Recipe
 
@@ -29,6 +32,9 @@ class Options:
                         a refit fits the domain of its text)
     calibration_tokens  how many tokens of it
     device              torch device of the calibration (None: the best there is)
+    calibration_memory  bytes of hidden states that are kept in memory; more of them go to disk
+    save_calibration    file to keep the calibration in
+    load_calibration    file of a calibration to use instead of a new one; it decides what is left open here
     """
 
     experts: int | None = None
@@ -52,6 +58,9 @@ class Options:
     calibration: Path | None = None
     calibration_tokens: int = 16384
     device: str | None = None
+    calibration_memory: int = 4 * 10**9
+    save_calibration: Path | None = None
+    load_calibration: Path | None = None
 
     def counts(self) -> tuple[int, int]:
         """(n_expert, n_expert_used) of a dense checkpoint."""
@@ -76,6 +85,43 @@ class Options:
         if self.always_on is not None:
             changes["always_on"] = None if self.always_on < 0 else self.always_on
         return replace(base, seed=self.seed, **changes)
+
+
+def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
+    """The options with what they leave open taken from a saved calibration, and every one that does not fit it.
+
+    Raises:
+        CalibrationError: `options.calibration` cannot be read.
+    """
+    job, file = saved.job, saved.path.name
+    made: dict[str, Any] = {
+        "experts": job.n_expert,
+        "used": job.n_expert_used,
+        "group": job.group,
+        "always_on": -1 if job.always_on is None else job.always_on,
+        "router": job.router,
+        "refit": job.refit,
+        "amplify": job.amplify,
+        "calibration_tokens": job.n_token,
+        "seed": job.seed,
+    }
+    unset = Options()
+    given = {name: value for name in made if (value := getattr(options, name)) != getattr(unset, name)}
+    together = made | given
+    rescalable = job.rescalable and together["amplify"] in ("exact", "used")
+    found = [
+        f"--{name.replace('_', '-')} {value}: {file} was made with {made[name]}; leave it out, or calibrate again "
+        "without --load-calibration"
+        for name, value in given.items()
+        if value != made[name] and not (rescalable and name in ("used", "amplify"))
+    ]
+    if options.calibration and read_text(options.calibration).digest != job.text:
+        found.append(f"--calibration {options.calibration.name}: {file} was made from another text, {job.label}")
+    if together["used"] <= saved.n_shared < job.n_expert:
+        found.append(f"--used {together['used']}: {file} has layers with {saved.n_shared} always-on experts; use more")
+    if options.recipe == "seed" or options.dense:
+        found.append("--load-calibration: the seed recipe and --dense use no calibration; leave one of them out")
+    return replace(options, recipe="coherent", **together), found
 
 
 def refusals(model: Model, options: Options) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
@@ -81,19 +80,19 @@ def made(name: str, shape: tuple[int, ...], array: Callable[[], NDArray[np.float
 
 
 class Experts:
-    """Where the second pass finds each layer's experts: one for all layers, or what calibration left in `folder`."""
+    """Where the second pass finds each layer's experts: one for all layers, or what `load` gives after calibration."""
 
     def __init__(self, plain: LayerExperts | None) -> None:
         self._plain = plain
-        self.folder: Path | None = None
+        self.load: Callable[[int], LayerExperts] | None = None
         self.layer = functools.lru_cache(maxsize=2)(self._layer)
 
     def _layer(self, i: int) -> LayerExperts:
         if self._plain is not None:
             return self._plain
-        if self.folder is None:
+        if self.load is None:
             raise CalibrationError("the experts have not been made yet: calibrate first")
-        return LayerExperts.load(self.folder, i)
+        return self.load(i)
 
 
 def output_tensors(

@@ -12,6 +12,8 @@ from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.saved import Saved
+from moe2gguf.experts.saved import read as read_calibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export import types
@@ -22,14 +24,17 @@ from moe2gguf.export.presets import Network
 from moe2gguf.export.vocabulary import vocabulary_metadata
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
-from moe2gguf.options import Options, refusals
+from moe2gguf.options import Options, adopted, refusals
+from moe2gguf.outlook import Outlook, outlook
+from moe2gguf.outlook import to_dict as outlook_dict
 from moe2gguf.outputs import Experts, output_tensors
 from moe2gguf.spec import Calibration, Metadata, MetadataValue, Model, Slicing
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about the file to come. `slicing` is None where the MLPs are not cut; `text` calibrates, if any.
+    """Everything about the file to come. `slicing` is None where the MLPs are not cut; `text` calibrates, if any,
+    unless `saved` has a calibration.
 
     `assigned` is why every tensor has its type.
     """
@@ -39,6 +44,7 @@ class Plan:
     slicing: Slicing | None
     experts: Experts
     text: Text | None
+    saved: Saved | None
     assigned: Assignment
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[OutputTensor, ...]
@@ -93,6 +99,11 @@ class Plan:
         dense = self._always_read() - routers + self.expert_bytes - self.padding_bytes
         return dense / self.active_bytes(n_expert_used)
 
+    @property
+    def outlook(self) -> list[Outlook]:
+        """What to expect of each count of used experts; empty for a file that is not sliced."""
+        return outlook(self.options, self.speed_bound) if self.slicing else []
+
     def _always_read(self) -> int:
         skipped = set() if self.checkpoint.model.tied_embeddings else {"token_embd.weight"}
         return sum(t.n_bytes for t in self.tensors if not _is_expert(t.name) and t.name not in skipped)
@@ -111,6 +122,7 @@ class Plan:
             "expert_used_count": self.n_expert_used,
             "active_bytes_per_token": {k: self.active_bytes(k) for k in k_range or (0,)},
             "speed_bound": {k: round(self.speed_bound(k), 4) for k in k_range},
+            "outlook": outlook_dict(self.outlook) if self.slicing else None,
             "metadata": {key: _short(value) for key, value in self.metadata.items()},
             "tensors": [
                 {
@@ -135,9 +147,14 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         PlanError: every reason, all at once, why this cannot be converted.
         CheckpointError: `model` is not a Hugging Face folder.
     """
-    options = options or Options()
+    options, saved = options or Options(), None
+    differing: list[str] = []
     checkpoint = open_checkpoint(model, name=options.name)
-    if found := refusals(checkpoint.model, options):
+    if options.load_calibration:
+        saved = read_calibration(options.load_calibration)
+        options, differing = adopted(options, saved)
+        differing += _refuse_saved(checkpoint.model, saved)
+    if found := [*differing, *refusals(checkpoint.model, options)]:
         raise PlanError(found)
     slicing = None
     if checkpoint.model.n_expert and options.used:
@@ -145,7 +162,8 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         checkpoint = dataclasses.replace(checkpoint, model=hyper)
     elif not checkpoint.model.n_expert and not options.dense:
         slicing = _slicing(checkpoint.model, options)
-    text = read_text(options.calibration) if slicing and slicing.recipe.needs_calibration else None
+    needs_text = slicing and slicing.recipe.needs_calibration and not saved
+    text = read_text(options.calibration) if needs_text else None
     experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
     stored = output_tensors(checkpoint, slicing, experts, digest)
     assigned = assign(stored, options.types(), _network(checkpoint.model, slicing))
@@ -153,6 +171,8 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
     if found := [*assigned.refusals, *_refuse_counts(checkpoint.model, slicing, tensors)]:
         raise PlanError(found)
     calibration = Calibration(text.label, text.digest, options.calibration_tokens) if text else None
+    if saved:
+        calibration = Calibration(saved.job.label, saved.job.text, saved.job.n_token)
     metadata: dict[str, MetadataValue] = {
         **model_metadata(checkpoint.model, slicing, assigned.file_type),
         **checkpoint.card,
@@ -162,7 +182,20 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
     }
     warnings = (*checkpoint.warnings, *assigned.warnings, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors)
-    return Plan(options, checkpoint, slicing, experts, text, assigned, metadata, tensors, layout, digest, warnings)
+    return Plan(
+        options, checkpoint, slicing, experts, text, saved, assigned, metadata, tensors, layout, digest, warnings
+    )
+
+
+def _refuse_saved(model: Model, saved: Saved) -> list[str]:
+    """Whether a calibration was made for a model of this shape."""
+    if model.n_expert:
+        return ["--load-calibration: the checkpoint has experts already, which are kept; leave it out"]
+    return [
+        f"--load-calibration {saved.path.name}: made for {name} {getattr(saved.job, name)}, the checkpoint has {value}"
+        for name in ("n_layer", "d_model", "d_ff")
+        if (value := getattr(model, name)) != getattr(saved.job, name)
+    ]
 
 
 def _inherited(provenance: Metadata) -> Metadata:

@@ -169,16 +169,19 @@ def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
     ids = np.array([TOKENS[:32], TOKENS[32:]])
     with torch.inference_mode():
         layers = Layers(folder, lambda name: checkpoint.tensors[name].read(), torch.device("cpu"))
-        hidden = layers.embed(ids)
+        hidden = torch.zeros(ids.size, 64)
+        layers.embed(ids, hidden)
         for i in range(len(layers)):
             block = layers.block(i)
-            block.attend(hidden)
-            hidden += block.mlp(block.mlp_input(hidden)).reshape(hidden.shape)
+            block.attend(hidden, 32)
+            hidden += block.mlp(block.mlp_input(hidden))
             layers.release(i)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = model.model(torch.from_numpy(ids), output_hidden_states=True)
 
-    torch.testing.assert_close(expected.last_hidden_state, model.model.norm(hidden), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        expected.last_hidden_state, model.model.norm(hidden.reshape(2, 32, -1)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
@@ -188,6 +191,22 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(folder, tmp_path):
+    """With no memory allowed for them; the folder they were in is gone."""
+    convert(folder, tmp_path / "a", Options(**QUICK, used=4, refit=True))
+    convert(folder, tmp_path / "b", Options(**QUICK, used=4, refit=True, calibration_memory=0))
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there(folder, tmp_path):
+    """One error with the way out, for a name torch does not know and for one it knows but has not got."""
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(CalibrationError, match=f"--device {device}: torch cannot use it"):
+            convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, device=device))
 
 
 def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch):
@@ -295,4 +314,7 @@ def test_the_report_is_json_ready(folder, tmp_path):
     for layer in layers:
         assert 0 < layer["energy_kept"] <= layer["energy_oracle"] + 1e-6 <= 1 + 1e-5
         assert 8 == len(layer["load"])
-        assert {"hit_rate", "constant_min", "refit_error", "refit_strength", "always_on"} <= layer.keys()
+        assert sorted(layer["energy_by_used"]) == layer["energy_by_used"]
+        assert 8 == len(layer["energy_by_used"])
+        assert abs(layer["energy_by_used"][-1] - 1) < 1e-6
+        assert {"hit_rate", "constant_min", "refit_error", "always_on"} <= layer.keys()

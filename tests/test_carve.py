@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.carve import MLP, Inputs, carve, default_always_on
+from moe2gguf.experts.carve import MLP, Inputs, carve, default_always_on, observe
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.spec import Recipe, Slicing
 
@@ -25,6 +25,11 @@ def layer(seed=0, n_token=1500):
     return mlp, Inputs(x, y, x, y)
 
 
+def carved_by(mlp, inputs, slicing):
+    """`carve` with what `observe` finds."""
+    return carve(mlp, inputs, slicing, observe(mlp, inputs.dense, torch.empty_like(inputs.output)))
+
+
 def slicing(**recipe):
     """n = 8, k = 4, no padding."""
     return Slicing(N, K, D_FF // N, Recipe(**recipe))
@@ -41,7 +46,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
     mlp, inputs = layer()
     shared = 0 if group == "contiguous" or router == "zero" else 2
 
-    carved = carve(mlp, inputs, slicing(group=group, router=router, always_on=shared, amplify="exact"))
+    carved = carved_by(mlp, inputs, slicing(group=group, router=router, always_on=shared, amplify="exact"))
 
     torch.testing.assert_close(inputs.output, carved(inputs.sliced, N), rtol=0.1, atol=0.06)
     assert error(carved, inputs, N) < 1e-3
@@ -50,7 +55,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
 def test_always_on_experts_always_run():
     """For every token, at every count above them."""
     mlp, inputs = layer()
-    carved = carve(mlp, inputs, slicing(group="activations", router="least-squares", always_on=2, amplify="used"))
+    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=2, amplify="used"))
 
     for k in (3, 4, 7):
         assert (carved.weights(inputs.sliced, k)[:, :2] > 0).all()
@@ -63,7 +68,7 @@ def test_what_was_learned_beats_what_was_not():
     mlp, inputs = layer()
 
     def left(**recipe):
-        return error(carve(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
+        return error(carved_by(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
 
     ours = left(group="activations", router="least-squares", always_on=2)
     assert ours < left(group="random", router="least-squares", always_on=0)
@@ -74,7 +79,7 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
     """And here much better."""
     mlp, inputs = layer()
     recipe = {"group": "activations", "router": "least-squares", "always_on": 2, "amplify": "used"}
-    without, with_refit = (carve(mlp, inputs, slicing(refit=refit, **recipe)) for refit in (False, True))
+    without, with_refit = (carved_by(mlp, inputs, slicing(refit=refit, **recipe)) for refit in (False, True))
 
     assert error(with_refit, inputs) < 0.9 * error(without, inputs)
     assert 0 < with_refit.report["refit_error"] < 1
@@ -84,7 +89,7 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
 def test_router_rows_keep_the_oracles_order_better_than_chance():
     """Hit rate against the true largest outputs; energy kept is at most the oracle's."""
     mlp, inputs = layer()
-    report = carve(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1)).report
+    report = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1)).report
 
     assert report["hit_rate"] > 1.3 * (K - 1) / (N - 1)
     assert report["energy_kept"] <= report["energy_oracle"] + 1e-6
@@ -96,8 +101,8 @@ def test_amplifications(amplify):
     """exact: n; used: k; fitted: no worse than used; any: close to dense with all experts on, and graceful below."""
     mlp, inputs = layer()
     recipe = {"group": "activations", "router": "least-squares", "always_on": 2}
-    carved = carve(mlp, inputs, slicing(amplify=amplify, **recipe))
-    used = carve(mlp, inputs, slicing(amplify="used", **recipe))
+    carved = carved_by(mlp, inputs, slicing(amplify=amplify, **recipe))
+    used = carved_by(mlp, inputs, slicing(amplify="used", **recipe))
 
     if amplify == "exact":
         assert {float(N)} == set(carved.scale.tolist())
@@ -124,7 +129,7 @@ def test_carriers_of_massive_activations_are_always_on():
     mlp = MLP(gate, up, down)
     y = mlp(x)
 
-    carved = carve(mlp, Inputs(x, y, x, y), slicing(group="activations", router="least-squares", always_on=1))
+    carved = carved_by(mlp, Inputs(x, y, x, y), slicing(group="activations", router="least-squares", always_on=1))
 
     a = mlp.hidden(x).abs() * down.norm(dim=1)
     assert int((a.square().mean(0) > a[:, 77].square().mean()).sum()) >= 10  # its mean alone would not put it there
@@ -137,7 +142,7 @@ def test_activations_that_are_not_finite():
     inputs.sliced[3, 3] = float("nan")
 
     with pytest.raises(CalibrationError, match="not finite"):
-        carve(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1))
+        carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1))
 
 
 @pytest.mark.parametrize(("k", "expected"), [(12, 8), (8, 4), (4, 2), (2, 1), (1, 0)])

@@ -19,7 +19,7 @@ def filled(h, y, w, parts=3):
     normal = Normal.empty(h.shape[1], y.shape[1])
     for a, b, c in zip(h.chunk(parts), y.chunk(parts), w.chunk(parts), strict=True):
         normal.add(a, b, c)
-    return normal
+    return normal.finished()
 
 
 def test_solve_is_the_weighted_ridge_solution():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf import display
-from moe2gguf.cli.shared import FILE, AlwaysOn, emit, json_option, resume_option, threads_option, type_options
+from moe2gguf.cli.shared import (
+    FILE,
+    PATH,
+    AlwaysOn,
+    Size,
+    emit,
+    json_option,
+    resume_option,
+    threads_option,
+    type_options,
+)
 from moe2gguf.errors import PlanError
 from moe2gguf.experts import methods
 
@@ -36,6 +47,11 @@ from moe2gguf.experts import methods
     option("--calibration", type=FILE, help="Text, or JSONL with a text field.  [default: Python's documentation]"),
     option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it."),
     option("--device", help="torch device of the calibration.  [default: cuda, mps or cpu]"),
+    option(
+        "--calibration-memory", type=Size(), default="4GB", show_default=True, help="More hidden states go to disk."
+    ),
+    option("--save-calibration", type=PATH, metavar="FILE", help="Keep the calibration for other files."),
+    option("--load-calibration", type=FILE, metavar="FILE", help="Use a kept one; it decides what is left open here."),
     option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the grouping."),
 )
 @option_group(
@@ -69,6 +85,7 @@ from moe2gguf.experts import methods
         metavar="auto|FILE",
         help="Compare OUT in llama.cpp with its dense twin FILE (auto: make one, then remove it).",
     ),
+    option("--report", type=PATH, metavar="FILE.html", help="Also write a page with pictures of the calibration."),
     json_option,
 )
 def convert(
@@ -77,6 +94,7 @@ def convert(
     plan_only: bool,
     form: str,
     check: str | None,
+    report: Path | None,
     as_json: bool,
     force: bool,
     resume: bool,
@@ -103,23 +121,32 @@ def convert(
 
     if out is None and not plan_only:
         raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
-    if form == "hf" and (plan_only or check):
-        raise click.UsageError("--plan and --check are for GGUF files; make one of the folder to look at it.")
+    if form == "hf" and (plan_only or check or report):
+        raise click.UsageError("--plan, --check and --report are for GGUF files; make one of the folder to look at it.")
+    if report:
+        from moe2gguf.display_calibration import write_report
+        from moe2gguf.harness.page import require_plotly
     try:
         plan = plan_conversion(model, Options(**options))
     except PlanError as error:
         if as_json and plan_only:
             emit({"refusals": error.refusals}, as_json, lambda: None)
         raise
+    if report and not (plan.text or plan.saved):
+        raise click.UsageError("--report shows a calibration, and these options need none; add --used below --experts.")
     display.warnings(plan.warnings)
     if plan_only or out is None:
         emit(plan.to_dict(), as_json, lambda: display.plan(plan))
         return
+    if report:
+        require_plotly(report)
     if form == "hf":
         done = write_folder(plan, out, force=force, progress=display.progress)
         emit(done.to_dict(), as_json, lambda: display.folder(done))
         return
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
+    if report:
+        write_report(done, report, sys.argv)
     checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: display.conversion(done, checked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from cloup import option, option_group
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+PATH = click.Path(path_type=Path)
 
 
 class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
@@ -26,6 +28,20 @@ class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
             return max(int(value), 0)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: 500000000, 500MB, 2GB, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes."""
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
+        number, prefix, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

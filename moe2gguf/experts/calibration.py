@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,22 +20,41 @@ import torch
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.carve import Carved, Inputs, carve
+from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs, carve, observe
 from moe2gguf.experts.forward import Layers, Load, choose_device
 from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.rows import Made, Rows, Shelf, Store, chunks
 from moe2gguf.experts.slicing import PADDING
 from moe2gguf.experts.text import Text, windows
 from moe2gguf.spec import Slicing
 
+Carver = Callable[[MLP, Inputs, Slicing, Contributions], Carved]
+"""Makes one layer's experts, see `moe2gguf.experts.carve.carve`."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How to calibrate: tokens, window length, the token each window starts with, device (None: the best there is)."""
+    """How to calibrate: tokens, window length, the token each window starts with, device (None: the best there is).
+
+    memory     bytes of hidden states that stay in memory; more of them go to disk, piece by piece
+    identity   what tells this checkpoint from others, for a calibration that is continued
+    """
 
     n_token: int = 16384
     n_context: int = 512
     bos: int | None = None
     device: str | None = None
+    memory: int = 4 * 10**9
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output."""
+
+    dense: Store
+    sliced: Store
+    output: Store
 
 
 def calibrate(
@@ -45,35 +65,51 @@ def calibrate(
     settings: Settings,
     work: Path,
     advance: Callable[[int], None],
+    carver: Carver | None = None,
 ) -> list[dict[str, Any]]:
-    """Write `layer-NNN.npz` (see `LayerExperts`) for every layer into `work`; returns the layers' reports.
+    """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`; returns the layers' reports.
 
     `load` reads a tensor of the checkpoint in `folder`. A `work` folder of the same job is continued after its last
-    finished layer. `advance` is told the tokens done, once per layer.
+    finished layer. `advance` is told the tokens done, once per layer. `carver` makes a layer's experts, if not `carve`.
 
     Raises:
-        CalibrationError: see `windows` and `carve`; or `work` belongs to another job (the difference is named).
+        CalibrationError: see `windows`, `Shelf`, `carve` and `choose_device`; or `work` belongs to another job (the
+            difference is named).
     """
-    with torch.inference_mode():
-        device = choose_device(settings.device)
+    device = choose_device(settings.device)
+    with torch.inference_mode(), device:
         layers = Layers(folder, load, device)
         ids = windows(folder, text, settings.n_token, settings.n_context, settings.bos)
-        first = _resume(work, {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing)})
-        dense, sliced = _streams(work, first, layers, ids)
-        for i in range(first, len(layers)):
-            block = layers.block(i)
-            block.attend(dense)
-            block.attend(sliced)
-            x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
-            output = block.mlp(x_dense)
-            dense += output.reshape(dense.shape).to(dense.device)
-            target = (dense - sliced).reshape(-1, dense.shape[-1]).to(device)
-            carved = carve(block.mlp, Inputs(x_dense, output, x_sliced, target), slicing)
-            sliced += carved(x_sliced, slicing.n_expert_used).reshape(sliced.shape).to(sliced.device)
-            _save(work, i, carved, slicing, dense, sliced)
-            layers.release(i)
-            advance(ids.size)
+        job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": settings.identity}
+        first = _resume(work, job)
+        advance(first * ids.size)
+        with tempfile.TemporaryDirectory(prefix="states-", dir=work) as spill:
+            shelf = Shelf(ids.size, layers.d_model, 3, settings.memory, Path(spill))
+            streams = _Streams(*(shelf.store(name) for name in ("dense", "sliced", "output")))
+            _start(work, first, layers, ids, streams)
+            for i in range(first, len(layers)):
+                _layer(layers, i, ids.shape[1], streams, slicing, work, carver or carve)
+                advance(ids.size)
         return [LayerExperts.load(work, i).report for i in range(len(layers))]
+
+
+def _layer(
+    layers: Layers, i: int, n_context: int, streams: _Streams, slicing: Slicing, work: Path, carver: Carver
+) -> None:
+    """Layer `i`: attention, the dense MLP, its experts, and what both models add to their streams."""
+    dense, sliced, output = streams.dense, streams.sliced, streams.output
+    block = layers.block(i)
+    for stream in (dense, sliced):
+        block.attend(stream, n_context)
+    x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
+    target = Made(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
+    seen = observe(block.mlp, x_dense, output)
+    carved = carver(block.mlp, Inputs(x_dense, output, x_sliced, target), slicing, seen)
+    for part in chunks(len(dense)):
+        dense[part] = dense[part] + output[part]
+        sliced[part] = sliced[part] + carved(x_sliced[part], slicing.n_expert_used).cpu()
+    _save(work, i, carved, slicing, (dense, sliced))
+    layers.release(i)
 
 
 def _resume(work: Path, job: dict[str, Any]) -> int:
@@ -88,30 +124,41 @@ def _resume(work: Path, job: dict[str, Any]) -> int:
         raise CalibrationError(
             f"{work}: holds another calibration (other {', '.join(differing)}); remove the folder to start anew"
         )
-    states = sorted(int(path.stem.split("-")[1]) for path in work.glob("state-*.npz"))
+    states = sorted(int(path.stem.split("-")[1]) for path in work.glob("state-*.f32"))
     return states[-1] + 1 if states else 0
 
 
-def _streams(work: Path, first: int, layers: Layers, ids: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (n_window, n_context, d_model) of the dense and of the sliced model before layer `first`."""
+def _start(work: Path, first: int, layers: Layers, ids: NDArray[np.int64], streams: _Streams) -> None:
+    """Fill both streams with what layer `first` starts from: the embedding, or what was left on disk."""
     if first == 0:
-        hidden = layers.embed(ids)
-        return hidden, hidden.clone()
-    with np.load(work / f"state-{first - 1}.npz") as state:
-        return torch.from_numpy(state["dense"]), torch.from_numpy(state["sliced"])
+        layers.embed(ids, streams.dense)
+        for part in chunks(ids.size):
+            streams.sliced[part] = streams.dense[part]
+        return
+    with (work / f"state-{first - 1}.f32").open("rb") as file:
+        for stream in (streams.dense, streams.sliced):
+            for part in chunks(ids.size):
+                shape = part.stop - part.start, layers.d_model
+                values = np.fromfile(file, np.float32, shape[0] * shape[1])
+                if values.size < shape[0] * shape[1]:
+                    raise CalibrationError(f"{file.name}: ends early; remove the folder {work} to start anew")
+                stream[part] = torch.from_numpy(values.reshape(shape))
 
 
-def _save(work: Path, i: int, carved: Carved, slicing: Slicing, dense: torch.Tensor, sliced: torch.Tensor) -> None:
+def _save(work: Path, i: int, carved: Carved, slicing: Slicing, streams: tuple[Rows, Rows]) -> None:
     """The layer first, then the state that says it is finished; both by rename."""
     order = np.full((slicing.n_expert, slicing.d_expert), PADDING, np.int64)
     for row, group in zip(order, carved.groups, strict=True):
         row[: len(group)] = group.cpu().numpy()
     down = carved.mlp.down.T.contiguous().cpu().numpy() if slicing.recipe.refit else None
     LayerExperts(order, carved.router.cpu().numpy(), carved.scale.cpu().numpy(), down, carved.report).save(work, i)
-    state = work / f"state-{i}.npz"
-    np.savez(work / "state.tmp.npz", dense=dense.numpy(), sliced=sliced.numpy())
-    (work / "state.tmp.npz").replace(state)
-    (work / f"state-{i - 1}.npz").unlink(missing_ok=True)
+    unfinished = work / "state.tmp"
+    with unfinished.open("wb") as file:
+        for rows in streams:
+            for part in chunks(len(rows)):
+                file.write(rows[part].contiguous().numpy().data)
+    unfinished.replace(work / f"state-{i}.f32")
+    (work / f"state-{i - 1}.f32").unlink(missing_ok=True)
 
 
 def _digest(ids: NDArray[np.int64]) -> str:

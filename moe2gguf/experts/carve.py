@@ -6,8 +6,10 @@ Shapes: x (n_token, d_model) is the post-norm MLP input, h (n_token, d_ff) = sil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +17,18 @@ from torch import Tensor
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts import amplification, grouping, routing
 from moe2gguf.experts.grouping import Groups
-from moe2gguf.experts.refit import Normal, refit
+from moe2gguf.experts.refit import Normal, add_gram, mirror, refit
+from moe2gguf.experts.rows import Rows, Store, chunks
 from moe2gguf.spec import Slicing
 
-CHUNK = 2048
 HELD_OUT = 5
 """One of so many tokens (the last ones) is held out of the refit, to choose its ridge."""
 
 ROUTED_MASS = 0.3
 """The routed experts' share of the softmax in the `any` mode."""
+
+Report = dict[str, Any]
+"""What is found about a layer, JSON-ready; the keys are listed at `carve`."""
 
 CARRIER_SHARE = 1e-2
 CARRIER_FACTOR = 100.0
@@ -41,14 +46,14 @@ class MLP:
         """(n_token, d_model) -> (n_token, d_ff)."""
         return torch.nn.functional.silu(x @ self.gate.T).mul_(x @ self.up.T)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """(n_token, d_model) -> (n_token, d_model)."""
         return torch.cat([self.hidden(x[part]) @ self.down for part in chunks(len(x))])
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the layer sees, (n_token, d_model) each.
+    """What the layer sees, (n_token, d_model) each; read piece by piece.
 
     dense   the MLP's input in the dense model
     output  what the dense MLP makes of it
@@ -56,10 +61,10 @@ class Inputs:
     target  what the sliced MLP should add to that model's residual stream
     """
 
-    dense: Tensor
-    output: Tensor
-    sliced: Tensor
-    target: Tensor
+    dense: Rows
+    output: Rows
+    sliced: Rows
+    target: Rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Carved:
     groups: Groups
     router: Tensor
     scale: Tensor
-    report: dict[str, float | list[float]]
+    report: Report = field(default_factory=dict)
 
     def weights(self, x: Tensor, k: int) -> Tensor:
         """(n_token, n_expert): renormalized top-k softmax times the amplification, zero where an expert does not run.
@@ -88,14 +93,9 @@ class Carved:
         """(n_token, d_ff): hidden activations times the weight of their expert."""
         return self.mlp.hidden(x).mul_(self.weights(x, k)[:, owners(self.groups)])
 
-    def __call__(self, x: Tensor, k: int) -> Tensor:
+    def __call__(self, x: Rows, k: int) -> Tensor:
         """(n_token, d_model) -> (n_token, d_model), as the file will compute it."""
         return torch.cat([self.masked(x[part], k) @ self.mlp.down for part in chunks(len(x))])
-
-
-def chunks(n_token: int, size: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover range(n_token)."""
-    return (slice(start, min(start + size, n_token)) for start in range(0, n_token, size))
 
 
 def owners(groups: Groups) -> Tensor:
@@ -106,31 +106,80 @@ def owners(groups: Groups) -> Tensor:
     return owner
 
 
-def carve(mlp: MLP, inputs: Inputs, slicing: Slicing) -> Carved:
-    """Group, route, amplify and refit one layer as `slicing` says.
+@dataclass(frozen=True)
+class Contributions:
+    """How neurons contribute to the dense model's output: a_i = |h_i| |d_i| for each token.
+
+    together (d_ff, d_ff) = sum of a a^T over the tokens; `carriers` (d_ff,) carry a massive activation.
+    """
+
+    together: Tensor
+    carriers: Tensor
+
+
+def observe(mlp: MLP, x: Rows, output: Store) -> Contributions:
+    """Run the dense MLP on x (n_token, d_model) into `output`, and count what each neuron contributes."""
+    size = mlp.down.norm(dim=1)
+    together, energies = torch.zeros(len(size), len(size)), []
+    for part in chunks(len(x)):
+        h = mlp.hidden(x[part])
+        y = h @ mlp.down
+        output[part] = y
+        energies.append(y.square().sum(1))
+        a = h.abs_().mul_(size)
+        add_gram(together, a, a)
+    return Contributions(mirror(together), _carriers(mlp, x, torch.cat(energies), size))
+
+
+def _carriers(mlp: MLP, x: Rows, energy: Tensor, size: Tensor) -> Tensor:
+    """(d_ff,): neurons with a share of the output of a token whose output energy (n_token,) is massive."""
+    carriers = torch.zeros(len(size), dtype=torch.bool)
+    massive = energy > CARRIER_FACTOR * energy.median()
+    for part in chunks(len(x)):
+        if massive[part].any():
+            a = mlp.hidden(x[part][massive[part]]).abs_().mul_(size)
+            share = a.square() / energy[part][massive[part], None]
+            carriers |= (share > CARRIER_SHARE).any(0)
+    return carriers
+
+
+def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
+    """Group, route, amplify and refit one layer as `slicing` says; `seen` is what `observe` found.
 
     The report: `energy_kept` (share of the routed experts' output energy that the chosen ones have), `energy_oracle`
-    (the same if the truly largest were chosen), `hit_rate` (share of choices that are the oracle's), `load` (share
-    of tokens per expert), `constant_min` (smallest v . x on held-out tokens), `always_on`, `always_on_rate` (share of
-    tokens for which all of those run), and after a refit `refit_error` (share of the held-out error left) and
-    `refit_strength`.
+    (the same if the truly largest were chosen), `hit_rate` (share of choices that are the oracle's), `energy_by_used`
+    (share of all experts' energy that the first 1, 2 ... n of the router's order have), `load` (share of tokens per
+    expert), `constant_min` (smallest v . x on held-out tokens), `always_on`, `always_on_rate` (share of tokens for
+    which all of those run), and after a refit `refit_error` (share of the held-out error left) and `refit_strength`.
 
     Raises:
-        CalibrationError: activations that are not finite, or no room for a routed expert.
+        CalibrationError: activations that are not finite, or a system that cannot be solved.
     """
     recipe, n, k = slicing.recipe, slicing.n_expert, slicing.n_expert_used
-    if not all(bool(x.isfinite().all()) for x in (inputs.dense, inputs.sliced, inputs.target)):
-        raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
-    moments = _moments(mlp, inputs)
+    x = inputs.sliced
+    _require_finite(inputs)
     n_shared = default_always_on(n, k) if recipe.always_on is None else recipe.always_on
-    groups = _group(mlp, moments, slicing, n_shared)
-    energy = _energies(mlp, inputs.sliced, groups[n_shared:])
-    v = routing.constant_direction(moments.xx, moments.x1)
-    rows = _rows(mlp, inputs.sliced, groups[n_shared:], energy, moments.xx, recipe.router)
-    router = _assemble(rows, v, inputs.sliced, n_shared, recipe.amplify, n)
-    plain = Carved(mlp, groups, router, amplification.uniform(n, k), {})
-    carved = Carved(mlp, groups, router, _scale(plain, inputs, slicing), _report(plain, inputs, energy, v, n_shared, k))
-    return _refitted(carved, inputs, k) if recipe.refit else carved
+    groups = _group(mlp, seen, slicing, n_shared)
+    energy = _energies(mlp, x, groups)
+    xx, x1, xt = _correlations(x, energy[:, n_shared:].sqrt())
+    try:
+        v = routing.constant_direction(xx, x1)
+        rows = _rows(mlp, groups[n_shared:], xx, xt, recipe.router)
+        router = _assemble(rows, v, x, n_shared, recipe.amplify, n)
+        plain = Carved(mlp, groups, router, amplification.uniform(n, k))
+        report = _report(plain, x, energy, v, n_shared, k)
+        carved = Carved(mlp, groups, router, _scale(plain, x, slicing), report)
+        return _refitted(carved, inputs, k) if recipe.refit else carved
+    except torch.linalg.LinAlgError as error:
+        raise CalibrationError(
+            f"a system of equations has no solution ({error}); give more --calibration-tokens of more varied text"
+        ) from error
+
+
+def _require_finite(inputs: Inputs) -> None:
+    for rows in (inputs.dense, inputs.sliced, inputs.target):
+        if not all(bool(rows[part].isfinite().all()) for part in chunks(len(rows))):
+            raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
 
 
 def default_always_on(n_expert: int, n_expert_used: int) -> int:
@@ -138,82 +187,69 @@ def default_always_on(n_expert: int, n_expert_used: int) -> int:
     return min(max(n_expert_used - n_expert // 4, n_expert_used // 2), n_expert - 1)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """energy (d_ff,) = E[a^2] and together (d_ff, d_ff) = E[a a^T] of contributions a_i = |h_i| |d_i|, on dense inputs;
-
-    xx (d_model, d_model) = X^T X and x1 (d_model,) = X^T 1 of the sliced inputs; `carriers` (d_ff,) must always run.
-    """
-
-    energy: Tensor
-    together: Tensor
-    xx: Tensor
-    x1: Tensor
-    carriers: Tensor
-
-
-def _moments(mlp: MLP, inputs: Inputs) -> _Moments:
-    size = mlp.down.norm(dim=1)
-    d_ff = len(size)
-    together = torch.zeros(d_ff, d_ff, device=size.device)
-    carriers = torch.zeros(d_ff, dtype=torch.bool, device=size.device)
-    output = inputs.output.square().sum(1)
-    massive = output > CARRIER_FACTOR * output.median()
-    for part in chunks(len(inputs.dense)):
-        a = mlp.hidden(inputs.dense[part]).abs_().mul_(size)
-        together.addmm_(a.T, a)
-        if massive[part].any():
-            share = a[massive[part]].square() / output[part][massive[part], None]
-            carriers |= (share > CARRIER_SHARE).any(0)
-    x = inputs.sliced
-    return _Moments(together.diagonal().clone(), together, x.T @ x, x.sum(0), carriers)
-
-
-def _group(mlp: MLP, moments: _Moments, slicing: Slicing, n_shared: int) -> Groups:
-    recipe = slicing.recipe
-    sizes = grouping.group_sizes(len(moments.energy), slicing.n_expert)
+def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Groups:
+    recipe, importance = slicing.recipe, seen.together.diagonal().clone()
+    sizes = grouping.group_sizes(len(importance), slicing.n_expert)
     if recipe.group == "contiguous":
-        return list(torch.arange(len(moments.energy), device=mlp.gate.device).split(sizes))
-    importance = moments.energy.clone()
+        return list(torch.arange(len(importance)).split(sizes))
     if n_shared:
-        importance[moments.carriers] += importance.max()  # whatever carries a massive activation always runs
+        importance[seen.carriers] += importance.max()  # whatever carries a massive activation always runs
     similarity = None
     if recipe.group == "weights":
         gate = torch.nn.functional.normalize(mlp.gate, dim=1)
         similarity = gate @ gate.T
     elif recipe.group == "activations":
-        similarity = moments.together
+        similarity = seen.together
     return grouping.split(importance, similarity, sizes, n_shared, recipe.seed)
 
 
-def _energies(mlp: MLP, x: Tensor, groups: Groups) -> Tensor:
-    """(n_token, len(groups)): the squared norm of each expert's output."""
-    energy = torch.empty(len(x), len(groups), device=x.device)
+def _energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
+    """(n_token, len(groups)): the squared norm of each expert's output, h^T (D^T D) h."""
+    grams = [mlp.down[group] @ mlp.down[group].T for group in groups]
+    energy = torch.empty(len(x), len(groups))
     for part in chunks(len(x)):
         h = mlp.hidden(x[part])
-        for e, group in enumerate(groups):
-            energy[part, e] = (h[:, group] @ mlp.down[group]).square().sum(-1)
-    return energy
+        for e, (group, gram) in enumerate(zip(groups, grams, strict=True)):
+            own = h[:, group]
+            energy[part, e] = (own @ gram).mul_(own).sum(-1)
+    return energy.clamp_min_(0)
 
 
-def _rows(mlp: MLP, x: Tensor, groups: Groups, energy: Tensor, xx: Tensor, router: str) -> Tensor:
+def _correlations(x: Rows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X^T X (d_model, d_model), X^T 1 (d_model,) and X^T T (d_model, n) of the inputs and targets (n_token, n)."""
+    d_model = x[slice(0, 1)].shape[1]
+    xx, x1, xt = torch.zeros(d_model, d_model), torch.zeros(d_model), torch.zeros(d_model, targets.shape[1])
+    for part in chunks(len(x)):
+        rows = x[part]
+        xx.addmm_(rows.T, rows)
+        x1 += rows.sum(0)
+        xt.addmm_(rows.T, targets[part])
+    return xx, x1, xt
+
+
+def _rows(mlp: MLP, groups: Groups, xx: Tensor, xt: Tensor, router: str) -> Tensor:
     """Centered rows (n_routed, d_model) of the routed experts."""
     if not groups or router == "zero":
-        return torch.zeros(len(groups), x.shape[1], device=x.device)
+        return torch.zeros(len(groups), len(xx))
     if router == "gate-mean":
         return routing.centered(routing.gate_mean(mlp.gate, groups))
-    return routing.centered(routing.least_squares(xx, x.T @ energy.sqrt()))
+    return routing.centered(routing.least_squares(xx, xt))
 
 
-def _assemble(rows: Tensor, v: Tensor, x: Tensor, n_shared: int, amplify: str, n_expert: int) -> Tensor:
-    largest = float((x @ rows.T).abs().max()) if len(rows) else 0.0
+def _assemble(rows: Tensor, v: Tensor, x: Rows, n_shared: int, amplify: str, n_expert: int) -> Tensor:
+    largest = float(_each(x, lambda x: x @ rows.T).abs().max()) if len(rows) else 0.0
     if amplify == "any" and 0 < n_shared < n_expert:
         return routing.concentrated(rows, v, n_shared, ROUTED_MASS, largest)
     size = routing.EXACT_SIZE if amplify == "exact" else routing.SIZE
     return routing.assemble(rows, v, n_shared, largest, size)
 
 
-def _scale(plain: Carved, inputs: Inputs, slicing: Slicing) -> Tensor:
+def _each(x: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function of every piece of x, as one tensor: for results of a few numbers per token."""
+    return torch.cat([function(x[part]) for part in chunks(len(x))])
+
+
+def _scale(plain: Carved, x: Rows, slicing: Slicing) -> Tensor:
     """The amplification (n_expert,) of the recipe; `plain` has factor k."""
     n, k, amplify = slicing.n_expert, slicing.n_expert_used, slicing.recipe.amplify
     if amplify == "exact":
@@ -221,12 +257,12 @@ def _scale(plain: Carved, inputs: Inputs, slicing: Slicing) -> Tensor:
     if amplify == "used":
         return amplification.uniform(n, k)
     if amplify == "any":
-        one = Carved(plain.mlp, plain.groups, plain.router, amplification.uniform(n, 1), {})
+        one = Carved(plain.mlp, plain.groups, plain.router, amplification.uniform(n, 1))
         counts = sorted({n, k, max((n + k) // 2, 1)})
-        return amplification.inverse_weights([one.weights(inputs.sliced, count) for count in counts])
+        return amplification.inverse_weights([_each(x, partial(one.weights, k=count)) for count in counts])
     dot = square = 0.0
-    for part in chunks(len(inputs.sliced)):
-        ours, dense = plain(inputs.sliced[part], k), plain.mlp(inputs.sliced[part])
+    for part in chunks(len(x)):
+        ours, dense = plain(x[part], k), plain.mlp(x[part])
         dot, square = dot + float((ours * dense).sum()), square + float(ours.square().sum())
     return amplification.fitted(dot, square, n, k)
 
@@ -235,41 +271,47 @@ def _refitted(carved: Carved, inputs: Inputs, k: int) -> Carved:
     """The same experts with a corrected down projection."""
     x, target = inputs.sliced, inputs.target
     n_train = len(x) - len(x) // HELD_OUT
-    energy = target.square().sum(1)
+    energy = _each(target, lambda y: y.square().sum(1))
     weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)  # no token may own the fit
     normals = []
     for span in (range(n_train), range(n_train, len(x))):
-        normal = Normal.empty(len(carved.mlp.down), x.shape[1])
+        normal = Normal.empty(*carved.mlp.down.shape)
         for part in chunks(len(span)):
             tokens = slice(span.start + part.start, span.start + part.stop)
             h = carved.masked(x[tokens], k)
             normal.add(h, target[tokens] - h @ carved.mlp.down, weight[tokens])
-        normals.append(normal)
+        normals.append(normal.finished())
     delta, strength, error = refit(*normals)
     mlp = MLP(carved.mlp.gate, carved.mlp.up, carved.mlp.down + delta)
-    report = carved.report | {"refit_error": error, "refit_strength": strength}
+    report = carved.report | {"refit_error": error} | ({"refit_strength": strength} if error < 1 else {})
     return Carved(mlp, carved.groups, carved.router, carved.scale, report)
 
 
-def _report(
-    carved: Carved, inputs: Inputs, energy: Tensor, v: Tensor, n_shared: int, k: int
-) -> dict[str, float | list[float]]:
+def _report(carved: Carved, x: Rows, energy: Tensor, v: Tensor, n_shared: int, k: int) -> Report:
     n = len(carved.groups)
-    chosen = carved.weights(inputs.sliced, k) > 0
-    held_out = inputs.sliced[len(inputs.sliced) - len(inputs.sliced) // HELD_OUT :]
-    report: dict[str, float | list[float]] = {
+    p = _each(x, lambda x: x @ carved.router.T)
+    order = p.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(energy, dtype=torch.bool).scatter_(1, order[:, :k], True)
+    first_held_out = len(x) - len(x) // HELD_OUT
+    report: Report = {
         "always_on": float(n_shared),
         "load": chosen.float().mean(0).tolist(),
-        "constant_min": float((held_out @ v).min()),
+        "constant_min": float(_each(x, lambda x: x @ v)[first_held_out:].min()),
         "always_on_rate": float(chosen[:, :n_shared].all(1).float().mean()),
+        "energy_by_used": _shares(energy.gather(1, order).sum(0).cumsum(0)),
     }
+    routed, chosen = energy[:, n_shared:], chosen[:, n_shared:]
     if n_shared < k < n:
-        oracle = torch.zeros_like(energy, dtype=torch.bool)
-        oracle.scatter_(1, energy.topk(k - n_shared, 1).indices, True)
-        total = energy.sum().clamp_min(1e-30)
+        oracle = torch.zeros_like(chosen).scatter_(1, routed.topk(k - n_shared, 1).indices, True)
+        total = routed.sum().clamp_min(1e-30)
         report |= {
-            "energy_kept": float((energy * chosen[:, n_shared:]).sum() / total),
-            "energy_oracle": float((energy * oracle).sum() / total),
-            "hit_rate": float((oracle & chosen[:, n_shared:]).sum() / oracle.sum()),
+            "energy_kept": float((routed * chosen).sum() / total),
+            "energy_oracle": float((routed * oracle).sum() / total),
+            "hit_rate": float((oracle & chosen).sum() / oracle.sum()),
         }
     return report
+
+
+def _shares(sums: Tensor) -> list[float]:
+    shares: list[float] = (sums / sums[-1].clamp_min(1e-30)).tolist()
+    return shares

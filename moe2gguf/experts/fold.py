@@ -42,15 +42,16 @@ def fold(
     """
     found = []
     with torch.inference_mode():
-        hidden = layers.embed(ids)
+        hidden = torch.empty(ids.size, layers.d_model)
+        layers.embed(ids, hidden)
         for i in range(len(layers)):
             block = layers.block(i)
-            block.attend(hidden)
-            x = block.mlp_input(hidden)
+            block.attend(hidden, ids.shape[1])
+            x = block.mlp_input(hidden)[:]
             layer = Layer(load(i), 1.0).to(x.device).eval()
             folded, y = factors(layer, x, k)
             found.append(folded)
-            hidden += y.reshape(hidden.shape).to(hidden.device)
+            hidden += y.to(hidden.device)
             layers.release(i)
             advance(ids.size)
     return found

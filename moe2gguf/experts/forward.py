@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe2gguf.experts.carve import MLP, chunks
+from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.carve import MLP
+from moe2gguf.experts.rows import Made, Rows, Store, chunks
 
 Load = Callable[[str], NDArray[np.generic]]
 """Reads a tensor of the checkpoint by its Hugging Face name."""
@@ -36,14 +38,16 @@ class Layers:
         self._norm = skeleton.model.norm.float()
         self._load = load
         self._device = device
+        self.d_model = int(config.hidden_size)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def embed(self, ids: NDArray[np.int64]) -> Tensor:
-        """(n_window, n_context) token ids -> (n_window, n_context, d_model)."""
-        table = self._load("model.embed_tokens.weight")
-        return torch.from_numpy(table[ids].astype(np.float32))
+    def embed(self, ids: NDArray[np.int64], hidden: Store) -> None:
+        """Write the rows of the token `ids` (n_window, n_context) into `hidden`, (n_token, d_model)."""
+        table, flat = self._load("model.embed_tokens.weight"), ids.reshape(-1)
+        for part in chunks(len(flat)):
+            hidden[part] = torch.from_numpy(table[flat[part]].astype(np.float32))
 
     def head(self, tied: bool) -> Callable[[Tensor], Tensor]:
         """What turns the last layer's hidden states (n_token, d_model) into logits (n_token, n_vocab)."""
@@ -72,7 +76,7 @@ class Block:
     """One layer: attention into the residual stream, and the MLP with its norm."""
 
     def __init__(self, module: Any, rotary: Any, device: torch.device) -> None:
-        self._module, self._rotary, self._device = module, rotary, device
+        self._module, self._rotary, self.device = module, rotary, device
 
     @functools.cached_property
     def mlp(self) -> MLP:
@@ -80,31 +84,37 @@ class Block:
         mlp = self._module.mlp
         return MLP(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T.contiguous())
 
-    def attend(self, hidden: Tensor) -> None:
-        """Add attention to `hidden` (n_window, n_context, d_model), in place; causal, each window on its own."""
-        for part in _batches(len(hidden)):
-            h = hidden[part].to(self._device)
-            positions = torch.arange(h.shape[1], device=self._device)[None]
-            rotary = self._rotary(h, positions)
+    def attend(self, hidden: Store, n_context: int) -> None:
+        """Add attention to `hidden` (n_token, d_model), in place; causal, each window of n_context on its own."""
+        positions = torch.arange(n_context, device=self.device)[None]
+        for part in chunks(len(hidden), BATCH * n_context):
+            h = hidden[part].to(self.device).unflatten(0, (-1, n_context))
             normed = self._module.input_layernorm(h)
+            rotary = self._rotary(h, positions)
             attended = self._module.self_attn(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0]
-            hidden[part] = (h + attended).to(hidden.device)
+            hidden[part] = (h + attended).flatten(0, 1)
 
-    def mlp_input(self, hidden: Tensor) -> Tensor:
-        """(n_window, n_context, d_model) -> the normed input of the MLP, (n_token, d_model), on the device."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
+    def mlp_input(self, hidden: Rows) -> Made:
+        """The normed input of the MLP, (n_token, d_model) on the device, made of `hidden` piece by piece."""
         norm = self._module.post_attention_layernorm
-        return torch.cat([norm(flat[part].to(self._device)) for part in chunks(len(flat))])
-
-
-def _batches(n_window: int) -> Iterator[slice]:
-    return chunks(n_window, BATCH)
+        return Made(len(hidden), lambda part: norm(hidden[part].to(self.device)))
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`name`, or the best that is there: CUDA, then Apple's MPS, then the CPU."""
+    """`name`, or the best that is there: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        CalibrationError: torch knows no device of this name, or it is not there.
+    """
     if name:
-        return torch.device(name)
+        try:
+            torch.zeros(1, device=name)
+            return torch.device(name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise CalibrationError(
+                f"--device {name}: torch cannot use it ({reason}); leave it out or take cpu"
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

@@ -34,7 +34,7 @@ def split(importance: Tensor, similarity: Tensor | None, sizes: Sequence[int], n
     if len(rest) == 0:
         return groups
     if similarity is None:
-        shuffled = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+        shuffled = rest[torch.randperm(len(rest), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")]
         return groups + [part.sort().values for part in shuffled.split(list(sizes[n_shared:]))]
     label = cluster(similarity[rest][:, rest], sizes[n_shared:], seed)
     return groups + [rest[label == e] for e in range(len(sizes) - n_shared)]
@@ -66,8 +66,8 @@ def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 3
 
 def _seeds(kernel: Tensor, n: int, seed: int) -> list[int]:
     """k-means++: each next center is drawn far from those already chosen."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = [int(torch.randint(len(kernel), (1,), generator=generator))]
+    generator = torch.Generator("cpu").manual_seed(seed)  # on the processor, whatever the device: the same numbers
+    centers = [int(torch.randint(len(kernel), (1,), generator=generator, device="cpu"))]
     closest = kernel[centers[0]].clone()
     for _ in range(n - 1):
         far = (1 - closest).clamp_min(0) ** 2
@@ -75,7 +75,7 @@ def _seeds(kernel: Tensor, n: int, seed: int) -> list[int]:
         if float(far.sum()) <= 0:  # all neurons alike: any that is left will do
             far = torch.ones_like(far)
             far[centers] = 0
-        centers.append(int(torch.multinomial(far / far.sum(), 1, generator=generator)))
+        centers.append(int(torch.multinomial((far / far.sum()).cpu(), 1, generator=generator)))
         closest = torch.maximum(closest, kernel[centers[-1]])
     return centers
 
@@ -109,4 +109,4 @@ def balanced_assign(score: Tensor, sizes: Sequence[int]) -> Tensor:
         one = by_group[starts[e] : starts[e] + sizes[e]][gain[starts[e] : starts[e] + sizes[e], f].argmax()]
         two = by_group[starts[f] : starts[f] + sizes[f]][gain[starts[f] : starts[f] + sizes[f], e].argmax()]
         label[one], label[two] = f, e
-    return torch.from_numpy(label)
+    return torch.from_numpy(label).to(score.device)

@@ -27,8 +27,9 @@ def ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the inputs are all zero.
     """
-    a = xx.double() + strength * xx.diagonal().double().mean() * torch.eye(len(xx), dtype=torch.float64)
-    return torch.linalg.solve(a, xt.double()).T.float()
+    a, b = xx.cpu().double(), xt.cpu().double()  # small, and not every device has doubles
+    a.diagonal().add_(strength * a.diagonal().mean())
+    return torch.linalg.solve(a, b).T.float().to(xx.device)
 
 
 def constant_direction(xx: Tensor, x1: Tensor) -> Tensor:

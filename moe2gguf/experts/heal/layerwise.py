@@ -69,10 +69,10 @@ def heal_layers(
     for i in range(first, len(layers)):
         with torch.no_grad():
             block = layers.block(i)
-            block.attend(dense)
-            block.attend(sliced)
-            dense += block.mlp(block.mlp_input(dense)).reshape(dense.shape).to(dense.device)
-            x = block.mlp_input(sliced).reshape(dense.shape)
+            for stream in (dense, sliced):
+                block.attend(stream.flatten(0, 1), stream.shape[1])
+            dense += block.mlp(block.mlp_input(dense.flatten(0, 1))).reshape(dense.shape).to(dense.device)
+            x = block.mlp_input(sliced.flatten(0, 1))[:].reshape(dense.shape)
             target = (dense - sliced).to(x.device)
         require_finite(target, f"layer {i}, before its first step")
         stored = load(i)
@@ -122,7 +122,8 @@ def _kept(layer: Layer, stored: Stored, settings: HealSettings) -> Stored:
 def _streams(work: Path, first: int, layers: Layers, job: Job) -> tuple[Tensor, Tensor]:
     """Hidden states (n_window, n_context, d_model) of the dense and of the sliced model before layer `first`."""
     if first == 0:
-        hidden = layers.embed(job.ids)
+        hidden = torch.empty(*job.ids.shape, layers.d_model)
+        layers.embed(job.ids, hidden.flatten(0, 1))
         return hidden, hidden.clone()
     with np.load(work / f"state-{first - 1}.npz") as state:
         return torch.from_numpy(state["dense"]), torch.from_numpy(state["sliced"])
@@ -217,7 +218,7 @@ def _solve_down(layer: Layer, data: Data) -> float:
         for w in span:
             h = layer.masked(data.x[w], data.job.counts[w])
             normal.add(h, data.target[w] - h @ layer.down, data.weight[w])
-        normals.append(normal)
+        normals.append(normal.finished())
     train, held_out = normals
     delta, strength, _ = refit(train, held_out)
     layer.down += delta

@@ -1,0 +1,230 @@
+"""A calibration in one file, to write the same experts again: as another type, with another name, amplified for another
+count, without another pass over the text.
+
+The file is safetensors: per layer the order of neurons, the router, the amplification and, after a refit, the corrected
+down projection; its metadata says what it was made from. What depends on the inputs of a layer is not kept (it would be
+every hidden state), hence another number of experts, grouping, router or refit needs a new pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moe2gguf.errors import CalibrationError, OutputError
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.slicing import PADDING, expert_width
+from moe2gguf.spec import Recipe, Slicing
+
+FORMAT = "1"
+EXACT_ROUTER, ROUTER = 1e-3, 1e-2
+"""Largest logit of the routers of `exact` and of other files (`moe2gguf.experts.routing`), which import torch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a calibration was made from, and how: see `moe2gguf.spec` for the recipe's fields.
+
+    checkpoint   digest of the checkpoint's embedding and layers
+    text, label  SHA-256 of the calibration text, and what to call it
+    """
+
+    checkpoint: str
+    text: str
+    label: str
+    n_token: int
+    n_layer: int
+    d_model: int
+    d_ff: int
+    n_expert: int
+    n_expert_used: int
+    group: str
+    always_on: int | None
+    router: str
+    refit: bool
+    amplify: str
+    seed: int
+
+    @property
+    def rescalable(self) -> bool:
+        """Whether only the router's size and the amplification depend on `n_expert_used` and `amplify`."""
+        return not self.refit and self.amplify in ("exact", "used")
+
+    def recipe(self) -> Recipe:
+        """The recipe it was made with."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+
+
+def save(path: Path, job: Job, layer: Callable[[int], LayerExperts]) -> None:
+    """Write a calibration, layer by layer; it appears under its name when it is complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    shapes = _shapes(job)
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "job": json.dumps(asdict(job)),
+            "reports": json.dumps([layer(i).report for i in range(job.n_layer)]),
+        }
+    }
+    end = 0
+    for i in range(job.n_layer):
+        for name, (kind, shape) in shapes.items():
+            start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
+            stored = {"dtype": "I64" if kind is np.int64 else "F32", "shape": shape, "data_offsets": [start, end]}
+            header[f"{i}.{name}"] = stored
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for i in range(job.n_layer):
+                made = layer(i)
+                parts = vars(made) | {"order": made.order[:, : shapes["order"][1][1]]}  # without padding
+                for name, (kind, shape) in shapes.items():
+                    file.write(np.ascontiguousarray(parts[name], kind).reshape(shape).data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _shapes(job: Job) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+    """Element type and shape of each layer's tensors."""
+    n = job.n_expert
+    shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+        "order": (np.int64, (n, expert_width(job.d_ff, n))),
+        "router": (np.float32, (n, job.d_model)),
+        "amplification": (np.float32, (n,)),
+    }
+    return shapes | ({"down": (np.float32, (job.d_model, job.d_ff))} if job.refit else {})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A calibration that was saved: what it was made from, and what it found. Its tensors are read layer by layer."""
+
+    path: Path
+    job: Job
+    reports: tuple[dict[str, Any], ...]
+
+    @property
+    def n_shared(self) -> int:
+        """The most always-on experts that a layer has."""
+        return max(int(report["always_on"]) for report in self.reports)
+
+    def layer(self, i: int, slicing: Slicing) -> LayerExperts:
+        """The experts of layer `i`, padded, and amplified for the count and the mode of `slicing`.
+
+        Raises:
+            CalibrationError: the tensors are not what the file's own description says.
+        """
+        shapes, parts = _shapes(self.job), {}
+        with _opened(self.path) as file:
+            for name, (kind, shape) in shapes.items():
+                view = file.get_slice(f"{i}.{name}")
+                stored = tuple(view.get_shape()), view.get_dtype()
+                if stored != (shape, "I64" if kind is np.int64 else "F32"):
+                    raise _broken(self.path, f"layer {i} has a {name} of {stored[1]} {stored[0]}")
+                parts[name] = file.get_tensor(f"{i}.{name}")
+        order = np.full((self.job.n_expert, slicing.d_expert), PADDING, np.int64)
+        order[:, : parts["order"].shape[1]] = parts["order"]
+        neurons = np.sort(order[order != PADDING])
+        if not np.array_equal(neurons, np.arange(self.job.d_ff)):
+            raise _broken(self.path, f"layer {i} does not place every neuron once")
+        if not all(np.isfinite(part).all() for part in parts.values()):
+            raise _broken(self.path, f"layer {i} holds numbers that are not finite")
+        made = LayerExperts(order, parts["router"], parts["amplification"], parts.get("down"), self.reports[i])
+        return _rescaled(made, self.job, slicing)
+
+
+def _rescaled(made: LayerExperts, job: Job, slicing: Slicing) -> LayerExperts:
+    """The same experts for another count or mode; what `moe2gguf.experts.carve` would give with these groups."""
+    amplify = slicing.recipe.amplify
+    if (job.amplify, job.n_expert_used) == (amplify, slicing.n_expert_used):
+        return made
+    size = {name: EXACT_ROUTER if name == "exact" else ROUTER for name in ("exact", "used")}
+    factor = slicing.n_expert if amplify == "exact" else slicing.n_expert_used
+    return replace(
+        made,
+        router=made.router * np.float32(size[amplify] / size[job.amplify]),
+        amplification=np.full(slicing.n_expert, factor, np.float32),
+    )
+
+
+def read(path: Path) -> Saved:
+    """Open a saved calibration; no tensor is read.
+
+    Raises:
+        CalibrationError: it is not one, or it is damaged.
+    """
+    with _opened(path) as file:
+        metadata, names = file.metadata() or {}, set(file.keys())
+    if metadata.get("format") != FORMAT:
+        raise _broken(path, "its format is unknown")
+    try:
+        job = Job(**json.loads(metadata["job"]))
+        reports = tuple(json.loads(metadata["reports"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _broken(path, str(error)) from error
+    if not _sound(job) or len(reports) != job.n_layer or not all(_is_report(r, job.n_expert) for r in reports):
+        raise _broken(path, "its description does not make sense")
+    if names != {f"{i}.{name}" for i in range(job.n_layer) for name in _shapes(job)}:
+        raise _broken(path, "tensors are missing, or too many")
+    return Saved(path, job, reports)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, str(error)) from error
+
+
+def _broken(path: Path, why: str) -> CalibrationError:
+    return CalibrationError(f"{path}: not a calibration that --save-calibration wrote ({why}); calibrate again")
+
+
+def _sound(job: Job) -> bool:
+    """Every field of its type, every count in its range."""
+    optional = job.always_on is None or (type(job.always_on) is int and 0 <= job.always_on <= job.n_expert)
+    texts = (job.checkpoint, job.text, job.label, job.group, job.router, job.amplify)
+    counts = (job.n_token, job.n_layer, job.d_model, job.d_ff, job.n_expert, job.n_expert_used)
+    return (
+        optional
+        and all(isinstance(text, str) for text in texts)
+        and all(type(count) is int and 0 < count < 2**40 for count in counts)
+        and isinstance(job.refit, bool)
+        and type(job.seed) is int
+        and job.n_expert_used <= job.n_expert <= job.d_ff
+    )
+
+
+def _is_report(report: Any, n_expert: int) -> bool:
+    """Finite numbers and lists of them, among them those that every layer has."""
+    if not isinstance(report, dict) or not all(_is_figure(value) for value in report.values()):
+        return False
+    one, each = (
+        (report.get("always_on"), report.get("always_on_rate")),
+        (report.get("load"), report.get("energy_by_used")),
+    )
+    return all(isinstance(v, float) for v in one) and all(isinstance(v, list) and len(v) == n_expert for v in each)
+
+
+def _is_figure(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(type(number) in (int, float) and math.isfinite(number) for number in values)

@@ -1,0 +1,220 @@
+"""moe2gguf.experts.saved: a calibration in a file gives the same experts again, and refuses what does not fit it."""
+
+import json
+import struct
+import sys
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.errors import CalibrationError, Moe2GgufError, OutputError, PlanError
+from moe2gguf.experts import saved
+
+QUICK = {"experts": 8, "calibration_tokens": 1024}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaMA."""
+    return checkpoints.make(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="module")
+def kept(folder, tmp_path_factory):
+    """(GGUF file, calibration file) of one conversion without a refit: 8 experts, 4 used, 2 of them always on."""
+    place = tmp_path_factory.mktemp("kept")
+    options = Options(**QUICK, used=4, always_on=2, save_calibration=place / "kept.calibration")
+    convert(folder, place / "x.gguf", options)
+    return place / "x.gguf", place / "kept.calibration"
+
+
+@pytest.fixture(scope="module")
+def refitted(folder, tmp_path_factory):
+    """The same with a refit."""
+    place = tmp_path_factory.mktemp("refitted")
+    options = Options(**QUICK, used=4, refit=True, save_calibration=place / "kept.calibration")
+    convert(folder, place / "x.gguf", options)
+    return place / "x.gguf", place / "kept.calibration"
+
+
+def tensors(path):
+    """Name -> array of a GGUF file, read by gguf's own reader."""
+    return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("which", ["kept", "refitted"])
+def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, request, monkeypatch):
+    """Without a pass over the text: torch is not needed; no option has to be repeated."""
+    file, calibration = request.getfixturevalue(which)
+    monkeypatch.setitem(sys.modules, "moe2gguf.experts.calibration", None)
+
+    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=calibration))
+
+    assert file.read_bytes() == (tmp_path / "y.gguf").read_bytes()
+    assert 3 == len(done.layers)
+    assert ["y.gguf"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_another_type_and_padding(folder, refitted, tmp_path):
+    """The same experts in F16, padded to 32: equal to a conversion that calibrates for them."""
+    convert(folder, tmp_path / "a.gguf", Options(load_calibration=refitted[1], type="f16", align=32))
+    convert(folder, tmp_path / "b.gguf", Options(**QUICK, used=4, refit=True, type="f16", align=32))
+
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("options", "factor", "size"), [({"used": 6}, 6 / 4, 1), ({"amplify": "exact"}, 8 / 4, 0.1)])
+def test_another_count_or_amplification_without_a_new_pass(folder, kept, tmp_path, options, factor, size):
+    """Down projections times the ratio of the factors, the router smaller for `exact`, all else equal."""
+    convert(folder, tmp_path / "y.gguf", Options(load_calibration=kept[1], **options))
+
+    before, after = tensors(kept[0]), tensors(tmp_path / "y.gguf")
+    for name, data in before.items():
+        times = factor if "down_exps" in name else size if "gate_inp" in name else 1
+        np.testing.assert_allclose(data * np.float32(times), after[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "words"),
+    [
+        ("refitted", {"used": 5}, "--used 5: kept.calibration was made with 4"),
+        ("refitted", {"refit": False}, "--refit False: kept.calibration was made with True"),
+        ("kept", {"amplify": "any"}, "--amplify any: kept.calibration was made with used"),
+        ("kept", {"experts": 4, "group": "random"}, "--group random: kept.calibration was made with activations"),
+        ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 always-on experts"),
+        ("kept", {"seed": 3}, "--seed 3: kept.calibration was made with 0"),
+        ("kept", {"recipe": "seed"}, "the seed recipe and --dense use no calibration"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(folder, which, options, words, request):
+    """By the plan, all of them."""
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(folder, Options(load_calibration=request.getfixturevalue(which)[1], **options))
+
+    assert words in str(caught.value)
+
+
+def test_another_text_is_refused(folder, kept, tmp_path):
+    """By its digest; the file's own text is named."""
+    (tmp_path / "other.txt").write_text("other words " * 100)
+
+    with pytest.raises(PlanError, match="made from another text, python documentation topics"):
+        plan_conversion(folder, Options(load_calibration=kept[1], calibration=tmp_path / "other.txt"))
+
+
+def test_another_checkpoint_is_refused(folder, kept, tmp_path):
+    """Of another shape by the plan; of the same shape before anything is written, for one changed number."""
+    wide = checkpoints.make(tmp_path / "wide", intermediate_size=128)
+    with pytest.raises(PlanError, match="made for d_ff 96, the checkpoint has 128"):
+        plan_conversion(wide, Options(load_calibration=kept[1]))
+    twin = checkpoints.make(tmp_path / "twin")
+    weights = load_file(twin / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(CalibrationError, match="made from another checkpoint"):
+        convert(twin, tmp_path / "y.gguf", Options(load_calibration=kept[1]))
+
+    assert ["twin", "wide"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def changed(source, target, change):
+    """A copy of a calibration with its header changed by `change(header)`."""
+    data = source.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    target.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return target
+
+
+def _job(**values):
+    def change(header):
+        header["__metadata__"]["job"] = json.dumps(json.loads(header["__metadata__"]["job"]) | values)
+
+    return change
+
+
+def _metadata(**values):
+    return lambda header: header["__metadata__"].update(values)
+
+
+def _swap(header):
+    """Two tensors change places: the first is another's size."""
+    header["0.router"], header["0.amplification"] = header["0.amplification"], header["0.router"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _job(n_layer=2**39),
+        _job(n_expert=2**39),
+        _job(d_ff=-1),
+        _job(refit="yes"),
+        _job(surplus=1),
+        _job(always_on=99),
+        _metadata(job="[" * 100000),
+        _metadata(reports="[]"),
+        _metadata(reports='[{"always_on": 1}, {}, {}]'),
+        _metadata(format="2"),
+        _swap,
+        lambda header: header.pop("1.order"),
+        lambda header: header.pop("__metadata__"),
+    ],
+)
+def test_damaged_and_hostile_files(folder, kept, tmp_path, change):
+    """One clear error each; nothing is allocated from their numbers, nothing is written."""
+    bad = changed(kept[1], tmp_path / "bad", change)
+
+    with pytest.raises(Moe2GgufError, match="bad"):
+        convert(folder, tmp_path / "y.gguf", Options(load_calibration=bad))
+
+    assert ["bad"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_orders_that_are_no_permutation(folder, kept, tmp_path):
+    """A neuron twice, or a number out of range, never reaches a weight."""
+    stored = load_file(kept[1])
+    for value in (0, 10**6):
+        data = bytearray(kept[1].read_bytes())
+        old = stored["2.order"].tobytes()
+        new = stored["2.order"].copy()
+        new[0, 0] = new[0, 1] if value == 0 else value
+        at = bytes(data).index(old)
+        data[at : at + len(old)] = new.tobytes()
+        (tmp_path / "bad").write_bytes(data)
+
+        with pytest.raises(CalibrationError, match="layer 2 does not place every neuron once"):
+            convert(folder, tmp_path / "y.gguf", Options(load_calibration=tmp_path / "bad"))
+
+
+def test_other_files_are_refused(folder, tmp_path):
+    """Not a calibration at all: text, another safetensors file."""
+    (tmp_path / "text").write_text("hello")
+    for path in (tmp_path / "text", folder / "model.safetensors"):
+        with pytest.raises(CalibrationError, match="not a calibration that --save-calibration wrote"):
+            plan_conversion(folder, Options(load_calibration=path))
+
+
+def test_an_existing_file_is_not_replaced(folder, kept, tmp_path):
+    """Said before the calibration starts."""
+    before = kept[1].read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        convert(folder, tmp_path / "y.gguf", Options(**QUICK, used=4, save_calibration=kept[1]))
+
+    assert before == kept[1].read_bytes()
+
+
+def test_the_file_is_read_by_the_safetensors_library(kept):
+    """Names, shapes and types are those that the module says."""
+    stored = load_file(kept[1])
+
+    assert {f"{i}.{name}" for i in range(3) for name in ("order", "router", "amplification")} == set(stored)
+    assert ((8, 12), (8, 64)) == (stored["0.order"].shape, stored["0.router"].shape)
+    assert list(range(96)) == sorted(stored["0.order"].ravel().tolist())
+    assert saved.read(kept[1]).job.label == "python documentation topics"
