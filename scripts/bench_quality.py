@@ -1,0 +1,76 @@
+"""quality: ours and the rivals at 75 % and 50 % of the MLP, same model, same tokens, same run.
+
+Contiguous slices with a zero router, random groups with least squares, EMoE, ExpertWeaver's rule, FLAP (uniform and
+standard), a static choice of neurons with and without our refit, ours with and without it, and CMoE: 16 experts each.
+The first 70 % of the text calibrate, windows of the rest are scored: in llama.cpp, but for CMoE's router, which only
+PyTorch can run. Sources and what differs: scripts/rivals.py. The full run takes hours on two cores, --quick minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from environment import ROOT, Environment, cache_folder, fail
+
+NEEDED = ("moe2gguf", "torch", "transformers", "llama_cpp")
+ENVIRONMENT = Environment(
+    ROOT / ".venv" / "quality",
+    steps=[["-m", "pip", "install", "-qq", "-e", ".[calibrate]"], ["vendor/install", "cpu"]],
+    inputs=[ROOT / "pyproject.toml", ROOT / "vendor" / "native.toml", ROOT / "vendor" / "install"],
+)
+QUICK = ["--tokens", "2048", "--windows", "2"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Find a Python with all packages and the model, then start quality.py."""
+    options, rest = parse(arguments)
+    here = all(importlib.util.find_spec(name) for name in NEEDED)
+    if not here:
+        ENVIRONMENT.prepare()
+    python = Path(sys.executable) if here else ENVIRONMENT.python
+    model = options.model or smollm2(python)
+    command = [python, ROOT / "scripts" / "quality.py", "--model", model, "--work", options.work]
+    if options.text:
+        rest += ["--text", str(options.text)]
+    quick = QUICK if options.quick else []
+    raise SystemExit(subprocess.run([*command, *quick, *rest], check=False).returncode)
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `scripts/bench quality`; those of quality.py are handed on."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a dense checkpoint (default: SmolLM2-135M)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to calibrate and score on (default: Python's)")
+    parser.add_argument("--quick", action="store_true", help="2048 tokens and 2 windows: whether it runs, no result")
+    parser.add_argument(
+        "--work", type=Path, default=cache_folder() / "bench-quality", metavar="DIR",
+        help="where files are made, one at a time (default: the user's cache folder)",
+    )  # fmt: skip
+    handed_on = {
+        "--tokens": "calibration tokens (default: 16384)",
+        "--windows": "windows of 512 tokens to score (default: 16)",
+        "--used": "counts of 16 experts (default: 12,8)",
+        "--only": "only methods whose name this regular expression finds",
+        "--threads": "threads (default: 2)",
+        "--json": "write all figures to this file",
+    }
+    for name, text in handed_on.items():
+        parser.add_argument(name, help=text)
+    options = parser.parse_args(arguments)
+    given = [(name, getattr(options, name.removeprefix("--"))) for name in handed_on]
+    return options, [part for name, value in given if value is not None for part in (name, value)]
+
+
+def smollm2(python: Path) -> Path:
+    """The folder that scripts/smollm2 makes."""
+    done = subprocess.run([python, ROOT / "scripts" / "smollm2"], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        fail("scripts/smollm2 could not make the model; name one with --model")
+    return Path(done.stdout.strip())

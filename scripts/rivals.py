@@ -1,0 +1,166 @@
+"""Other methods in our protocol, for scripts/bench quality: written from their papers, on the same dense activations.
+
+Carvers take the place of `moe2gguf.experts.carve.carve` and give one layer's experts; FLAP prunes, and gives masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe2gguf.experts import amplification, routing
+from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs
+from moe2gguf.experts.grouping import Groups, balanced_assign, group_sizes
+from moe2gguf.experts.rows import Rows, chunks
+from moe2gguf.spec import Slicing
+
+MARKED = 10
+"""Neurons that CMoE marks per token (K_a)."""
+
+VARIED = 0.6
+"""ExpertWeaver's tau: the coefficient of variation above which a neuron counts as specialized."""
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length 1."""
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+@dataclass(frozen=True)
+class CMoE(Carved):
+    """A layer with CMoE's router: not linear, so no GGUF file has it.
+
+    `score_mlp` has the rows of each routed expert's representative neuron, at length 1.
+    """
+
+    score_mlp: MLP | None = field(default=None)
+
+    def weights(self, x: Tensor, k: int) -> Tensor:
+        """1 for the shared experts and for those whose representative neuron is largest."""
+        n_routed = len(self.score_mlp.gate)
+        n_shared = len(self.groups) - n_routed
+        chosen = self.score_mlp.hidden(x).abs().topk(k - n_shared, dim=1).indices + n_shared
+        weights = torch.zeros(len(x), len(self.groups))
+        weights[:, :n_shared] = 1
+        return weights.scatter_(1, chosen, 1.0)
+
+
+def cmoe_split(mlp: MLP, x: Rows, n_expert: int, n_shared: int) -> tuple[Groups, Tensor]:
+    """CMoE's groups, and a representative neuron for each routed one (https://arxiv.org/abs/2502.04416, section 4).
+
+    Every token marks its largest |h|, with x and the rows of gate and up at length 1 as in the authors' code. Shared
+    are the neurons marked most often; the others join, one assignment, whichever of the next most often marked
+    columns is nearest (of 0/1 columns: count + count - 2 marked together), to groups of equal size.
+    """
+    d_ff = len(mlp.gate)
+    normed, together = MLP(unit(mlp.gate), unit(mlp.up), mlp.down), torch.zeros(d_ff, d_ff)
+    for part in chunks(len(x)):
+        top = normed.hidden(unit(x[part])).abs_().topk(MARKED, 1).indices
+        marks = torch.zeros(len(top), d_ff).scatter_(1, top, 1.0)
+        together.addmm_(marks.T, marks)
+    count, sizes = together.diagonal(), group_sizes(d_ff, n_expert)
+    order = count.argsort(descending=True, stable=True)
+    cut = sum(sizes[:n_shared])
+    shared, rest = order[:cut], order[cut:]
+    gram, often = together[rest][:, rest], count[rest]
+    n_routed = n_expert - n_shared
+    distance = often[:, None] + often[None, :n_routed] - 2 * gram[:, :n_routed]
+    label = balanced_assign(-distance, sizes[n_shared:])
+    groups, representatives = list(shared.split(sizes[:n_shared])) if n_shared else [], []
+    for e in range(n_routed):
+        members = (label == e).nonzero()[:, 0]
+        from_center = often[members] - 2 * gram[members][:, members].mean(1)  # |c_i - mean|^2, less a constant
+        representatives.append(rest[members[from_center.argmin()]])
+        groups.append(rest[members])
+    return groups, torch.stack(representatives)
+
+
+def cmoe(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions, n_shared: int) -> Carved:
+    """CMoE, training-free: its split, its representative neurons for a router, weights 1."""
+    del seen
+    groups, neurons = cmoe_split(mlp, inputs.dense, slicing.n_expert, n_shared)
+    score = MLP(unit(mlp.gate[neurons]), unit(mlp.up[neurons]), mlp.down[neurons])
+    zero = torch.zeros(slicing.n_expert, mlp.gate.shape[1])
+    return CMoE(mlp, groups, zero, amplification.uniform(slicing.n_expert, 1), score_mlp=score)
+
+
+def expert_weaver(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions, n_context: int) -> Carved:
+    """ExpertWeaver's rule for how many experts are shared, and its router of mean gate rows, on CMoE's split.
+
+    https://arxiv.org/abs/2602.15521: S = round((0.7 - 0.5 r) n), r the share of neurons whose mean activation varies
+    from sample to sample by more than tau of its mean. Its own split ranks by |silu(g x)|, which did worse here; on
+    CMoE's split the rule has been tested before. Capped at k: more would not fit the budget.
+    """
+    del seen
+    n, k = slicing.n_expert, slicing.n_expert_used
+    n_shared = min(weaver_count(mlp, inputs.dense, n, n_context), k)
+    groups, _ = cmoe_split(mlp, inputs.dense, n, n_shared)
+    x = inputs.dense
+    xx, x1, largest = torch.zeros_like(mlp.gate.T @ mlp.gate), torch.zeros(mlp.gate.shape[1]), 0.0
+    rows = routing.centered(routing.gate_mean(mlp.gate, groups[n_shared:]))
+    for part in chunks(len(x)):
+        piece = x[part]
+        xx.addmm_(piece.T, piece)
+        x1 += piece.sum(0)
+        largest = max(largest, float((piece @ rows.T).abs().max()))
+    router = routing.assemble(rows, routing.constant_direction(xx, x1), n_shared, largest)
+    return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, n_shared))
+
+
+def weaver_count(mlp: MLP, x: Rows, n_expert: int, n_context: int) -> int:
+    """ExpertWeaver's number of shared experts; a sample is one window of n_context tokens."""
+    means = [torch.nn.functional.silu(x[part] @ mlp.gate.T).mean(0).abs() for part in chunks(len(x), n_context)]
+    activation = torch.stack(means)
+    variation = activation.std(0) / activation.mean(0).clamp_min(1e-12)
+    specialized = float((variation > VARIED).float().mean())
+    return round(min(0.7, max(0.2, 0.7 - 0.5 * specialized)) * n_expert)
+
+
+def _no_report(n_expert: int, n_shared: int) -> dict[str, object]:
+    return {"always_on": float(n_shared), "load": [0.0] * n_expert}
+
+
+@dataclass(frozen=True)
+class Fluctuation:
+    """FLAP's statistics of one layer: score and mean of every neuron, each (d_ff,), and its row of `down`."""
+
+    score: Tensor
+    mean: Tensor
+    down: Tensor
+
+
+def fluctuation(mlp: MLP, x: Rows) -> Fluctuation:
+    """FLAP (https://arxiv.org/abs/2312.11983, equation 4): var(h_i) |d_i|^2, and the mean of h_i for the bias."""
+    total, square = torch.zeros(len(mlp.gate), dtype=torch.float64), torch.zeros(len(mlp.gate), dtype=torch.float64)
+    for part in chunks(len(x)):
+        h = mlp.hidden(x[part]).double()
+        total += h.sum(0)
+        square += h.square().sum(0)
+    mean = total / len(x)
+    variance = (square - len(x) * mean.square()) / (len(x) - 1)
+    return Fluctuation((variance * mlp.down.double().square().sum(1)).float(), mean.float(), mlp.down.clone())
+
+
+def flap_uniform(layers: Sequence[Fluctuation], share: float) -> list[Tensor]:
+    """Keep the same share of every layer (the paper's UL-UM): masks (d_ff,)."""
+    masks = []
+    for layer in layers:
+        keep = torch.zeros(len(layer.score), dtype=torch.bool)
+        keep[layer.score.topk(round(share * len(keep))).indices] = True
+        masks.append(keep)
+    return masks
+
+
+def flap_standard(layers: Sequence[Fluctuation], share: float) -> list[Tensor]:
+    """Scores standardized within each layer, one threshold for all (the paper's AL-AM, on the MLPs only): masks."""
+    scores = torch.stack([(layer.score - layer.score.mean()) / layer.score.std() for layer in layers])
+    threshold = scores.flatten().sort(descending=True).values[round(share * scores.numel()) - 1]
+    return [row >= threshold for row in scores]
+
+
+def flap_bias(layer: Fluctuation, keep: Tensor) -> Tensor:
+    """(d_model,): what the pruned neurons give on average (the paper's baseline bias compensation)."""
+    return (layer.mean * ~keep) @ layer.down
