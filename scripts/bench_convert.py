@@ -9,9 +9,9 @@ One synthetic LLaMA-shaped bf16 checkpoint in shards; every leg writes its outpu
   moe2gguf dense convert --dense, the same file as the peer's
 
 The legs are interleaved over the repeats, each repeat starting with another leg; the figures are medians. Before a leg
-all weight files are read once (page cache warm for all); after it, outside its time, everything is flushed (sync) and
-its output removed. Time runs from process start to exit, so Python's start counts. Peak memory is the kernel's
-ru_maxrss, which counts memory-mapped pages of the checkpoint while they are mapped.
+all weight files are read once (page cache warm for all) and free memory is touched; after it, outside its time,
+everything is flushed (sync) and its output removed. Time runs from process start to exit, so Python's start counts.
+Peak memory is the kernel's ru_maxrss, which counts memory-mapped pages of the checkpoint while they are mapped.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ and from the f16 file of the dense model to other types, on the same threads:
   moe2gguf TYPE           quantize, with its verification and its fsync
 
 The legs of a group are interleaved over the repeats; the figures are medians. Before a leg its inputs are read once
-(page cache warm for all); after it everything is flushed (sync) and its output removed. Time runs from process start to
-exit. Peak memory is the kernel's ru_maxrss of the largest process of a leg, bytes written are all files it leaves.
+(page cache warm for all) and free memory is touched; after it everything is flushed (sync) and its output removed. Time
+runs from process start to exit. Peak memory is the kernel's ru_maxrss of the largest process of a leg, bytes written
+are all files that it leaves.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 PIECE = 1 << 18
 """Elements that are quantized together: a fraction of a second in the slowest kernel, a megabyte of float32."""
 
-FLUSH_BYTES = 1 << 27
+FLUSH_BYTES = 1 << 26
 """The disk is set to work whenever so much has been written, so that little is left to wait for at the end."""
 
 
