@@ -12,11 +12,11 @@ import tiny_gguf
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness import metrics
+from moe2gguf.harness import logits, metrics
 from moe2gguf.harness.child import run_in_child
 from moe2gguf.harness.library import import_llama
 from moe2gguf.harness.llama import Facts, Setup, open_model, read_facts
-from moe2gguf.harness.logits import Reference, cut, measure, record
+from moe2gguf.harness.logits import Reference, cut, measure, record, record_here
 
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
 N_EXPERT = 4
@@ -271,3 +271,32 @@ def test_no_room_for_the_reference(files: dict[str, Path]) -> None:
         pytest.skip("needs /dev/full, which always says that the disk is full")
     with pytest.raises(HarnessError, match=r"cannot keep the reference's logits.*TMPDIR"):
         record(files["dense"], one_thread(n_context=128), TEXT * 3, 100, 0, full)
+
+
+N_LARGE, N_BATCH = 131072, 128
+
+
+def memory_of_a_comparison(path: Path, folder: Path, n_window: int) -> int:
+    """Runs in a child process: by how many bytes its peak exceeds what it held with the model loaded."""
+    setup = one_thread(n_context=2 * N_BATCH, n_batch=N_BATCH)
+    n_token = n_window * (N_BATCH - 1)
+    text = TEXT * (40 * n_window)
+    status = Path("/proc/self/status")
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    reference = record_here(path, setup, text, n_token, N_BATCH, folder / "logits", None)
+    assert n_window == sum(1 for _ in logits._measure(path, setup, reference, metrics.TAIL))
+    return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_is_a_few_blocks_whatever_the_text(tmp_path: Path) -> None:
+    """131,072 tokens in the vocabulary: at most four blocks of logits besides the file, and no more for more text."""
+    weights = tiny_gguf.dense_weights(n_layer=1, d_model=16, n_head=2, n_head_kv=1)
+    for name in ("token_embd.weight", "output.weight"):
+        weights[name] = np.resize(weights[name], (N_LARGE, 16))
+    path = tiny_gguf.write_gguf(tmp_path / "wide.gguf", weights, n_head=2, n_head_kv=1)
+    one, three = (run_in_child(memory_of_a_comparison, path, tmp_path, n) for n in (1, 3))
+    block = N_BATCH * N_LARGE * 4
+    room = path.stat().st_size + 32 * 2**20  # the file's pages, the vocabulary, what llama.cpp imports
+    assert one < 4 * block + room
+    assert three < one + block / 4

@@ -109,7 +109,7 @@ def write_gguf(
     if stack is not None:
         writer.add_expert_count(stack.shape[0])
         writer.add_expert_used_count(stack.shape[0] if n_expert_used is None else n_expert_used)
-    _add_vocabulary(writer, texts or {})
+    _add_vocabulary(writer, texts or {}, len(weights["token_embd.weight"]))
     for name, w in weights.items():
         keep_f32 = w.ndim == 1 or name.endswith("ffn_gate_inp.weight")
         writer.add_tensor(name, w if keep_f32 or not f16 else w.astype(np.float16))
@@ -133,8 +133,12 @@ def chain_weights(successors: Mapping[int, int], *, d_model: int = 64, seed: int
     return weights
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, texts: Mapping[int, str]) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, texts: Mapping[int, str], n_vocab: int) -> None:
     tokens, scores, kinds = vocabulary()
+    unused = range(len(tokens), n_vocab)
+    tokens += [f"[PAD{i}]" for i in unused]
+    scores += [-1000.0 for _ in unused]
+    kinds += [int(gguf.TokenType.UNUSED) for _ in unused]
     for token, text in texts.items():
         tokens[token] = text
     writer.add_tokenizer_model("llama")

@@ -1,7 +1,8 @@
 """The logits of one text under two files: the reference's go to disk once, every other file is compared with them.
 
-Only scored positions are computed to logits, a batch at a time, so memory stays near n_batch * n_vocab * 4 bytes
-for any text and any vocabulary; disk space is n_token * n_vocab * 4 bytes, or what `record` is given: see `compact`.
+Only scored positions are computed to logits, a batch at a time, so memory is at most four blocks of n_batch * n_vocab
+* 4 bytes (two of llama.cpp's, the reference's, and work) for any text and any vocabulary; disk space is
+n_token * n_vocab * 4 bytes, or what `record` is given: see `compact`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def record(
     bytes the file may have before it takes the compact form. Raises HarnessError if llama.cpp cannot run the file, the
     text is too short, or the disk has no room.
     """
-    return run_in_child(_record, path, setup, text, n_token, first, target, room, what=f"running {path}")
+    return run_in_child(record_here, path, setup, text, n_token, first, target, room, what=f"running {path}")
 
 
 def measure(
@@ -115,9 +116,10 @@ def measure(
     yield from stream_from_child(_measure, path, setup, reference, tail, what=f"running {path}", **limits)
 
 
-def _record(
+def record_here(
     path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None
 ) -> Reference:
+    """Do what `record` does in the process that calls it: a child process, or a benchmark's own."""
     with open_model(path, setup) as model:
         tokens, n = text_tokens(model, text), setup.n_context
         n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
@@ -143,12 +145,13 @@ def _measure(path: Path, setup: Setup, reference: Reference, tail: float) -> Ite
     with open_model(path, setup) as model, reference.logits.open("rb") as file:
         _require_same_vocabulary(model, reference)
         for window in windows.tokens:
-            yield metrics.join(_compare_window(model, window, reference, file, tail))
+            yield metrics.join(compare_window(model, window, reference, file, tail))
 
 
-def _compare_window(
+def compare_window(
     model: Llama, window: NDArray[np.int32], reference: Reference, file: IO[bytes], tail: float
 ) -> Iterator[TokenScores]:
+    """Yield the scores of a window (n_context,), a batch at a time; `file` stands where the window's logits begin."""
     for block, targets in _scored(model, window, reference.windows.first):
         if reference.n_kept is None:
             base = np.fromfile(file, np.float32, block.size).reshape(block.shape)

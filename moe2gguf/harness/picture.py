@@ -36,7 +36,7 @@ def write_picture(found: Comparison, target: Path) -> None:
     if not sound:
         raise HarnessError(f"{target}: no row ran, there is nothing to draw")
     matplotlib = _matplotlib()
-    with matplotlib.rc_context({"svg.hashsalt": "moe2gguf", "font.size": 10}):
+    with matplotlib.rc_context({"svg.hashsalt": "moe2gguf", "text.parse_math": False, "font.size": 10}):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         if found.choice:
@@ -62,7 +62,7 @@ def _over_speed(axes: Axes, found: Comparison, sound: list[Row]) -> None:
     """Every (file, k) a point, the front a dotted line, the dense model's speed a dashed one, the choice a ring."""
     for name, rows in by_file([row for row in sound if row.speed]).items():
         points = [_point(row, found) for row in rows]
-        axes.scatter(*zip(*points, strict=True), label=name, zorder=3)
+        axes.scatter(*zip(*points, strict=True), label=_legend(name), zorder=3)
         for row, point in zip(rows, points, strict=True):
             words = f"k={row.candidate.n_expert_used}" if row.candidate.n_expert else "dense"
             axes.annotate(words, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
@@ -81,7 +81,7 @@ def _over_count(axes: Axes, found: Comparison, sound: list[Row]) -> None:
     for name, rows in by_file(sound).items():
         ordered = sorted(rows, key=lambda row: row.candidate.n_expert_used)
         heights = [shown(row.quality.summary.kl_mean, found) for row in ordered if row.quality]
-        axes.plot([row.candidate.n_expert_used for row in ordered], heights, "o-", label=name)
+        axes.plot([row.candidate.n_expert_used for row in ordered], heights, "o-", label=_legend(name))
     axes.set_xlabel("experts used per token")
 
 
@@ -89,6 +89,11 @@ def _point(row: Row, found: Comparison) -> tuple[float, float]:
     if row.speed is None or row.quality is None:
         raise ValueError(f"{row.candidate.label} was not timed")
     return row.speed.generation.median, shown(row.quality.summary.kl_mean, found)
+
+
+def _legend(name: str) -> str:
+    """A name as matplotlib shows it: one with an underscore in front would be left out."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _matplotlib() -> Any:
