@@ -83,6 +83,7 @@ def _map(
     trace: dict[str, Any] = {
         "type": "heatmap",
         "z": [list(row) for row in rows],
+        "x": [*range(len(rows[0]))],
         "y": [one.layer for one in layers],
         "colorscale": "Viridis",
         "colorbar": {"thickness": 12},
@@ -90,8 +91,12 @@ def _map(
     }
     if limits:
         trace |= {"zmin": limits[0], "zmax": limits[1]}
-    layout = {"xaxis": {"title": {"text": "expert"}}, "yaxis": {"title": {"text": "layer"}, "autorange": "reversed"}}
-    return {"data": [trace], "layout": layout}
+    return {"data": [trace], "layout": {"xaxis": _axis("expert"), "yaxis": _axis("layer") | {"autorange": "reversed"}}}
+
+
+def _axis(title: str) -> dict[str, Any]:
+    """Whole numbers only."""
+    return {"title": {"text": title}, "type": "category"}
 
 
 def _together(layers: Sequence[LayerUse]) -> dict[str, Any]:
@@ -99,6 +104,8 @@ def _together(layers: Sequence[LayerUse]) -> dict[str, Any]:
     trace = {
         "type": "heatmap",
         "z": [list(row) for row in layers[0].together],
+        "x": [*range(len(layers[0].load))],
+        "y": [*range(len(layers[0].load))],
         "zmin": 0.0,
         "zmax": 1.0,
         "colorscale": "Viridis",
@@ -113,8 +120,8 @@ def _together(layers: Sequence[LayerUse]) -> dict[str, Any]:
     return {
         "data": [trace],
         "layout": {
-            "xaxis": {"title": {"text": "expert"}},
-            "yaxis": {"title": {"text": "expert"}, "autorange": "reversed"},
+            "xaxis": _axis("expert"),
+            "yaxis": _axis("expert") | {"autorange": "reversed"},
             "updatemenus": [menu],
         },
     }

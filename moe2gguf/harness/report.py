@@ -133,7 +133,7 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
         {
             "type": "scatter",
             "mode": "markers+text",
-            "name": name,
+            "name": escape(name),
             "x": [row.speed.generation.median for row in rows if row.speed],
             "y": [shown(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
             "error_x": {
@@ -143,7 +143,7 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
                 "arrayminus": [row.speed.generation.median - row.speed.generation.low for row in rows if row.speed],
             },
             "text": [str(row.candidate.n_expert_used) if row.candidate.n_expert else "dense" for row in rows],
-            "hovertext": [row.candidate.label for row in rows],
+            "hovertext": [escape(row.candidate.label) for row in rows],
             "textposition": "top center",
             "marker": {"size": 12},
         }
@@ -185,11 +185,11 @@ def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, A
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": name,
+                "name": escape(name),
                 "x": [row.candidate.n_expert_used for row in ordered],
                 "y": [shown(i.mean, found) for i in intervals],
                 "error_y": {"type": "data", "array": [_half(i.high - i.mean) for i in intervals]},
-                "hovertext": [row.candidate.label for row in ordered],
+                "hovertext": [escape(row.candidate.label) for row in ordered],
             }
         )
     layout = _axes("experts used per token", _KL)
@@ -211,7 +211,7 @@ def _series(found: Comparison, sound: Sequence[Row], name: str, axis: str) -> di
         {
             "type": "scatter",
             "mode": "lines" if by_position else "lines+markers",
-            "name": label,
+            "name": escape(label),
             "x": _positions(found, len(values)) if by_position else list(range(1, len(values) + 1)),
             "y": [value if is_loss else shown(value, found) for value in values],
             **({"line": {"dash": "dot", "color": "gray"}} if is_loss and label == "reference" else {}),
