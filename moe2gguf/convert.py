@@ -84,10 +84,11 @@ def convert(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Conversion:
-    """Convert the Hugging Face folder `model` into the GGUF file `out`.
+    """Convert `model` into the GGUF file `out`.
 
     Args:
-        model: folder with config.json, tokenizer files and safetensors (f32, f16, bf16).
+        model: folder with config.json, tokenizer files and safetensors (f32, f16, bf16); or a dense GGUF file of
+            arch llama or qwen2, of any types, or one of its shards.
         out: the file to write; it appears only when it is complete and verified.
         options: how many experts, which type, ...: see `Options`.
         force: replace `out` if it exists.
@@ -97,12 +98,12 @@ def convert(
 
     Raises:
         PlanError: the model or the options do not fit; every reason is listed.
-        CheckpointError: `model` is not a model folder, or a file of it ends early.
+        CheckpointError: `model` is no model, or a file of it ends early.
         CorruptWeightError: a weight is NaN, infinite, or too large for the type.
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
         CalibrationError: the text or the activations cannot be used, or torch is missing.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
-        GGUFError: the written file did not verify (a defect of ours or of the disk).
+        GGUFError: `model` is a file but no sound GGUF file, or the written file did not verify.
     """
     plan = plan_conversion(model, options)
     return write_plan(plan, out, force=force, resume=resume, threads=threads, progress=progress)
@@ -120,11 +121,10 @@ def write_plan(
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
     quantizers = threads or os.cpu_count() or 1
     threads = threads or min(os.cpu_count() or 1, 4)
-    sources = [path for path in plan.checkpoint.folder.iterdir() if path.is_file()]
-    require_kernels(tensor.type for tensor in plan.tensors)
-    check_target(out, (*plan.checkpoint.files, *sources), force=force)
+    require_kernels(tensor.type for tensor in plan.tensors if not tensor.copied)
+    check_target(out, plan.checkpoint.own_files, force=force)
     if target := plan.options.save_calibration:
-        check_target(target, (*plan.checkpoint.files, *sources), force=force)
+        check_target(target, plan.checkpoint.own_files, force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
     calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
     journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
@@ -173,21 +173,21 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str
 
     They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
     """
-    text, saved, slicing = plan.text, plan.saved, plan.slicing
-    if slicing is None:
+    text, saved, slicing, checkpoint = plan.text, plan.saved, plan.slicing, plan.checkpoint
+    if slicing is None or not isinstance(checkpoint, Checkpoint):
         return ()
-    identity = _identity(plan.checkpoint) if text or saved else ""
+    identity = _identity(checkpoint) if text or saved else ""
     if saved:
         if saved.job.checkpoint != identity:
             raise CalibrationError(
-                f"{saved.path}: made from another checkpoint than {plan.checkpoint.folder} (other weights); "
+                f"{saved.path}: made from another checkpoint than {checkpoint.folder} (other weights); "
                 "calibrate again without --load-calibration"
             )
         plan.experts.load = lambda i: saved.layer(i, slicing)
         return saved.reports
     if text is None:
         return ()
-    reports = _calibrate_on_text(plan, text, slicing, work, identity, progress)
+    reports = _calibrate_on_text(plan, checkpoint, text, slicing, work, identity, progress)
     plan.experts.load = functools.partial(LayerExperts.load, work)
     if target := plan.options.save_calibration:
         save_calibration(target, _calibration_job(plan, text, slicing, identity), plan.experts.load)
@@ -195,7 +195,13 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str
 
 
 def _calibrate_on_text(
-    plan: Plan, text: Text, slicing: Slicing, work: Path, identity: str, progress: Progress
+    plan: Plan,
+    checkpoint: Checkpoint,
+    text: Text,
+    slicing: Slicing,
+    work: Path,
+    identity: str,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Make the experts of every layer in `work`."""
     try:
@@ -205,7 +211,7 @@ def _calibrate_on_text(
             f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
             "or take --recipe seed"
         ) from error
-    checkpoint, options, vocabulary = plan.checkpoint, plan.options, plan.checkpoint.vocabulary
+    options, vocabulary = plan.options, checkpoint.vocabulary
     bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
     n_context = min(512, checkpoint.model.n_context)
     settings = Settings(
@@ -272,7 +278,7 @@ def check_conversion(done: Conversion, dense: str, *, threads: int | None = None
     )
     with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
         twin = Path(folder) / "dense.gguf"
-        convert(done.plan.checkpoint.folder, twin, options, threads=threads, progress=progress)
+        convert(done.plan.checkpoint.path, twin, options, threads=threads, progress=progress)
         return check(done.path, twin, threads=threads)
 
 

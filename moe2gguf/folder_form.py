@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.checkpoint.companions import copy_companions
 from moe2gguf.checkpoint.families import MIXTRAL_PER_EXPERT, rules
-from moe2gguf.checkpoint.folder import open_checkpoint
+from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.jsonfile import read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import DTYPES, SourceDigest, StoredTensor
@@ -39,21 +39,21 @@ def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progre
         PlanError: what the class cannot hold: attention biases, a model that is not sliced here, block types.
         OutputError, CorruptWeightError, CalibrationError: as in `moe2gguf.convert.convert`.
     """
-    found = folder_refusals(plan)
-    if found or plan.slicing is None:
+    found, checkpoint = folder_refusals(plan), plan.checkpoint
+    if found or plan.slicing is None or not isinstance(checkpoint, Checkpoint):
         raise PlanError(found)
-    slicing, folder = plan.slicing, plan.checkpoint.folder
+    slicing, folder = plan.slicing, checkpoint.folder
     check_folder_target(out, [folder], force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
-    digest, model = SourceDigest(), plan.checkpoint.model
-    tensors = mixtral_tensors(plan, slicing, digest)
+    digest, model = SourceDigest(), checkpoint.model
+    tensors = mixtral_tensors(plan, checkpoint, slicing, digest)
     with replacing_folder(out) as partial:
         with progress("write", sum(tensor.n_bytes for tensor in tensors)) as advance:
             write_shards(partial, tensors, advance)
         provenance = {key: value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
         if reports:
             provenance[CALIBRATION_LOAD] = [share for report in reports for share in report["load"]]
-        provenance[SOURCE_DIGEST] = source = digest.hexdigest(plan.checkpoint.tensors)
+        provenance[SOURCE_DIGEST] = source = digest.hexdigest(checkpoint.tensors)
         values = read_json(inside(folder, "config.json"))
         write_json(partial / "config.json", mixtral_config(model, slicing, values, provenance))
         (partial / "README.md").write_text(mixtral_card(plan.metadata, slicing, provenance, reports), "utf-8")
@@ -71,6 +71,10 @@ def folder_refusals(plan: Plan) -> list[str]:
     if plan.slicing is None:
         what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
         found.append(f"--format hf: this conversion {what}, so the folder would be the source again; use the source")
+    if not isinstance(plan.checkpoint, Checkpoint):
+        found.append("--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that")
+    if plan.slicing and plan.slicing.scale_tensor:
+        found.append("--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out")
     if model.bias_qkv or model.bias_output:
         found.append(
             f"--format hf: {model.architecture} has attention biases, and transformers' MixtralForCausalLM has none; "
@@ -83,9 +87,11 @@ def folder_refusals(plan: Plan) -> list[str]:
     return found
 
 
-def mixtral_tensors(plan: Plan, slicing: Slicing, digest: SourceDigest) -> tuple[OutputTensor, ...]:
+def mixtral_tensors(
+    plan: Plan, checkpoint: Checkpoint, slicing: Slicing, digest: SourceDigest
+) -> tuple[OutputTensor, ...]:
     """Every tensor of the folder, under its Mixtral name, experts one by one; sources are hashed as they are read."""
-    checkpoint, make = plan.checkpoint, Maker(digest)
+    make = Maker(digest)
     kind = None if plan.options.type.lower() == "auto" else types.named(plan.options.type)
     tensors = []
     for rule, i in rules(checkpoint.model):

@@ -23,6 +23,7 @@ class Options:
     experts    how many experts each dense MLP is cut into (None: 8). A Mixtral checkpoint keeps its own.
     used       experts that run per token unless the program that runs the file says otherwise (None: all of them)
     align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
+    expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
     type       "auto" (as stored), a preset or a tensor type; it and the five below are `TypeOptions`
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
@@ -40,6 +41,7 @@ class Options:
     experts: int | None = None
     used: int | None = None
     align: int = 1
+    expert_scale: bool = False
     type: str = "auto"
     tensor_types: tuple[str, ...] = ()
     recipe_file: Path | None = None

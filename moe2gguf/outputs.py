@@ -154,10 +154,13 @@ def sliced_tensors(
     def columns(weight: Array) -> Iterator[Array]:
         layer = experts.layer(i)
         corrected = weight if layer.down is None else layer.down
-        return cut.slice_columns(corrected, layer.order, layer.amplification)
+        factors = np.ones_like(layer.amplification) if slicing.scale_tensor else layer.amplification
+        return cut.slice_columns(corrected, layer.order, factors)
 
+    scales = made(f"blk.{i}.ffn_down_exps.scale", (n,), lambda: experts.layer(i).amplification)
     return [
         made(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), lambda: experts.layer(i).router),
+        *([scales] if slicing.scale_tensor else []),
         make.mapped(f"blk.{i}.ffn_gate_exps.weight", (n, d_expert, d_model), gate, rows),
         make.mapped(f"blk.{i}.ffn_up_exps.weight", (n, d_expert, d_model), up, rows),
         make.mapped(f"blk.{i}.ffn_down_exps.weight", (n, d_model, d_expert), down, columns),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
+from moe2gguf.checkpoint.folder import Checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.layer import LayerExperts
@@ -17,18 +17,16 @@ from moe2gguf.experts.saved import read as read_calibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export import types
-from moe2gguf.export.assignment import Assignment, assign
+from moe2gguf.export.assignment import Assignment
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
-from moe2gguf.export.metadata import model_metadata, provenance
-from moe2gguf.export.presets import Network
-from moe2gguf.export.vocabulary import vocabulary_metadata
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
 from moe2gguf.options import Options, adopted, refusals
 from moe2gguf.outlook import Outlook, outlook
 from moe2gguf.outlook import to_dict as outlook_dict
-from moe2gguf.outputs import Experts, output_tensors
-from moe2gguf.spec import Calibration, Metadata, MetadataValue, Model, Slicing
+from moe2gguf.outputs import Experts
+from moe2gguf.sources import Source, draft, fitted, open_source
+from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Plan:
     """
 
     options: Options
-    checkpoint: Checkpoint
+    checkpoint: Source
     slicing: Slicing | None
     experts: Experts
     text: Text | None
@@ -132,6 +130,7 @@ class Plan:
                     "bytes": tensor.n_bytes,
                     "bits_per_weight": types.bits_per_weight(tensor.type),
                     "sources": list(tensor.sources),
+                    "copied": tensor.copied,
                 }
                 for tensor in self.tensors
             ],
@@ -141,47 +140,41 @@ class Plan:
 
 
 def plan_conversion(model: Path, options: Options | None = None) -> Plan:
-    """Plan the conversion of the Hugging Face folder `model`.
+    """Plan the conversion of `model`, a Hugging Face folder or a dense GGUF file.
 
     Raises:
         PlanError: every reason, all at once, why this cannot be converted.
-        CheckpointError: `model` is not a Hugging Face folder.
+        CheckpointError: `model` is neither.
+        GGUFError: a file that is no sound GGUF file, or a set of shards that is not whole.
     """
     options, saved = options or Options(), None
     differing: list[str] = []
-    checkpoint = open_checkpoint(model, name=options.name)
+    checkpoint = open_source(model, name=options.name)
     if options.load_calibration:
         saved = read_calibration(options.load_calibration)
         options, differing = adopted(options, saved)
         differing += _refuse_saved(checkpoint.model, saved)
-    if found := [*differing, *refusals(checkpoint.model, options)]:
+    if found := [*differing, *refusals(checkpoint.model, options), *_refuse_gguf(checkpoint, options)]:
         raise PlanError(found)
     slicing = None
-    if checkpoint.model.n_expert and options.used:
+    if isinstance(checkpoint, Checkpoint) and checkpoint.model.n_expert and options.used:
         hyper = dataclasses.replace(checkpoint.model, n_expert_used=options.used)
         checkpoint = dataclasses.replace(checkpoint, model=hyper)
     elif not checkpoint.model.n_expert and not options.dense:
-        slicing = _slicing(checkpoint.model, options)
+        slicing = fitted(checkpoint, _slicing(checkpoint.model, options))
     needs_text = slicing and slicing.recipe.needs_calibration and not saved
     text = read_text(options.calibration) if needs_text else None
-    experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
-    stored = output_tensors(checkpoint, slicing, experts, digest)
-    assigned = assign(stored, options.types(), _network(checkpoint.model, slicing))
-    tensors = assigned.typed(stored)
-    if found := [*assigned.refusals, *_refuse_counts(checkpoint.model, slicing, tensors)]:
-        raise PlanError(found)
     calibration = Calibration(text.label, text.digest, options.calibration_tokens) if text else None
     if saved:
         calibration = Calibration(saved.job.label, saved.job.text, saved.job.n_token)
-    metadata: dict[str, MetadataValue] = {
-        **model_metadata(checkpoint.model, slicing, assigned.file_type),
-        **checkpoint.card,
-        **vocabulary_metadata(checkpoint.vocabulary),
-        **_inherited(checkpoint.provenance),
-        **provenance(checkpoint.model, slicing, calibration),
-    }
-    warnings = (*checkpoint.warnings, *assigned.warnings, *_warnings(checkpoint.model, slicing, tensors))
-    layout = lay_out(metadata, tensors)
+    experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
+    made = draft(checkpoint, slicing, experts, digest, options.types(), calibration)
+    assigned, tensors, metadata = made.assigned, made.tensors, made.metadata
+    if found := [*assigned.refusals, *made.refusals, *_refuse_counts(checkpoint.model, slicing, tensors)]:
+        raise PlanError(found)
+    notes = (*checkpoint.warnings, *assigned.warnings, *made.warnings)
+    warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
+    layout = lay_out(metadata, tensors, made.kinds)
     return Plan(
         options, checkpoint, slicing, experts, text, saved, assigned, metadata, tensors, layout, digest, warnings
     )
@@ -198,18 +191,14 @@ def _refuse_saved(model: Model, saved: Saved) -> list[str]:
     ]
 
 
-def _inherited(provenance: Metadata) -> Metadata:
-    """What a folder of ours says about how its experts were made; version and source are those of this conversion."""
-    kinds = ("moe2gguf.slicing.", "moe2gguf.calibration.", "moe2gguf.heal.")
-    return {key: value for key, value in provenance.items() if key.startswith(kinds)}
-
-
-def _network(model: Model, slicing: Slicing | None) -> Network:
-    """What presets depend on, of the file to come."""
-    n_expert = slicing.n_expert if slicing else model.n_expert
-    return Network(
-        "llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, model.tied_embeddings, n_expert
-    )
+def _refuse_gguf(source: Source, options: Options) -> list[str]:
+    """What only a Hugging Face folder can do."""
+    if isinstance(source, Checkpoint) or options.dense or not options.chosen_recipe().needs_calibration:
+        return []
+    return [
+        f"{source.path}: experts for --used below --experts are made by running the model on text, which needs its "
+        "Hugging Face folder: convert that folder, or take --recipe seed"
+    ]
 
 
 def _plain_experts(model: Model, slicing: Slicing | None) -> LayerExperts | None:
@@ -217,18 +206,21 @@ def _plain_experts(model: Model, slicing: Slicing | None) -> LayerExperts | None
     if slicing is None or slicing.recipe.needs_calibration:
         return None
     factor = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
-    return LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, factor)
+    return LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, factor, slicing.grain)
 
 
 def _slicing(model: Model, options: Options) -> Slicing:
     n_expert, n_expert_used = options.counts()
     width = expert_width(model.d_ff, n_expert, options.align)
-    return Slicing(n_expert, n_expert_used, width, options.chosen_recipe(), options.align)
+    return Slicing(
+        n_expert, n_expert_used, width, options.chosen_recipe(), options.align, scale_tensor=options.expert_scale
+    )
 
 
 def _warnings(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTensor]) -> list[str]:
     k = (slicing or model).n_expert_used
-    warnings = expert_count_warnings(k, n_layer=model.n_layer, n_tensor=len(tensors)) if k else []
+    count = {"n_layer": model.n_layer, "n_tensor": len(tensors), "n_scale": _n_scale(slicing)}
+    warnings = expert_count_warnings(k, **count) if k else []
     return warnings + (_slicing_warnings(slicing) if slicing else [])
 
 
@@ -240,7 +232,9 @@ def _slicing_warnings(slicing: Slicing) -> list[str]:
             f"--used {k} of {n} with a zero router: llama.cpp runs a fixed, arbitrary choice of experts, and the "
             "output will not be coherent"
         )
-    if n & (n - 1):
+    if slicing.scale_tensor:
+        warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")
+    elif n & (n - 1):
         warnings.append(f"{n} is not a power of two: amplified weights are rounded once more to the file's type")
     return warnings
 
@@ -249,7 +243,13 @@ def _refuse_counts(model: Model, slicing: Slicing | None, tensors: Sequence[Outp
     source = slicing or model
     if not source.n_expert:
         return []
-    return check_expert_counts(source.n_expert, source.n_expert_used, n_layer=model.n_layer, n_tensor=len(tensors))
+    count = {"n_layer": model.n_layer, "n_tensor": len(tensors), "n_scale": _n_scale(slicing)}
+    return check_expert_counts(source.n_expert, source.n_expert_used, **count)
+
+
+def _n_scale(slicing: Slicing | None) -> int:
+    """Tensors of expert scales per layer."""
+    return int(slicing is not None and slicing.scale_tensor)
 
 
 def _is_expert(name: str) -> bool:

@@ -113,13 +113,19 @@ COHERENT = Recipe("activations", None, "least-squares", refit=True, amplify="use
 
 @dataclass(frozen=True)
 class Slicing:
-    """How every MLP is cut into experts: `d_expert * n_expert >= d_ff`; the difference is zero neurons."""
+    """How every MLP is cut into experts: `d_expert * n_expert >= d_ff`; the difference is zero neurons.
+
+    grain         contiguous slices keep so many neighbors together, the block of a quantized source
+    scale_tensor  the amplification stands in a tensor of its own (`ffn_down_exps.scale`), not in the weights
+    """
 
     n_expert: int
     n_expert_used: int
     d_expert: int
     recipe: Recipe = SEED
     align: int = 1
+    grain: int = 1
+    scale_tensor: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,15 @@ def llama_logits_at(path: Path, tokens: list[int], counts: list[int | None]) -> 
     return run_in_child(_all_logits, path, tokens, counts)
 
 
+def _logits_of(paths: list[Path], tokens: list[int]) -> list[np.ndarray]:
+    return [_logits(path, tokens, None) for path in paths]
+
+
+def llama_logits_of(paths: list[Path], tokens: list[int]) -> list[np.ndarray]:
+    """The logits of several files, in one child process."""
+    return run_in_child(_logits_of, paths, tokens)
+
+
 def mean_kl(base: np.ndarray, other: np.ndarray) -> float:
     """Mean KL divergence in nats from rows of logits `base` to `other`, in float64."""
     p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (base, other))

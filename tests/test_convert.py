@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.checkpoint.tensors import INDEX
 from moe2gguf.errors import CorruptWeightError, OutputError, PlanError
+from moe2gguf.export.reader import read_gguf
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 100)]
 
@@ -511,3 +512,18 @@ def test_a_killed_conversion_goes_on_where_it_was(made, tmp_path):
     assert digest == done.source_digest
     assert undisturbed.read_bytes() == target.read_bytes()
     assert [target, undisturbed] == sorted(tmp_path.iterdir())
+
+
+def test_an_f32_file_equals_the_folder_it_came_from(made, tmp_path):
+    """Folder to experts, and folder to dense GGUF to experts: the same tensors, byte for byte."""
+
+    convert(made("llama"), tmp_path / "dense.gguf", Options(dense=True))
+    for n, scale in ((4, False), (6, True)):
+        convert(made("llama"), tmp_path / "direct.gguf", Options(experts=n, expert_scale=scale), force=True)
+        convert(tmp_path / "dense.gguf", tmp_path / "out.gguf", Options(experts=n), force=True)
+
+        direct, out = (read_gguf(tmp_path / name) for name in ("direct.gguf", "out.gguf"))
+        assert set(direct.tensors) == set(out.tensors)
+        for name in direct.tensors:
+            ours, theirs = (file.read_tensor(file.tensors[name]).tobytes() for file in (out, direct))
+            assert ours == theirs, name

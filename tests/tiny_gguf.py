@@ -91,12 +91,13 @@ def write_gguf(
     n_head_kv: int = 2,
     n_context: int = 512,
     texts: Mapping[int, str] | None = None,
+    architecture: str = "llama",
 ) -> Path:
     """Write weights in numpy order as a complete file; `n_expert_used` defaults to all experts of a sliced file."""
     d_model = weights["token_embd.weight"].shape[1]
     n_layer = len({name.split(".")[1] for name in weights if name.startswith("blk.")})
     stack = weights.get("blk.0.ffn_down_exps.weight")
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(n_context)
     writer.add_embedding_length(d_model)

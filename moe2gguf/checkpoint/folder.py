@@ -37,6 +37,16 @@ class Checkpoint:
         """The files that hold the tensors."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.folder
+
+    @property
+    def own_files(self) -> tuple[Path, ...]:
+        """The files that must not be written over: all of the folder."""
+        return (*self.files, *(path for path in self.folder.iterdir() if path.is_file()))
+
 
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     """Open the Hugging Face folder `folder`; `name` overrides the model's name in the metadata.
@@ -46,7 +56,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         PlanError: everything else that is wrong, all of it in one list.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; expected a Hugging Face model folder")
+        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
     warnings: list[str] = []

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -205,6 +206,28 @@ def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+class Readable(Protocol):
+    """A tensor of any kind of source, whose numbers or bytes can be read whole or in pieces of rows."""
+
+    @property
+    def name(self) -> str:
+        """As stored."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of its type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In numpy order."""
+
+    def read(self, seen: Seen) -> Array:
+        """All of it; `seen` is given its bytes."""
+
+    def blocks(self, max_bytes: int, seen: Seen) -> Iterator[Array]:
+        """Consecutive pieces of whole rows; `seen` is given their bytes."""
+
+
 class SourceDigest:
     """One SHA-256 over a checkpoint's tensors that does not depend on how they are sharded.
 
@@ -215,20 +238,20 @@ class SourceDigest:
     def __init__(self) -> None:
         self.parts: dict[str, str] = {}
 
-    def read(self, tensor: StoredTensor) -> Array:
+    def read(self, tensor: Readable) -> Array:
         """The whole tensor, hashed."""
         sha = hashlib.sha256()
         array = tensor.read(sha.update)
         self.parts[tensor.name] = sha.hexdigest()
         return array
 
-    def blocks(self, tensor: StoredTensor, max_bytes: int) -> Iterator[Array]:
+    def blocks(self, tensor: Readable, max_bytes: int) -> Iterator[Array]:
         """The tensor in row blocks, hashed when the last block is taken."""
         sha = hashlib.sha256()
         yield from tensor.blocks(max_bytes, sha.update)
         self.parts[tensor.name] = sha.hexdigest()
 
-    def hexdigest(self, tensors: Mapping[str, StoredTensor]) -> str:
+    def hexdigest(self, tensors: Mapping[str, Readable]) -> str:
         """The digest over `tensors`, each of which must have been read."""
         sha = hashlib.sha256()
         for name in sorted(tensors):

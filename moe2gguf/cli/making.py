@@ -27,13 +27,14 @@ from moe2gguf.experts import methods
 
 
 @cloup.command()
-@cloup.argument("model", type=click.Path(path_type=Path), help="Hugging Face folder (config.json, safetensors).")
+@cloup.argument("model", type=click.Path(path_type=Path), help="Hugging Face folder, or a dense GGUF file.")
 @cloup.argument("out", type=click.Path(path_type=Path), required=False, help="The GGUF file to write.")
 @option_group(
     "Slicing",
     option("-n", "--experts", type=int, help="Experts per MLP; a Mixtral model keeps its own.  [default: 8]"),
     option("-k", "--used", type=int, help="Experts that run per token.  [default: all, the exact dense model]"),
     option("--align", type=int, default=1, help="Pad experts with zero neurons to a multiple of 32 or 256."),
+    option("--expert-scale", is_flag=True, help="Amplify by a tensor of scales, not in the weights (new llama.cpp)."),
     option("--dense", is_flag=True, help="Do not slice: write the ordinary dense file, the reference."),
 )
 @option_group(

@@ -31,9 +31,11 @@ class LayerExperts:
     report: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def plain(cls, d_ff: int, d_model: int, n_expert: int, align: int, amplification: float) -> LayerExperts:
-        """The seed recipe: contiguous slices, a zero router, one amplification for all."""
-        order = contiguous_order(d_ff, n_expert, align)
+    def plain(
+        cls, d_ff: int, d_model: int, n_expert: int, align: int, amplification: float, grain: int = 1
+    ) -> LayerExperts:
+        """The seed recipe: contiguous slices of whole `grain`s, a zero router, one amplification for all."""
+        order = contiguous_order(d_ff, n_expert, align, grain)
         return cls(order, zero_router(n_expert, d_model), np.full(n_expert, amplification, np.float32))
 
     def save(self, folder: Path, i: int) -> None:

@@ -31,14 +31,15 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def contiguous_order(d_ff: int, n_expert: int, align: int = 1) -> Order:
+def contiguous_order(d_ff: int, n_expert: int, align: int = 1, grain: int = 1) -> Order:
     """Neurons 0, 1, 2 ... cut into n_expert runs whose lengths differ by at most one, each padded to the same width.
 
-    Returns (n_expert, d_expert). Source: the MoEification recipe, https://huggingface.co/kalomaze/Mistral-7b-MoEified-8x
+    Runs are whole groups of `grain` neurons, which must divide d_ff and the padded width. Returns (n_expert, d_expert).
+    Source: the MoEification recipe, https://huggingface.co/kalomaze/Mistral-7b-MoEified-8x
     """
     order = np.full((n_expert, expert_width(d_ff, n_expert, align)), PADDING, np.int64)
-    for row, neurons in zip(order, np.array_split(np.arange(d_ff), n_expert), strict=True):
-        row[: len(neurons)] = neurons
+    for row, groups in zip(order, np.array_split(np.arange(d_ff).reshape(-1, grain), n_expert), strict=True):
+        row[: groups.size] = groups.reshape(-1)
     return order
 
 

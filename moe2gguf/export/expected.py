@@ -22,7 +22,7 @@ MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/lla
 Shape = tuple[int, ...]
 
 
-class _Llama(NamedTuple):
+class Dimensions(NamedTuple):
     """What the shapes of arch `llama` depend on; names as in the glossary of `moe2gguf.spec`."""
 
     n_layer: int
@@ -55,7 +55,7 @@ def _shown(value: object) -> str:
 
 def _check_llama(file: GGUFFile, found: Findings) -> None:
     before = len(found.problems)
-    dimensions = _llama_dimensions(file, found.problems)
+    dimensions = llama_dimensions(file, found.problems)
     _check_vocabulary(file, found)
     if len(found.problems) > before and 0 in dimensions[:-1]:
         found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
@@ -99,7 +99,7 @@ def _names(names: list[str], limit: int = 1000) -> str:
     return ", ".join(names[:limit] + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
 
 
-def _llama_tensors(m: _Llama, fused_qkv: bool) -> tuple[dict[str, Shape], dict[str, Shape]]:
+def _llama_tensors(m: Dimensions, fused_qkv: bool) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """The required and the optional tensors of arch `llama` with their shapes.
 
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39 and, for the scales,
@@ -188,7 +188,7 @@ class _Keys:
         return 0
 
 
-def _llama_dimensions(file: GGUFFile, problems: list[str]) -> _Llama:
+def llama_dimensions(file: GGUFFile, problems: list[str]) -> Dimensions:
     """The dimensions that the metadata promises; a 0 stands for one that is missing or wrong, and is listed."""
     keys = _Keys(file, problems)
     keys.n_layer = n_layer = keys.count("block_count", limit=MAX_LAYERS)
@@ -208,7 +208,9 @@ def _llama_dimensions(file: GGUFFile, problems: list[str]) -> _Llama:
     scaling = file.metadata.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear", "yarn", "longrope"):
         problems.append(f"metadata llama.rope.scaling.type: llama.cpp does not know {_shown(scaling)} and would abort")
-    return _Llama(n_layer, d_model, d_ff, n_head, n_head_kv, d_head, _n_vocab(file, keys), _n_expert(file, keys, d_ff))
+    return Dimensions(
+        n_layer, d_model, d_ff, n_head, n_head_kv, d_head, _n_vocab(file, keys), _n_expert(file, keys, d_ff)
+    )
 
 
 def _n_expert(file: GGUFFile, keys: _Keys, d_ff: int) -> int:

@@ -35,7 +35,7 @@ def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dic
         "llama.block_count": model.n_layer,
         "llama.context_length": model.n_context,
         "llama.embedding_length": model.d_model,
-        "llama.feed_forward_length": slicing.d_expert if slicing else model.d_ff,
+        "llama.feed_forward_length": model.d_ff,
         "llama.attention.head_count": model.n_head,
         "llama.attention.head_count_kv": model.n_head_kv,
         "llama.attention.key_length": model.d_head,
@@ -47,10 +47,19 @@ def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dic
         **_rope_scaling(model.rope),
     }
     if slicing:
-        result |= {"llama.expert_count": slicing.n_expert, "llama.expert_used_count": slicing.n_expert_used}
+        result |= expert_metadata(slicing)
     elif model.n_expert:
         result |= {"llama.expert_count": model.n_expert, "llama.expert_used_count": model.n_expert_used}
     return result
+
+
+def expert_metadata(slicing: Slicing) -> dict[str, MetadataValue]:
+    """The keys in which a sliced model differs from the dense one."""
+    return {
+        "llama.feed_forward_length": slicing.d_expert,
+        "llama.expert_count": slicing.n_expert,
+        "llama.expert_used_count": slicing.n_expert_used,
+    }
 
 
 def _rope_scaling(rope: Rope) -> dict[str, MetadataValue]:
@@ -109,6 +118,7 @@ def provenance(
             "moe2gguf.slicing.dense_feed_forward_length": model.d_ff,
             "moe2gguf.slicing.padding": slicing.n_expert * slicing.d_expert - model.d_ff,
             "moe2gguf.slicing.align": slicing.align,
+            **({"moe2gguf.slicing.scale_tensor": True} if slicing.scale_tensor else {}),
         }
         if slicing.recipe.amplify in ("exact", "used"):
             count = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used

@@ -38,10 +38,14 @@ FLUSH_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class OutputTensor(Entry):
-    """A tensor to write: `blocks` yields consecutive pieces of it when asked; `sources` names its origin."""
+    """A tensor to write: `blocks` yields consecutive pieces of it when asked; `sources` names its origin.
+
+    `copied`: the pieces are blocks of its type already, so that nothing is quantized.
+    """
 
     sources: tuple[str, ...] = ()
     blocks: Blocks = field(default=lambda: iter(()), repr=False, compare=False)
+    copied: bool = False
 
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:

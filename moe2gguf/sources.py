@@ -1,0 +1,136 @@
+"""What a conversion may start from, behind one interface: a Hugging Face folder, or a dense GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from gguf import GGML_QUANT_VERSION
+
+from moe2gguf import outputs, outputs_gguf
+from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
+from moe2gguf.checkpoint.tensors import SourceDigest
+from moe2gguf.export.assignment import Assignment, assign
+from moe2gguf.export.blocks import is_power_of_two
+from moe2gguf.export.dense import DenseFile, carried_metadata, largest_block, open_dense
+from moe2gguf.export.metadata import expert_metadata, model_metadata, provenance
+from moe2gguf.export.presets import Network
+from moe2gguf.export.reader import ValueType
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.export.vocabulary import vocabulary_metadata
+from moe2gguf.export.writer import OutputTensor
+from moe2gguf.outputs import Experts
+from moe2gguf.spec import Calibration, Metadata, MetadataValue, Slicing
+
+Source: TypeAlias = Checkpoint | DenseFile
+"""Both have `path`, `model`, `tensors`, `files`, `own_files` and `warnings`."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The file to come as far as the kind of source decides it; `kinds` is how metadata is stored where it is kept."""
+
+    assigned: Assignment
+    tensors: tuple[OutputTensor, ...]
+    metadata: Mapping[str, MetadataValue]
+    kinds: Mapping[str, ValueType] = field(default_factory=dict)
+    refusals: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def open_source(path: Path, *, name: str | None = None) -> Source:
+    """Open the model at `path`; `name` replaces its name in the metadata.
+
+    Raises:
+        CheckpointError: there is no model.
+        GGUFError: a file that is no sound GGUF file, or a set of shards that is not whole.
+        PlanError: every reason why the model cannot be converted.
+    """
+    return open_dense(path, name=name) if path.is_file() else open_checkpoint(path, name=name)
+
+
+def fitted(source: Source, slicing: Slicing) -> Slicing:
+    """`slicing` for this source: blocks of a GGUF file stay whole, and are amplified only by powers of two."""
+    if isinstance(source, Checkpoint):
+        return slicing
+    exact = is_power_of_two(slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used)
+    grain = largest_block(source, slicing.d_expert, slicing.n_expert)
+    scale_tensor = slicing.scale_tensor or not (exact or slicing.recipe.needs_calibration)
+    return dataclasses.replace(slicing, grain=grain, scale_tensor=scale_tensor)
+
+
+def draft(
+    source: Source,
+    slicing: Slicing | None,
+    experts: Experts,
+    digest: SourceDigest,
+    options: TypeOptions,
+    calibration: Calibration | None,
+) -> Draft:
+    """Every tensor and key of the file to come; no tensor is read. Raises PlanError as `assign` does."""
+    if isinstance(source, Checkpoint):
+        return _from_folder(source, slicing, experts, digest, options, calibration)
+    return _from_gguf(source, slicing, experts, digest, options, calibration)
+
+
+def _from_folder(
+    source: Checkpoint,
+    slicing: Slicing | None,
+    experts: Experts,
+    digest: SourceDigest,
+    options: TypeOptions,
+    calibration: Calibration | None,
+) -> Draft:
+    stored = outputs.output_tensors(source, slicing, experts, digest)
+    assigned = assign(stored, options, _network(source, slicing))
+    metadata: dict[str, MetadataValue] = {
+        **model_metadata(source.model, slicing, assigned.file_type),
+        **source.card,
+        **vocabulary_metadata(source.vocabulary),
+        **_inherited(source.provenance),
+        **provenance(source.model, slicing, calibration),
+    }
+    return Draft(assigned, assigned.typed(stored), metadata)
+
+
+def _inherited(provenance: Metadata) -> Metadata:
+    """What a folder of ours says about how its experts were made; version and source are those of this conversion."""
+    kinds = ("moe2gguf.slicing.", "moe2gguf.calibration.", "moe2gguf.heal.")
+    return {key: value for key, value in provenance.items() if key.startswith(kinds)}
+
+
+def _from_gguf(
+    source: DenseFile,
+    slicing: Slicing | None,
+    experts: Experts,
+    digest: SourceDigest,
+    options: TypeOptions,
+    calibration: Calibration | None,
+) -> Draft:
+    stored = outputs_gguf.stored_tensors(source, slicing)
+    assigned = assign(stored, options, _network(source, slicing))
+    chosen = assigned.types
+    tensors = outputs_gguf.output_tensors(source, slicing, experts, digest, chosen)
+    changes: dict[str, MetadataValue] = expert_metadata(slicing) if slicing else {}
+    if any(chosen[entry.name] != entry.type for entry in stored):
+        changes |= {"general.file_type": assigned.file_type, "general.quantization_version": int(GGML_QUANT_VERSION)}
+    metadata, kinds = carried_metadata(source, {**changes, **provenance(source.model, slicing, calibration)})
+    refusals = outputs_gguf.refusals(source, slicing, chosen, allow=options.allow_fallback)
+    again = outputs_gguf.requantized(source, slicing, chosen)
+    warnings = [
+        f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
+        for what, names in again.items()
+    ]
+    return Draft(assigned, tensors, metadata, kinds, tuple(refusals), tuple(warnings))
+
+
+def _network(source: Source, slicing: Slicing | None) -> Network:
+    """What presets depend on, of the file to come."""
+    model = source.model
+    n_expert = slicing.n_expert if slicing else model.n_expert
+    return Network(
+        "llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, model.tied_embeddings, n_expert
+    )
