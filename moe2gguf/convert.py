@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from moe2gguf.experts.saved import Job
 from moe2gguf.experts.saved import save as save_calibration
 from moe2gguf.experts.text import Text
 from moe2gguf.export.assignment import may_quantize
-from moe2gguf.export.layout import array_offset, value_offset
+from moe2gguf.export.layout import Layout, array_offset, value_offset
 from moe2gguf.export.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.types import require_kernels
@@ -37,6 +37,7 @@ from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
 from moe2gguf.outputs import BLOCK_BYTES
 from moe2gguf.planning import Plan, plan_conversion
+from moe2gguf.sharded import Finish, check_set, write_set
 from moe2gguf.spec import Slicing
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -89,7 +90,8 @@ def convert(
     Args:
         model: folder with config.json, tokenizer files and safetensors (f32, f16, bf16); or a dense GGUF file of
             arch llama or qwen2, of any types, or one of its shards.
-        out: the file to write; it appears only when it is complete and verified.
+        out: the file to write; it appears only when it is complete and verified. With `Options.shard_size` a set of
+            shards, of which the result names the first.
         options: how many experts, which type, ...: see `Options`.
         force: replace `out` if it exists.
         resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
@@ -122,12 +124,32 @@ def write_plan(
     quantizers = threads or os.cpu_count() or 1
     threads = threads or min(os.cpu_count() or 1, 4)
     require_kernels(tensor.type for tensor in plan.tensors if not tensor.copied)
-    check_target(out, plan.checkpoint.own_files, force=force)
+    if plan.shards:
+        check_set(plan, out, force=force)
+    else:
+        check_target(out, plan.checkpoint.own_files, force=force)
     if target := plan.options.save_calibration:
         check_target(target, plan.checkpoint.own_files, force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
-    calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
-    journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
+
+    def finish(descriptor: int, layout: Layout) -> None:
+        _fill_in(plan, reports, descriptor, layout)
+
+    if plan.shards:
+        out, reused = write_set(plan, out, threads=threads, quantizers=quantizers, progress=progress, finish=finish), 0
+    else:
+        calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
+        journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
+        reused = _write_one(plan, out, journal, threads, quantizers, progress, finish)
+    if reports and not plan.saved:
+        shutil.rmtree(work)
+    return Conversion(out, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, reused)
+
+
+def _write_one(
+    plan: Plan, out: Path, journal: Journal, threads: int, quantizers: int, progress: Progress, finish: Finish
+) -> int:
+    """Write, verify and name the one file of `plan`; how many of its tensors were there already."""
     with replacing(out, plan.file_size, journal) as (descriptor, partial):
         with progress("write", plan.file_size) as advance:
             write_tensors(
@@ -139,15 +161,18 @@ def write_plan(
                 advance=advance,
                 journal=journal,
             )
-        digest = plan.digest.hexdigest(plan.checkpoint.tensors)
-        write_over(descriptor, digest.encode(), value_offset(plan.layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
-        if reports:
-            load = np.array([report["load"] for report in reports], "<f4")
-            write_over(descriptor, load.tobytes(), array_offset(plan.layout, CALIBRATION_LOAD, load.size))
+        finish(descriptor, plan.layout)
         flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
-    if reports and not plan.saved:
-        shutil.rmtree(work)
-    return Conversion(out, plan, digest, reports, journal.reused)
+    return journal.reused
+
+
+def _fill_in(plan: Plan, reports: Sequence[dict[str, Any]], descriptor: int, layout: Layout) -> None:
+    """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
+    digest = plan.digest.hexdigest(plan.checkpoint.tensors)
+    write_over(descriptor, digest.encode(), value_offset(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
+    if reports and (not plan.shards or layout is plan.shards[0][1]):
+        load = np.array([report["load"] for report in reports], "<f4")
+        write_over(descriptor, load.tobytes(), array_offset(layout, CALIBRATION_LOAD, load.size))
 
 
 def _writing_job(plan: Plan, calibrated: Iterable[Path]) -> dict[str, str]:
@@ -273,6 +298,7 @@ def check_conversion(done: Conversion, dense: str, *, threads: int | None = None
         experts=None,
         used=None,
         recipe_file=None,
+        shard_size=None,
         tensor_types=_pinned(done.plan),
         allow_fallback=True,
     )

@@ -82,7 +82,8 @@ def plan(plan: Plan) -> None:
     """Every tensor, then the sums."""
     console = out()
     _tensors(console, plan)
-    console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors")
+    files = f", in {len(plan.shards)} files" if plan.shards else ""
+    console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors{files}")
     console.print(f"bits per weight     {plan.bits_per_weight:.3f}")
     if plan.padding_bytes:
         share = plan.padding_bytes / plan.file_size
@@ -154,7 +155,8 @@ def conversion(done: Conversion, checked: Check | None) -> None:
     plan = done.plan
     what = f"{plan.n_expert} experts, {plan.n_expert_used} used" if plan.n_expert else "dense"
     tensors = f"{len(plan.tensors)} tensors{_reused(done)}"
-    out().print(f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
+    others = f" and {len(plan.shards) - 1} more files" if plan.shards else ""
+    out().print(f"wrote {escape(str(done.path))}{others}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
     if done.layers:
         layers(done.layers)
         _energy(done)

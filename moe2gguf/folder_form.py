@@ -73,6 +73,8 @@ def folder_refusals(plan: Plan) -> list[str]:
         found.append(f"--format hf: this conversion {what}, so the folder would be the source again; use the source")
     if not isinstance(plan.checkpoint, Checkpoint):
         found.append("--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that")
+    if options.shard_size is not None:
+        found.append("--shard-size: is for GGUF files; leave it out")
     if plan.slicing and plan.slicing.scale_tensor:
         found.append("--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out")
     if model.bias_qkv or model.bias_output:

@@ -25,6 +25,7 @@ class Options:
     align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
     expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
     type       "auto" (as stored), a preset or a tensor type; it and the five below are `TypeOptions`
+    shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
     recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next six change it
@@ -48,6 +49,7 @@ class Options:
     pure: bool = False
     allow_fallback: bool = False
     llama_cpp_mix: bool = False
+    shard_size: int | None = None
     dense: bool = False
     name: str | None = None
     recipe: str | None = None

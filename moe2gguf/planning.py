@@ -19,6 +19,8 @@ from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export import types
 from moe2gguf.export.assignment import Assignment
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
+from moe2gguf.export.metadata import SOURCE_DIGEST
+from moe2gguf.export.shards import lay_out_shards
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
 from moe2gguf.options import Options, adopted, refusals
@@ -34,7 +36,8 @@ class Plan:
     """Everything about the file to come. `slicing` is None where the MLPs are not cut; `text` calibrates, if any,
     unless `saved` has a calibration.
 
-    `assigned` is why every tensor has its type.
+    `assigned` is why every tensor has its type. `layout` is of one file; `shards`, unless empty, are what is written
+    instead: the tensors of each and where they stand.
     """
 
     options: Options
@@ -49,11 +52,12 @@ class Plan:
     layout: Layout
     digest: SourceDigest
     warnings: tuple[str, ...]
+    shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
 
     @property
     def file_size(self) -> int:
-        """Bytes of the finished file, exactly."""
-        return self.layout.file_size
+        """Bytes of the finished file, or of all its shards, exactly."""
+        return sum(layout.file_size for _, layout in self.shards) or self.layout.file_size
 
     @property
     def bits_per_weight(self) -> float:
@@ -113,6 +117,7 @@ class Plan:
             "model": dataclasses.asdict(self.checkpoint.model),
             "slicing": dataclasses.asdict(self.slicing) if self.slicing else None,
             "file_size": self.file_size,
+            "shards": [{"tensors": len(tensors), "bytes": layout.file_size} for tensors, layout in self.shards],
             "bits_per_weight": round(self.bits_per_weight, 4),
             **self.assigned.to_dict(),
             "padding_bytes": self.padding_bytes,
@@ -175,8 +180,23 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
     notes = (*checkpoint.warnings, *assigned.warnings, *made.warnings)
     warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors, made.kinds)
+    shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
+    if options.shard_size is not None and layout.file_size > options.shard_size:
+        shards = tuple(lay_out_shards(metadata, tensors, made.kinds, options.shard_size, [SOURCE_DIGEST]))
     return Plan(
-        options, checkpoint, slicing, experts, text, saved, assigned, metadata, tensors, layout, digest, warnings
+        options,
+        checkpoint,
+        slicing,
+        experts,
+        text,
+        saved,
+        assigned,
+        metadata,
+        tensors,
+        layout,
+        digest,
+        warnings,
+        shards,
     )
 
 

@@ -15,7 +15,7 @@ from llama_logits import llama_logits
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.export.layout import Entry, lay_out
 from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.shards import lay_out_shards, parse_size, read_model, read_shards, shard_paths
+from moe2gguf.export.shards import lay_out_shards, read_model, read_shards, shard_paths
 from moe2gguf.export.verify import verify
 
 TOKENS = [1, 60, 200, 280, 290, 17, 33]
@@ -202,18 +202,3 @@ def test_no_shard_is_larger_than_asked(sizes, limit):
     assert all(layout.file_size <= limit for _, layout in shards)
     if lay_out(metadata, tensors).file_size <= limit:
         assert len(shards) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "n"), [("2GB", 2 * 10**9), ("500M", 5 * 10**8), ("1.5GiB", 3 << 29), ("90 mb", 90 * 10**6), ("123", 123)]
-)
-def test_sizes_are_parsed(text, n):
-    """Decimal and binary units, upper and lower case."""
-    assert parse_size(text) == n
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1G", "1e9", "2XB", "1.2.3M"])
-def test_what_is_no_size_is_refused(text):
-    """With an example of what is."""
-    with pytest.raises(ValueError, match="write it like 2GB"):
-        parse_size(text)

@@ -73,6 +73,9 @@ from moe2gguf.experts import methods
         help="auto (as stored), f32, f16, bf16, or a type of llama.cpp such as q8_0, q6_k, q4_k_m or iq4_xs.",
     ),
     option("--name", help="The model's name in the metadata."),
+    option(
+        "--shard-size", type=Size(), metavar="2GB", help="Write files of at most this size; llama.cpp opens the first."
+    ),
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
     resume_option,
     threads_option,
@@ -102,15 +105,17 @@ def convert(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Convert a Hugging Face folder into a GGUF file with experts.
+    """Convert a Hugging Face folder, or a dense GGUF file, into a GGUF file with experts.
 
-    LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 and Mixtral checkpoints in f32, f16 or bf16. The file appears under
-    its name only when it is complete and verified.
+    LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 and Mixtral checkpoints in f32, f16 or bf16; GGUF files of arch llama or
+    qwen2, whose blocks are copied, not quantized again. The file appears under its name only when it is complete and
+    verified.
 
     \b
     Example:
       moe2gguf convert SmolLM2-135M-Instruct moe.gguf --experts 8 --check auto
       moe2gguf convert SmolLM2-135M-Instruct --plan
+      moe2gguf convert dense-q4_k_m.gguf moe-q4_k_m.gguf --experts 7 --shard-size 2GB
       moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf -n 16 --align 32 --type q8_0
       moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration text.txt
       moe2gguf convert SmolLM2-135M-Instruct half -n 16 --used 8 --calibration text.txt --format hf

@@ -25,7 +25,6 @@ KINDS = {NUMBER: ValueType(Kind.UINT16), COUNT: ValueType(Kind.UINT16), TENSORS:
 
 MAX_SHARDS = 65535
 _NAME = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.gguf", re.DOTALL)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 T = TypeVar("T", bound=Entry)
 
@@ -140,14 +139,6 @@ def shard_paths(stem: Path, count: int) -> list[Path]:
 
 def _ending(number: int, count: int) -> str:
     return f"-{number + 1:05d}-of-{count:05d}.gguf"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `2GB`, `500M` or `1GiB`; raises ValueError for what is not a size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?I?)B?", text.strip().upper())
-    if not match or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write it like 2GB, 500M or 1.5GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def lay_out_shards(

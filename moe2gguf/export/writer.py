@@ -80,13 +80,13 @@ def replacing(target: Path, file_size: int, journal: Journal | None = None) -> I
         OutputError: not enough room, a disk error, or another process is writing the same target.
     """
     partial = partial_path(target)
-    _require_room(partial, file_size)
+    require_room(partial, file_size)
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{partial}: cannot be created ({error.strerror})") from error
     try:
-        _lock(descriptor, partial)
+        lock(descriptor, partial)
     except BaseException:
         os.close(descriptor)
         raise
@@ -99,7 +99,7 @@ def replacing(target: Path, file_size: int, journal: Journal | None = None) -> I
         os.replace(partial, target)
         if journal:
             journal.remove()
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException as error:
         if journal and journal.done and isinstance(error, (KeyboardInterrupt, SystemExit)):
             if isinstance(error, KeyboardInterrupt):
@@ -107,7 +107,7 @@ def replacing(target: Path, file_size: int, journal: Journal | None = None) -> I
             raise
         _remove(partial, journal)
         if isinstance(error, OSError):
-            raise _output_error(target, error) from error
+            raise output_error(target, error) from error
         raise
     finally:
         os.close(descriptor)
@@ -227,7 +227,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def _require_room(partial: Path, file_size: int) -> None:
+def require_room(partial: Path, file_size: int) -> None:
     """Raise OutputError unless the file fits, in the free room and in what an unfinished one has taken already."""
     taken = partial.lstat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(partial.parent).free + taken
@@ -235,7 +235,7 @@ def _require_room(partial: Path, file_size: int) -> None:
         raise OutputError(f"{partial.parent}: {free:,} bytes are free, the file needs {file_size:,}; make room first")
 
 
-def _lock(descriptor: int, partial: Path) -> None:
+def lock(descriptor: int, partial: Path) -> None:
     """One writer per target; the lock dies with the process."""
     try:
         import fcntl
@@ -249,7 +249,7 @@ def _lock(descriptor: int, partial: Path) -> None:
         return
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where folders can be opened."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -259,7 +259,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _output_error(target: Path, error: OSError) -> OutputError:
+def output_error(target: Path, error: OSError) -> OutputError:
+    """What a disk error means, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(f"{target}: no room left while writing ({error.strerror}); nothing was kept")
     return OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was kept")

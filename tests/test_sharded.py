@@ -1,0 +1,187 @@
+"""convert --shard-size: a set that llama.cpp loads, and that is there as a whole or not at all."""
+
+import contextlib
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from click.testing import CliRunner
+from llama_logits import llama_logits_of
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.cli import cli
+from moe2gguf.errors import OutputError, PlanError
+from moe2gguf.export.metadata import SOURCE_DIGEST
+from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model, read_shards
+from moe2gguf.export.verify import verify
+
+SIZE = 100_000
+SLICED = Options(experts=4, shard_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", tiny_gguf.dense_weights())
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_set_is_the_file(dense, tmp_path):
+    """Same tensors and metadata as one file, exactly the planned sizes, and llama.cpp's logits."""
+    convert(dense, tmp_path / "one.gguf", Options(experts=4))
+    plan = plan_conversion(dense, SLICED)
+
+    done = convert(dense, tmp_path / "out.gguf", SLICED)
+
+    shards = read_shards(done.path)
+    assert len(shards) > 4
+    assert [layout.file_size for _, layout in plan.shards] == [shard.file_size for shard in shards]
+    assert max(shard.file_size for shard in shards) <= SIZE
+    assert plan.file_size == sum(shard.file_size for shard in shards) == done.to_dict()["file_size"]
+    assert plan.to_dict()["shards"][0] == {"tensors": len(shards[0].tensors), "bytes": shards[0].file_size}
+    assert {shard.metadata[SOURCE_DIGEST] for shard in shards} == {done.source_digest}
+    one, model = read_gguf(tmp_path / "one.gguf"), read_model(done.path)
+    assert (one.metadata, one.types, list(one.tensors)) == (model.metadata, model.types, list(model.tensors))
+    for name, tensor in one.tensors.items():
+        np.testing.assert_array_equal(one.read_tensor(tensor), model.read_tensor(model.tensors[name]))
+    assert names(tmp_path) == [
+        "one.gguf",
+        *(f"out-{i:05d}-of-{len(shards):05d}.gguf" for i in range(1, len(shards) + 1)),
+    ]
+    np.testing.assert_array_equal(*llama_logits_of([tmp_path / "one.gguf", done.path], [1, 60, 200, 280, 17]))
+
+
+def test_a_set_goes_in(dense, tmp_path):
+    """A dense set, by any of its shards, gives the bytes that the one file gives; --dense puts it together."""
+    done = convert(dense, tmp_path / "set.gguf", Options(dense=True, shard_size=SIZE))
+    second = next(tmp_path.glob("set-00002-*"))
+
+    convert(dense, tmp_path / "a.gguf", Options(experts=4))
+    convert(second, tmp_path / "b.gguf", Options(experts=4))
+    convert(second, tmp_path / "whole.gguf", Options(dense=True))
+    convert(dense, tmp_path / "same.gguf", Options(dense=True))
+
+    assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    a, b = (read_gguf(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    assert all((a.read_tensor(tensor) == b.read_tensor(b.tensors[name])).all() for name, tensor in a.tensors.items())
+    with pytest.raises(OutputError, match="is a file of the model itself"):
+        convert(done.path, second, Options(experts=4), force=True)
+
+
+def test_a_model_that_fits_is_one_file(dense, tmp_path):
+    """Under the name that was asked for."""
+    done = convert(dense, tmp_path / "out.gguf", Options(experts=4, shard_size=10**9))
+
+    assert names(tmp_path) == ["out.gguf"]
+    assert done.plan.to_dict()["shards"] == []
+
+
+def test_existing_shards_are_kept_unless_forced(dense, tmp_path):
+    """Any of the names that is taken is an error; --force replaces all of them."""
+    first = convert(dense, tmp_path / "out.gguf", SLICED).path
+    before = first.read_bytes()
+    first.unlink()
+
+    with pytest.raises(OutputError, match=r"out-00002-of-\d+\.gguf: exists"):
+        convert(dense, tmp_path / "out.gguf", SLICED)
+    convert(dense, tmp_path / "out.gguf", SLICED, force=True)
+
+    assert first.read_bytes() == before
+    assert not verify(first).problems
+
+
+def test_sizes_that_are_too_small_name_what_does_not_fit(dense, tmp_path):
+    """In the plan, before anything is written."""
+    with pytest.raises(PlanError, match=r"--shard-size: token_embd.weight alone needs a shard of"):
+        plan_conversion(dense, Options(experts=4, shard_size=50_000))
+    with pytest.raises(PlanError, match=r"--shard-size: the metadata alone needs"):
+        plan_conversion(dense, Options(experts=4, shard_size=1000))
+    assert CliRunner().invoke(cli, ["convert", str(dense), "--plan", "--shard-size", "2 elephants"]).exit_code == 2
+    shown = CliRunner().invoke(cli, ["convert", str(dense), "--plan", "--shard-size", "0.1MB"])
+    assert "files" in shown.output
+
+
+SLOW = """
+import contextlib, sys, time
+from pathlib import Path
+from moe2gguf import Options, convert
+import moe2gguf.sharded as sharded
+
+@contextlib.contextmanager
+def slow(stage, total):
+    def advance(n):
+        print(stage, flush=True)
+        time.sleep(0.01)
+    yield advance
+
+replace = Path.replace
+def slowly(self, target):
+    replace(self, target)
+    print("moved", target.name, flush=True)
+    time.sleep(0.05)
+Path.replace = slowly
+convert(Path(sys.argv[1]), Path(sys.argv[2]), Options(experts=4, shard_size=100_000), threads=1, progress=slow)
+"""
+
+
+@pytest.mark.parametrize("moment", ["write", "verify", "moved out-00003"])
+def test_a_killed_run_leaves_nothing_that_looks_finished(dense, tmp_path, moment):
+    """SIGKILL while writing, verifying or moving: no first shard; what is left is refused, and the next run works."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, dense, tmp_path / "out.gguf"], stdout=subprocess.PIPE
+    ) as process:
+        for line in process.stdout:
+            if line.decode().startswith(moment):
+                break
+        process.kill()
+
+    assert not list(tmp_path.glob("out-00001-*"))
+    assert all(verify(path).problems for path in tmp_path.glob("out-*.gguf"))
+
+    done = convert(dense, tmp_path / "out.gguf", SLICED, force=True)
+
+    assert not verify(done.path).problems
+    assert all(name.startswith("out-0") for name in names(tmp_path))
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_an_error_while_moving_leaves_nothing(dense, tmp_path, monkeypatch, n):
+    """A full disk or the like in the last moment: one OutputError, and an empty folder."""
+    replace, calls = Path.replace, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) > n:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OutputError, match="no room left"):
+        convert(dense, tmp_path / "out.gguf", SLICED)
+
+    assert names(tmp_path) == []
+
+
+def test_two_writers_of_one_set(dense, tmp_path):
+    """The second is refused while the first works, and does it no harm."""
+    errors = []
+
+    @contextlib.contextmanager
+    def meanwhile(stage, total):
+        if stage == "verify":
+            with pytest.raises(OutputError, match="another process is writing") as caught:
+                convert(dense, tmp_path / "out.gguf", SLICED)
+            errors.append(caught.value)
+        yield lambda _: None
+
+    done = convert(dense, tmp_path / "out.gguf", SLICED, progress=meanwhile)
+
+    assert len(errors) == 1
+    assert not verify(done.path).problems
