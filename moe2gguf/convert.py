@@ -100,6 +100,7 @@ def convert(
 
     Raises:
         PlanError: the model or the options do not fit; every reason is listed.
+        ImportanceError: the importance matrix is broken.
         CheckpointError: `model` is no model, or a file of it ends early.
         CorruptWeightError: a weight is NaN, infinite, or too large for the type.
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
@@ -123,7 +124,8 @@ def write_plan(
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
     quantizers = threads or os.cpu_count() or 1
     threads = threads or min(os.cpu_count() or 1, 4)
-    require_kernels(tensor.type for tensor in plan.tensors if not tensor.copied)
+    fresh = [tensor for tensor in plan.tensors if not tensor.copied]
+    require_kernels((tensor.type for tensor in fresh), importance=any(tensor.importance for tensor in fresh))
     if plan.shards:
         check_set(plan, out, force=force)
     else:

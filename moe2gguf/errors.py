@@ -56,5 +56,9 @@ class GGUFError(Moe2GgufError):
     """A GGUF file is malformed, truncated or internally inconsistent."""
 
 
+class ImportanceError(Moe2GgufError):
+    """An importance matrix is broken, or does not belong to the model it is used with."""
+
+
 class HarnessError(Moe2GgufError):
     """llama.cpp could not load or run a file, is not installed, or lacks the requested device."""

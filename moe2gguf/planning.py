@@ -134,6 +134,7 @@ class Plan:
                     "type": tensor.type.name,
                     "bytes": tensor.n_bytes,
                     "bits_per_weight": types.bits_per_weight(tensor.type),
+                    "importance": tensor.importance is not None,
                     "sources": list(tensor.sources),
                     "copied": tensor.copied,
                 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from moe2gguf.export.reader import GGUFFile, TensorInfo
 from moe2gguf.export.recipes import TypeOptions, own_rules
 from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
+from moe2gguf.importance import KEYS, consult, neurons_of
 from moe2gguf.spec import MetadataValue
 
 BLOCK = 4 << 20
@@ -71,6 +73,7 @@ class QuantizationPlan:
                     "type": tensor.type.name,
                     "bytes": tensor.n_bytes,
                     "bits_per_weight": types.bits_per_weight(tensor.type),
+                    "importance": tensor.importance is not None,
                 }
                 for tensor in self.tensors
             ],
@@ -108,7 +111,7 @@ def quantize(
     Args:
         source: a GGUF file of f32, f16 or bf16 weights, or a shard of one.
         out: the file to write; it appears only when it is complete and verified.
-        options: a preset or a type, and rules for single tensors.
+        options: a preset or a type, rules for single tensors, and an importance matrix.
         allow_requantize: also change tensors that are quantized already, which loses twice.
         force: replace `out` if it exists.
         resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
@@ -117,6 +120,7 @@ def quantize(
 
     Raises:
         PlanError: the options do not fit the file; every reason is listed.
+        ImportanceError: the importance matrix is broken.
         GGUFError: `source` is not a sound GGUF file, or the written file did not verify.
         CorruptWeightError: a weight is NaN, infinite, or too large for its type.
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
@@ -132,15 +136,19 @@ def plan_quantization(source: Path, options: TypeOptions, *, allow_requantize: b
     if refusals := _refuse_file(file):
         raise PlanError(refusals)
     stored = [OutputTensor(t.name, t.shape, t.type) for t in file.tensors.values()]
-    assigned = assign(stored, options, network_of(file))
+    guided = consult(options, stored, neurons_of(file))
+    network = dataclasses.replace(network_of(file), importance=guided.matrix is not None)
+    assigned = assign(stored, options, network, guided.guidance.complete)
     refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
+    refusals += guided.refusals(stored, assigned)
     if refusals:
         raise PlanError(refusals)
-    tensors = tuple(_output(file, info, assigned) for info in file.tensors.values())
-    metadata = _metadata(file, assigned, options)
+    tensors = guided.guidance.attached([_output(file, info, assigned) for info in file.tensors.values()])
+    metadata = {**_metadata(file, assigned, options), **guided.metadata}
     kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
     layout = lay_out(metadata, tensors, kinds)
-    return QuantizationPlan(file, options, assigned, metadata, tensors, layout, tuple(assigned.warnings))
+    warnings = (*assigned.warnings, *guided.guidance.warnings)
+    return QuantizationPlan(file, options, assigned, metadata, tensors, layout, warnings)
 
 
 def write_quantization(
@@ -154,8 +162,9 @@ def write_quantization(
 ) -> Quantization:
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `quantize`."""
     cores = threads or os.cpu_count() or 1
-    types.require_kernels(tensor.type for tensor in plan.tensors if _changes(plan, tensor))
-    kernels.require({plan.source.tensors[t.name].type for t in plan.tensors if _changes(plan, t)} & {*types.BLOCKS})
+    changed = [tensor for tensor in plan.tensors if _changes(plan, tensor)]
+    types.require_kernels((t.type for t in changed), importance=any(t.importance for t in changed))
+    kernels.require({plan.source.tensors[t.name].type for t in changed} & {*types.BLOCKS})
     check_target(out, plan.source.files, force=force)
     kinds = {tensor.type for tensor in plan.tensors}
     job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
@@ -248,7 +257,7 @@ def _changes(plan: QuantizationPlan, tensor: OutputTensor) -> bool:
 
 def _metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -> dict[str, MetadataValue]:
     """The source's keys in their order, the file type renewed, and how this file was made; no path, no time."""
-    kept = {key: value for key, value in file.metadata.items() if not key.startswith(PREFIX)}
+    kept = {key: value for key, value in file.metadata.items() if not key.startswith((PREFIX, KEYS))}
     result: dict[str, MetadataValue] = {
         **kept,
         "general.quantization_version": int(GGML_QUANT_VERSION),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -16,12 +16,15 @@ from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.export.assignment import Assignment, assign
 from moe2gguf.export.blocks import is_power_of_two
 from moe2gguf.export.dense import DenseFile, carried_metadata, largest_block, open_dense
+from moe2gguf.export.guidance import Neurons
+from moe2gguf.export.layout import Entry
 from moe2gguf.export.metadata import expert_metadata, model_metadata, provenance
 from moe2gguf.export.presets import Network
 from moe2gguf.export.reader import ValueType
 from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.export.vocabulary import vocabulary_metadata
 from moe2gguf.export.writer import OutputTensor
+from moe2gguf.importance import Consulted, consult
 from moe2gguf.outputs import Experts
 from moe2gguf.spec import Calibration, Metadata, MetadataValue, Slicing
 
@@ -85,15 +88,18 @@ def _from_folder(
     calibration: Calibration | None,
 ) -> Draft:
     stored = outputs.output_tensors(source, slicing, experts, digest)
-    assigned = assign(stored, options, _network(source, slicing))
+    guided, assigned = _assigned(source, slicing, experts, options, stored)
     metadata: dict[str, MetadataValue] = {
         **model_metadata(source.model, slicing, assigned.file_type),
         **source.card,
         **vocabulary_metadata(source.vocabulary),
         **_inherited(source.provenance),
         **provenance(source.model, slicing, calibration),
+        **guided.metadata,
     }
-    return Draft(assigned, assigned.typed(stored), metadata)
+    tensors = guided.guidance.attached(assigned.typed(stored))
+    refusals = (*guided.refusals(stored, assigned), *_refuse_experts_of(guided, slicing))
+    return Draft(assigned, tensors, metadata, refusals=refusals, warnings=tuple(guided.guidance.warnings))
 
 
 def _inherited(provenance: Metadata) -> Metadata:
@@ -111,26 +117,46 @@ def _from_gguf(
     calibration: Calibration | None,
 ) -> Draft:
     stored = outputs_gguf.stored_tensors(source, slicing)
-    assigned = assign(stored, options, _network(source, slicing))
+    guided, assigned = _assigned(source, slicing, experts, options, stored)
     chosen = assigned.types
-    tensors = outputs_gguf.output_tensors(source, slicing, experts, digest, chosen)
+    tensors = guided.guidance.attached(outputs_gguf.output_tensors(source, slicing, experts, digest, chosen))
     changes: dict[str, MetadataValue] = expert_metadata(slicing) if slicing else {}
     if any(chosen[entry.name] != entry.type for entry in stored):
         changes |= {"general.file_type": assigned.file_type, "general.quantization_version": int(GGML_QUANT_VERSION)}
-    metadata, kinds = carried_metadata(source, {**changes, **provenance(source.model, slicing, calibration)})
-    refusals = outputs_gguf.refusals(source, slicing, chosen, allow=options.allow_fallback)
+    changes |= provenance(source.model, slicing, calibration) | guided.metadata
+    metadata, kinds = carried_metadata(source, changes)
+    refusals = [*guided.refusals(stored, assigned), *_refuse_experts_of(guided, slicing)]
+    refusals += outputs_gguf.refusals(source, slicing, chosen, allow=options.allow_fallback)
     again = outputs_gguf.requantized(source, slicing, chosen)
     warnings = [
         f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
         for what, names in again.items()
     ]
-    return Draft(assigned, tensors, metadata, kinds, tuple(refusals), tuple(warnings))
+    return Draft(assigned, tensors, metadata, kinds, tuple(refusals), (*warnings, *guided.guidance.warnings))
 
 
-def _network(source: Source, slicing: Slicing | None) -> Network:
+def _assigned(
+    source: Source, slicing: Slicing | None, experts: Experts, options: TypeOptions, stored: Sequence[Entry]
+) -> tuple[Consulted, Assignment]:
+    """What the importance matrix says about the tensors, and the type of each."""
+    neurons = Neurons(source.model.d_ff, lambda i: experts.layer(i).order) if slicing else None
+    guided = consult(options, stored, neurons)
+    network = _network(source, slicing, importance=guided.matrix is not None)
+    return guided, assign(stored, options, network, guided.guidance.complete)
+
+
+def _refuse_experts_of(guided: Consulted, slicing: Slicing | None) -> list[str]:
+    """Experts that this run groups anew need not be those of the matrix."""
+    if slicing is None or slicing.recipe.group == "contiguous" or not guided.per_expert:
+        return []
+    return [
+        "--imatrix: was collected from experts, and which neurons an expert gets is decided in this run; give one of "
+        "the dense model, or write f16 first and quantize that file with it"
+    ]
+
+
+def _network(source: Source, slicing: Slicing | None, *, importance: bool) -> Network:
     """What presets depend on, of the file to come."""
     model = source.model
-    n_expert = slicing.n_expert if slicing else model.n_expert
-    return Network(
-        "llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, model.tied_embeddings, n_expert
-    )
+    n_expert, tied = slicing.n_expert if slicing else model.n_expert, model.tied_embeddings
+    return Network("llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, tied, n_expert, importance)

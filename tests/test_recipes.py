@@ -180,7 +180,8 @@ def test_types_that_need_an_importance_matrix_are_refused_without(kind):
 
     assert any("needs an importance matrix" in text for text in refusals)
     network = Network("llama", 3, 8, 2, 256, True, 4, importance=True)
-    assert () == assign(tensors(256), TypeOptions(kind), network).refusals
+    guided = {tensor.name for tensor in tensors(256)}
+    assert () == assign(tensors(256), TypeOptions(kind), network, guided).refusals
 
 
 def test_the_embedding_may_be_small_without_an_importance_matrix():

@@ -252,10 +252,10 @@ def test_one_large_tensor_is_quantized_by_several_threads(tmp_path, monkeypatch)
     seen = set()
     encode = types.encode
 
-    def watched(array, kind, name):
+    def watched(array, kind, name, importance):
         seen.add((threading.get_ident(), len(array)))
         time.sleep(0.005)
-        return encode(array, kind, name)
+        return encode(array, kind, name, importance)
 
     monkeypatch.setattr(types, "encode", watched)
     with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):

@@ -11,6 +11,8 @@ from typing import Any
 import click
 from cloup import option, option_group
 
+from moe2gguf.export.repairs import REPAIRS
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
 
@@ -80,6 +82,14 @@ type_options = option_group(
     option("--recipe-file", type=FILE, help="A TOML or JSON file of such rules, tried after them."),
     option("--pure", is_flag=True, help="The type for every matrix, those of the vocabulary included."),
     option("--allow-fallback", is_flag=True, help="Where a type does not fit, take llama.cpp's substitute, listed."),
+    option("--imatrix", type=FILE, help="An importance matrix, of this file or of its dense parent (.gguf or .dat)."),
+    option(
+        "--imatrix-repair",
+        type=click.Choice([*REPAIRS]),
+        default="none",
+        show_default=True,
+        help="What tensors and experts without data get: " + "; ".join(f"{k}: {v}" for k, v in REPAIRS.items()) + ".",
+    ),
     option("--llama-cpp-mix", is_flag=True, help="Choose for experts as llama.cpp does, not as for the dense parent."),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -112,8 +112,8 @@ def as_stored(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) ->
     return types.of_dtype(dtype)
 
 
-def assign(tensors: Sequence[Entry], options: TypeOptions, network: Network) -> Assignment:
-    """The type of every tensor; `tensors` come with the type in which they are stored.
+def assign(tensors: Sequence[Entry], options: TypeOptions, network: Network, guided: Container[str] = ()) -> Assignment:
+    """The type of every tensor; `tensors` come with the type in which they are stored, `guided` have an importance.
 
     Raises:
         PlanError: the options name unknown types, broken patterns or an unreadable file.
@@ -132,7 +132,7 @@ def assign(tensors: Sequence[Entry], options: TypeOptions, network: Network) -> 
         chosen[tensor.name] = kind
     refusals = _unused([(rule, counts[i]) for i, rule in enumerate(own)], tensors)
     fallbacks, misfits = _fit(tensors, chosen, allow=options.allow_fallback)
-    refusals += [*misfits, *_unguided(tensors, chosen, options, network)]
+    refusals += [*misfits, *_unguided(tensors, chosen, options, guided)]
     used = tuple((rule, counts[i]) for i, rule in enumerate(rules) if counts[i])
     preset = FILE_TYPE_NAMES.get(options.type.upper())
     file_type = types.file_type(preset) if preset else _most_common(tensors, chosen)
@@ -194,24 +194,22 @@ def _misfit(kind: TensorType, width: int, names: Sequence[str]) -> str:
 
 
 def _unguided(
-    tensors: Sequence[Entry], chosen: Mapping[str, TensorType], options: TypeOptions, network: Network
+    tensors: Sequence[Entry], chosen: Mapping[str, TensorType], options: TypeOptions, guided: Container[str]
 ) -> list[str]:
     """Types that are garbage without an importance matrix, or abort llama.cpp's kernels:
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L856
     """
-    if network.importance:
-        return []
     groups: dict[TensorType, list[str]] = {}
     for tensor in tensors:
         kind = chosen[tensor.name]
-        if kind == tensor.type:
+        if kind == tensor.type or tensor.name in guided:
             continue
         bad = kind.name in _UNGUIDED_GARBAGE or (kind.name == "Q2_K" and options.type.upper() == "Q2_K_S")
         if kind in NEEDS_IMPORTANCE or (bad and not re.fullmatch(VOCABULARY, tensor.name)):
             groups.setdefault(kind, []).append(tensor.name)
     return [
-        f"{kind.name} needs an importance matrix, for {_listed(names)}; the smallest types that do without are q2_k, "
-        "iq3_s and q3_k_m"
+        f"{kind.name} needs an importance matrix, for {_listed(names)}; make one with `moe2gguf imatrix` and "
+        "give it with --imatrix; the smallest types that do without are q2_k, iq3_s and q3_k_m"
         for kind, names in groups.items()
     ]
 

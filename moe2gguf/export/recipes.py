@@ -35,6 +35,8 @@ class TypeOptions:
     pure            `type` for every matrix, those of the vocabulary included
     allow_fallback  where a type's blocks do not fit the rows, take llama.cpp's substitute instead of refusing
     llama_cpp_mix   treat a file with experts as llama.cpp does, instead of like its dense parent
+    imatrix         an importance matrix: which columns' errors matter
+    imatrix_repair  what to do about what it has no data for, one of `moe2gguf.export.guidance.REPAIRS`
     """
 
     type: str = AUTO
@@ -43,6 +45,8 @@ class TypeOptions:
     pure: bool = False
     allow_fallback: bool = False
     llama_cpp_mix: bool = False
+    imatrix: Path | None = None
+    imatrix_repair: str = "none"
 
 
 @dataclass(frozen=True)

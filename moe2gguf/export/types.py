@@ -96,10 +96,11 @@ def n_bytes(shape: tuple[int, ...], kind: TensorType) -> int:
     return math.prod(shape) // elements * size
 
 
-def encode(array: Array, kind: TensorType, name: str) -> memoryview:
+def encode(array: Array, kind: TensorType, name: str, importance: NDArray[np.float32] | None = None) -> memoryview:
     """`array` as the bytes of type `kind`; `name` is for the error message.
 
-    An array of f32, f16 or bf16 is encoded; one of uint8 holds blocks of that type already, which are kept.
+    An array of f32, f16 or bf16 is encoded; one of uint8 holds blocks of that type already, which are kept. Rows that
+    are quantized may share an `importance` (width,), how much each column's error matters.
 
     Raises:
         CorruptWeightError: a value is NaN or infinite, or too large for the type.
@@ -109,7 +110,7 @@ def encode(array: Array, kind: TensorType, name: str) -> memoryview:
         return np.ascontiguousarray(array).reshape(-1).data
     require_finite(array, name)
     if kind not in FLOATS:
-        return _quantize(widened(array), kind, name).data
+        return _quantize(widened(array), kind, name, importance).data
     with np.errstate(over="ignore"):
         encoded: Array = np.ascontiguousarray(array, FLOATS[kind])
     if kind is GGMLType.F16 and array.dtype != encoded.dtype and not is_finite(encoded):
@@ -146,18 +147,23 @@ def widened(array: Array) -> NDArray[np.float32]:
     return numbers
 
 
-def require_kernels(kinds: Iterable[TensorType]) -> None:
-    """Raise HarnessError, before anything is written, if one of the types to write needs a missing kernel."""
+def require_kernels(kinds: Iterable[TensorType], *, importance: bool = False) -> None:
+    """Raise HarnessError, before anything is written, if one of the types to write needs a missing kernel.
+
+    The numpy versions of some kernels know nothing of an importance.
+    """
     wanted = {kind for kind in kinds if kind in BLOCKS}
-    kernels.require(wanted if kernels.installed() else wanted - NUMPY)
+    kernels.require(wanted if importance or kernels.installed() else wanted - NUMPY)
 
 
-def _quantize(rows: NDArray[np.float32], kind: TensorType, name: str) -> NDArray[np.uint8]:
+def _quantize(
+    rows: NDArray[np.float32], kind: TensorType, name: str, importance: NDArray[np.float32] | None
+) -> NDArray[np.uint8]:
     """The blocks of `rows` (..., width): llama.cpp's where it is installed, else the same from the gguf package."""
-    if kind in NUMPY and not kernels.installed():
+    if kind in NUMPY and importance is None and not kernels.installed():
         blocks: NDArray[np.uint8] = gguf.quants.quantize(rows, kind)
         return blocks.reshape(-1)
-    return kernels.quantize(rows, kind, name)
+    return kernels.quantize(rows, kind, name, importance)
 
 
 def require_finite(array: Array, name: str) -> None:

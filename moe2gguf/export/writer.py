@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -29,6 +30,9 @@ from moe2gguf.export.reader import TensorType
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
+Importance = Callable[[], Sequence[NDArray[np.float32] | None]]
+"""Per matrix of a tensor (one, or one per expert) the importance of its columns (width,), made when it is written."""
+
 PIECE = 1 << 18
 """Elements that are quantized together: a fraction of a second in the slowest kernel, a megabyte of float32."""
 
@@ -40,12 +44,14 @@ FLUSH_BYTES = 1 << 26
 class OutputTensor(Entry):
     """A tensor to write: `blocks` yields consecutive pieces of it when asked; `sources` names its origin.
 
-    `copied`: the pieces are blocks of its type already, so that nothing is quantized.
+    `copied`: the pieces are blocks of its type already, so that nothing is quantized. `importance` weighs the errors of
+    its columns while it is quantized.
     """
 
     sources: tuple[str, ...] = ()
     blocks: Blocks = field(default=lambda: iter(()), repr=False, compare=False)
     copied: bool = False
+    importance: Importance | None = field(default=None, repr=False, compare=False)
 
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
@@ -193,8 +199,12 @@ def _write_tensor(
         return
     position, checksum = offset, xxhash.xxh3_128()
     label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
+    matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
+    row = 0
     for block in tensor.blocks():
-        for data in _encoded(block, tensor.type, label, kernels):
+        pieces = _encoded(block, tensor.type, label, kernels, _Weights(matrices, tensor.shape, row))
+        row += block.size // max(block.shape[-1], 1)
+        for data in pieces:
             if stop.is_set():
                 return
             _write_at(descriptor, data, position)
@@ -207,8 +217,26 @@ def _write_tensor(
         journal.record(tensor.name, checksum.hexdigest(), tensor.sources)
 
 
+class _Weights(NamedTuple):
+    """The importance of the matrices of a tensor of this `shape`, asked from its row `first` on."""
+
+    matrices: Sequence[NDArray[np.float32] | None] | None
+    shape: tuple[int, ...]
+    first: int
+
+    def cut(self, n_row: int, step: int) -> Iterator[tuple[int, int, NDArray[np.float32] | None]]:
+        """Pieces (start, stop, importance) of at most `step` rows; with an importance none spans two matrices."""
+        height = self.shape[-2] if self.matrices is not None else self.first + n_row + 1
+        start = 0
+        while start < n_row:
+            matrix, row = divmod(self.first + start, height)
+            stop = min(start + step, start + height - row, n_row)
+            yield start, stop, None if self.matrices is None else self.matrices[matrix]
+            start = stop
+
+
 def _encoded(
-    block: NDArray[np.generic], kind: TensorType, label: str, kernels: ThreadPoolExecutor
+    block: NDArray[np.generic], kind: TensorType, label: str, kernels: ThreadPoolExecutor, weights: _Weights
 ) -> Iterator[memoryview]:
     """`block` as bytes of type `kind`: at once, or for block types in pieces of rows made in parallel."""
     if kind in types.FLOATS or block.dtype == np.uint8:
@@ -217,8 +245,8 @@ def _encoded(
     types.require_finite(block, label)
     rows = block.reshape(-1, block.shape[-1])
     step = max(1, PIECE // rows.shape[1])
-    pieces = [rows[i : i + step] for i in range(0, len(rows), step)]
-    yield from kernels.map(lambda piece: types.encode(piece, kind, label), pieces)
+    pieces = [(rows[i:j], importance) for i, j, importance in weights.cut(len(rows), step)]
+    yield from kernels.map(lambda piece: types.encode(piece[0], kind, label, piece[1]), pieces)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

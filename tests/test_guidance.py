@@ -1,0 +1,96 @@
+"""export.guidance: which importance each tensor gets, from a matrix of the same file or of its dense parent."""
+
+import numpy as np
+
+from moe2gguf.export.guidance import Neurons, guide
+from moe2gguf.export.imatrix import Activity, ImportanceMatrix
+from moe2gguf.export.layout import Entry
+from moe2gguf.export.types import named
+
+F32 = named("f32")
+GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
+
+
+def dense(d_ff=6, width=2):
+    """Means 1, 2, ... of the down projection's columns, 10, 20 of the gate's, from 4 tokens."""
+    entries = {
+        "blk.1.ffn_gate.weight": Activity(np.float32([40, 80][:width]), np.array([4])),
+        "blk.1.ffn_down.weight": Activity(4 * np.arange(1, d_ff + 1, dtype=np.float32), np.array([4])),
+    }
+    return ImportanceMatrix(entries, (), 1, 4)
+
+
+def test_neurons_are_picked_in_the_experts_order():
+    """Asked for only when the vectors are made; zero neurons (-1) get zero; layers have orders of their own."""
+    asked = []
+
+    def order(layer):
+        asked.append(layer)
+        return np.array([[5, 0, -1], [1, 2, 3], [4, -1, -1]])
+
+    found = guide(dense(), [Entry(GATE, (3, 3, 2), F32), Entry(DOWN, (3, 2, 3), F32)], Neurons(6, order))
+
+    assert ({}, {GATE, DOWN}, []) == (found.problems, found.complete, asked)
+    assert [[10, 20]] * 3 == [row.tolist() for row in found.importance[GATE]()]
+    assert [[6, 1, 0], [2, 3, 4], [5, 0, 0]] == [row.tolist() for row in found.importance[DOWN]()]
+    assert [1] == asked
+
+
+def test_a_dense_matrix_of_other_widths_is_refused():
+    """The MLP's, and the model's."""
+    order = Neurons(6, lambda _: np.zeros((3, 3), np.int64))
+    found = guide(dense(d_ff=7, width=1), [Entry(GATE, (3, 3, 2), F32), Entry(DOWN, (3, 2, 3), F32)], order)
+
+    assert {
+        GATE: ("is of another model", " (1 columns of the dense matrix, expected 2)"),
+        DOWN: ("is of another model", " (7 columns of the dense matrix, expected 6)"),
+    } == {name: (problem.why, problem.detail) for name, problem in found.problems.items()}
+
+
+def test_a_dense_entry_without_tokens_is_no_data():
+    """Neither for gate and up nor for down."""
+    entries = {
+        f"blk.1.ffn_{part}.weight": Activity(np.zeros(n, np.float32), np.array([0]))
+        for part, n in (("gate", 2), ("down", 6))
+    }
+    matrix = ImportanceMatrix(entries, (), 1, 4)
+    order = Neurons(6, lambda _: np.zeros((3, 3), np.int64))
+    tensors = [Entry(GATE, (3, 3, 2), F32), Entry(DOWN, (3, 2, 3), F32)]
+
+    refused, ones = guide(matrix, tensors, order), guide(matrix, tensors, order, "ones")
+
+    assert {GATE, DOWN} == refused.problems.keys()
+    assert all("no token was seen" in problem.why for problem in refused.problems.values())
+    assert [[1, 1, 1]] * 3 == [row.tolist() for row in ones.importance[DOWN]()]
+
+
+def test_unknown_neurons_pool_to_one_number():
+    """Every column of the down projection counts alike: the mean of the dense ones."""
+    tensors = [Entry(DOWN, (3, 2, 3), F32)]
+
+    assert DOWN in guide(dense(), tensors).problems
+    assert [[3.5] * 3] * 3 == [row.tolist() for row in guide(dense(), tensors, repair="pooled").importance[DOWN]()]
+    assert [None] * 3 == [*guide(dense(), tensors, repair="plain").importance[DOWN]()]
+
+
+def test_experts_pool_by_their_tokens():
+    """Gate and up column by column, down as one number; the tensor is complete, but not after `plain`."""
+    sums, counts = np.float32([2, 4, 0, 0, 30, 60]), np.array([1, 0, 3])
+    matrix = ImportanceMatrix({GATE: Activity(sums, counts), DOWN: Activity(sums, counts)}, (), 1, 4)
+    tensors = [Entry(GATE, (3, 5, 2), F32), Entry(DOWN, (3, 5, 2), F32)]
+
+    pooled, plain = guide(matrix, tensors, repair="pooled"), guide(matrix, tensors, repair="plain")
+
+    assert [[2, 4], [8, 16], [10, 20]] == [row.tolist() for row in pooled.importance[GATE]()]
+    assert [[2, 4], [12, 12], [10, 20]] == [row.tolist() for row in pooled.importance[DOWN]()]
+    assert ({GATE, DOWN}, set()) == (pooled.complete, plain.complete)
+    assert plain.importance[GATE]()[1] is None
+    assert {GATE: 1, DOWN: 1} == pooled.few
+
+
+def test_the_vocabulary_and_what_is_never_quantized_need_no_entry():
+    """llama.cpp's tool leaves the vocabulary out; routers and norms stay F32."""
+    names = ["token_embd.weight", "output.weight", "blk.1.ffn_gate_inp.weight", "blk.1.attn_norm.weight"]
+    found = guide(dense(), [Entry(name, (4, 4), F32) for name in names])
+
+    assert ({}, {}, frozenset()) == (found.importance, found.problems, found.complete)

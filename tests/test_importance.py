@@ -1,0 +1,316 @@
+"""--imatrix: llama.cpp's bytes for llama.cpp's numbers, and no guess where numbers are missing."""
+
+import ctypes
+import dataclasses
+import hashlib
+
+import checkpoints
+import imatrix_files
+import numpy as np
+import pytest
+import tiny_gguf
+from llama_cpp import llama_cpp as lib
+from llama_quantize import quantize as llama_quantize
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.errors import ImportanceError, PlanError
+from moe2gguf.export import types
+from moe2gguf.export.presets import FILE_TYPE_NAMES
+from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.quantize import plan_quantization, quantize
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """256 wide, one layer."""
+    weights = tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=512)
+    return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", weights)
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory):
+    """Four experts, 256 wide, with a random router."""
+    weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=1024), 4, router_seed=1)
+    return tiny_gguf.write_gguf(tmp_path_factory.mktemp("sliced") / "sliced.gguf", weights)
+
+
+def statistics_of(path, seed=0):
+    return imatrix_files.statistics_for({t.name: t.shape for t in read_gguf(path).tensors.values()}, seed)
+
+
+def contents(path):
+    """Name -> (type, SHA-256 of the bytes)."""
+    file, data = read_gguf(path), path.read_bytes()
+    return {
+        t.name: (t.type.name, hashlib.sha256(data[t.offset : t.offset + t.n_bytes]).hexdigest())
+        for t in file.tensors.values()
+    }
+
+
+def theirs(source, target, preset, statistics, **settings):
+    """llama_model_quantize with the averages that llama.cpp's tool makes of these statistics."""
+    kept = []
+    entries = (lib.llama_model_imatrix_data * (len(statistics) + 1))()
+    for entry, (name, (sums, counts)) in zip(entries, statistics.items(), strict=False):
+        counts = np.asarray(counts, np.float32)[:, None]
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
+        kept += [means, ctypes.create_string_buffer(name.encode())]
+        entry.name = ctypes.cast(kept[-1], ctypes.c_char_p)
+        entry.data = means.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = means.size
+    llama_quantize(source, target, types.file_type(FILE_TYPE_NAMES[preset]), imatrix=entries, **settings)
+    return contents(target)
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [*((name, "gguf") for name in ("Q4_K_M", "IQ4_XS", "Q3_K_L", "Q2_K", "Q4_0", "Q5_0")), ("Q3_K_M", "dat")],
+)
+def test_the_bytes_are_llama_cpps(dense, tmp_path, preset, kind):
+    """For the same importance, from either format; presets that depend on having one choose what it chooses."""
+    statistics = statistics_of(dense)
+    matrix = tmp_path / "m"
+    if kind == "gguf":
+        imatrix_files.write_gguf(matrix, statistics)
+    else:  # three calls, so that averages are made of their sums exactly as from the other form
+        means = {name: np.float32(sums / np.float32(counts[0])) for name, (sums, counts) in statistics.items()}
+        statistics = {name: (value * np.float32(4), [4]) for name, value in means.items()}
+        matrix.write_bytes(imatrix_files.dat({name: (4, sums) for name, (sums, _) in statistics.items()}))
+
+    quantize(dense, tmp_path / "ours.gguf", TypeOptions(preset, imatrix=matrix), threads=2)
+
+    assert theirs(dense, tmp_path / "theirs.gguf", preset, statistics) == contents(tmp_path / "ours.gguf")
+    unguided = quantize(dense, tmp_path / "plain.gguf", TypeOptions(preset)).path
+    assert contents(unguided) != contents(tmp_path / "ours.gguf")
+
+
+@pytest.mark.parametrize("preset", ["Q4_K_M", "IQ3_XXS"])
+def test_every_expert_gets_its_own(sliced, tmp_path, preset):
+    """Experts are pieces of one tensor, and the importance changes with each, wherever we cut it."""
+    statistics = statistics_of(sliced)
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+    options = TypeOptions(preset, imatrix=matrix, llama_cpp_mix=True, pure=preset == "IQ3_XXS")
+
+    quantize(sliced, tmp_path / "ours.gguf", options, threads=3)
+
+    expected = theirs(sliced, tmp_path / "theirs.gguf", preset, statistics, pure=options.pure)
+    assert expected == contents(tmp_path / "ours.gguf")
+    swapped = {name: (sums[::-1], counts[::-1]) for name, (sums, counts) in statistics.items()}
+    assert expected != theirs(sliced, tmp_path / "swapped.gguf", preset, swapped, pure=options.pure)
+
+
+def test_the_smallest_types_need_it(sliced, tmp_path):
+    """Without an importance matrix they are refused with the way to one; so is a tensor that it leaves out."""
+    options = TypeOptions(tensor_types=(r"blk\..*exps\.weight=iq3_xxs",))
+    with pytest.raises(PlanError, match=r"IQ3_XXS needs an importance matrix.*moe2gguf imatrix"):
+        plan_quantization(sliced, options)
+    statistics = statistics_of(sliced)
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+    plan_quantization(sliced, dataclasses.replace(options, imatrix=matrix))
+    del statistics["blk.0.ffn_up_exps.weight"]
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+
+    with pytest.raises(PlanError) as caught:
+        plan_quantization(sliced, dataclasses.replace(options, imatrix=matrix, imatrix_repair="plain"))
+
+    assert 1 == len(caught.value.refusals)
+    assert "IQ3_XXS needs an importance matrix, for blk.0.ffn_up_exps.weight;" in caught.value.refusals[0]
+
+
+def test_the_file_records_it_as_llama_cpp_does(dense, tmp_path):
+    """llama.cpp's four keys, with names instead of paths; quantizing again without one drops them."""
+    matrix = imatrix_files.write_gguf(tmp_path / "words.gguf", statistics_of(dense))
+
+    quantize(dense, tmp_path / "a.gguf", TypeOptions("q8_0", imatrix=matrix))
+    quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", TypeOptions("q8_0"))
+
+    found, again = (
+        {key: value for key, value in read_gguf(tmp_path / name).metadata.items() if "imatrix" in key}
+        for name in ("a.gguf", "b.gguf")
+    )
+    assert {
+        "quantize.imatrix.file": "words.gguf",
+        "quantize.imatrix.dataset": "words.txt",
+        "quantize.imatrix.entries_count": 7,
+        "quantize.imatrix.chunks_count": 3,
+    } == found
+    assert {} == again
+    assert str(tmp_path).encode() not in (tmp_path / "a.gguf").read_bytes()
+
+
+def without(statistics, expert):
+    """Expert `expert` of every tensor saw no token."""
+    result = {}
+    for name, (sums, counts) in statistics.items():
+        sums, counts = sums.copy(), [*counts]
+        if len(counts) > 1:
+            sums[expert], counts[expert] = 0, 0
+        result[name] = sums, counts
+    return result
+
+
+def test_an_expert_without_data_is_refused_or_repaired_by_choice(sliced, tmp_path):
+    """Named with its number; `ones` gives llama.cpp's bytes, the others differ in that expert only."""
+    statistics = without(statistics_of(sliced), 2)
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+    options = TypeOptions("q4_k", imatrix=matrix)
+    with pytest.raises(PlanError, match=r"no token reached some experts.*blk\.0\.ffn_gate_exps\.weight \(experts 2\)"):
+        plan_quantization(sliced, options)
+
+    files = {}
+    for repair in ("ones", "pooled", "plain"):
+        out = tmp_path / f"{repair}.gguf"
+        quantize(sliced, out, dataclasses.replace(options, imatrix_repair=repair))
+        files[repair] = out
+        assert repair == read_gguf(out).metadata["moe2gguf.quantize.imatrix_repair"]
+    quantize(sliced, tmp_path / "unguided.gguf", TypeOptions("q4_k"))
+
+    def expert(path, i, name="blk.0.ffn_up_exps.weight"):
+        file = read_gguf(path)
+        return np.split(file.read_tensor(file.tensors[name]), 4)[i].tobytes()
+
+    expected = theirs(sliced, tmp_path / "theirs.gguf", "Q4_K_S", statistics, pure=True)
+    ours = contents(files["ones"])
+    assert {n: expected[n] for n in expected if "exps" in n} == {n: ours[n] for n in ours if "exps" in n}
+    assert expert(files["plain"], 2) == expert(tmp_path / "unguided.gguf", 2)
+    for i in (0, 1, 3):
+        assert 1 == len({expert(path, i) for path in files.values()})
+    assert 3 == len({expert(path, 2) for path in files.values()})
+    sums, counts = statistics["blk.0.ffn_up_exps.weight"]
+    sums, counts = sums.copy(), [*counts]
+    sums[2], counts[2] = sums.sum(axis=0, dtype=np.float64), sum(counts)
+    pooled = {"blk.0.ffn_up_exps.weight": (sums, counts)}
+    theirs(sliced, tmp_path / "pooled-theirs.gguf", "Q4_K_S", pooled, pure=True)
+    a, b = (np.frombuffer(expert(path, 2), np.uint8) for path in (tmp_path / "pooled-theirs.gguf", files["pooled"]))
+    assert 0.99 < (a == b).mean()  # but for the rounding of the pooled mean
+
+
+def test_an_expert_without_data_in_the_older_form(sliced, tmp_path):
+    """There it says 1.0 in every column, which is not taken for data."""
+    statistics = statistics_of(sliced)
+    values = {name: (1, np.float32(sums / np.array(counts)[:, None])) for name, (sums, counts) in statistics.items()}
+    values["blk.0.ffn_up_exps.weight"][1][3] = 1
+    (tmp_path / "m.dat").write_bytes(imatrix_files.dat(values))
+
+    with pytest.raises(PlanError, match=r"no token reached some.*blk\.0\.ffn_up_exps\.weight \(experts 3\)$"):
+        plan_quantization(sliced, TypeOptions("q4_k", imatrix=tmp_path / "m.dat"))
+
+
+def test_barely_seen_experts_are_a_warning(sliced, tmp_path):
+    """With the tensor and the fewest tokens."""
+    statistics = statistics_of(sliced)
+    statistics["blk.0.ffn_up_exps.weight"][1][1] = 7.0
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+
+    plan = plan_quantization(sliced, TypeOptions("q4_k", imatrix=matrix))
+
+    assert ["--imatrix: 1 tensors have experts that saw fewer than 64 tokens (blk.0.ffn_up_exps.weight: 7)"] == [
+        text.partition(";")[0] for text in plan.warnings
+    ]
+
+
+@pytest.mark.parametrize("repair", ["none", "plain", "ones", "pooled"])
+def test_another_models_matrix_is_refused(sliced, tmp_path, repair):
+    """Other widths and other expert counts, whatever the repair: it is the wrong file."""
+    statistics = statistics_of(sliced)
+    sums, counts = statistics["blk.0.ffn_down_exps.weight"]
+    statistics["blk.0.ffn_down_exps.weight"] = sums[:, :128], counts
+    sums, counts = statistics["blk.0.ffn_up_exps.weight"]
+    statistics["blk.0.ffn_up_exps.weight"] = np.concatenate([sums, sums]), counts * 2
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+
+    with pytest.raises(PlanError) as caught:
+        plan_quantization(sliced, TypeOptions("q4_k", imatrix=matrix, imatrix_repair=repair))
+
+    assert {
+        "--imatrix: is of another number of experts: blk.0.ffn_up_exps.weight (8, the tensor has 4)",
+        "--imatrix: is of another model: blk.0.ffn_down_exps.weight (512 columns, the tensor has 4 x 256 = 1024)",
+    } == {*caught.value.refusals}
+
+
+def test_missing_tensors_are_refused_unless_a_repair_is_chosen(dense, tmp_path):
+    """All of them are listed; there is nothing to pool; a broken file is an error of its own."""
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", {"blk.9.attn_q.weight": (np.ones((1, 256)), [5])})
+    options = TypeOptions("q4_k", imatrix=matrix)
+    with pytest.raises(PlanError, match=r"has no entry.*blk\.0\.attn_q\.weight.*and 4 more"):
+        plan_quantization(dense, options)
+    with pytest.raises(PlanError, match="nothing to pool"):
+        plan_quantization(dense, dataclasses.replace(options, imatrix_repair="pooled"))
+
+    quantize(dense, tmp_path / "out.gguf", dataclasses.replace(options, imatrix_repair="plain"))
+
+    quantize(dense, tmp_path / "plain.gguf", TypeOptions("q4_k"))
+    assert contents(tmp_path / "plain.gguf") == contents(tmp_path / "out.gguf")
+    (tmp_path / "bad").write_bytes(b"nothing of the kind")
+    with pytest.raises(ImportanceError):
+        plan_quantization(dense, TypeOptions("q4_k", imatrix=tmp_path / "bad"))
+
+
+def test_a_dense_matrix_on_a_sliced_file_of_unknown_order(dense, sliced, tmp_path):
+    """Gate and up see what the dense ones see; which neurons the down projections hold is not guessed."""
+    statistics = imatrix_files.statistics_for(
+        {t.name.replace("_exps", ""): t.shape[-2:] for t in read_gguf(sliced).tensors.values()}
+    )
+    statistics["blk.0.ffn_down.weight"] = (np.ones((1, 1024), np.float32), [1])
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+    options = TypeOptions("q4_k", imatrix=matrix)
+    with pytest.raises(PlanError, match=r"neurons the experts hold is not known.*blk\.0\.ffn_down_exps\.weight$"):
+        plan_quantization(sliced, options)
+
+    quantize(sliced, tmp_path / "ours.gguf", dataclasses.replace(options, imatrix_repair="plain"))
+
+    own = {name: value for name, value in statistics.items() if "ffn_" not in name}
+    for part in ("gate", "up"):
+        sums, counts = statistics[f"blk.0.ffn_{part}.weight"]
+        own[f"blk.0.ffn_{part}_exps.weight"] = np.repeat(sums, 4, axis=0), counts * 4
+    expected, ours = (
+        theirs(sliced, tmp_path / "theirs.gguf", "Q4_K_S", own, pure=True),
+        contents(tmp_path / "ours.gguf"),
+    )
+    assert {name: expected[name] for name in own} == {name: ours[name] for name in own}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One layer, 64 wide, 96 neurons."""
+    return checkpoints.make(tmp_path_factory.mktemp("checkpoint") / "model", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(("experts", "align"), [(3, 32), (4, 32)], ids=["exact", "padded"])
+def test_a_dense_matrix_is_sliced_with_the_model(checkpoint, tmp_path, experts, align):
+    """convert gives the bytes that quantizing the sliced file with the sliced numbers gives; zero neurons get zero."""
+    convert(checkpoint, tmp_path / "dense.gguf", Options(dense=True))
+    convert(checkpoint, tmp_path / "sliced.gguf", Options(experts=experts, align=align))
+    statistics = statistics_of(tmp_path / "dense.gguf")
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+    own = {name: value for name, value in statistics.items() if "ffn_" not in name}
+    for part in ("gate", "up"):
+        sums, counts = statistics[f"blk.0.ffn_{part}.weight"]
+        own[f"blk.0.ffn_{part}_exps.weight"] = np.repeat(sums, experts, axis=0), counts * experts
+    sums, counts = statistics["blk.0.ffn_down.weight"]
+    width = 96 // experts
+    padded = np.pad(sums.reshape(experts, width), ((0, 0), (0, 32 - width)))
+    own["blk.0.ffn_down_exps.weight"] = padded, counts * experts
+    expected = theirs(tmp_path / "sliced.gguf", tmp_path / "theirs.gguf", "IQ4_NL", own, pure=True)
+
+    convert(checkpoint, tmp_path / "ours.gguf", Options(experts, align=align, type="iq4_nl", pure=True, imatrix=matrix))
+    quantize(tmp_path / "sliced.gguf", tmp_path / "later.gguf", TypeOptions("iq4_nl", pure=True, imatrix=matrix))
+
+    ours = contents(tmp_path / "ours.gguf")
+    assert {name: expected[name] for name in own} == {name: ours[name] for name in own}
+    assert contents(tmp_path / "later.gguf") == ours
+    assert "m.gguf" == read_gguf(tmp_path / "ours.gguf").metadata["quantize.imatrix.file"]
+    own["blk.0.ffn_down_exps.weight"] = padded[::-1], counts * experts
+    assert expected != theirs(tmp_path / "sliced.gguf", tmp_path / "theirs.gguf", "IQ4_NL", own, pure=True)
+
+
+def test_experts_of_a_matrix_are_not_those_of_a_new_grouping(checkpoint, tmp_path):
+    """A per-expert matrix fits contiguous experts; which neurons a calibrated expert gets is not known before."""
+    convert(checkpoint, tmp_path / "sliced.gguf", Options(experts=3))
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics_of(tmp_path / "sliced.gguf"))
+    options = Options(3, type="q4_0", pure=True, imatrix=matrix)
+    plan_conversion(checkpoint, options)
+
+    with pytest.raises(PlanError, match="which neurons an expert gets is decided in this run"):
+        plan_conversion(checkpoint, dataclasses.replace(options, used=2))
