@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe2gguf.harness.check import Check
     from moe2gguf.harness.generate import Generation
     from moe2gguf.heal import Healing
+    from moe2gguf.imatrix import Collection
     from moe2gguf.planning import Plan
     from moe2gguf.quantize import Quantization, QuantizationPlan
 
@@ -345,3 +346,18 @@ def stream(prompt: str, pieces: Generation) -> None:
             f"prompt {speed.n_prompt} tokens, {speed.prompt_speed:.1f} tokens/s; "
             f"generated {speed.n_generated}, {speed.generation_speed:.1f} tokens/s ({speed.stopped})"
         )
+
+
+def collection(done: Collection) -> None:
+    """The file, what went into it, and the experts that saw little."""
+    merged = f", {done.n_merged} matrices merged" if done.n_merged else ""
+    resumed = f" ({done.n_resumed:,} of them before)" if done.n_resumed else ""
+    out().print(
+        f"{done.path}: {len(done.matrix.entries)} tensors, {done.n_token:,} tokens{resumed}{merged}", markup=False
+    )
+    if done.scarce:
+        table = Table("layer", "experts and their tokens", box=None, pad_edge=False)
+        for layer in dict.fromkeys(one.layer for one in done.scarce):
+            experts = ", ".join(f"{one.expert}: {one.n_token}" for one in done.scarce if one.layer == layer)
+            table.add_row(layer, experts)
+        out().print(table)

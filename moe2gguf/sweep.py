@@ -82,7 +82,7 @@ def _main_type(file: GGUFFile) -> str:
 
 
 def identity(file: GGUFFile) -> str:
-    """Return the digest of header, size and time of change that tells one file from another: see `Candidate`."""
+    """A digest of the file's header, size and time of change: cheap, and new whenever the file is rewritten."""
     with file.path.open("rb") as stream:
         digest = hashlib.sha256(stream.read(file.data_offset))
         status = os.fstat(stream.fileno())

@@ -16,6 +16,7 @@ import cloup
 from click.shell_completion import get_completion_class
 from cloup import HelpTheme, Style
 
+from moe2gguf.cli.collecting import imatrix
 from moe2gguf.cli.looking import inspect, run, verify
 from moe2gguf.cli.making import convert, densify, quantize, set_used
 from moe2gguf.cli.measuring import bench, compare, experts
@@ -62,7 +63,8 @@ def completion(shell: str) -> None:
         click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
 
 
-for command in (convert, quantize, densify, heal, set_used, verify, inspect, run, compare, bench, experts, completion):
+COMMANDS = (convert, quantize, densify, heal, imatrix, set_used, verify, inspect, run, compare, bench, experts)
+for command in (*COMMANDS, completion):
     cli.add_command(command)
 
 

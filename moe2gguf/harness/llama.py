@@ -140,9 +140,9 @@ class Llama:
         self.n_past = 0
 
     def start(self, n_context: int, observer: Any = None) -> None:
-        """Make room for `n_context` tokens, once. Raises HarnessError if llama.cpp cannot.
+        """Make room for `n_context` tokens, once; `observer` is an evaluation callback that the caller keeps alive.
 
-        `observer`, a ggml_backend_sched_eval_callback, is asked about every node of the graph: see `experts_trace`.
+        It is asked about every node of the graph: see `experts_trace`. Raises HarnessError if llama.cpp cannot.
         """
         params = _context_params(self.lib, self.setup, n_context)
         if observer is not None:
