@@ -41,17 +41,24 @@ def describe_job(
 ) -> dict[str, str]:
     """A job for a `Journal`: the fields of a dataclass of options, the input files, the output's header and types.
 
-    Files count as the same while they have the same name, size and time of change; paths are left out.
+    Files, those among the options too, count as the same while they have the same name, size and time of change; paths
+    are left out.
     """
-    values = {field.name.replace("_", " "): getattr(options, field.name) for field in fields(options)}
-    stats = {file.name: file.stat() for file in files}
     return {
         "command": command,
-        **{key: value.name if isinstance(value, Path) else str(value) for key, value in values.items()},
-        **{name: f"{stat.st_size:,} bytes, changed {stat.st_mtime_ns}" for name, stat in stats.items()},
+        **{field.name.replace("_", " "): _described(getattr(options, field.name)) for field in fields(options)},
+        **{file.name: _described(file) for file in files},
         **({} if FLOATS.keys() >= {*kinds} else {"llama.cpp": kernels.build()}),
         PLAN: hashlib.sha256(header).hexdigest(),
     }
+
+
+def _described(value: Any) -> str:
+    """An option, or a file without its folder."""
+    if not isinstance(value, Path):
+        return str(value)
+    stat = value.stat()
+    return f"{value.name} of {stat.st_size:,} bytes, changed {stat.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
