@@ -39,6 +39,9 @@ PIECE = 1 << 18
 FLUSH_BYTES = 1 << 26
 """The disk is set to work whenever so much has been written, so that little is left to wait for at the end."""
 
+_TURN = threading.Lock()
+"""A file system lets one thread at a time write to a file; the others would spend their cores on waiting for it."""
+
 
 @dataclass(frozen=True)
 class OutputTensor(Entry):
@@ -207,7 +210,8 @@ def _write_tensor(
         for data in pieces:
             if stop.is_set():
                 return
-            _write_at(descriptor, data, position)
+            with _TURN:
+                _write_at(descriptor, data, position)
             checksum.update(data)
             position += len(data)
             advance(len(data))
