@@ -23,10 +23,24 @@ def _made() -> tuple[Path | None, str]:
             if (folder / "config.json").is_file()
             else (None, f"MOE2GGUF_SMOLLM2={given} has no config.json")
         )
-    made = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+    return _printed()
+
+
+@functools.cache
+def _printed(*arguments: str) -> tuple[Path | None, str]:
+    """The path that the script prints, or None and the reason why it does not."""
+    made = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
     if made.returncode != 0:
         return None, (made.stderr.strip() or "scripts/smollm2 failed").splitlines()[-1]
     return Path(made.stdout.strip()), ""
+
+
+def smollm2_gguf() -> Path:
+    """The Q4_1 GGUF file that the folder is made of; skips the test, with the reason, where it cannot be had."""
+    path, reason = _printed("--gguf")
+    if path is None:
+        pytest.skip(f"no SmolLM2 file: {reason}")
+    return path
 
 
 def smollm2_folder() -> Path:

@@ -12,8 +12,14 @@ from gguf import GGMLQuantizationType as GGMLType
 from llama_logits import llama_logits_at, llama_logits_of, mean_kl
 
 from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import CheckpointError, CorruptWeightError, GGUFError, OutputError, PlanError
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.export.dense import open_dense
 from moe2gguf.export.reader import read_gguf
+from moe2gguf.outputs import Experts
+from moe2gguf.outputs_gguf import output_tensors, requantized, stored_tensors
+from moe2gguf.spec import Recipe, Slicing
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
 TYPES = ["F16", "BF16", "Q8_0", "Q6_K", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL"]
@@ -215,6 +221,35 @@ def test_blocks_that_slices_cut_are_refused_with_every_way_out(tmp_path):
     assert 1e-5 <= mean_kl(expected, found[1]) <= 0.05
 
     convert(path, tmp_path / "typed.gguf", Options(experts=4, tensor_types=(r".*ffn_down_exps\.weight=q8_0",)))
+
+
+def test_a_grouping_that_moves_neurons(dense):
+    """Any order of neurons: gate and up are the dense rows bit for bit, only the down projection is quantized again."""
+    source = open_dense(dense("Q8_0"))
+    order = np.random.default_rng(0).permutation(1024).reshape(N, 256)
+    recipe = Recipe(group="activations", always_on=None, router="least-squares")
+    slicing = Slicing(N, N, 256, recipe, grain=32)
+    layer = LayerExperts(order, np.zeros((N, 256), np.float32), np.full(N, N, np.float32))
+    kinds = {entry.name: entry.type for entry in stored_tensors(source, slicing)}
+
+    tensors = output_tensors(source, slicing, Experts(layer), SourceDigest(), kinds)
+
+    def made(name):
+        (tensor,) = (tensor for tensor in tensors if tensor.name == f"blk.1.ffn_{name}_exps.weight")
+        return tensor.copied, np.stack([np.asarray(block) for block in tensor.blocks()])
+
+    before = numbers(dense("Q8_0"))
+    for name in ("gate", "up"):
+        copied, raw = made(name)
+        assert copied
+        np.testing.assert_array_equal(
+            before[f"blk.1.ffn_{name}.weight"][order], gguf.quants.dequantize(raw, GGMLType.Q8_0)
+        )
+    copied, down = made("down")
+    assert not copied
+    np.testing.assert_array_equal(before["blk.1.ffn_down.weight"][:, order].swapaxes(0, 1) * N, down)
+    groups = requantized(source, slicing, kinds)
+    assert {"Q8_0 to Q8_0": [f"blk.{i}.ffn_down_exps.weight" for i in range(2)]} == groups
 
 
 def test_more_experts_than_blocks(tmp_path):

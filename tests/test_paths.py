@@ -102,3 +102,12 @@ def test_never_outside(tmp_path_factory: pytest.TempPathFactory, name: str) -> N
     except CheckpointError:
         return
     assert path.resolve().is_relative_to(folder.resolve())
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "./" + "x" * 256, "a/" * 3000 + "b"])
+def test_names_too_long_for_the_system(tmp_path: Path, name: str) -> None:
+    """A name that no file can have is refused like the others, in a short message."""
+    with pytest.raises(CheckpointError, match="cannot follow the file name") as caught:
+        inside(tmp_path, name)
+
+    assert len(str(caught.value)) < 600

@@ -1,11 +1,14 @@
 """SmolLM2-135M-Instruct: the sliced file is the dense model, on real weights, real text and a real tokenizer."""
 
 import json
+import re
 
+import gguf
+import numpy as np
 import pytest
 import transformers
 from llama_tokens import LlamaTokens
-from smollm2 import smollm2_folder
+from smollm2 import smollm2_folder, smollm2_gguf
 
 from moe2gguf import Options, check, convert
 
@@ -42,6 +45,33 @@ def test_all_experts_are_the_dense_model(folder, tmp_path, kind, experts, kl, re
         assert found.kl_mean <= kl
         assert found.top1 >= 0.997
     assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("experts", [8, 6])
+def test_a_quantized_file_is_cut_without_loss(tmp_path, experts, record_property):
+    """The published Q4_1 file: every weight decodes to the same number, and k = n is the same model in llama.cpp.
+
+    With 6 experts by a tensor of scales, as 6 is no power of two.
+    """
+    source, out = smollm2_gguf(), tmp_path / "out.gguf"
+    done = convert(source, out, Options(experts=experts))
+    assert not [
+        tensor.name for tensor in done.plan.tensors if tensor.type.name in ("Q4_1", "Q8_0") and not tensor.copied
+    ]
+
+    dense, sliced = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (source, out))
+    for name, tensor in dense.items():
+        other = sliced[re.sub(r"ffn_(gate|up|down)\.", r"ffn_\1_exps.", name)]
+        expected, found = (gguf.quants.dequantize(t.data, t.tensor_type) for t in (tensor, other))
+        if name.endswith("ffn_down.weight"):
+            found = np.concatenate(list(found if experts == 6 else found / np.float32(experts)), axis=1)
+        np.testing.assert_array_equal(expected, found.reshape(expected.shape), err_msg=name)
+
+    compared = check(out, source, n_token=N_TOKEN)
+
+    record_property("check", json.dumps(compared.to_dict()))
+    print(json.dumps(compared.to_dict()))
+    assert compared.ok, compared.reason
 
 
 def test_tokenization_equals_hugging_faces(folder, tmp_path):

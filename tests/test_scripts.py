@@ -11,6 +11,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tarfile
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXECUTABLES = ["scripts/bench", "scripts/check", "scripts/demo", "scripts/readme", "scripts/smollm2", "vendor/install"]
+EXECUTABLES = [f"scripts/{name}" for name in ("bench", "check", "demo", "fuzz", "readme", "smollm2", "vocabularies")]
+EXECUTABLES += ["vendor/install"]
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +324,33 @@ class TestBench:
         assert start("scripts/bench", "convert", "--help").stdout.startswith("usage: scripts/bench convert")
         assert start("scripts/bench", "quantize", "--help").stdout.startswith("usage: scripts/bench quantize")
         assert start("scripts/bench", "nothing").returncode == 2
+
+
+class TestVocabularies:
+    """The vocabulary files of llama.cpp's sources."""
+
+    def test_only_the_files_that_are_meant_are_unpacked(self, tmp_path: Path) -> None:
+        """From a package with too few of them nothing is kept; names that lead elsewhere are not followed."""
+        package = tmp_path / "llama.tar.gz"
+        names = ["a/vendor/llama.cpp/models/ggml-vocab-x.gguf", "../vendor/llama.cpp/models/ggml-vocab-y.gguf"]
+        with tarfile.open(package, "w:gz") as archive:
+            for name in [*names, "a/vendor/llama.cpp/models/../../../../ggml-vocab-z.gguf"]:
+                archive.addfile(tarfile.TarInfo(name))
+
+        answer = start("scripts/vocabularies", package, MOE2GGUF_CACHE=str(tmp_path / "cache"))
+
+        assert answer.returncode == 1
+        assert "error: llama.tar.gz holds 2 vocabulary files, expected at least 15" in answer.stderr
+        assert [] == list((tmp_path / "cache").iterdir())
+
+    def test_without_an_index_the_error_says_what_could_not_be_had(self, tmp_path: Path) -> None:
+        """So that the test that needs it can be skipped with a reason."""
+        nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "MOE2GGUF_CACHE": str(tmp_path / "cache")}
+
+        answer = start("scripts/vocabularies", **nowhere)
+
+        assert answer.returncode == 1
+        assert "error: pip could not download llama-cpp-python==" in answer.stderr
 
 
 class TestSmolLM2:

@@ -29,8 +29,10 @@ def inside(folder: Path, relative_name: str) -> Path:
     path = folder / relative_name
     try:
         target, root = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name the system cannot encode
-        raise CheckpointError(f"{folder}: cannot follow the file name {relative_name!r} ({error})") from error
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not to be encoded
+        cause = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder}: cannot follow the file name {relative_name[:200]!r} ({cause})") from error
     if not target.is_relative_to(_boundary(root)):
         raise CheckpointError(f"{path}: is a link that leaves the model's folder; put the file itself there")
     return path
