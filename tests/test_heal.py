@@ -14,6 +14,8 @@ from test_calibration import chosen_experts
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, HealError
+from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.heal.optimize import freeze
 from moe2gguf.experts.heal.plan import HealSettings, batch_at, used_at
 from moe2gguf.experts.text import read_text
 from moe2gguf.export.edit import set_used
@@ -140,6 +142,18 @@ def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
     old, new = (load_file(folder / "model.safetensors") for folder in (models[1], out))
     changed = {name for name in old if old[name].tobytes() != new[name].tobytes()}
     assert moving == {".".join(name.split(".")[-2:]) for name in changed}
+
+
+def test_only_what_trains_has_gradients():
+    """`experts` includes the down projections, `down` nothing else; a frozen part costs no gradient and no state."""
+    rng = np.random.default_rng(0)
+    shapes = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))
+    layer = Layer(Stored(*(rng.normal(size=shape).astype(np.float32) for shape in shapes)), 1.0)
+    names = {"router": ["router.weight"], "down": ["down"], "experts": ["down", "gate", "up"], "lora": []}
+
+    for part, expected in names.items():
+        freeze(layer, [part])
+        assert expected == sorted(name for name, p in layer.named_parameters() if p.requires_grad), part
 
 
 def test_llama_cpp_routes_as_torch_after_training(models, healed, tmp_path):
