@@ -301,6 +301,8 @@ def check_conversion(done: Conversion, dense: str, *, threads: int | None = None
         used=None,
         recipe_file=None,
         shard_size=None,
+        save_calibration=None,
+        load_calibration=None,
         tensor_types=_pinned(done.plan),
         allow_fallback=True,
     )

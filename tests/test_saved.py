@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.convert import check_conversion
 from moe2gguf.errors import CalibrationError, Moe2GgufError, OutputError, PlanError
 from moe2gguf.experts import saved
 
@@ -76,6 +77,16 @@ def test_another_count_or_amplification_without_a_new_pass(folder, kept, tmp_pat
     for name, data in before.items():
         times = factor if "down_exps" in name else size if "gate_inp" in name else 1
         np.testing.assert_allclose(data * np.float32(times), after[name], rtol=1e-6, err_msg=name)
+
+
+def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
+    """--check auto beside --load-calibration: 4 of 8 experts are not the dense model, but both files run."""
+    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=kept[1]))
+
+    checked = check_conversion(done, "auto", threads=1)
+
+    assert checked.n_token > 0
+    assert ["y.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
