@@ -63,9 +63,10 @@ def completion(shell: str) -> None:
         click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
 
 
-COMMANDS = (convert, quantize, densify, heal, imatrix, set_used, verify, inspect, run, compare, bench, experts)
-for command in (*COMMANDS, completion):
-    cli.add_command(command)
+cli.section("Making", convert, quantize, densify, heal, set_used)
+cli.section("Looking", inspect, verify, run, experts)
+cli.section("Measuring", compare, bench, imatrix)
+cli.section("Your shell", completion)
 
 
 class Terminated(KeyboardInterrupt):
