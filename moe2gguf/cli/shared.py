@@ -50,7 +50,8 @@ json_option = option("--json", "as_json", is_flag=True, help="Print the result a
 resume_option = option(
     "--resume/--no-resume",
     default=True,
-    help="Go on where the same command was stopped, from OUT.partial; or start anew.  [default: resume]",
+    help="Go on where the same command was stopped (OUT.partial of other options is refused), or start anew.  "
+    "[default: resume]",
 )
 threads_option = option(
     "--threads", type=click.IntRange(1), help="Threads to use.  [default: the number of cores, at most 4]"
