@@ -145,15 +145,20 @@ def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
 
 
 def test_only_what_trains_has_gradients():
-    """`experts` includes the down projections, `down` nothing else; a frozen part costs no gradient and no state."""
+    """`experts` includes the down projections, `down` nothing else; and a layer trains a copy, not what is stored."""
     rng = np.random.default_rng(0)
     shapes = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))
-    layer = Layer(Stored(*(rng.normal(size=shape).astype(np.float32) for shape in shapes)), 1.0)
+    stored = Stored(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    layer = Layer(stored, 1.0)
     names = {"router": ["router.weight"], "down": ["down"], "experts": ["down", "gate", "up"], "lora": []}
 
     for part, expected in names.items():
         freeze(layer, [part])
         assert expected == sorted(name for name, p in layer.named_parameters() if p.requires_grad), part
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert all(getattr(stored, field).all() for field in ("router", "gate", "up", "down"))
 
 
 def test_llama_cpp_routes_as_torch_after_training(models, healed, tmp_path):

@@ -57,7 +57,10 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
     ),
     option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Windows per step."),
     option("--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a step is computed in."),
-    option("--lr", default=2e-4, show_default=True, type=click.FloatRange(0), help="Learning rate."),
+    option(
+        "--layer-lr", default=1e-3, show_default=True, type=click.FloatRange(0), help="Rate of the layer-wise stage."
+    ),
+    option("--lr", default=2e-4, show_default=True, type=click.FloatRange(0), help="Rate of the steps."),
     option("--router-lr", default=1e-3, show_default=True, type=click.FloatRange(0), help="That of the routers."),
     option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="Of AdamW."),
     option("--warmup", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Share of the steps."),

@@ -43,15 +43,15 @@ class Stored:
 
 
 class Layer(nn.Module):  # type: ignore[misc]  # torch is not followed
-    """The experts and the router of one layer, float32."""
+    """The experts and the router of one layer, float32; a copy of what is `stored`."""
 
     def __init__(self, stored: Stored, scale: float) -> None:
         super().__init__()
         n, d_expert, d_model = stored.gate.shape
-        self.router = Router(torch.from_numpy(stored.router), scale, n)
-        self.gate = nn.Parameter(torch.from_numpy(stored.gate).reshape(-1, d_model))
-        self.up = nn.Parameter(torch.from_numpy(stored.up).reshape(-1, d_model))
-        self.down = nn.Parameter(torch.from_numpy(stored.down).transpose(1, 2).reshape(-1, d_model).contiguous())
+        self.router = Router(torch.from_numpy(stored.router).clone(), scale, n)
+        self.gate = nn.Parameter(torch.tensor(stored.gate).reshape(-1, d_model))
+        self.up = nn.Parameter(torch.tensor(stored.up).reshape(-1, d_model))
+        self.down = nn.Parameter(torch.tensor(stored.down).transpose(1, 2).reshape(-1, d_model).contiguous())
         self.d_expert = d_expert
 
     def masked(self, x: Tensor, k: int) -> Tensor:

@@ -169,7 +169,7 @@ def fit(layer: Layer, data: Data, settings: HealSettings, i: int) -> dict[str, A
     best, report["error_refit"] = copy.deepcopy(layer.state_dict()), _held_out(layer, data)
     error = report["error_refit"]
     per_pass = -(-data.job.n_train // settings.batch)
-    optimizer, schedule = optimizer_for(layer, settings, settings.layerwise * per_pass)
+    optimizer, schedule = optimizer_for(layer, settings, settings.layerwise * per_pass, settings.layer_lr)
     for step in range(settings.layerwise * per_pass):
         _step(layer, data, settings, optimizer, step, i)
         schedule.step()

@@ -36,8 +36,8 @@ def freeze(model: nn.Module, train: Iterable[str]) -> None:
         parameter.requires_grad_(trained(name, train))
 
 
-def optimizer_for(model: nn.Module, settings: HealSettings, steps: int) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW (https://arxiv.org/abs/1711.05101) and its schedule, warm-up then cosine, over `steps` steps.
+def optimizer_for(model: nn.Module, settings: HealSettings, steps: int, lr: float) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW (https://arxiv.org/abs/1711.05101) and its schedule, warm-up to `lr` then cosine, over `steps`.
 
     Routers have their own rate and no decay.
     """
@@ -50,7 +50,7 @@ def optimizer_for(model: nn.Module, settings: HealSettings, steps: int) -> tuple
         },
         {
             "params": [p for name, p in named if part_of(name) != "router"],
-            "lr": settings.lr,
+            "lr": lr,
             "weight_decay": settings.weight_decay,
         },
     ]

@@ -25,7 +25,8 @@ class HealSettings:
     layerwise    passes over the text in the layer-wise stage; 0 leaves it out
     steps        end-to-end steps; 0 leaves them out
     batch        windows per step; accumulate  parts that a step is computed in
-    lr, router_lr, weight_decay, warmup (share of the steps), clip (largest norm of the gradient)
+    layer_lr, lr, router_lr   rates of the layer-wise stage, of the steps, of the routers
+    weight_decay, warmup (share of the steps), clip (largest norm of the gradient)
     top          compare the teacher's N likeliest tokens (0: all)
     hidden, balance, z, few   weights of the losses of that name; `kl` has weight 1
     noise        deviation of the noise on the router's logits in training
@@ -39,6 +40,7 @@ class HealSettings:
     steps: int = 200
     batch: int = 4
     accumulate: int = 1
+    layer_lr: float = 1e-3
     lr: float = 2e-4
     router_lr: float = 1e-3
     weight_decay: float = 0.0

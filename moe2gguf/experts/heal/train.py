@@ -87,7 +87,7 @@ class _Trainer:
         if "lora" in settings.train:
             model = add_lora(model, settings.lora_rank, settings.seed)
         freeze(model, settings.train)
-        optimizer, schedule = optimizer_for(model, settings, settings.steps)
+        optimizer, schedule = optimizer_for(model, settings, settings.steps, settings.lr)
         self.student, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         self.best = math.inf
 
