@@ -47,13 +47,13 @@ class Outlook:
         return self.perplexity is not None and self.perplexity <= WORST and self.speed >= LEAST_GAIN
 
 
-def outlook(options: Options, speed_bound: Callable[[int], float]) -> list[Outlook]:
-    """For each count, 1 to all, the file that these options would make for it."""
+def outlook(options: Options, speed_bound: Callable[[int], float], *, own_text: bool) -> list[Outlook]:
+    """For each count, 1 to all, the file that these options would make for it; `own_text`: not on the embedded one."""
     n = options.counts()[0]
     rows = []
     for k in range(1, n + 1):
         recipe = dataclasses.replace(options, used=k).chosen_recipe()
-        known = curve(recipe, own_text=options.calibration is not None, all_used=k == n)
+        known = curve(recipe, own_text=own_text, all_used=k == n)
         rows.append(Outlook(k, read_off(known, k / n) if known else None, speed_bound(k)))
     return rows
 

@@ -15,7 +15,7 @@ from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.saved import Saved
 from moe2gguf.experts.saved import read as read_calibration
 from moe2gguf.experts.slicing import expert_width
-from moe2gguf.experts.text import Text, read_text
+from moe2gguf.experts.text import EMBEDDED, Text, read_text
 from moe2gguf.export import types
 from moe2gguf.export.assignment import Assignment
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
@@ -104,7 +104,8 @@ class Plan:
     @property
     def outlook(self) -> list[Outlook]:
         """What to expect of each count of used experts; empty for a file that is not sliced."""
-        return outlook(self.options, self.speed_bound) if self.slicing else []
+        own_text = self.saved.job.label != EMBEDDED if self.saved else self.options.calibration is not None
+        return outlook(self.options, self.speed_bound, own_text=own_text) if self.slicing else []
 
     def _always_read(self) -> int:
         skipped = set() if self.checkpoint.model.tied_embeddings else {"token_embd.weight"}

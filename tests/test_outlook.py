@@ -36,7 +36,7 @@ def test_only_what_was_measured_is_expected(recipe, own_text, expected):
 
 def test_all_experts_are_the_dense_model():
     """At k = n the default file is exact."""
-    rows = outlook(Options(experts=16), lambda k: 16 / k)
+    rows = outlook(Options(experts=16), lambda k: 16 / k, own_text=False)
 
     assert (16, 1.0) == (rows[-1].n_expert_used, rows[-1].perplexity)
     assert not rows[-1].recommended  # nothing is gained
@@ -45,7 +45,9 @@ def test_all_experts_are_the_dense_model():
 
 def test_recommended_is_good_enough_and_fast_enough(tmp_path):
     """From the cheapest count that is good enough to the largest that gains something; with the basis in words."""
-    rows = outlook(Options(experts=16, used=8, calibration=tmp_path / "text"), lambda k: 1 + (16 - k) / 16)
+    rows = outlook(
+        Options(experts=16, used=8, calibration=tmp_path / "text"), lambda k: 1 + (16 - k) / 16, own_text=True
+    )
 
     assert (8, 14) == recommended(rows)
     assert "recommended: 8 to 14 experts used, judged by SmolLM2-135M" in words(rows)
