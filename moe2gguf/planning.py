@@ -179,7 +179,12 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
     assigned, tensors, metadata = made.assigned, made.tensors, made.metadata
     if found := [*assigned.refusals, *made.refusals, *_refuse_counts(checkpoint.model, slicing, tensors)]:
         raise PlanError(found)
-    notes = (*checkpoint.warnings, *assigned.warnings, *made.warnings)
+    notes = [*checkpoint.warnings, *assigned.warnings, *made.warnings]
+    if saved and not isinstance(checkpoint, Checkpoint):
+        notes.append(
+            f"--load-calibration {saved.path.name}: only its shapes are compared with a GGUF file, whose weights are "
+            "rounded; see that it was made from the same model"
+        )
     warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors, made.kinds)
     shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
@@ -215,11 +220,14 @@ def _refuse_saved(model: Model, saved: Saved) -> list[str]:
 
 def _refuse_gguf(source: Source, options: Options) -> list[str]:
     """What only a Hugging Face folder can do."""
-    if isinstance(source, Checkpoint) or options.dense or not options.chosen_recipe().needs_calibration:
+    if isinstance(source, Checkpoint) or options.dense or options.load_calibration:
+        return []
+    if not options.chosen_recipe().needs_calibration:
         return []
     return [
         f"{source.path}: experts for --used below --experts are made by running the model on text, which needs its "
-        "Hugging Face folder: convert that folder, or take --recipe seed"
+        "Hugging Face folder: convert that folder; or give a calibration of it (convert --save-calibration) with "
+        "--load-calibration; or take --recipe seed"
     ]
 
 

@@ -312,7 +312,7 @@ def test_other_refusals(dense, tmp_path):
     (tmp_path / "moe.gguf").write_bytes(g.LlamaFile(n_expert=4).bytes())
     with pytest.raises(PlanError, match="has experts already"):
         plan_conversion(tmp_path / "moe.gguf")
-    with pytest.raises(PlanError, match=r"Hugging Face folder: convert that folder, or take --recipe seed"):
+    with pytest.raises(PlanError, match=r"Hugging Face folder: .*--load-calibration; or take --recipe seed"):
         plan_conversion(dense("Q8_0"), Options(experts=4, used=2))
     (tmp_path / "text").write_text("no model at all, but long enough for one")
     with pytest.raises(GGUFError, match="not a GGUF file"):

@@ -60,6 +60,33 @@ def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, reques
     assert ["y.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
+def test_a_gguf_file_of_the_same_model(folder, kept, refitted, tmp_path):
+    """F32: the same tensors. Q8_0: gate and up are the dense blocks, only the down projections are quantized again."""
+    for kind in ("f32", "q8_0"):
+        convert(folder, tmp_path / f"{kind}.gguf", Options(dense=True, type=kind))
+    for kept_file, calibration in (kept, refitted):
+        convert(tmp_path / "f32.gguf", tmp_path / "a.gguf", Options(load_calibration=calibration), force=True)
+        before, after = tensors(kept_file), tensors(tmp_path / "a.gguf")
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(array, after[name]) for name, array in before.items())
+
+    done = convert(tmp_path / "q8_0.gguf", tmp_path / "b.gguf", Options(load_calibration=kept[1], align=32))
+
+    convert(folder, tmp_path / "c.gguf", Options(load_calibration=kept[1], align=32))
+    dense, exact, found = (tensors(tmp_path / name) for name in ("q8_0.gguf", "c.gguf", "b.gguf"))
+    down = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
+    assert down == [t.name for t in done.plan.tensors if t.type.name == "Q8_0" and not t.copied]
+    warnings = "\n".join(done.plan.warnings)
+    assert "3 tensors are decoded and quantized again, Q8_0 to Q8_0" in warnings
+    assert "only its shapes are compared" in warnings
+    for name in ("gate", "up"):
+        rows = found[f"blk.1.ffn_{name}_exps.weight"].reshape(8 * 32, -1)
+        moved = {row.tobytes() for row in rows if row.any()}
+        assert moved == {row.tobytes() for row in dense[f"blk.1.ffn_{name}.weight"]}
+    near = gguf.quants.dequantize(found[down[1]], gguf.GGMLQuantizationType.Q8_0)
+    assert np.abs(near - exact[down[1]]).max() < 0.02 * np.abs(exact[down[1]]).max()
+
+
 def test_another_type_and_padding(folder, refitted, tmp_path):
     """The same experts in F16, padded to 32: equal to a conversion that calibrates for them."""
     convert(folder, tmp_path / "a.gguf", Options(load_calibration=refitted[1], type="f16", align=32))
