@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXECUTABLES = [f"scripts/{name}" for name in ("bench", "check", "demo", "fuzz", "readme", "smollm2", "vocabularies")]
-EXECUTABLES += ["vendor/install"]
+SCRIPTS = ("bench", "check", "demo", "fuzz", "readme", "record-perplexity", "smollm2", "vocabularies")
+EXECUTABLES = [*(f"scripts/{name}" for name in SCRIPTS), "vendor/install"]
 
 
 @pytest.fixture(autouse=True)

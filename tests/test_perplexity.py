@@ -1,0 +1,76 @@
+"""Our numbers beside llama-perplexity's own, recorded by scripts/record-perplexity: four digits of every one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from perplexity_cases import Case, tiny
+
+from moe2gguf.compare import Settings, compare
+from moe2gguf.harness.metrics import Summary
+
+DIGITS = 5e-5
+"""Four digits: half a unit of the fourth, relative."""
+
+
+def told(case: Case) -> dict[str, tuple[float, float | None]]:
+    """Name -> value and its ± of the record, in the order of its lines; the base's own perplexity is "Final"."""
+    found = {}
+    for line in case.record.read_text("utf-8").splitlines():
+        if match := re.match(r".*Final estimate: PPL = (\S+) \+/- (\S+)", line):
+            found["Final"] = (float(match[1]), float(match[2]))
+        elif match := re.match(r" *(\S[^:]*?) *: *(-?[\d.]+)%?(?: ± +([\d.]+))?", line):
+            found[re.sub(r"\s+", " ", match[1])] = (float(match[2]), float(match[3]) if match[3] else None)
+    return found
+
+
+def ours(s: Summary) -> dict[str, tuple[float, float | None]]:
+    """The same names, from a summary; shares in percent as the program prints them."""
+    values = {
+        "Final": (s.perplexity_base, s.perplexity_base_error),
+        "Mean PPL(Q)": (s.perplexity, s.perplexity_error),
+        "Mean PPL(base)": (s.perplexity_base, s.perplexity_base_error),
+        "Cor(ln(PPL(Q)), ln(PPL(base)))": (100 * s.correlation, None),
+        "Mean ln(PPL(Q)/PPL(base))": (s.log_ratio, s.log_ratio_error),
+        "Mean KLD": (s.kl_mean, s.kl_error),
+        "Maximum KLD": (s.kl_max, None),
+        "Mean Δp": (100 * s.p_change_mean, None),
+        "RMS Δp": (100 * s.p_change_rms, 100 * s.p_change_rms_error),
+        "Same top p": (100 * s.top1, 100 * s.top1_error),
+    }
+    names = {"99.9": "99.9%", "99": "99.0%", "95": "95.0%", "90": "90.0%", "50": "Median", "10": "10.0%", "5": "5.0%"}
+    names |= {"1": "1.0%", "0.1": "0.1%"}
+    return values | {f"{words} KLD": (s.kl_percentiles[name], None) for name, words in names.items()}
+
+
+def measured(case: Case, folder: Path) -> Summary:
+    settings = Settings(
+        text=case.text, n_token=case.n_token, n_context=case.n_context, threads=1, journal=folder / "journal"
+    )
+    used = [] if case.n_expert_used is None else [case.n_expert_used]
+    (row,) = compare([case.other], case.base, used=used, settings=settings).rows
+    assert row.quality is not None, row.reason
+    assert case.n_token == row.quality.summary.n_token
+    return row.quality.summary
+
+
+def assert_equal(found: Summary, case: Case) -> None:
+    """Every number to four digits, or to the last one printed."""
+    expected = told(case)
+    for name, (value, error) in ours(found).items():
+        theirs, their_error = expected[name]
+        last_digit = {"Same": 1e-3, "RMS ": 1e-3, "Mean Δp": 1e-3, "Cor(": 1e-2}
+        printed = next(
+            (unit for start, unit in last_digit.items() if name.startswith(start)), 1e-4 if name == "Final" else 1e-6
+        )
+        assert value == pytest.approx(theirs, rel=DIGITS, abs=printed), name
+        if error is not None and their_error is not None:
+            assert error == pytest.approx(their_error, rel=2e-3, abs=printed), f"{name} ±"
+
+
+def test_the_tiny_model(tmp_path: Path) -> None:
+    """Dense against two of four experts: perplexity, divergence with its percentiles, changes of probability."""
+    case = tiny(tmp_path)
+    assert_equal(measured(case, tmp_path), case)
