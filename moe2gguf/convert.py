@@ -308,6 +308,8 @@ def check_conversion(done: Conversion, dense: str, *, threads: int | None = None
         shard_size=None,
         save_calibration=None,
         load_calibration=None,
+        target_size=None,
+        target_bpw=None,
         tensor_types=_pinned(done.plan),
         allow_fallback=True,
     )

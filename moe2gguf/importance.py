@@ -28,11 +28,16 @@ class Consulted:
     matrix: ImportanceMatrix | None = None
     guidance: Guidance = field(default_factory=Guidance)
     metadata: dict[str, MetadataValue] = field(default_factory=dict)
+    repair: str = "none"
 
     @property
     def per_expert(self) -> bool:
         """Whether it was collected from a file with experts."""
         return self.matrix is not None and any("_exps." in name for name in self.matrix.entries)
+
+    def again(self, tensors: Sequence[Entry], neurons: Neurons | None) -> Guidance:
+        """The guidance of other tensors, by the same choices."""
+        return guide(self.matrix, tensors, neurons, self.repair) if self.matrix else Guidance()
 
     def refusals(self, stored: Sequence[Entry], assigned: Assignment) -> list[str]:
         """What it lacks for the tensors that are to be quantized."""
@@ -58,7 +63,8 @@ def consult(options: TypeOptions, stored: Sequence[Entry], neurons: Neurons | No
         metadata[KEYS + "chunks_count"] = matrix.chunk_count
     if options.imatrix_repair != "none":
         metadata[REPAIR] = options.imatrix_repair
-    return Consulted(matrix, guide(matrix, stored, neurons, options.imatrix_repair), metadata)
+    guidance = guide(matrix, stored, neurons, options.imatrix_repair)
+    return Consulted(matrix, guidance, metadata, options.imatrix_repair)
 
 
 def neurons_of(file: GGUFFile) -> Neurons | None:

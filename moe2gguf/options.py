@@ -24,7 +24,7 @@ class Options:
     used       experts that run per token unless the program that runs the file says otherwise (None: all of them)
     align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
     expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
-    type       "auto" (as stored), a preset or a tensor type; it and the seven below are `TypeOptions`
+    type       "auto" (as stored), a preset or a tensor type; it and the nine below are `TypeOptions`
     shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
@@ -51,6 +51,8 @@ class Options:
     llama_cpp_mix: bool = False
     imatrix: Path | None = None
     imatrix_repair: str = "none"
+    target_size: int | None = None
+    target_bpw: float | None = None
     shard_size: int | None = None
     dense: bool = False
     name: str | None = None

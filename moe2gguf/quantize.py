@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.presets import ARCHITECTURES, Network
 from moe2gguf.export.reader import GGUFFile, TensorInfo
-from moe2gguf.export.recipes import TypeOptions, own_rules
+from moe2gguf.export.recipes import Rule, TypeOptions, own_rules
 from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
-from moe2gguf.importance import KEYS, consult, neurons_of
+from moe2gguf.importance import KEYS, Consulted, consult, neurons_of
 from moe2gguf.spec import MetadataValue
+from moe2gguf.target import target_rules
 
 BLOCK = 4 << 20
 """Elements of a tensor that are in memory together."""
@@ -138,7 +140,7 @@ def plan_quantization(source: Path, options: TypeOptions, *, allow_requantize: b
     stored = [OutputTensor(t.name, t.shape, t.type) for t in file.tensors.values()]
     guided = consult(options, stored, neurons_of(file))
     network = dataclasses.replace(network_of(file), importance=guided.matrix is not None)
-    assigned = assign(stored, options, network, guided.guidance.complete)
+    assigned = assign(stored, options, network, guided.guidance.complete, _target(file, options, guided))
     refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
     refusals += guided.refusals(stored, assigned)
     if refusals:
@@ -251,15 +253,28 @@ def _blocks(file: GGUFFile, info: TensorInfo, *, decode: bool) -> Iterator[NDArr
             yield piece
 
 
+def _target(file: GGUFFile, options: TypeOptions, guided: Consulted) -> tuple[Rule, ...] | None:
+    """Rules that fill the user's target, from weights as numbers."""
+    tensors = [
+        OutputTensor(i.name, i.shape, i.type, (file.path.name,), functools.partial(_blocks, file, i, decode=True))
+        for i in file.tensors.values()
+    ]
+    layout = lay_out(_metadata_kept(file), tensors, file.types)
+    return target_rules(options, guided.guidance.attached(tensors), guided.guidance.complete, layout)
+
+
 def _changes(plan: QuantizationPlan, tensor: OutputTensor) -> bool:
     return plan.source.tensors[tensor.name].type != tensor.type
 
 
+def _metadata_kept(file: GGUFFile) -> dict[str, MetadataValue]:
+    return {key: value for key, value in file.metadata.items() if not key.startswith((PREFIX, KEYS))}
+
+
 def _metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -> dict[str, MetadataValue]:
     """The source's keys in their order, the file type renewed, and how this file was made; no path, no time."""
-    kept = {key: value for key, value in file.metadata.items() if not key.startswith((PREFIX, KEYS))}
     result: dict[str, MetadataValue] = {
-        **kept,
+        **_metadata_kept(file),
         "general.quantization_version": int(GGML_QUANT_VERSION),
         "general.file_type": assigned.file_type,
         PREFIX + "version": version("moe2gguf"),
@@ -267,6 +282,8 @@ def _metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -> dic
     }
     if rules := own_rules(options):
         result[PREFIX + "rules"] = [f"{rule.pattern}={rule.type.name}" for rule in rules]
+    targets = {"target_size": options.target_size, "target_bpw": options.target_bpw}
+    result |= {PREFIX + name: float(value) for name, value in targets.items() if value is not None}
     before = file.metadata.get("general.file_type")
     if isinstance(before, int):
         result[PREFIX + "source_file_type"] = before

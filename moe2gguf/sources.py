@@ -13,20 +13,22 @@ from gguf import GGML_QUANT_VERSION
 from moe2gguf import outputs, outputs_gguf
 from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
+from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.export.assignment import Assignment, assign
 from moe2gguf.export.blocks import is_power_of_two
 from moe2gguf.export.dense import DenseFile, carried_metadata, largest_block, open_dense
 from moe2gguf.export.guidance import Neurons
-from moe2gguf.export.layout import Entry
+from moe2gguf.export.layout import Entry, lay_out
 from moe2gguf.export.metadata import expert_metadata, model_metadata, provenance
 from moe2gguf.export.presets import Network
 from moe2gguf.export.reader import ValueType
-from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.export.recipes import Rule, TypeOptions
 from moe2gguf.export.vocabulary import vocabulary_metadata
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.importance import Consulted, consult
 from moe2gguf.outputs import Experts
 from moe2gguf.spec import Calibration, Metadata, MetadataValue, Slicing
+from moe2gguf.target import target_rules
 
 Source: TypeAlias = Checkpoint | DenseFile
 """Both have `path`, `model`, `tensors`, `files`, `own_files` and `warnings`."""
@@ -126,6 +128,10 @@ def _from_gguf(
     changes |= provenance(source.model, slicing, calibration) | guided.metadata
     metadata, kinds = carried_metadata(source, changes)
     refusals = [*guided.refusals(stored, assigned), *_refuse_experts_of(guided, slicing)]
+    if options.has_target:
+        refusals.append(
+            "--target-size, --target-bpw: types are chosen from unquantized weights; convert the model's folder"
+        )
     refusals += outputs_gguf.refusals(source, slicing, chosen, allow=options.allow_fallback)
     again = outputs_gguf.requantized(source, slicing, chosen)
     warnings = [
@@ -139,10 +145,31 @@ def _assigned(
     source: Source, slicing: Slicing | None, experts: Experts, options: TypeOptions, stored: Sequence[Entry]
 ) -> tuple[Consulted, Assignment]:
     """What the importance matrix says about the tensors, and the type of each."""
-    neurons = Neurons(source.model.d_ff, lambda i: experts.layer(i).order) if slicing else None
-    guided = consult(options, stored, neurons)
+    guided = consult(options, stored, _neurons(source, slicing, experts))
     network = _network(source, slicing, importance=guided.matrix is not None)
-    return guided, assign(stored, options, network, guided.guidance.complete)
+    rules = None
+    if isinstance(source, Checkpoint) and options.has_target:
+        rules = _target(source, slicing, guided, options)
+    return guided, assign(stored, options, network, guided.guidance.complete, rules)
+
+
+def _target(
+    source: Checkpoint, slicing: Slicing | None, guided: Consulted, options: TypeOptions
+) -> tuple[Rule, ...] | None:
+    """Rules that fill the user's target; weights are measured in contiguous experts, whatever the grouping will be."""
+    model = source.model
+    plain = LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, 1) if slicing else None
+    experts = Experts(plain)
+    tensors = outputs.output_tensors(source, slicing, experts, SourceDigest())
+    guidance = guided.again(tensors, _neurons(source, slicing, experts))
+    metadata = {**source.card, **vocabulary_metadata(source.vocabulary)}
+    metadata |= {**model_metadata(model, slicing, 0), **provenance(model, slicing)}
+    return target_rules(options, guidance.attached(tensors), guidance.complete, lay_out(metadata, tensors))
+
+
+def _neurons(source: Source, slicing: Slicing | None, experts: Experts) -> Neurons | None:
+    """How a matrix of the dense model maps to the experts; their order may be known only once they are made."""
+    return Neurons(source.model.d_ff, lambda i: experts.layer(i).order) if slicing else None
 
 
 def _refuse_experts_of(guided: Consulted, slicing: Slicing | None) -> list[str]:

@@ -163,7 +163,9 @@ def convert(
 @cloup.command()
 @cloup.argument("source", type=FILE, help="The GGUF file to quantize (f32, f16 or bf16).")
 @cloup.argument("out", type=click.Path(path_type=Path), help="The GGUF file to write.")
-@cloup.argument("type", help="A type of llama.cpp, such as q4_k_m, iq4_xs or q8_0; auto keeps what no rule names.")
+@cloup.argument(
+    "type", required=False, help="A type of llama.cpp, such as q4_k_m, iq4_xs or q8_0; auto keeps what no rule names."
+)
 @type_options
 @option_group(
     "Output",
@@ -201,6 +203,10 @@ def quantize(
     from moe2gguf.export.recipes import TypeOptions
     from moe2gguf.quantize import plan_quantization, write_quantization
 
+    if options["type"] is None:
+        if options["target_size"] is None and options["target_bpw"] is None:
+            raise click.UsageError("Missing argument 'TYPE' (only --target-size and --target-bpw work without).")
+        options["type"] = "auto"
     try:
         plan = plan_quantization(source, TypeOptions(**options), allow_requantize=allow_requantize)
     except PlanError as error:

@@ -83,6 +83,8 @@ type_options = option_group(
     option("--recipe-file", type=FILE, help="A TOML or JSON file of such rules, tried after them."),
     option("--pure", is_flag=True, help="The type for every matrix, those of the vocabulary included."),
     option("--allow-fallback", is_flag=True, help="Where a type does not fit, take llama.cpp's substitute, listed."),
+    option("--target-size", type=Size(), metavar="SIZE", help="Choose the types with the least error for this size."),
+    option("--target-bpw", type=click.FloatRange(0.5, 32), metavar="BITS", help="The same, in bits per weight."),
     option("--imatrix", type=FILE, help="An importance matrix, of this file or of its dense parent (.gguf or .dat)."),
     option(
         "--imatrix-repair",

@@ -27,7 +27,7 @@ FALLBACKS: dict[str, str] = {
 """What stands in for a type whose blocks do not fit, and F16 where that does not fit either:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L390"""
 
-_UNGUIDED_GARBAGE = ("IQ3_XXS", "IQ2_S", "IQ1_M")
+UNGUIDED_GARBAGE = ("IQ3_XXS", "IQ2_S", "IQ1_M")
 
 
 T = TypeVar("T", bound=Entry)
@@ -112,13 +112,22 @@ def as_stored(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) ->
     return types.of_dtype(dtype)
 
 
-def assign(tensors: Sequence[Entry], options: TypeOptions, network: Network, guided: Container[str] = ()) -> Assignment:
+def assign(
+    tensors: Sequence[Entry],
+    options: TypeOptions,
+    network: Network,
+    guided: Container[str] = (),
+    base: Sequence[Rule] | None = None,
+) -> Assignment:
     """The type of every tensor; `tensors` come with the type in which they are stored, `guided` have an importance.
+
+    `base` are rules in place of those that `--type` stands for.
 
     Raises:
         PlanError: the options name unknown types, broken patterns or an unreadable file.
     """
-    own, base = own_rules(options), base_rules(options, network)
+    own = own_rules(options)
+    base = base_rules(options, network) if base is None else base
     rules = (*own, *base)
     counts = dict.fromkeys(range(len(rules)), 0)
     chosen: dict[str, TensorType] = {}
@@ -204,7 +213,7 @@ def _unguided(
         kind = chosen[tensor.name]
         if kind == tensor.type or tensor.name in guided:
             continue
-        bad = kind.name in _UNGUIDED_GARBAGE or (kind.name == "Q2_K" and options.type.upper() == "Q2_K_S")
+        bad = kind.name in UNGUIDED_GARBAGE or (kind.name == "Q2_K" and options.type.upper() == "Q2_K_S")
         if kind in NEEDS_IMPORTANCE or (bad and not re.fullmatch(VOCABULARY, tensor.name)):
             groups.setdefault(kind, []).append(tensor.name)
     return [

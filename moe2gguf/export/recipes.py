@@ -36,6 +36,7 @@ class TypeOptions:
     allow_fallback  where a type's blocks do not fit the rows, take llama.cpp's substitute instead of refusing
     llama_cpp_mix   treat a file with experts as llama.cpp does, instead of like its dense parent
     imatrix         an importance matrix: which columns' errors matter
+    target_size     bytes of the file, target_bpw bits per weight: choose the types with the least error under it
     imatrix_repair  what to do about what it has no data for, one of `moe2gguf.export.guidance.REPAIRS`
     """
 
@@ -47,6 +48,13 @@ class TypeOptions:
     llama_cpp_mix: bool = False
     imatrix: Path | None = None
     imatrix_repair: str = "none"
+    target_size: int | None = None
+    target_bpw: float | None = None
+
+    @property
+    def has_target(self) -> bool:
+        """Whether types are to be chosen for a size."""
+        return self.target_size is not None or self.target_bpw is not None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""export.budget: the types with the least error under a size, against exhaustive search and against plain numpy."""
+
+import itertools
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe2gguf.errors import CorruptWeightError
+from moe2gguf.export import budget, types
+from moe2gguf.export.budget import Option, choose, fitting, hull, reachable, solve
+from moe2gguf.export.layout import Entry
+from moe2gguf.export.types import named
+from moe2gguf.export.writer import OutputTensor
+
+Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
+
+
+def tensor(name, rows, importance=None, shape=None):
+    """An F32 tensor that comes in two pieces."""
+    pieces = np.array_split(rows.astype(np.float32), 2)
+    return OutputTensor(name, shape or rows.shape, named("f32"), (), lambda: iter(pieces), importance)
+
+
+points = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1, max_size=4)
+
+
+@given(st.lists(points, min_size=1, max_size=4), st.integers(0, 150))
+def test_the_choice_is_the_best_but_for_one_step(tensors, extra):
+    """Never above the budget, and no worse than the best of all combinations by more than one step of one tensor."""
+    options = {
+        f"t{i}": [Option(Q8_0, n_bytes, float(error)) for n_bytes, error in choices]
+        for i, choices in enumerate(tensors)
+    }
+    limit = sum(min(one.n_bytes for one in choices) for choices in options.values()) + extra
+    best = min(
+        sum(one.error for one in combination)
+        for combination in itertools.product(*options.values())
+        if sum(one.n_bytes for one in combination) <= limit
+    )
+    steps = [a.error - b.error for choices in options.values() for a, b in itertools.pairwise(hull(choices))]
+
+    found = solve(options, limit)
+
+    assert best - 1e-9 <= found.error <= best + max(steps, default=0) + 1e-9
+
+
+def test_the_hull_drops_what_is_never_best():
+    """Worked by hand: the same size and worse, larger and worse, and above the line between its neighbors."""
+    a, b, c, d = (Option(Q8_0, n, e) for n, e in ((10, 9.0), (20, 3.0), (30, 2.9), (40, 1.0)))
+    worse = [Option(Q4_0, 10, 9.5), Option(Q4_0, 25, 4.0)]
+
+    assert [a, b, d] == hull([d, c, *worse, b, a])
+    assert [b] == hull([b])
+
+
+def test_bytes_go_to_the_tensor_that_gains():
+    """One of two equally large tensors has values that four bits hold exactly; the other gets eight."""
+    rng = np.random.default_rng(0)
+    exact = rng.integers(-7, 8, (64, 64)).astype(np.float32)
+    exact[:, ::32] = -8
+    tensors = [tensor("blk.0.attn_q.weight", exact), tensor("blk.0.attn_k.weight", rng.standard_normal((64, 64)))]
+
+    found = choose(tensors, (), types.n_bytes((64, 64), Q4_0) + types.n_bytes((64, 64), Q8_0), threads=2)
+
+    assert {"blk.0.attn_q.weight": Q4_0, "blk.0.attn_k.weight": Q8_0} == found.types
+    assert 0 < found.error < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q5_1"])
+def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch, kind):
+    """By gguf's numpy kernels, with the mean squares of each expert's inputs as weights."""
+    rng = np.random.default_rng(1)
+    rows, means = rng.standard_normal((2, 8, 64)), rng.random((2, 64)).astype(np.float32)
+    means[0] = 1
+    monkeypatch.setattr(budget, "fitting", lambda *_, **__: [named(kind)])
+
+    flat = choose([tensor("x.weight", rows)], (), 10**9, threads=1)
+    monkeypatch.setattr(budget.types, "encode", unguided(budget.types.encode))
+    weighted = choose([tensor("x.weight", rows, lambda: list(means))], (), 10**9, threads=1)
+
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(rows.astype(np.float32), named(kind)), named(kind))
+    square = (rows.astype(np.float32) - rounded.reshape(rows.shape).astype(np.float64)) ** 2
+    assert flat.error == pytest.approx(square.sum() / (rows**2).sum(), rel=1e-4)
+    m = means[:, None]
+    assert weighted.error == pytest.approx((m * square).sum() / (m * rows**2).sum(), rel=1e-4)
+    assert weighted.error != pytest.approx(flat.error, rel=1e-3)
+
+
+def unguided(encode):
+    """Without the importance, so that numpy's kernels can follow."""
+    return lambda rows, kind, name, importance: encode(rows, kind, name)
+
+
+def test_which_types_a_tensor_may_have():
+    """Blocks that fit the rows; the smallest only with an importance; none that only the newest llama.cpp reads."""
+    narrow, wide = Entry("x.weight", (4, 96), F16), Entry("x.weight", (4, 512), F16)
+
+    assert {"F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"} == {
+        kind.name for kind in fitting(narrow, guided=True)
+    }
+    more = {kind.name for kind in fitting(wide, guided=True)} - {kind.name for kind in fitting(wide, guided=False)}
+    assert {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"} == more
+    assert (4 * 96 // 32 * 17, 4 * 96 * 2) == reachable([narrow], ())
+
+
+def test_a_weight_that_is_not_finite_is_an_error():
+    """Named, as when it is written."""
+    rows = np.ones((4, 64))
+    rows[0, 3] = np.nan
+    with pytest.raises(CorruptWeightError, match=r"x\.weight"):
+        choose([tensor("x.weight", rows)], (), 10**9, threads=1)
