@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("bench", "check", "demo", "fuzz", "readme", "record-perplexity", "smollm2", "vocabularies")
+SCRIPTS = ("bench", "check", "check-gpu", "demo", "fuzz", "readme", "record-perplexity", "smollm2", "vocabularies")
 EXECUTABLES = [*(f"scripts/{name}" for name in SCRIPTS), "vendor/install"]
 
 
