@@ -21,7 +21,7 @@ import numpy as np
 
 from moe2gguf.checkpoint.folder import Checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
-from moe2gguf.errors import CalibrationError
+from moe2gguf.errors import CalibrationError, OutputError
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.saved import Job
 from moe2gguf.experts.saved import save as save_calibration
@@ -36,7 +36,7 @@ from moe2gguf.export.writer import check_target, replacing, write_over, write_te
 from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
 from moe2gguf.outputs import BLOCK_BYTES
-from moe2gguf.planning import Plan, plan_conversion
+from moe2gguf.planning import Plan, plan_conversion, window
 from moe2gguf.sharded import Finish, check_set, write_set
 from moe2gguf.spec import Slicing
 
@@ -131,6 +131,8 @@ def write_plan(
     else:
         check_target(out, plan.checkpoint.own_files, force=force)
     if target := plan.options.save_calibration:
+        if target.resolve() == out.resolve():
+            raise OutputError(f"{target}: is the file to write already; keep the calibration under another name")
         check_target(target, plan.checkpoint.own_files, force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
 
@@ -245,7 +247,7 @@ def _calibrate_on_text(
         ) from error
     options, vocabulary = plan.options, checkpoint.vocabulary
     bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
-    n_context = min(512, checkpoint.model.n_context)
+    n_context = window(checkpoint.model)
     settings = Settings(
         options.calibration_tokens, n_context, bos, options.device, options.calibration_memory, identity
     )

@@ -13,6 +13,9 @@ from moe2gguf.export.recipes import TypeOptions, refuse_type
 from moe2gguf.spec import COHERENT, SEED, Model, Recipe
 
 DEFAULT_EXPERTS = 8
+LEAST_TOKENS = 1024
+"""Of any calibration. A router has d_model unknowns per expert, a refit d_ff per output, on 4 of 5 tokens."""
+
 RECIPES = {"seed": SEED, "coherent": COHERENT}
 
 
@@ -135,7 +138,12 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
 def refusals(model: Model, options: Options) -> list[str]:
     """Every reason, with the way out, why `options` do not fit `model`."""
     found = _refuse_experts(model, options) + _refuse_output(options)
-    return found or (_refuse_recipe(options) if not model.n_expert and not options.dense else [])
+    sliced = not model.n_expert and not options.dense
+    if options.save_calibration and not (sliced and options.chosen_recipe().needs_calibration):
+        found.append("--save-calibration: these options need no calibration; give --used below --experts")
+    if options.save_calibration and options.load_calibration:
+        found.append("--save-calibration: --load-calibration makes no new one; leave one of them out")
+    return found or (_refuse_recipe(model, options) if sliced else [])
 
 
 def _refuse_experts(model: Model, options: Options) -> list[str]:
@@ -160,7 +168,7 @@ def _refuse_output(options: Options) -> list[str]:
     return found + refuse_type(options.type)
 
 
-def _refuse_recipe(options: Options) -> list[str]:
+def _refuse_recipe(model: Model, options: Options) -> list[str]:
     tables = (("recipe", RECIPES), ("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
     found = [
         f"--{name} {value}: unknown; choose {', '.join(table)}"
@@ -182,6 +190,10 @@ def _refuse_recipe(options: Options) -> list[str]:
         found.append("--refit corrects for experts that do not run, but all run; give --used below --experts")
     if recipe.amplify == "any" and (recipe.router == "zero" or shared == 0):
         found.append("--amplify any needs always-on experts and a router; add --always-on and --router least-squares")
-    if options.calibration_tokens < 1024:
-        found.append(f"--calibration-tokens {options.calibration_tokens}: too few for a stable solve; at least 1024")
+    least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if recipe.refit else 0)
+    if recipe.needs_calibration and options.calibration_tokens < least:
+        found.append(
+            f"--calibration-tokens {options.calibration_tokens}: too few for a stable solve of this width; at least "
+            f"{least}" + (", or --no-refit" if recipe.refit and least > LEAST_TOKENS else "")
+        )
     return found

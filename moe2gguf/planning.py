@@ -30,6 +30,8 @@ from moe2gguf.outputs import Experts
 from moe2gguf.sources import Source, draft, fitted, open_source
 from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
+WINDOW = 512
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -171,9 +173,9 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         slicing = fitted(checkpoint, _slicing(checkpoint.model, options))
     needs_text = slicing and slicing.recipe.needs_calibration and not saved
     text = read_text(options.calibration) if needs_text else None
-    calibration = Calibration(text.label, text.digest, options.calibration_tokens) if text else None
+    calibration = Calibration(text.label, text.digest, _whole_windows(checkpoint.model, options)) if text else None
     if saved:
-        calibration = Calibration(saved.job.label, saved.job.text, saved.job.n_token)
+        calibration = Calibration(saved.job.label, saved.job.text, _whole_windows(checkpoint.model, options))
     experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
     made = draft(checkpoint, slicing, experts, digest, options.types(), calibration)
     assigned, tensors, metadata = made.assigned, made.tensors, made.metadata
@@ -205,6 +207,17 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         warnings,
         shards,
     )
+
+
+def _whole_windows(model: Model, options: Options) -> int:
+    """The tokens that a calibration reads: those asked for, less what does not fill a window."""
+    n_context = window(model)
+    return max(options.calibration_tokens // n_context, 2) * n_context
+
+
+def window(model: Model) -> int:
+    """Tokens of a calibration window: 512, or what the model can hold."""
+    return min(WINDOW, model.n_context)
 
 
 def _refuse_saved(model: Model, saved: Saved) -> list[str]:
@@ -262,6 +275,8 @@ def _slicing_warnings(slicing: Slicing) -> list[str]:
             f"--used {k} of {n} with a zero router: llama.cpp runs a fixed, arbitrary choice of experts, and the "
             "output will not be coherent"
         )
+    if slicing.recipe.refit:
+        warnings.append(f"--refit: with all {n} experts on the file is no longer the dense model; it is fitted to {k}")
     if slicing.scale_tensor:
         warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")
     elif n & (n - 1):

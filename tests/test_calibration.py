@@ -1,6 +1,7 @@
 """Calibrated conversions end to end: experts from real activations, in llama.cpp, resumable and repeatable."""
 
 import ctypes
+import dataclasses
 import json
 import shutil
 import sys
@@ -282,7 +283,7 @@ def test_a_layers_file_is_read_back(tmp_path):
         ({"used": 8, "refit": True}, "--refit corrects for experts that do not run"),
         ({"used": 4, "amplify": "any", "always_on": 0}, "--amplify any needs always-on"),
         ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, gate-mean, least-squares"),
-        ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve"),
+        ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve of this width; at least 1024"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(folder, options, words):
@@ -291,6 +292,31 @@ def test_combinations_that_make_no_sense_are_refused(folder, options, words):
         plan_conversion(folder, Options(experts=8, **options))
 
     assert words in str(caught.value)
+
+
+def test_a_wide_model_needs_more_tokens(tmp_path):
+    """A refit solves for d_ff weights per output, on four fifths of the tokens; without one two per input will do."""
+    wide = checkpoints.make(tmp_path / "wide", intermediate_size=1600, num_hidden_layers=1)
+    options = Options(**QUICK | {"calibration_tokens": 1536}, used=4)
+
+    with pytest.raises(PlanError, match="at least 2000, or --no-refit"):
+        plan_conversion(wide, dataclasses.replace(options, refit=True))
+
+    assert [] == [w for w in plan_conversion(wide, options).warnings if "no longer" in w]
+    enough = dataclasses.replace(options, refit=True, calibration_tokens=2048)
+    assert any("no longer the dense model" in warning for warning in plan_conversion(wide, enough).warnings)
+
+
+def test_less_text_than_was_asked_for(folder, tmp_path):
+    """No silent half of it: the metadata says how many tokens were read."""
+    (tmp_path / "some.txt").write_text("some more words " * 400)
+
+    with pytest.raises(CalibrationError, match=r"some.txt: too few tokens, .* give more text or --calibration-tokens"):
+        convert(
+            folder,
+            tmp_path / "x.gguf",
+            Options(**QUICK | {"calibration_tokens": 8192}, used=4, calibration=tmp_path / "some.txt"),
+        )
 
 
 def test_unusable_text_is_refused_and_nothing_is_written(folder, tmp_path):

@@ -1,5 +1,6 @@
 """moe2gguf.experts.saved: a calibration in a file gives the same experts again, and refuses what does not fit it."""
 
+import dataclasses
 import json
 import struct
 import sys
@@ -246,6 +247,17 @@ def test_an_existing_file_is_not_replaced(folder, kept, tmp_path):
         convert(folder, tmp_path / "y.gguf", Options(**QUICK, used=4, save_calibration=kept[1]))
 
     assert before == kept[1].read_bytes()
+
+
+def test_nothing_to_keep_is_refused(folder, kept, tmp_path):
+    """All experts on, or a calibration that was kept already; and the file itself is no place for it."""
+    for options in (Options(experts=8), Options(load_calibration=kept[1])):
+        with pytest.raises(PlanError, match="--save-calibration: "):
+            plan_conversion(folder, dataclasses.replace(options, save_calibration=tmp_path / "new"))
+    with pytest.raises(OutputError):
+        convert(folder, tmp_path / "y", Options(**QUICK, used=4, save_calibration=tmp_path / "y"))
+
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_the_file_is_read_by_the_safetensors_library(kept):

@@ -80,6 +80,11 @@ def calibrate(
     with torch.inference_mode(), device:
         layers = Layers(folder, load, device)
         ids = windows(folder, text, settings.n_token, settings.n_context, settings.bos)
+        if ids.size < settings.n_token // settings.n_context * settings.n_context:
+            raise CalibrationError(
+                f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,} in windows of "
+                f"{settings.n_context}; give more text or --calibration-tokens {ids.size}"
+            )
         job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": settings.identity}
         first = _resume(work, job)
         advance(first * ids.size)
