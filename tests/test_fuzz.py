@@ -16,7 +16,7 @@ import pytest
 from fuzzing import TARGETS
 
 MINUTES = float(os.environ.get("MOE2GGUF_FUZZ_MINUTES", "0"))
-SECONDS = MINUTES * 60 / len(TARGETS) if MINUTES else 5.0
+SECONDS = MINUTES * 60 / len(TARGETS) if MINUTES else 4.0
 SEED = int(os.environ.get("MOE2GGUF_FUZZ_SEED", secrets.randbelow(2**31) if MINUTES else 0))
 
 pytestmark = [
