@@ -66,7 +66,7 @@ def output_tensors(
             tensors.append(_ours(entry, experts))
             continue
         make, copied = _maker(dense, source, kind, slicing, experts, digest)
-        tensors.append(OutputTensor(entry.name, entry.shape, kind, (source.name,), make, copied))
+        tensors.append(OutputTensor(entry.name, entry.shape, kind, (source.name,), make, copied=copied))
     return tuple(tensors)
 
 

@@ -21,7 +21,7 @@ Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
 def tensor(name, rows, importance=None, shape=None):
     """An F32 tensor that comes in two pieces."""
     pieces = np.array_split(rows.astype(np.float32), 2)
-    return OutputTensor(name, shape or rows.shape, named("f32"), (), lambda: iter(pieces), importance)
+    return OutputTensor(name, shape or rows.shape, named("f32"), (), lambda: iter(pieces), importance=importance)
 
 
 points = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1, max_size=4)

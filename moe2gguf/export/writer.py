@@ -53,8 +53,8 @@ class OutputTensor(Entry):
 
     sources: tuple[str, ...] = ()
     blocks: Blocks = field(default=lambda: iter(()), repr=False, compare=False)
-    copied: bool = False
-    importance: Importance | None = field(default=None, repr=False, compare=False)
+    copied: bool = field(default=False, kw_only=True)
+    importance: Importance | None = field(default=None, repr=False, compare=False, kw_only=True)
 
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
