@@ -139,7 +139,7 @@ def test_run_streams_text(files):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["convert", "nowhere", "out.gguf"], 1, "nowhere: not a folder"),
+        (["convert", "nowhere", "out.gguf"], 1, "nowhere: neither a Hugging Face model folder nor a GGUF file"),
         (["convert", "MODEL"], 2, "Missing argument 'OUT'"),
         (["convert", "MODEL", "no/such/folder/out.gguf"], 1, "no such folder"),
         (["convert", "MODEL", "/dev/full", "--force"], 1, "not a regular file"),
@@ -202,7 +202,7 @@ def test_every_command_has_help_with_an_example(command):
 
     assert 0 == result.exit_code
     assert "Example:" in result.output
-    assert "..." not in result.output.split("Commands:")[-1]
+    assert "..." not in result.output.replace("COMMAND [ARGS]...", "").replace("FILES...", "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

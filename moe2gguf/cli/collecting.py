@@ -54,7 +54,7 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
     json_option,
 )
 def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bool, **options: Any) -> None:
-    """Collect an importance matrix: which columns of every matrix a text uses most.
+    """Collect what a text uses most: an importance matrix.
 
     Runs the text through llama.cpp, in a process of its own, per expert where the file has experts, and writes
     llama.cpp's GGUF format. What was stopped goes on where it was. Experts that few tokens reached are named.

@@ -105,9 +105,9 @@ def convert(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Convert a Hugging Face folder, or a dense GGUF file, into a GGUF file with experts.
+    """Convert a dense model into a GGUF file with experts.
 
-    LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 and Mixtral checkpoints in f32, f16 or bf16; GGUF files of arch llama or
+    Folders of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 and Mixtral in f32, f16 or bf16; GGUF files of arch llama or
     qwen2, whose blocks are copied, not quantized again. The file appears under its name only when it is complete and
     verified.
 

@@ -114,7 +114,7 @@ def heal(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train a sliced model for a while, so that fewer experts are enough.
+    """Train a sliced model to need fewer experts.
 
     The dense model teaches: first layer by layer, one in memory, then the whole model by the divergence of its
     predictions. What does not train stays bit for bit. A run that was stopped goes on where it stood.
