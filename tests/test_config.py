@@ -71,6 +71,7 @@ def test_all_problems_come_at_once():
         ({"rope_scaling": [1]}, "one flat object"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one flat object"),
         ({"rope_theta": float("inf")}, "finite"),
+        ({"rms_norm_eps": 10**400}, "finite"),
         ({"num_hidden_layers": 10**9}, "1 to 512"),
         ({"num_hidden_layers": True}, "expected an integer"),
         ({"num_attention_heads": 5}, "not a multiple of num_attention_heads"),

@@ -82,6 +82,13 @@ def test_other_files(tmp_path: Path, data: bytes) -> None:
         read_sentencepiece(written(tmp_path / "tokenizer.model", data))
 
 
+def test_a_piece_that_is_no_text(tmp_path: Path) -> None:
+    """A piece must be UTF-8: the sentencepiece package loads others all the same."""
+    data = train_sentencepiece(user_defined_symbols=["<tool>"]).replace(b"<tool>", b"<to\x80l>")
+    with pytest.raises(VocabularyError, match="not UTF-8"):
+        read_sentencepiece(written(tmp_path / "tokenizer.model", data))
+
+
 def test_missing(tmp_path: Path) -> None:
     """A missing file is an error of the checkpoint."""
     with pytest.raises(CheckpointError, match="no such file"):

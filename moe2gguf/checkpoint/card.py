@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import yaml
 
-from moe2gguf.checkpoint.jsonfile import read_bytes, read_json
+from moe2gguf.checkpoint.jsonfile import is_number, read_bytes, read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import StoredTensor
 from moe2gguf.errors import CheckpointError
@@ -83,7 +83,7 @@ def _sampling(folder: Path) -> dict[str, MetadataValue]:
     result: dict[str, MetadataValue] = {}
     for source, target in _SAMPLING.items():
         value = values.get(source)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if is_number(value):
             result[f"general.sampling.{target}"] = max(int(value), 0) if source == "top_k" else float(value)
     return result
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe2gguf.checkpoint.families import FAMILIES, REFUSED, Family
+from moe2gguf.checkpoint.jsonfile import is_number
 from moe2gguf.spec import Metadata, Model, Rope
 
 _LARGEST = 2**31 - 1  # GGUF stores these as 32-bit counts, and llama.cpp reads them into int
@@ -45,7 +46,7 @@ class Config:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             return float(self._wrong(key, "a finite number above zero", 1.0))
         return float(value)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from moe2gguf.errors import CheckpointError
 
@@ -15,6 +16,11 @@ MAX_JSON_BYTES = 256 * 1024 * 1024
 """The largest JSON file we read, in bytes; the largest tokenizer.json in use today has about 35 MB."""
 
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number, and one that a float can hold; `true` is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -64,8 +64,12 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         problems.append(f"has {len(types)} pieces, of which sentencepiece reads {processor.GetPieceSize()}")
     if problems:
         raise VocabularyError("\n".join(f"{path}: {problem}" for problem in problems))
+    try:
+        pieces = [(processor.IdToPiece(id_), processor.GetScore(id_), type_) for id_, type_ in enumerate(types)]
+    except UnicodeDecodeError as error:
+        raise VocabularyError(f"{path}: a piece is not UTF-8 ({error})") from error
     return SentencePieceModel(
-        pieces=[(processor.IdToPiece(id_), processor.GetScore(id_), type_) for id_, type_ in enumerate(types)],
+        pieces=pieces,
         add_space_prefix=bool(normalizer.get(_DUMMY_PREFIX, 1)),
         special_ids={
             "bos_token_id": processor.bos_id(),
