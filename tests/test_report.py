@@ -242,3 +242,11 @@ def _has_plotly() -> bool:
     from importlib.util import find_spec
 
     return find_spec("plotly") is not None
+
+
+@pytest.mark.parametrize(
+    ("windows", "above"), [((8.0, 0.5), True), ((8.0,), True), ((0.0,), False), ((8.0, 0.0), False), ((1.0,) * 9, True)]
+)
+def test_two_windows_far_above_the_noise_are_above_it(windows: tuple[float, ...], above: bool) -> None:
+    """Their confidence interval holds zero, but no window is near it; one window in the noise is not told apart."""
+    assert above == is_above_noise(replace(measured(1.0), window_kl=windows), LIMIT)

@@ -253,12 +253,12 @@ def quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
 
 
 def is_above_noise(measured: Quality, kl_limit: float) -> bool:
-    """Return whether the confidence interval of the mean KL divergence lies above `kl_limit` as a whole.
+    """Return whether the mean KL divergence lies above `kl_limit`: its confidence interval as a whole, or every window.
 
-    With one window there is no interval: the mean itself decides.
+    Over a few windows the interval is wide, however large all of them are; over one there is none.
     """
-    found = measured.kl_interval
-    return (found.low if math.isfinite(found.low) else found.mean) > kl_limit
+    low = measured.kl_interval.low
+    return min(measured.window_kl) > kl_limit or (math.isfinite(low) and low > kl_limit)
 
 
 def pair_up(rows: Iterable[Row], kl_limit: float) -> list[Pair]:
