@@ -1,12 +1,16 @@
 """Settings for the whole test run: no network, quiet libraries, and the same hypothesis examples every time."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# a shell's background job starts with Ctrl-C ignored, and what it starts would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "gate",
