@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,9 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe2gguf.checkpoint.folder import Checkpoint
-from moe2gguf.checkpoint.tensors import SourceDigest
+from moe2gguf.checkpoint.tensors import source_digest
 from moe2gguf.errors import CalibrationError, OutputError
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.saved import Job
@@ -31,24 +28,14 @@ from moe2gguf.export.layout import Layout, array_offset, value_offset
 from moe2gguf.export.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.types import require_kernels
-from moe2gguf.export.verify import require_sound
-from moe2gguf.export.writer import check_target, replacing, write_over, write_tensors
+from moe2gguf.export.writer import check_target, write_over
 from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
-from moe2gguf.outputs import BLOCK_BYTES
 from moe2gguf.planning import Plan, plan_conversion, window
-from moe2gguf.sharded import Finish, check_set, write_set
+from moe2gguf.progress import Progress, silent
+from moe2gguf.sharded import check_set, write_set
 from moe2gguf.spec import Slicing
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""`with progress(stage, total_bytes) as advance:` gives the function that is told about bytes done."""
-
-
-@contextlib.contextmanager
-def silent(stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress for nobody."""
-    del stage, total
-    yield lambda _: None
+from moe2gguf.writing import write_file
 
 
 @dataclass(frozen=True)
@@ -144,30 +131,21 @@ def write_plan(
     else:
         calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
         journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
-        reused = _write_one(plan, out, journal, threads, quantizers, progress, finish)
+        write_file(
+            out,
+            plan.layout,
+            plan.tensors,
+            progress=progress,
+            threads=threads,
+            quantizers=quantizers,
+            verifiers=threads,
+            journal=journal,
+            finish=finish,
+        )
+        reused = journal.reused
     if reports and not plan.saved:
         shutil.rmtree(work)
     return Conversion(out, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, reused)
-
-
-def _write_one(
-    plan: Plan, out: Path, journal: Journal, threads: int, quantizers: int, progress: Progress, finish: Finish
-) -> int:
-    """Write, verify and name the one file of `plan`; how many of its tensors were there already."""
-    with replacing(out, plan.file_size, journal) as (descriptor, partial):
-        with progress("write", plan.file_size) as advance:
-            write_tensors(
-                descriptor,
-                plan.layout,
-                plan.tensors,
-                threads=threads,
-                quantizers=quantizers,
-                advance=advance,
-                journal=journal,
-            )
-        finish(descriptor, plan.layout)
-        flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
-    return journal.reused
 
 
 def _fill_in(plan: Plan, reports: Sequence[dict[str, Any]], descriptor: int, layout: Layout) -> None:
@@ -185,16 +163,6 @@ def _writing_job(plan: Plan, calibrated: Iterable[Path]) -> dict[str, str]:
     job = describe_job("convert", plan.options, plan.checkpoint.files, plan.layout.header, kinds)
     parts = [hashlib.sha256(path.read_bytes()).digest() for path in calibrated]
     return job | ({"calibrated experts": hashlib.sha256(b"".join(parts)).hexdigest()} if parts else {})
-
-
-def flush_and_verify(
-    descriptor: int, partial: Path, file_size: int, *, threads: int | None, progress: Progress
-) -> None:
-    """Verify the file just written while the disk still works on it. Raises GGUFError for what is not sound."""
-    with ThreadPoolExecutor(1) as background, progress("verify", file_size) as advance:
-        flushed = background.submit(os.fsync, descriptor)
-        require_sound(partial, threads=threads, progress=advance)
-        flushed.result()
 
 
 def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
@@ -245,11 +213,15 @@ def _calibrate_on_text(
             f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
             "or take --recipe seed"
         ) from error
-    options, vocabulary = plan.options, checkpoint.vocabulary
-    bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
+    options = plan.options
     n_context = window(checkpoint.model)
     settings = Settings(
-        options.calibration_tokens, n_context, bos, options.device, options.calibration_memory, identity
+        options.calibration_tokens,
+        n_context,
+        checkpoint.vocabulary.first_id,
+        options.device,
+        options.calibration_memory,
+        identity,
     )
     total = options.calibration_tokens // n_context * n_context * checkpoint.model.n_layer
     with progress("calibrate", total) as advance:
@@ -266,12 +238,8 @@ def _calibrate_on_text(
 
 def _identity(checkpoint: Checkpoint) -> str:
     """A digest of everything that a calibration depends on: the embedding and all layers."""
-    digest = SourceDigest()
     used = {name: t for name, t in checkpoint.tensors.items() if name.startswith(("model.layers.", "model.embed"))}
-    for tensor in used.values():
-        for _ in digest.blocks(tensor, BLOCK_BYTES):
-            pass
-    return digest.hexdigest(used)
+    return source_digest(used)
 
 
 def _calibration_job(plan: Plan, text: Text, slicing: Slicing, identity: str) -> Job:

@@ -19,7 +19,6 @@ from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.jsonfile import read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import DTYPES
-from moe2gguf.convert import Progress, flush_and_verify, silent
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.text import read_text, windows
 from moe2gguf.export import kernels, types
@@ -27,9 +26,11 @@ from moe2gguf.export.folder import check_folder_target, replacing_folder, write_
 from moe2gguf.export.layout import lay_out
 from moe2gguf.export.mixtral import llama_config
 from moe2gguf.export.reader import GGUFFile, TensorInfo, read_gguf
-from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
+from moe2gguf.export.writer import OutputTensor, check_target
 from moe2gguf.outputs import expert_stacks
+from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import Metadata, Model
+from moe2gguf.writing import write_file
 
 Array = NDArray[Any]
 BLOCK_BYTES = 1 << 24
@@ -149,12 +150,12 @@ def _fit(
         raise PlanError(
             [f"--text needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]'"]
         ) from error
-    model, vocabulary = checkpoint.model, checkpoint.vocabulary
+    model = checkpoint.model
     k = used or model.n_expert_used
     if not 1 <= k <= model.n_expert:
         raise PlanError([f"--used {k}: must lie between 1 and the number of experts, {model.n_expert}"])
-    bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
-    ids = windows(checkpoint.folder, read_text(text), n_token, min(512, model.n_context), bos)
+    first = checkpoint.vocabulary.first_id
+    ids = windows(checkpoint.folder, read_text(text), n_token, min(512, model.n_context), first)
     layers = Layers(checkpoint.folder, _fused(checkpoint), choose_device(None))
     with progress("fit", ids.size * model.n_layer) as advance:
         found = fold(layers, lambda i: Stored(*expert_stacks(checkpoint, i)), ids, k, advance)
@@ -243,10 +244,7 @@ def _densify_file(file: GGUFFile, out: Path, force: bool, progress: Progress) ->
     check_target(out, [file.path], force=force)
     kinds: Mapping[str, Any] = {key: kind for key, kind in file.types.items() if key in kept}
     layout = lay_out(metadata, tensors, kinds)
-    with replacing(out, layout.file_size) as (descriptor, partial):
-        with progress("write", layout.file_size) as advance:
-            write_tensors(descriptor, layout, tensors, threads=1, advance=advance)
-        flush_and_verify(descriptor, partial, layout.file_size, threads=None, progress=progress)
+    write_file(out, layout, tensors, progress=progress, threads=1)
     return Densified(out, how)
 
 

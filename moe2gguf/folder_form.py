@@ -16,7 +16,7 @@ from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.jsonfile import read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.convert import Conversion, Progress, calibrate_plan, silent
+from moe2gguf.convert import Conversion, calibrate_plan
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.folder import check_folder_target, replacing_folder, write_json, write_shards
@@ -26,6 +26,7 @@ from moe2gguf.export.reader import TensorType
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.outputs import BLOCK_BYTES, Maker, sliced_tensors
 from moe2gguf.planning import Plan
+from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import Slicing
 
 

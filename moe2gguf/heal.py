@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
-from moe2gguf.checkpoint.tensors import SourceDigest
-from moe2gguf.convert import Progress, silent
+from moe2gguf.checkpoint.tensors import source_digest
 from moe2gguf.errors import HealError
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.text import Text, read_text, windows
@@ -22,10 +21,10 @@ from moe2gguf.export.folder import check_folder_target
 from moe2gguf.export.metadata import SOURCE_DIGEST
 from moe2gguf.healed_folder import Trained, write_healed
 from moe2gguf.outputs import expert_stacks
+from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import MetadataValue
 
 HELD_OUT_SHARE = 0.1
-BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def misfits(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> li
     if sliced.vocabulary.tokens != dense.vocabulary.tokens:
         found.append("the vocabularies differ; teacher and student must read the same token ids")
     found += _refuse_counts(ours.n_expert, settings)
-    if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, source_digest(dense)):
+    if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, source_digest(dense.tensors)):
         found.append(f"the student was cut from a model with digest {digest}, and the teacher has another")
     return found
 
@@ -144,15 +143,6 @@ def _refuse_counts(n_expert: int, settings: HealSettings) -> list[str]:
     return found
 
 
-def source_digest(checkpoint: Checkpoint) -> str:
-    """The digest that a conversion of `checkpoint` records; reads every tensor once."""
-    digest = SourceDigest()
-    for tensor in checkpoint.tensors.values():
-        for _ in digest.blocks(tensor, BLOCK_BYTES):
-            pass
-    return digest.hexdigest(checkpoint.tensors)
-
-
 def read_texts(
     checkpoint: Checkpoint, paths: Sequence[Path], held_out: Path | None, n_token: int, n_held_out: int, n_context: int
 ) -> Texts:
@@ -164,8 +154,7 @@ def read_texts(
     else:
         cut = int(len(text.text) * (1 - HELD_OUT_SHARE))
         train, other = Text(text.text[:cut], text.label), Text(text.text[cut:], f"end of {text.label}")
-    vocabulary = checkpoint.vocabulary
-    bos = vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
+    bos = checkpoint.vocabulary.first_id
     context = min(n_context, checkpoint.model.n_context)
     ids = windows(checkpoint.folder, train, n_token, context, bos)
     return Texts(ids, windows(checkpoint.folder, other, n_held_out, context, bos), train.label, train.digest)
@@ -175,7 +164,7 @@ def _job(data: Texts, sliced: Checkpoint, settings: HealSettings) -> dict[str, A
     sha = {
         name: hashlib.sha256(ids.tobytes()).hexdigest() for name, ids in (("ids", data.ids), ("held", data.held_out))
     }
-    return {"student": source_digest(sliced), "text": sha, "settings": asdict(settings)}
+    return {"student": source_digest(sliced.tensors), "text": sha, "settings": asdict(settings)}
 
 
 def resume(work: Path, job: dict[str, Any]) -> None:

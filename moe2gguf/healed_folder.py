@@ -17,10 +17,10 @@ from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.jsonfile import read_bytes, read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import DTYPES, StoredTensor
-from moe2gguf.convert import Progress, silent
 from moe2gguf.export import types
 from moe2gguf.export.folder import MARK, replacing_folder, write_json, write_shards
 from moe2gguf.export.writer import OutputTensor
+from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import MetadataValue
 
 BLOCK_BYTES = 1 << 24

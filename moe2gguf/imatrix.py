@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe2gguf.convert import Progress, silent
 from moe2gguf.errors import ImportanceError
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export.guidance import FEW
@@ -17,6 +16,7 @@ from moe2gguf.export.imatrix import Activity, ImportanceMatrix, merge, read_imat
 from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.writer import check_target
 from moe2gguf.harness.imatrix import Collected, Job, collect
+from moe2gguf.progress import Progress, silent
 from moe2gguf.sweep import identity
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.convert import Progress, flush_and_verify, silent
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.export import kernels, types
 from moe2gguf.export.assignment import Assignment, assign, may_quantize
@@ -25,10 +24,12 @@ from moe2gguf.export.presets import ARCHITECTURES, Network
 from moe2gguf.export.reader import GGUFFile, TensorInfo
 from moe2gguf.export.recipes import Rule, TypeOptions, own_rules
 from moe2gguf.export.shards import read_model
-from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
+from moe2gguf.export.writer import OutputTensor, check_target
 from moe2gguf.importance import KEYS, Consulted, consult, neurons_of
+from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import MetadataValue
 from moe2gguf.target import target_rules
+from moe2gguf.writing import write_file
 
 BLOCK = 4 << 20
 """Elements of a tensor that are in memory together."""
@@ -171,18 +172,16 @@ def write_quantization(
     kinds = {tensor.type for tensor in plan.tensors}
     job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
     journal = Journal(out, job, resume=resume)
-    with replacing(out, plan.file_size, journal) as (descriptor, partial):
-        with progress("write", plan.file_size) as advance:
-            write_tensors(
-                descriptor,
-                plan.layout,
-                plan.tensors,
-                threads=min(cores, 4),
-                quantizers=cores,
-                advance=advance,
-                journal=journal,
-            )
-        flush_and_verify(descriptor, partial, plan.file_size, threads=threads, progress=progress)
+    write_file(
+        out,
+        plan.layout,
+        plan.tensors,
+        progress=progress,
+        threads=min(cores, 4),
+        quantizers=cores,
+        verifiers=threads,
+        journal=journal,
+    )
     return Quantization(out, plan, journal.reused)
 
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe2gguf.errors import OutputError
-from moe2gguf.export.layout import Layout
 from moe2gguf.export.shards import shard_paths
 from moe2gguf.export.verify import require_sound
 from moe2gguf.export.writer import check_target, lock, output_error, require_room, sync_folder, write_tensors
 from moe2gguf.planning import Plan
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-Finish = Callable[[int, Layout], None]
-"""Fills in what was not known before all tensors were made, through a descriptor of a file with this layout."""
+from moe2gguf.progress import Progress
+from moe2gguf.writing import Finish
 
 
 def set_paths(plan: Plan, out: Path) -> list[Path]:

@@ -82,6 +82,11 @@ class Vocabulary:
     flags: Mapping[str, bool] = field(default_factory=dict)  # "add_bos_token" -> True, "add_space_prefix" ...
     chat_templates: Mapping[str, str] = field(default_factory=dict)  # "default" is the unnamed one
 
+    @property
+    def first_id(self) -> int | None:
+        """The token that every prompt starts with; None where there is none."""
+        return self.special_ids.get("bos") if self.flags.get("add_bos_token") else None
+
 
 @dataclass(frozen=True)
 class Recipe:

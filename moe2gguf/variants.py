@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.compare import Settings, cache_folder, compare
-from moe2gguf.convert import Progress, silent
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.reader import read_gguf
@@ -18,6 +17,7 @@ from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.harness.experts import ExpertUse
 from moe2gguf.harness.rows import Comparison
 from moe2gguf.observe import observe
+from moe2gguf.progress import Progress, silent
 from moe2gguf.quantize import QuantizationPlan, plan_quantization, write_quantization
 from moe2gguf.sweep import candidate
 

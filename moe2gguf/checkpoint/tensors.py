@@ -260,6 +260,15 @@ class SourceDigest:
         return sha.hexdigest()
 
 
+def source_digest(tensors: Mapping[str, Readable]) -> str:
+    """The digest over `tensors`, all of which are read for it."""
+    digest = SourceDigest()
+    for tensor in tensors.values():
+        for _ in digest.blocks(tensor, PIECE):
+            pass
+    return digest.hexdigest(tensors)
+
+
 def _bytes_of(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 

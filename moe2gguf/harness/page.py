@@ -5,10 +5,11 @@ A content security policy forbids all network, so a page can be opened, mailed a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,16 @@ def plotly_script() -> str:
 
 def write_page(page: str, target: Path) -> None:
     """Write a page, whole or not at all. Raises OutputError if `target` cannot be written."""
+    with whole(target) as partial:
+        partial.write_text(page, "utf-8")
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `target` if the block succeeds. Raises OutputError for an error of the disk."""
     partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(page, "utf-8")
+        yield partial
         os.replace(partial, target)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.errors import HarnessError
+from moe2gguf.harness.page import whole
 from moe2gguf.harness.report import by_file, shown
 from moe2gguf.harness.rows import Comparison, Row
 
@@ -48,14 +48,9 @@ def write_picture(found: Comparison, target: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         kind = target.suffix.lower().removeprefix(".")
-        partial = target.with_name(f".{target.name}.partial")
         metadata = {"Date": None} if kind == "svg" else {}
-        try:
+        with whole(target) as partial:
             figure.savefig(partial, format=kind, dpi=_DPI, metadata=metadata)
-            os.replace(partial, target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 def _over_speed(axes: Axes, found: Comparison, sound: list[Row]) -> None:
