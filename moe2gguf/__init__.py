@@ -6,8 +6,9 @@ llama.cpp is imported before a function needs it.
 
 from moe2gguf.convert import Conversion, convert, write_plan
 from moe2gguf.errors import Moe2GgufError
+from moe2gguf.export.gguf_file import GGUFFile
 from moe2gguf.export.inspect import Inspection, inspect
-from moe2gguf.export.reader import GGUFFile, read_gguf
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.export.verify import Verification, verify
 from moe2gguf.harness.check import Check, check

@@ -23,9 +23,10 @@ from moe2gguf.errors import PlanError
 from moe2gguf.experts.text import read_text, windows
 from moe2gguf.export import kernels, types
 from moe2gguf.export.folder import check_folder_target, replacing_folder, write_json, write_shards
+from moe2gguf.export.gguf_file import GGUFFile, TensorInfo
 from moe2gguf.export.layout import lay_out
 from moe2gguf.export.mixtral import llama_config
-from moe2gguf.export.reader import GGUFFile, TensorInfo, read_gguf
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.writer import OutputTensor, check_target
 from moe2gguf.outputs import expert_stacks
 from moe2gguf.progress import Progress, silent

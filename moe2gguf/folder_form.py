@@ -20,9 +20,9 @@ from moe2gguf.convert import Conversion, calibrate_plan
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.folder import check_folder_target, replacing_folder, write_json, write_shards
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.export.mixtral import mixtral_card, mixtral_config
-from moe2gguf.export.reader import TensorType
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.outputs import BLOCK_BYTES, Maker, sliced_tensors
 from moe2gguf.planning import Plan

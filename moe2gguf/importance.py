@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from moe2gguf.experts.slicing import contiguous_order
 from moe2gguf.export import types
 from moe2gguf.export.assignment import Assignment
+from moe2gguf.export.gguf_file import GGUFFile
 from moe2gguf.export.guidance import Guidance, Neurons, guide
 from moe2gguf.export.imatrix import ImportanceMatrix, label, read_imatrix
 from moe2gguf.export.layout import Entry
-from moe2gguf.export.reader import GGUFFile
 from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.spec import MetadataValue
 

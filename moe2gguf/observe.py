@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.export.gguf_file import GGUFFile
 from moe2gguf.export.metadata import CALIBRATION_LOAD
-from moe2gguf.export.reader import GGUFFile, read_gguf
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.harness.check import default_text
 from moe2gguf.harness.devices import placed, require_devices
 from moe2gguf.harness.experts import ExpertUse, count, layers

@@ -17,9 +17,9 @@ from moe2gguf.experts import slicing as cut
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.export import blocks, types
 from moe2gguf.export.dense import DenseFile, SourceTensor
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.kernels import NEEDS_IMPORTANCE
 from moe2gguf.export.layout import Entry
-from moe2gguf.export.reader import TensorType
 from moe2gguf.export.writer import Blocks, OutputTensor
 from moe2gguf.outputs import BLOCK_BYTES, Experts, made
 from moe2gguf.spec import Slicing

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.export import kernels, types
 from moe2gguf.export.assignment import Assignment, assign, may_quantize
+from moe2gguf.export.gguf_file import GGUFFile, TensorInfo
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.presets import ARCHITECTURES, Network
-from moe2gguf.export.reader import GGUFFile, TensorInfo
 from moe2gguf.export.recipes import Rule, TypeOptions, own_rules
 from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import OutputTensor, check_target

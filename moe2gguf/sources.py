@@ -17,11 +17,11 @@ from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.export.assignment import Assignment, assign
 from moe2gguf.export.blocks import is_power_of_two
 from moe2gguf.export.dense import DenseFile, carried_metadata, largest_block, open_dense
+from moe2gguf.export.gguf_file import ValueType
 from moe2gguf.export.guidance import Neurons
 from moe2gguf.export.layout import Entry, lay_out
 from moe2gguf.export.metadata import expert_metadata, model_metadata, provenance
 from moe2gguf.export.presets import Network
-from moe2gguf.export.reader import ValueType
 from moe2gguf.export.recipes import Rule, TypeOptions
 from moe2gguf.export.vocabulary import vocabulary_metadata
 from moe2gguf.export.writer import OutputTensor

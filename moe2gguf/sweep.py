@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moe2gguf.export.reader import GGUFFile, read_gguf
+from moe2gguf.export.gguf_file import GGUFFile
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.limits import check_expert_counts
 

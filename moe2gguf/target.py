@@ -11,8 +11,8 @@ from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.assignment import may_quantize
 from moe2gguf.export.budget import Budgeted, choose, reachable
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.layout import Layout
-from moe2gguf.export.reader import TensorType
 from moe2gguf.export.recipes import AUTO, VOCABULARY, Rule, TypeOptions, own_rules
 from moe2gguf.export.writer import OutputTensor
 

@@ -7,7 +7,7 @@ import pytest
 from moe2gguf.errors import CorruptWeightError
 from moe2gguf.export import blocks, kernels, types
 from moe2gguf.export.finite import FIELDS
-from moe2gguf.export.reader import BLOCK_SIZES
+from moe2gguf.export.gguf_file import BLOCK_SIZES
 
 ROWS, WIDTH = 2, 512
 UNKNOWN_TO_GGUF = ("Q1_0", "Q2_0")

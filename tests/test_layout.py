@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
+from moe2gguf.export.gguf_file import ValueType
 from moe2gguf.export.layout import Entry, lay_out, value_offset
-from moe2gguf.export.reader import ValueType, read_gguf
+from moe2gguf.export.reader import read_gguf
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 VALUES = st.one_of(

@@ -17,8 +17,9 @@ from llama_quantize import quantize as llama_quantize
 
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, PlanError
 from moe2gguf.export import kernels, types
+from moe2gguf.export.gguf_file import ValueType
 from moe2gguf.export.presets import FILE_TYPE_NAMES, PRESETS
-from moe2gguf.export.reader import ValueType, read_gguf
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.quantize import network_of, plan_quantization, quantize
 

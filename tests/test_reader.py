@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.reader import LaterType, ValueType, read_gguf
+from moe2gguf.export.gguf_file import LaterType, ValueType
+from moe2gguf.export.reader import read_gguf
 
 I8, I64 = g.I8, g.I64
 ALIGN = "general.alignment"

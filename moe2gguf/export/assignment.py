@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moe2gguf.export import types
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.kernels import NEEDS_IMPORTANCE
 from moe2gguf.export.layout import Entry
 from moe2gguf.export.presets import FILE_TYPE_NAMES, Network
-from moe2gguf.export.reader import TensorType
 from moe2gguf.export.recipes import VOCABULARY, Rule, TypeOptions, base_rules, own_rules
 
 FALLBACKS: dict[str, str] = {

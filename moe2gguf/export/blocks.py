@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CorruptWeightError
 from moe2gguf.export.finite import FIELDS
-from moe2gguf.export.reader import BLOCK_SIZES, LaterType, TensorType
+from moe2gguf.export.gguf_file import BLOCK_SIZES, LaterType, TensorType
 
 Bytes = NDArray[np.uint8]
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from moe2gguf.export import kernels, types
 from moe2gguf.export.assignment import UNGUIDED_GARBAGE
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.kernels import NEEDS_IMPORTANCE
 from moe2gguf.export.layout import Entry
-from moe2gguf.export.reader import TensorType
 from moe2gguf.export.recipes import VOCABULARY
 from moe2gguf.export.writer import OutputTensor
 

@@ -21,7 +21,7 @@ from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.expected import Dimensions, check_architecture, llama_dimensions
 from moe2gguf.export.findings import Findings
-from moe2gguf.export.reader import GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.export.gguf_file import GGUFFile, TensorInfo, ValueType, shown
 from moe2gguf.export.shards import read_model
 from moe2gguf.spec import MetadataValue, Model, Rope
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.reader import MAX_HEADER, GGUFFile, read_gguf
+from moe2gguf.export.gguf_file import GGUFFile
+from moe2gguf.export.reader import MAX_HEADER, read_gguf
 from moe2gguf.limits import check_expert_counts
 
 USED = "llama.expert_used_count"

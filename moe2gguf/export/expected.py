@@ -10,12 +10,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.export.findings import Findings
-from moe2gguf.export.reader import (
-    GGUFFile,
-    TensorInfo,
-    ValueType,
-    shown,
-)
+from moe2gguf.export.gguf_file import GGUFFile, TensorInfo, ValueType, shown
 from moe2gguf.limits import MAX_EXPERTS, max_experts_used
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11

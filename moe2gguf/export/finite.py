@@ -15,15 +15,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export.findings import Findings
-from moe2gguf.export.reader import (
-    BLOCK_SIZES,
-    CHUNK,
-    GGUFFile,
-    TensorInfo,
-    open_gguf,
-    read_into,
-    shown,
-)
+from moe2gguf.export.gguf_file import BLOCK_SIZES, CHUNK, GGUFFile, TensorInfo, open_gguf, read_into, shown
 
 _STEP = 1 << 20  # bytes looked at together: they and the scratch space stay in the cache
 _HALF = 0x7C00  # the exponent of an f16; all ones mean NaN or infinity

@@ -18,8 +18,9 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, ImportanceError
+from moe2gguf.export.gguf_file import GGUFFile, listing, open_gguf, read_into, shown
 from moe2gguf.export.layout import lay_out
-from moe2gguf.export.reader import GGUFFile, listing, open_gguf, read_gguf, read_into, shown
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_tensors
 from moe2gguf.spec import MetadataValue
 

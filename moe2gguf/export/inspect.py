@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe2gguf.export.reader import BLOCK_SIZES, GGUFFile, TensorInfo, read_gguf
+from moe2gguf.export.gguf_file import BLOCK_SIZES, GGUFFile, TensorInfo
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.spec import MetadataValue
 
 FIRST = 8  # elements shown of an array

@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CorruptWeightError, HarnessError
-from moe2gguf.export.reader import BLOCK_SIZES, TensorType
+from moe2gguf.export.gguf_file import BLOCK_SIZES, TensorType
 
 INSTALL = "pip install 'moe2gguf[run]'"
 

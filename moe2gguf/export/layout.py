@@ -15,7 +15,7 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export import types
-from moe2gguf.export.reader import TensorType, ValueType
+from moe2gguf.export.gguf_file import TensorType, ValueType
 from moe2gguf.spec import MetadataValue
 
 MAGIC = b"GGUF"

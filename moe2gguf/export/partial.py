@@ -22,7 +22,7 @@ import xxhash
 
 from moe2gguf.errors import OutputError
 from moe2gguf.export import kernels
-from moe2gguf.export.reader import TensorType
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.types import FLOATS
 
 MAX_BYTES = 64 << 20

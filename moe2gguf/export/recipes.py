@@ -17,8 +17,8 @@ from typing import Any
 
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.presets import ARCHITECTURES, PRESETS, Network, Preset
-from moe2gguf.export.reader import TensorType
 
 AUTO = "auto"
 VOCABULARY = r"(token_embd|output)\.weight"

@@ -15,8 +15,9 @@ from typing import TypeVar
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError, PlanError
+from moe2gguf.export.gguf_file import GGUFFile, TensorInfo, ValueType, listing, shown
 from moe2gguf.export.layout import ALIGNMENT, Entry, Layout, aligned, info_size, lay_out
-from moe2gguf.export.reader import GGUFFile, TensorInfo, ValueType, listing, read_gguf, shown
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.spec import MetadataValue
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CorruptWeightError
 from moe2gguf.export import kernels
-from moe2gguf.export.reader import BLOCK_SIZES, LaterType, TensorType
+from moe2gguf.export.gguf_file import BLOCK_SIZES, LaterType, TensorType
 
 Array = NDArray[np.generic]
 

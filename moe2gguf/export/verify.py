@@ -14,7 +14,7 @@ from moe2gguf.errors import GGUFError
 from moe2gguf.export.expected import check_architecture, check_experts_alike
 from moe2gguf.export.findings import Findings
 from moe2gguf.export.finite import check_values
-from moe2gguf.export.reader import GGUFFile, listing, shown
+from moe2gguf.export.gguf_file import GGUFFile, listing, shown
 from moe2gguf.export.shards import merged, read_shards
 
 

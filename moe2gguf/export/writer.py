@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.export import types
+from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.layout import Entry, Layout
 from moe2gguf.export.partial import Journal, partial_path
-from moe2gguf.export.reader import TensorType
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
