@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT, Environment, cache_folder, fail, shown
-from legs import Leg, goal, measure
+from legs import Leg, goal, measure, side_by_side
 from measure import Run, machine, table, write_json
 
 OURS = Environment(
@@ -81,17 +81,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of `scripts/bench convert`."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size-gb", type=float, default=1.5, help="weights in GB, at least (default: 1.5)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of every leg (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--no-peer", action="store_true", help="leave the peer out (its environment needs torch)")
-    parser.add_argument(
-        "--work", type=Path, default=cache_folder() / "bench", metavar="DIR",
-        help="where the checkpoint is made, and kept for the next run (default: the user's cache folder)",
-    )  # fmt: skip
+    parser = side_by_side("convert", __doc__, size_gb=1.5, peer="the peer")
     options = parser.parse_args(arguments)
     if options.size_gb <= 0 or options.repeats < 1:
         parser.error("--size-gb and --repeats must be positive")

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_convert import PEER, checkpoint
-from environment import ROOT, Environment, cache_folder
-from legs import Leg, goal, measure, remove
+from environment import ROOT, Environment
+from legs import Leg, goal, measure, remove, side_by_side
 from measure import Run, machine, run, table, write_json
 
 OURS = Environment(
@@ -89,20 +89,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of `scripts/bench quantize`."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size-gb", type=float, default=0.5, help="bf16 weights in GB, at least (default: 0.5)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of every leg (default: 3)")
+    parser = side_by_side("quantize", __doc__, size_gb=0.5, peer="the two steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both quantizers (default: cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument(
-        "--no-peer", action="store_true", help="leave the two steps out (their environment needs torch)"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=cache_folder() / "bench", metavar="DIR",
-        help="where the checkpoint is made, and kept for the next run (default: the user's cache folder)",
-    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.size_gb <= 0 or options.repeats < 1 or options.threads < 1:
         parser.error("--size-gb, --repeats and --threads must be positive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from environment import fail
+from environment import cache_folder, fail
 from measure import Run, run
 
 
@@ -21,6 +22,24 @@ class Leg:
     name: str
     command: list[str | Path]
     peer: str | None = None
+
+
+def side_by_side(what: str, about: str | None, *, size_gb: float, peer: str) -> argparse.ArgumentParser:
+    """The options of `scripts/bench WHAT`; `peer` is what --no-peer leaves out."""
+    found = argparse.ArgumentParser(
+        prog=f"scripts/bench {what}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument(
+        "--size-gb", type=float, default=size_gb, help="bf16 weights in GB, at least (default: %(default)s)"
+    )
+    found.add_argument("--repeats", type=int, default=3, help="runs of every leg (default: 3)")
+    found.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    found.add_argument("--no-peer", action="store_true", help=f"leave {peer} out (it needs an environment with torch)")
+    found.add_argument(
+        "--work", type=Path, default=cache_folder() / "bench", metavar="DIR",
+        help="where the checkpoint is made, and kept for the next run (default: the user's cache folder)",
+    )  # fmt: skip
+    return found
 
 
 def measure(legs: Sequence[Leg], inputs: Sequence[Path], output: Path, repeats: int) -> dict[str, list[Run]]:
