@@ -19,10 +19,6 @@ class CheckpointError(Moe2GgufError):
     """The checkpoint cannot be read: a missing, broken, hostile or inconsistent file."""
 
 
-class UnsupportedModelError(Moe2GgufError):
-    """The checkpoint is sound, but its architecture or settings do not fit the target graph."""
-
-
 class VocabularyError(Moe2GgufError):
     """The tokenizer files are missing, broken, or of a kind that llama.cpp has no twin for."""
 

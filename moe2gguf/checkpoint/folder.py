@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe2gguf.checkpoint import card, config
-from moe2gguf.checkpoint.families import FAMILIES, MLP, Family, expected, ignored
+from moe2gguf.checkpoint.families import MLP, Family, expected, ignored
 from moe2gguf.checkpoint.jsonfile import read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import DTYPES, StoredTensor, read_headers
@@ -117,8 +117,3 @@ def _kind(problem: str) -> tuple[bool, str]:
     """Sorts tensor problems by kind and name, after all others, which keep their order."""
     kinds = ("missing tensor", "unexpected tensor", "wrong shape", "wrong type")
     return (True, problem) if problem.startswith(kinds) else (False, "")
-
-
-def supported_architectures() -> tuple[str, ...]:
-    """The `architectures` names that `open_checkpoint` accepts."""
-    return tuple(FAMILIES)
