@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moe2gguf.experts.heal import masked
 from moe2gguf.experts.heal.layer import Stored
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.router import Router, scale_of
@@ -31,6 +32,7 @@ def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Win
         if (stored := overlay(i)) is not None:
             _put(layer.mlp, stored)
     _install_routers(model, ids)
+    masked.install(model)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False

@@ -1,0 +1,36 @@
+"""moe2gguf.experts.heal.masked: all experts at once gives what transformers' own experts give, forward and backward."""
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moe2gguf.experts.heal import masked
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_logits_and_gradients_are_those_of_transformers(k):
+    """At every count, also with all experts on."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": 4}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_experts_per_tok=k))
+    ids = torch.arange(14).reshape(2, 7)
+    model.set_experts_implementation("eager")
+    expected = run(model, ids)
+
+    masked.install(model)
+    found = run(model, ids)
+
+    assert model.config._experts_implementation == masked.NAME
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def run(model, ids):
+    """The logits, and the gradient of every parameter."""
+    model.zero_grad()
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach(), **gradients}
