@@ -2,7 +2,7 @@
 
 import torch
 
-from moe2gguf.experts.refit import Normal, refit
+from moe2gguf.experts.refit import STRENGTHS, Normal, refit
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -56,11 +56,25 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
 
 
 def test_noise_is_left_alone():
-    """Where nothing can be learned, the weights stay what they are."""
+    """Where what the first tokens say is wrong for the others, the weights stay what they are."""
     h, _, w = problem()
-    noise = 10 * torch.randn(40, 4, generator=GENERATOR)
-    train, held_out = filled(h[:20], noise[:20], w[:20]), filled(h[200:], noise[20:].repeat(5, 1), w[200:])
+    noise = 10 * torch.randn(20, 4, generator=GENERATOR)
 
-    delta, _, error = refit(train, held_out)
+    delta, _, error = refit(filled(h[:20], noise, w[:20]), filled(h[:20], -noise, w[:20]))
 
     assert (0.0, 1.0) == (float(delta.abs().max()), error)
+
+
+def test_few_tokens_are_refitted_with_caution():
+    """Fewer tokens than unknowns and much noise: the strongest ridges are of use where weaker ones do harm."""
+    few, true = torch.Generator().manual_seed(1), torch.randn(60, 4, generator=torch.Generator().manual_seed(2))
+    h = torch.randn(300, 60, generator=few)
+    y = h @ true + 16 * torch.randn(300, 4, generator=few)
+    weight = torch.ones(300)
+    train, held_out = filled(h[:40], y[:40], weight[:40]), filled(h[40:], y[40:], weight[40:])
+
+    _, strength, error = refit(train, held_out)
+
+    tried = {strength: held_out.error(train.solve(strength)) for strength in STRENGTHS}
+    assert (error, strength) == min((error, strength) for strength, error in tried.items())
+    assert tried[1.0] > 1 > error

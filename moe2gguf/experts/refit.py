@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe2gguf.experts.rows import chunks
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0)
-"""Ridge strengths tried, relative to the mean diagonal; the held-out tokens choose."""
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Ridge strengths, relative to the mean diagonal; the held-out tokens choose."""
 
 
 BLOCKS = 8
@@ -84,10 +84,15 @@ class Normal:
 def refit(train: Normal, held_out: Normal) -> tuple[Tensor, float, float]:
     """(delta (m, d), ridge strength, share of the held-out error that is left).
 
-    The strength with the smallest held-out error is used to solve on all tokens; where none helps, delta is zero.
+    Strengths are tried from the weakest on for as long as the held-out error falls; the best is used to solve on all
+    tokens. Where none helps, delta is zero.
     """
-    tried = [(held_out.error(train.solve(strength)), strength) for strength in STRENGTHS]
-    error, strength = min(tried)
+    error, strength = float("inf"), 0.0
+    for stronger in STRENGTHS:
+        now = held_out.error(train.solve(stronger))
+        if now >= error:
+            break
+        error, strength = now, stronger
     if error >= 1:
         return torch.zeros_like(train.hy), float("inf"), 1.0
     return (train + held_out).solve(strength), strength, error
