@@ -22,6 +22,8 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS,
 class Run:
     """One run of one program: seconds from its start to its exit, its peak resident memory, and what it wrote.
 
+    `processor_seconds` are its own and those of the children that it waited for, user and system.
+
     The peak is the kernel's own high-water mark (`ru_maxrss` from wait4) of the program or of its largest child
     that it waited for. It counts memory-mapped file pages while they are mapped. It can't be lower than the memory
     of the process that started the program, which is why the benchmarks use the standard library only.
@@ -30,6 +32,7 @@ class Run:
     seconds: float
     peak_bytes: int
     written_bytes: int = 0
+    processor_seconds: float = 0.0
 
 
 def run(command: Sequence[str | Path], log: Path) -> Run:
@@ -43,7 +46,7 @@ def run(command: Sequence[str | Path], log: Path) -> Run:
     if process.returncode != 0:
         print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
         fail(f"{' '.join(map(str, command))} failed with status {process.returncode}")
-    return Run(seconds, usage.ru_maxrss * RSS_UNIT)
+    return Run(seconds, usage.ru_maxrss * RSS_UNIT, processor_seconds=usage.ru_utime + usage.ru_stime)
 
 
 def machine() -> dict[str, Any]:
