@@ -81,11 +81,10 @@ class Normal:
         return torch.cholesky_solve(self.hy, torch.linalg.cholesky(a))
 
 
-def refit(train: Normal, held_out: Normal) -> tuple[Tensor, float, float]:
-    """(delta (m, d), ridge strength, share of the held-out error that is left).
+def choose_ridge(train: Normal, held_out: Normal) -> tuple[float, float]:
+    """(ridge strength, share of the held-out error that is left) of the solution on `train` that is best on `held_out`.
 
-    Strengths are tried from the weakest on for as long as the held-out error falls; the best is used to solve on all
-    tokens. Where none helps, delta is zero.
+    Strengths are tried from the weakest on for as long as the held-out error falls. (inf, 1.0) where none helps.
     """
     error, strength = float("inf"), 0.0
     for stronger in STRENGTHS:
@@ -93,6 +92,16 @@ def refit(train: Normal, held_out: Normal) -> tuple[Tensor, float, float]:
         if now >= error:
             break
         error, strength = now, stronger
+    return (strength, error) if error < 1 else (float("inf"), 1.0)
+
+
+def refit(train: Normal, held_out: Normal) -> tuple[Tensor, float, float]:
+    """(delta (m, d), ridge strength, share of the held-out error that is left), solved on all tokens of both.
+
+    The held-out tokens choose the ridge first; afterwards they are not held out any more. Where no ridge helps, delta
+    is zero.
+    """
+    strength, error = choose_ridge(train, held_out)
     if error >= 1:
-        return torch.zeros_like(train.hy), float("inf"), 1.0
+        return torch.zeros_like(train.hy), strength, error
     return (train + held_out).solve(strength), strength, error

@@ -24,7 +24,7 @@ from moe2gguf.experts.heal.layer import Layer, Stored
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for, require_finite, trained
 from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
 from moe2gguf.experts.heal.router import scale_of
-from moe2gguf.experts.refit import Normal, refit
+from moe2gguf.experts.refit import Normal, choose_ridge
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -210,7 +210,10 @@ def _per_count(layer: Layer, data: Data) -> dict[str, float]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
 def _solve_down(layer: Layer, data: Data) -> float:
-    """The closed form: the down projections that fit best over all windows at their counts. Returns the ridge."""
+    """The closed form: the down projections that fit best over the training windows at their counts. Returns the ridge.
+
+    Held-out windows choose it and are not solved on: they say afterwards which pass was best, and what it is worth.
+    """
     n = data.job.n_train
     normals = []
     for span in (range(n), data.held_out):
@@ -220,6 +223,7 @@ def _solve_down(layer: Layer, data: Data) -> float:
             normal.add(h, data.target[w] - h @ layer.down, data.weight[w])
         normals.append(normal.finished())
     train, held_out = normals
-    delta, strength, _ = refit(train, held_out)
-    layer.down += delta
+    strength, error = choose_ridge(train, held_out)
+    if error < 1:
+        layer.down += train.solve(strength)
     return strength

@@ -1,0 +1,59 @@
+"""moe2gguf.experts.heal.layerwise on one layer: what is solved, and on which windows."""
+
+import numpy as np
+import torch
+
+from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.heal.layerwise import Data, Job, fit
+from moe2gguf.experts.heal.plan import HealSettings
+from moe2gguf.experts.refit import STRENGTHS
+
+SHAPES = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))
+COUNTS = [1, 2, 3, 4, 2, 3, 2, 4]
+N_TRAIN = 6
+
+
+def problem():
+    """(layer, data): the targets are what the layer gives with another down projection, plus noise."""
+    rng = np.random.default_rng(0)
+    stored = Stored(*(rng.normal(size=shape).astype(np.float32) for shape in SHAPES))
+    layer = Layer(stored, 1.0)
+    torch.manual_seed(0)
+    x = torch.randn(len(COUNTS), 40, 6)
+    other = torch.randn_like(layer.down)
+    with torch.no_grad():
+        outputs = [layer.masked(window, k) @ (layer.down + 0.3 * other) for window, k in zip(x, COUNTS, strict=True)]
+    target = torch.stack(outputs) + 0.05 * torch.randn(len(COUNTS), 40, 6)
+    ids = np.zeros((len(COUNTS), 40), np.int64)
+    return layer, Data(x, target, Job(ids, COUNTS, N_TRAIN))
+
+
+def test_the_closed_form_sees_the_training_windows_alone():
+    """The down projection of one of the ridge problems over them, solved directly; held-out windows only choose."""
+    layer, data = problem()
+    before = layer.down.detach().clone()
+    with torch.no_grad():
+        h = torch.cat([layer.masked(data.x[w], COUNTS[w]) for w in range(N_TRAIN)]).double()
+    y = data.target[:N_TRAIN].flatten(0, 1).double() - h @ before.double()
+    w = data.weight[:N_TRAIN].flatten()[:, None].double()
+
+    report = fit(layer, data, HealSettings(train=("down",), used_range=(1, 4), evaluate_at=(2,), layerwise=0), 0)
+
+    strength = report["refit_strength"]
+    hh = h.T @ (w * h)
+    expected = torch.linalg.solve(hh + strength * hh.diagonal().mean() * torch.eye(len(hh)), h.T @ (w * y))
+    assert strength in STRENGTHS
+    torch.testing.assert_close(layer.down.detach() - before, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_passes_by_gradient_go_on_where_the_closed_form_ends():
+    """The best pass on held-out windows stays; gate, up and router are what the closed form cannot change."""
+    layer, data = problem()
+    settings = HealSettings(used_range=(1, 4), evaluate_at=(2,), layerwise=20, batch=2, layer_lr=3e-3)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        layer.gate += 0.2 * torch.randn_like(layer.gate)
+
+    report = fit(layer, data, settings, 0)
+
+    assert report["error_after"] < 0.9 * report["error_refit"] < 0.9 * report["error_before"]
