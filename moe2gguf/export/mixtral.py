@@ -1,7 +1,6 @@
 """config.json and the model card of a `MixtralForCausalLM` folder.
 
-Both generations of readers find their keys: `rope_theta` and `rope_scaling` are understood by transformers 4 and 5 and
-by vLLM. The routing of the class is that of llama.cpp's graph: softmax over all experts, the k largest, renormalized
+The routing of the class is that of llama.cpp's graph: softmax over all experts, the k largest, renormalized
 (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py).
 """
 
@@ -9,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moe2gguf.export.folder import MARK
-from moe2gguf.spec import MetadataValue, Model, Rope, Slicing
+from moe2gguf.hf_config import hf_config
+from moe2gguf.spec import MetadataValue, Model, Slicing
 
-ARCHITECTURE = "MixtralForCausalLM"
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "initializer_range", "torch_dtype", "dtype")
 """What config.json of the source says that the records of `moe2gguf.spec` do not."""
 
@@ -30,58 +30,18 @@ def mixtral_config(
     model: Model, slicing: Slicing, source: Mapping[str, Any], provenance: Mapping[str, MetadataValue]
 ) -> dict[str, Any]:
     """config.json of the sliced `model`; `source` is that of the dense one, `provenance` the `moe2gguf.*` metadata."""
-    return {
-        **_base(model, source, ARCHITECTURE, "mixtral"),
-        "intermediate_size": slicing.d_expert,
-        "num_local_experts": slicing.n_expert,
-        "num_experts_per_tok": slicing.n_expert_used,
-        MARK: dict(provenance),
-    }
+    n, k = slicing.n_expert, slicing.n_expert_used
+    return _config(replace(model, d_ff=slicing.d_expert, n_expert=n, n_expert_used=k), source, provenance)
 
 
 def llama_config(model: Model, source: Mapping[str, Any], provenance: Mapping[str, MetadataValue]) -> dict[str, Any]:
     """config.json of a dense `model` (d_ff neurons wide); arguments as in `mixtral_config`."""
-    return {
-        **_base(model, source, "LlamaForCausalLM", "llama"),
-        "intermediate_size": model.d_ff,
-        "attention_bias": False,
-        "mlp_bias": False,
-        MARK: dict(provenance),
-    }
+    return _config(model, source, provenance)
 
 
-def _base(model: Model, source: Mapping[str, Any], architecture: str, kind: str) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": kind,
-        "hidden_act": "silu",
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.n_layer,
-        "num_attention_heads": model.n_head,
-        "num_key_value_heads": model.n_head_kv,
-        "head_dim": model.d_head,
-        "max_position_embeddings": model.n_context,
-        "rms_norm_eps": model.rms_epsilon,
-        "rope_theta": model.rope.theta,
-        "rope_scaling": _rope_scaling(model.rope),
-        "tie_word_embeddings": model.tied_embeddings,
-        "vocab_size": model.n_vocab,
-        "use_cache": True,
-        **{key: source[key] for key in KEPT if source.get(key) is not None},
-    }
-
-
-def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
-    if rope.kind == "none":
-        return None
-    values: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.original_context:
-        values["original_max_position_embeddings"] = rope.original_context
-    if rope.kind == "llama3":
-        values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.attention_factor is not None:
-        values["attention_factor"] = rope.attention_factor
-    return values
+def _config(model: Model, source: Mapping[str, Any], provenance: Mapping[str, MetadataValue]) -> dict[str, Any]:
+    kept = {key: source[key] for key in KEPT if source.get(key) is not None}
+    return {**hf_config(model), **kept, MARK: dict(provenance)}
 
 
 def mixtral_card(
