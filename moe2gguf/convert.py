@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 import re
@@ -16,13 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moe2gguf.checkpoint.folder import Checkpoint
-from moe2gguf.checkpoint.tensors import source_digest
-from moe2gguf.errors import CalibrationError, OutputError
-from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.experts.saved import Job
-from moe2gguf.experts.saved import save as save_calibration
-from moe2gguf.experts.text import Text
+from moe2gguf.calibrating import calibrate_plan
+from moe2gguf.errors import OutputError
 from moe2gguf.export.assignment import may_quantize
 from moe2gguf.export.layout import Layout, array_offset, value_offset
 from moe2gguf.export.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
@@ -31,10 +25,9 @@ from moe2gguf.export.types import require_kernels
 from moe2gguf.export.writer import check_target, write_over
 from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
-from moe2gguf.planning import Plan, plan_conversion, window
+from moe2gguf.planning import Plan, plan_conversion
 from moe2gguf.progress import Progress, silent
 from moe2gguf.sharded import check_set, write_set
-from moe2gguf.spec import Slicing
 from moe2gguf.writing import write_file
 
 
@@ -90,7 +83,7 @@ def convert(
         ImportanceError: the importance matrix is broken.
         CheckpointError: `model` is no model, or a file of it ends early.
         CorruptWeightError: a weight is NaN, infinite, or too large for the type.
-        HarnessError: a type needs llama.cpp's kernels, and they are not installed.
+        HarnessError: a type, or the tokenizer of a GGUF file, needs llama.cpp, and it is not installed.
         CalibrationError: the text or the activations cannot be used, or torch is missing.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
         GGUFError: `model` is a file but no sound GGUF file, or the written file did not verify.
@@ -163,99 +156,6 @@ def _writing_job(plan: Plan, calibrated: Iterable[Path]) -> dict[str, str]:
     job = describe_job("convert", plan.options, plan.checkpoint.files, plan.layout.header, kinds)
     parts = [hashlib.sha256(path.read_bytes()).digest() for path in calibrated]
     return job | ({"calibrated experts": hashlib.sha256(b"".join(parts)).hexdigest()} if parts else {})
-
-
-def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
-    """Find the experts of every layer, if they need text; the reports of the layers.
-
-    They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
-    """
-    text, saved, slicing, checkpoint = plan.text, plan.saved, plan.slicing, plan.checkpoint
-    if slicing is None:
-        return ()
-    if not isinstance(checkpoint, Checkpoint):  # whose weights are rounded: the plan warns that they are not compared
-        if saved is None:
-            return ()
-        plan.experts.load = lambda i: saved.layer(i, slicing)
-        return saved.reports
-    identity = _identity(checkpoint) if text or saved else ""
-    if saved:
-        if saved.job.checkpoint != identity:
-            raise CalibrationError(
-                f"{saved.path}: made from another checkpoint than {checkpoint.folder} (other weights); "
-                "calibrate again without --load-calibration"
-            )
-        plan.experts.load = lambda i: saved.layer(i, slicing)
-        return saved.reports
-    if text is None:
-        return ()
-    reports = _calibrate_on_text(plan, checkpoint, text, slicing, work, identity, progress)
-    plan.experts.load = functools.partial(LayerExperts.load, work)
-    if target := plan.options.save_calibration:
-        save_calibration(target, _calibration_job(plan, text, slicing, identity), plan.experts.load)
-    return tuple(reports)
-
-
-def _calibrate_on_text(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    text: Text,
-    slicing: Slicing,
-    work: Path,
-    identity: str,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Make the experts of every layer in `work`."""
-    try:
-        from moe2gguf.experts.calibration import Settings, calibrate
-    except ImportError as error:
-        raise CalibrationError(
-            f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
-            "or take --recipe seed"
-        ) from error
-    options = plan.options
-    n_context = window(checkpoint.model)
-    settings = Settings(
-        options.calibration_tokens,
-        n_context,
-        checkpoint.vocabulary.first_id,
-        options.device,
-        options.calibration_memory,
-        identity,
-    )
-    total = options.calibration_tokens // n_context * n_context * checkpoint.model.n_layer
-    with progress("calibrate", total) as advance:
-        return calibrate(
-            checkpoint.folder,
-            lambda name: checkpoint.tensors[name].read(),
-            text,
-            slicing,
-            settings,
-            work,
-            advance,
-        )
-
-
-def _identity(checkpoint: Checkpoint) -> str:
-    """A digest of everything that a calibration depends on: the embedding and all layers."""
-    used = {name: t for name, t in checkpoint.tensors.items() if name.startswith(("model.layers.", "model.embed"))}
-    return source_digest(used)
-
-
-def _calibration_job(plan: Plan, text: Text, slicing: Slicing, identity: str) -> Job:
-    model = plan.checkpoint.model
-    return Job(
-        checkpoint=identity,
-        text=text.digest,
-        label=text.label,
-        n_token=plan.options.calibration_tokens,
-        n_layer=model.n_layer,
-        d_model=model.d_model,
-        d_ff=model.d_ff,
-        n_expert=slicing.n_expert,
-        n_expert_used=slicing.n_expert_used,
-        **vars(slicing.recipe),
-    )
 
 
 def check_conversion(done: Conversion, dense: str, *, threads: int | None = None, progress: Progress = silent) -> Check:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,24 +157,20 @@ def _fit(
         raise PlanError([f"--used {k}: must lie between 1 and the number of experts, {model.n_expert}"])
     first = checkpoint.vocabulary.first_id
     ids = windows(checkpoint.folder, read_text(text), n_token, min(512, model.n_context), first)
-    layers = Layers(checkpoint.folder, _fused(checkpoint), choose_device(None))
+    layers = Layers(model, functools.partial(_fused, checkpoint), choose_device(None))
     with progress("fit", ids.size * model.n_layer) as advance:
         found = fold(layers, lambda i: Stored(*expert_stacks(checkpoint, i)), ids, k, advance)
     return [layer.factors for layer in found], tuple(layer.error for layer in found)
 
 
-def _fused(checkpoint: Checkpoint) -> Callable[[str], Array]:
-    """Reads a tensor by the name that transformers' modules have, experts stacked."""
-
-    def load(name: str) -> Array:
-        match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(gate\.weight|experts\.(?:gate_up|down)_proj)", name)
-        if not match:
-            return checkpoint.tensors[name].read()
-        router, gate, up, down = expert_stacks(checkpoint, int(match[1]))
-        made = {"gate.weight": router, "experts.down_proj": down}
-        return made[match[2]] if match[2] in made else np.concatenate([gate, up], 1)
-
-    return load
+def _fused(checkpoint: Checkpoint, name: str, rows: NDArray[np.int64] | None = None) -> Array:
+    """A tensor by the name that transformers' modules have, experts stacked; of others these rows."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(gate\.weight|experts\.(?:gate_up|down)_proj)", name)
+    if not match:
+        return checkpoint.read(name, rows)
+    router, gate, up, down = expert_stacks(checkpoint, int(match[1]))
+    made = {"gate.weight": router, "experts.down_proj": down}
+    return made[match[2]] if match[2] in made else np.concatenate([gate, up], 1)
 
 
 def _folder_tensors(

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moe2gguf.calibrating import calibrate_plan
 from moe2gguf.checkpoint.companions import copy_companions
 from moe2gguf.checkpoint.families import MIXTRAL_PER_EXPERT, rules
 from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.jsonfile import read_json
 from moe2gguf.checkpoint.paths import inside
 from moe2gguf.checkpoint.tensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.convert import Conversion, calibrate_plan
+from moe2gguf.convert import Conversion
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
 from moe2gguf.export.folder import check_folder_target, replacing_folder, write_json, write_shards

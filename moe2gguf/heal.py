@@ -232,7 +232,7 @@ def _train(
     overlay: Callable[[int], Stored | None] = lambda _: None  # noqa: E731
     folder = work
     if settings.layerwise:
-        layers = Layers(dense.folder, lambda name: dense.tensors[name].read(), choose_device(settings.device))
+        layers = Layers(dense.model, dense.read, choose_device(settings.device))
         job = Job.of(data.ids, data.held_out, settings)
         tied = None if settings.steps else dense.model.tied_embeddings
         with progress("layers", data.ids.size * sliced.model.n_layer) as advance:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe2gguf import weights_gguf
 from moe2gguf.checkpoint.folder import Checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import PlanError
@@ -232,16 +233,10 @@ def _refuse_saved(model: Model, saved: Saved) -> list[str]:
 
 
 def _refuse_gguf(source: Source, options: Options) -> list[str]:
-    """What only a Hugging Face folder can do."""
+    """Why a GGUF file cannot be calibrated, if that is what the options want."""
     if isinstance(source, Checkpoint) or options.dense or options.load_calibration:
         return []
-    if not options.chosen_recipe().needs_calibration:
-        return []
-    return [
-        f"{source.path}: experts for --used below --experts are made by running the model on text, which needs its "
-        "Hugging Face folder: convert that folder; or give a calibration of it (convert --save-calibration) with "
-        "--load-calibration; or take --recipe seed"
-    ]
+    return weights_gguf.refusals(source) if options.chosen_recipe().needs_calibration else []
 
 
 def _plain_experts(model: Model, slicing: Slicing | None) -> LayerExperts | None:

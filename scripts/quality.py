@@ -24,6 +24,7 @@ import rivals
 import torch
 from measure import machine, table, write_json
 
+from moe2gguf.calibrating import subject
 from moe2gguf.compare import Settings as CompareSettings
 from moe2gguf.compare import compare
 from moe2gguf.convert import convert, write_plan
@@ -97,14 +98,8 @@ def by_carver(carver: Callable[[int], Carver], *, refit: bool = False, always_on
 
 
 def _calibrated(run: Run, plan: Plan, slicing: Slicing, work: Path, carver: Carver) -> None:
-    settings = Settings(run.n_token, N_CONTEXT, _bos(plan))
-    load = plan.checkpoint.tensors
-    calibrate(run.model, lambda name: load[name].read(), plan.text, slicing, settings, work, _ignore, carver)
-
-
-def _bos(plan: Plan) -> int | None:
-    vocabulary = plan.checkpoint.vocabulary
-    return vocabulary.special_ids.get("bos") if vocabulary.flags.get("add_bos_token") else None
+    settings = Settings(run.n_token, N_CONTEXT)
+    calibrate(subject(plan.checkpoint), plan.text, slicing, settings, work, _ignore, carver)
 
 
 def flap(keep: Callable[[Sequence[rivals.Fluctuation], float], list[torch.Tensor]]) -> Any:
@@ -288,7 +283,7 @@ def cmoe_row(run: Run, k: int) -> dict[str, Any]:
     work = run.work / "cmoe"
     _calibrated(run, plan, plan.slicing, work, keep)
     shutil.rmtree(work)
-    ids = held_out_ids(run, _bos(plan))
+    ids = held_out_ids(run, plan.checkpoint.vocabulary.first_id)
     perplexity, perplexity_dense = torch_perplexity(run.model, ids, layers, k), torch_perplexity(run.model, ids, [], k)
     print(f"  CMoE, {k} of {N_EXPERT}: {perplexity:.2f}", file=sys.stderr, flush=True)
     return {

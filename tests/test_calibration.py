@@ -169,7 +169,7 @@ def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
     checkpoint = open_checkpoint(folder)
     ids = np.array([TOKENS[:32], TOKENS[32:]])
     with torch.inference_mode():
-        layers = Layers(folder, lambda name: checkpoint.tensors[name].read(), torch.device("cpu"))
+        layers = Layers(checkpoint.model, checkpoint.read, torch.device("cpu"))
         hidden = torch.zeros(ids.size, 64)
         layers.embed(ids, hidden)
         for i in range(len(layers)):

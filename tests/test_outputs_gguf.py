@@ -308,12 +308,10 @@ def test_files_that_are_no_dense_llama_are_refused(tmp_path, change, words):
 
 
 def test_other_refusals(dense, tmp_path):
-    """Experts already, recipes that need text, no GGUF, nothing there, the source as target, a broken target."""
+    """Experts already, no GGUF, nothing there, the source as target, a broken target."""
     (tmp_path / "moe.gguf").write_bytes(g.LlamaFile(n_expert=4).bytes())
     with pytest.raises(PlanError, match="has experts already"):
         plan_conversion(tmp_path / "moe.gguf")
-    with pytest.raises(PlanError, match=r"Hugging Face folder: .*--load-calibration; or take --recipe seed"):
-        plan_conversion(dense("Q8_0"), Options(experts=4, used=2))
     (tmp_path / "text").write_text("no model at all, but long enough for one")
     with pytest.raises(GGUFError, match="not a GGUF file"):
         plan_conversion(tmp_path / "text")

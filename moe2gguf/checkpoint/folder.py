@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moe2gguf.checkpoint import card, config
 from moe2gguf.checkpoint.families import MLP, Family, expected, ignored
 from moe2gguf.checkpoint.jsonfile import read_json
@@ -46,6 +49,11 @@ class Checkpoint:
     def own_files(self) -> tuple[Path, ...]:
         """The files that must not be written over: all of the folder."""
         return (*self.files, *(path for path in self.folder.iterdir() if path.is_file()))
+
+    def read(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.generic]:
+        """A tensor in its storage type, or only these of its rows."""
+        whole = self.tensors[name].read()
+        return whole if rows is None else whole[rows]
 
 
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:

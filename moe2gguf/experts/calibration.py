@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs, carve, observe
-from moe2gguf.experts.forward import Layers, Load, choose_device
+from moe2gguf.experts.forward import Layers, choose_device
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.rows import Made, Rows, Shelf, Store, chunks
 from moe2gguf.experts.slicing import PADDING
-from moe2gguf.experts.text import Text, windows
+from moe2gguf.experts.text import Text
 from moe2gguf.spec import Slicing
 
 Carver = Callable[[MLP, Inputs, Slicing, Contributions], Carved]
@@ -33,19 +33,30 @@ Carver = Callable[[MLP, Inputs, Slicing, Contributions], Carved]
 
 
 @dataclass(frozen=True)
+class Subject:
+    """The dense model that is calibrated, wherever its weights and its tokenizer come from.
+
+    layers     its blocks, on a device
+    windows    (text, n_token, n_context) -> token ids (n_window, n_context), see `moe2gguf.experts.text.windows`
+    identity   what tells its weights from others, for a calibration that is continued
+    """
+
+    layers: Callable[[torch.device], Layers]
+    windows: Callable[[Text, int, int], NDArray[np.int64]]
+    identity: str = ""
+
+
+@dataclass(frozen=True)
 class Settings:
-    """How to calibrate: tokens, window length, the token each window starts with, device (None: the best there is).
+    """How to calibrate: tokens, window length, device (None: the best there is).
 
     memory     bytes of hidden states that stay in memory; more of them go to disk, piece by piece
-    identity   what tells this checkpoint from others, for a calibration that is continued
     """
 
     n_token: int = 16384
     n_context: int = 512
-    bos: int | None = None
     device: str | None = None
     memory: int = 4 * 10**9
-    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,7 @@ class _Streams:
 
 
 def calibrate(
-    folder: Path,
-    load: Load,
+    subject: Subject,
     text: Text,
     slicing: Slicing,
     settings: Settings,
@@ -69,23 +79,23 @@ def calibrate(
 ) -> list[dict[str, Any]]:
     """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`; returns the layers' reports.
 
-    `load` reads a tensor of the checkpoint in `folder`. A `work` folder of the same job is continued after its last
-    finished layer. `advance` is told the tokens done, once per layer. `carver` makes a layer's experts, if not `carve`.
+    A `work` folder of the same job is continued after its last finished layer. `advance` is told the tokens done, once
+    per layer. `carver` makes a layer's experts, if not `carve`.
 
     Raises:
-        CalibrationError: see `windows`, `Shelf`, `carve` and `choose_device`; or `work` belongs to another job (the
-            difference is named).
+        CalibrationError: see `subject.windows`, `Shelf`, `carve` and `choose_device`; or `work` belongs to another job
+            (the difference is named).
     """
     device = choose_device(settings.device)
     with torch.inference_mode(), device:
-        layers = Layers(folder, load, device)
-        ids = windows(folder, text, settings.n_token, settings.n_context, settings.bos)
+        layers = subject.layers(device)
+        ids = subject.windows(text, settings.n_token, settings.n_context)
         if ids.size < settings.n_token // settings.n_context * settings.n_context:
             raise CalibrationError(
                 f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,} in windows of "
                 f"{settings.n_context}; give more text or --calibration-tokens {ids.size}"
             )
-        job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": settings.identity}
+        job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": subject.identity}
         first = _resume(work, job)
         advance(first * ids.size)
         with tempfile.TemporaryDirectory(prefix="states-", dir=work) as spill:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,26 +15,40 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.carve import MLP
 from moe2gguf.experts.rows import Made, Rows, Store, chunks
-
-Load = Callable[[str], NDArray[np.generic]]
-"""Reads a tensor of the checkpoint by its Hugging Face name."""
+from moe2gguf.hf_config import hf_config
+from moe2gguf.spec import Model
 
 BATCH = 8
 """Windows that attention works on together."""
 
 
-class Layers:
-    """Blocks of the model in `folder`; weights come from `load`, computation is float32 on `device`."""
+class Load(Protocol):
+    """Reads the model's tensors."""
 
-    def __init__(self, folder: Path, load: Load, device: torch.device) -> None:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    def __call__(self, name: str, rows: NDArray[np.int64] | None = None, /) -> NDArray[np.generic]:
+        """The tensor of that Hugging Face name, in Hugging Face's layout, or these of its rows."""
+
+
+class Layers:
+    """Blocks of `model`; weights come from `load`, computation is float32 on `device`.
+
+    `divisors` (d_head / 2,) are those of the rotary frequencies where the model has a tensor of them, as GGUF files do.
+    """
+
+    def __init__(
+        self, model: Model, load: Load, device: torch.device, divisors: NDArray[np.float32] | None = None
+    ) -> None:
+        values = hf_config(model)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
         config._attn_implementation = "sdpa"
         config.tie_word_embeddings = False
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        self._blocks = skeleton.model.layers.float()  # a bf16 checkpoint's configuration asks for bf16 modules
+        self._blocks = skeleton.model.layers
         self._rotary = type(skeleton.model.rotary_emb)(config).to(device)
-        self._norm = skeleton.model.norm.float()
+        if divisors is not None:
+            self._rotary.inv_freq /= torch.from_numpy(divisors).to(device)
+        self._norm = skeleton.model.norm
         self._load = load
         self._device = device
         self.d_model = int(config.hidden_size)
@@ -45,9 +58,10 @@ class Layers:
 
     def embed(self, ids: NDArray[np.int64], hidden: Store) -> None:
         """Write the rows of the token `ids` (n_window, n_context) into `hidden`, (n_token, d_model)."""
-        table, flat = self._load("model.embed_tokens.weight"), ids.reshape(-1)
-        for part in chunks(len(flat)):
-            hidden[part] = torch.from_numpy(table[flat[part]].astype(np.float32))
+        used, place = np.unique(ids, return_inverse=True)
+        table, place = self._load("model.embed_tokens.weight", used), place.reshape(-1)
+        for part in chunks(len(place)):
+            hidden[part] = torch.from_numpy(table[place[part]].astype(np.float32))
 
     def head(self, tied: bool) -> Callable[[Tensor], Tensor]:
         """What turns the last layer's hidden states (n_token, d_model) into logits (n_token, n_vocab)."""

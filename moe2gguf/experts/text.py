@@ -72,7 +72,11 @@ def windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | N
     Raises:
         CalibrationError: the text has fewer tokens than two windows.
     """
-    ids = np.array(_token_ids(folder, text.text), np.int64)
+    return spread(text, np.array(_token_ids(folder, text.text), np.int64), n_token, n_context, bos)
+
+
+def spread(text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
+    """The same of all the token `ids` (n_token,) of `text`, whichever tokenizer they come from."""
     prefix = np.array([] if bos is None else [bos], np.int64)
     step = n_context - len(prefix)
     available, wanted = len(ids) // step, max(n_token // n_context, 2)

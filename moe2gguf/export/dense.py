@@ -7,6 +7,7 @@ layout results: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -159,9 +160,12 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
     found = Findings()
     check_architecture(file, found)
     dimensions = llama_dimensions(file, [])
+    if dimensions.d_head % 2:
+        found.problems.append(f"heads of {dimensions.d_head}: the rotary embedding needs pairs")
+    model = _model(file, dimensions, architecture, found.problems)
     if found.problems:
         raise PlanError([f"{path}: {problem}" for problem in found.problems])
-    return DenseFile(file, _model(file, dimensions, architecture), ARCHITECTURES[architecture], tuple(found.notes))
+    return DenseFile(file, model, ARCHITECTURES[architecture], tuple(found.notes))
 
 
 def _as_llama(file: GGUFFile, architecture: str) -> GGUFFile:
@@ -201,17 +205,15 @@ def _refusals(file: GGUFFile) -> list[str]:
     return found
 
 
-def _model(file: GGUFFile, it: Dimensions, architecture: str) -> Model:
-    """The hyper-parameters, of which only the dimensions matter here: everything else is carried over as it is."""
+def _model(file: GGUFFile, it: Dimensions, architecture: str, problems: list[str]) -> Model:
+    """The hyper-parameters, of which `check_architecture` has reported those that are missing or wrong."""
+    context = file.metadata.get("llama.context_length")
+    epsilon = file.metadata.get("llama.attention.layer_norm_rms_epsilon")
+    n_context = context if isinstance(context, int) else 0
 
-    def number(key: str, default: float) -> float:
-        value = file.metadata.get(f"llama.{key}", default)
-        return float(value) if isinstance(value, int | float) else default
+    def biased(*names: str) -> bool:
+        return any(name.endswith(names) for name in file.tensors)
 
-    kind = str(file.metadata.get("llama.rope.scaling.type", "none"))
-    rope = Rope(number("rope.freq_base", 10000.0), "none", number("rope.scaling.factor", 1.0))
-    if kind in ("linear", "yarn"):
-        rope = replace(rope, kind="linear" if kind == "linear" else "yarn")
     return Model(
         architecture=architecture,
         n_layer=it.n_layer,
@@ -221,13 +223,38 @@ def _model(file: GGUFFile, it: Dimensions, architecture: str) -> Model:
         n_head_kv=it.n_head_kv,
         d_head=it.d_head,
         n_vocab=it.n_vocab,
-        n_context=int(number("context_length", 0)),
-        rms_epsilon=number("attention.layer_norm_rms_epsilon", 0.0),
-        rope=rope,
+        n_context=n_context,
+        rms_epsilon=epsilon if isinstance(epsilon, float) else 0.0,
+        rope=_rope(file, n_context, problems),
         tied_embeddings="output.weight" not in file.tensors,
-        bias_qkv=any(name.endswith(("attn_q.bias", "attn_qkv.bias")) for name in file.tensors),
-        bias_output="blk.0.attn_output.bias" in file.tensors,
+        bias_qkv=biased("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias"),
+        bias_output=biased("attn_output.bias"),
     )
+
+
+def _rope(file: GGUFFile, n_context: int, problems: list[str]) -> Rope:
+    """Rotary settings as arch `llama` reads them: no type means linear, no factor (or 0) that nothing is scaled.
+
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1410-L1431 and, for yarn's attn_factor, to
+    which llama.cpp adds its own, https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-context.cpp#L177-L214
+    """
+
+    def number(key: str, default: float) -> float:
+        value = file.metadata.get(f"llama.rope.{key}", default)
+        if isinstance(value, float) and math.isfinite(value) and (value > 0 or value == default):
+            return value
+        problems.append(f"metadata llama.rope.{key}: expected a finite number above zero, found {shown(str(value))}")
+        return 1.0
+
+    theta, kind = number("freq_base", 10000.0), file.metadata.get("llama.rope.scaling.type", "linear")
+    factor = number("scaling.factor", number("scale_linear", 0.0)) or 1.0
+    own = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    attention = number("scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        original = file.metadata.get("llama.rope.scaling.original_context_length")
+        whole = original if isinstance(original, int) and original > 0 else n_context
+        return Rope(theta, "yarn", factor, whole, attention_factor=own * attention if attention != 1 else None)
+    return Rope(theta, "linear", factor) if kind == "linear" and factor != 1 else Rope(theta)
 
 
 def carried_metadata(

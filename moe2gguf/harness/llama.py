@@ -66,12 +66,20 @@ class Facts:
 
 def read_facts(path: Path) -> Facts:
     """Read metadata and vocabulary, no weights. Raises HarnessError if llama.cpp refuses the file."""
+    with open_vocabulary(path) as llama:
+        return llama.facts
+
+
+@contextmanager
+def open_vocabulary(path: Path) -> Iterator[Llama]:
+    """Load metadata and vocabulary, no weights: a file that can tokenize but not compute. Raises as `read_facts`."""
     lib = import_llama()
     params = lib.llama_model_default_params()
     params.vocab_only = True
     model = load_model(lib, path, params)
     try:
-        return _facts(lib, model, path)
+        facts = _facts(lib, model, path)
+        yield Llama(lib, model, Setup(), facts, facts.n_expert_used)
     finally:
         lib.llama_model_free(model)
 

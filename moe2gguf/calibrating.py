@@ -1,0 +1,132 @@
+"""The experts of a plan: from a saved calibration, or by running the dense model on text, whatever it is kept in."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.checkpoint.folder import Checkpoint
+from moe2gguf.checkpoint.tensors import source_digest
+from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.saved import Job
+from moe2gguf.experts.saved import save as save_calibration
+from moe2gguf.experts.text import Text, spread, windows
+from moe2gguf.harness.tokens import read_tokens
+from moe2gguf.planning import Plan, window
+from moe2gguf.progress import Progress
+from moe2gguf.sources import Source
+from moe2gguf.spec import Slicing
+from moe2gguf.weights_gguf import Weights
+
+if TYPE_CHECKING:
+    from moe2gguf.experts.calibration import Subject
+
+
+def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
+    """Find the experts of every layer, if they need text; the reports of the layers.
+
+    They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
+
+    Raises:
+        CalibrationError: the text or the activations cannot be used, torch is missing, or the calibration was made
+            from other weights.
+        HarnessError: the model is a GGUF file, whose tokenizer is llama.cpp's, and that is not installed.
+    """
+    text, saved, slicing = plan.text, plan.saved, plan.slicing
+    if slicing is None:
+        return ()
+    if saved:
+        if isinstance(plan.checkpoint, Checkpoint):  # the plan warns that weights of GGUF files are not compared
+            _refuse_other(plan.checkpoint, saved.job.checkpoint, saved.path)
+        plan.experts.load = lambda i: saved.layer(i, slicing)
+        return saved.reports
+    if text is None:
+        return ()
+    model = subject(plan.checkpoint)
+    reports = _calibrate_on_text(plan, model, text, slicing, work, progress)
+    plan.experts.load = functools.partial(LayerExperts.load, work)
+    if target := plan.options.save_calibration:
+        save_calibration(target, _job(plan, text, slicing, model.identity), plan.experts.load)
+    return tuple(reports)
+
+
+def _refuse_other(checkpoint: Checkpoint, made_from: str, path: Path) -> None:
+    if made_from != identity(checkpoint):
+        raise CalibrationError(
+            f"{path}: made from another checkpoint than {checkpoint.folder} (other weights, or those of a GGUF file); "
+            "calibrate again without --load-calibration"
+        )
+
+
+def subject(source: Source) -> Subject:
+    """What a calibration runs on: blocks with the weights of `source`, windows from its tokenizer.
+
+    Raises:
+        CalibrationError: torch or transformers is missing.
+    """
+    try:
+        from moe2gguf.experts.calibration import Subject
+        from moe2gguf.experts.forward import Layers
+    except ImportError as error:
+        raise CalibrationError(
+            f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
+            "or take --recipe seed"
+        ) from error
+    if isinstance(source, Checkpoint):
+        bos = source.vocabulary.first_id
+        return Subject(
+            lambda device: Layers(source.model, source.read, device),
+            lambda text, n_token, n_context: windows(source.folder, text, n_token, n_context, bos),
+            identity(source),
+        )
+    weights = Weights(source)
+    return Subject(
+        lambda device: Layers(source.model, weights.read, device, weights.rope_divisors()),
+        functools.partial(_gguf_windows, source.path),
+        identity(source),
+    )
+
+
+def _gguf_windows(path: Path, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
+    ids, bos = read_tokens(path, text.text)
+    return spread(text, ids, n_token, n_context, bos)
+
+
+def identity(source: Source) -> str:
+    """A digest of everything that a calibration depends on: the embedding and all layers, which are read for it."""
+    parts = ("model.layers.", "model.embed") if isinstance(source, Checkpoint) else ("blk.", "token_embd.", "rope_")
+    return source_digest({name: tensor for name, tensor in source.tensors.items() if name.startswith(parts)})
+
+
+def _calibrate_on_text(
+    plan: Plan, model: Subject, text: Text, slicing: Slicing, work: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """Make the experts of every layer in `work`."""
+    from moe2gguf.experts.calibration import Settings, calibrate
+
+    options, n_context = plan.options, window(plan.checkpoint.model)
+    settings = Settings(options.calibration_tokens, n_context, options.device, options.calibration_memory)
+    total = options.calibration_tokens // n_context * n_context * plan.checkpoint.model.n_layer
+    with progress("calibrate", total) as advance:
+        return calibrate(model, text, slicing, settings, work, advance)
+
+
+def _job(plan: Plan, text: Text, slicing: Slicing, made_from: str) -> Job:
+    model = plan.checkpoint.model
+    return Job(
+        checkpoint=made_from,
+        text=text.digest,
+        label=text.label,
+        n_token=plan.options.calibration_tokens,
+        n_layer=model.n_layer,
+        d_model=model.d_model,
+        d_ff=model.d_ff,
+        n_expert=slicing.n_expert,
+        n_expert_used=slicing.n_expert_used,
+        **vars(slicing.recipe),
+    )
