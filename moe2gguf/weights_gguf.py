@@ -94,6 +94,8 @@ def refusals(dense: DenseFile) -> list[str]:
         found.append("its rotary embedding is scaled by longrope")
     if metadata.get("llama.rope.scaling.attn_factor", 1.0) != 1.0 and dense.model.rope.kind != "yarn":
         found.append("its rotary embedding has an attn_factor without yarn")
+    if dense.model.rope.kind == "yarn" and dense.model.rope.theta == 1:
+        found.append("its rotary frequencies are all the same, which yarn cannot scale")
     if scales := [name for name in dense.tensors if name.endswith("scale")]:
         found.append(f"it has scales beside its weights, such as {scales[0]}")
     if "tokenizer.ggml.tokens" not in metadata:

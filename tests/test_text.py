@@ -77,6 +77,14 @@ def test_a_folder_with_tokenizer_model_alone(tmp_path):
     assert [1, *expected[:63]] == ids[0].tolist()
 
 
+def test_a_window_of_the_first_token_alone(tmp_path):
+    """A context of 1 in a hostile file."""
+    byte_level_bpe(tmp_path)
+
+    with pytest.raises(CalibrationError, match=r"a context of 1 tokens.*leaves no room"):
+        windows(tmp_path, read_text(None), 1024, 1, 0)
+
+
 def test_too_little_text(tmp_path):
     """Two windows at least; the message says how much there is and how much is needed."""
     byte_level_bpe(tmp_path)

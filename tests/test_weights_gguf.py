@@ -111,6 +111,10 @@ def test_the_hidden_states_are_transformers_own(tmp_path, family):
     [
         (lambda m: m.set("llama.rope.scaling.type", "str", "longrope"), "scaled by longrope"),
         (lambda m: m.set("llama.rope.scaling.attn_factor", "f32", 1.5), "an attn_factor without yarn"),
+        (
+            lambda m: m.set("llama.rope.freq_base", "f32", 1.0).set("llama.rope.scaling.type", "str", "yarn"),
+            "frequencies are all the same, which yarn cannot scale",
+        ),
         (lambda m: m.put(g.f32("blk.0.attn_q.scale", (1,))), "scales beside its weights, such as blk.0.attn_q.scale"),
         (lambda m: m.keys.pop("tokenizer.ggml.tokens"), "it has no vocabulary"),
     ],

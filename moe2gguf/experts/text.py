@@ -76,9 +76,14 @@ def windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | N
 
 
 def spread(text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
-    """The same of all the token `ids` (n_token,) of `text`, whichever tokenizer they come from."""
+    """The same of all the token `ids` (n_token,) of `text`, whichever tokenizer they come from.
+
+    Raises:
+        CalibrationError: the text has fewer tokens than two windows, or a window has no room.
+    """
     prefix = np.array([] if bos is None else [bos], np.int64)
-    step = n_context - len(prefix)
+    if (step := n_context - len(prefix)) < 1:
+        raise CalibrationError(f"a context of {n_context} tokens, which the model asks for, leaves no room for text")
     available, wanted = len(ids) // step, max(n_token // n_context, 2)
     if available < 2:
         raise CalibrationError(
