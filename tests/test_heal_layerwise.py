@@ -25,7 +25,7 @@ def problem():
         outputs = [layer.masked(window, k) @ (layer.down + 0.3 * other) for window, k in zip(x, COUNTS, strict=True)]
     target = torch.stack(outputs) + 0.05 * torch.randn(len(COUNTS), 40, 6)
     ids = np.zeros((len(COUNTS), 40), np.int64)
-    return layer, Data(x, target, Job(ids, COUNTS, N_TRAIN))
+    return layer, Data(x, target, Job(ids, COUNTS, N_TRAIN), layer)
 
 
 def test_the_closed_form_sees_the_training_windows_alone():
@@ -57,3 +57,13 @@ def test_passes_by_gradient_go_on_where_the_closed_form_ends():
     report = fit(layer, data, settings, 0)
 
     assert report["error_after"] < 0.9 * report["error_refit"] < 0.9 * report["error_before"]
+
+
+def test_every_count_weighs_the_same():
+    """What the layer leaves at the start is weighed alike at each count, whatever few experts lose."""
+    layer, data = problem()
+    with torch.no_grad():
+        errors = {k: [float(data.error(layer, w)) for w in range(len(COUNTS)) if COUNTS[w] == k] for k in set(COUNTS)}
+
+    means = [sum(found) / len(found) for found in errors.values()]
+    assert max(means) - min(means) < 1e-4 * max(means)

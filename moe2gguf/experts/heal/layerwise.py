@@ -26,6 +26,9 @@ from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
 from moe2gguf.experts.heal.router import scale_of
 from moe2gguf.experts.refit import Normal, choose_ridge
 
+LOUDEST = 100
+"""How much more than the worst count another may weigh: with all experts on there may be no error at all."""
+
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -78,7 +81,7 @@ def heal_layers(
         stored = load(i)
         scale = scale_of(torch.from_numpy(stored.router).to(x.device), x[0])
         layer = Layer(stored, scale).to(x.device)
-        report = fit(layer, Data(x, target, job), settings, i)
+        report = fit(layer, Data(x, target, job, layer), settings, i)
         with torch.no_grad():
             for w, k in enumerate(job.counts):
                 sliced[w] += layer(x[w], k).to(sliced.device)
@@ -140,13 +143,19 @@ def _save(work: Path, i: int, stored: Stored, dense: Tensor, sliced: Tensor) -> 
 class Data:
     """x and target (n_window, n_context, d_model) of one layer, and how much each token counts.
 
-    No token may own the fit: the weight of massive ones is cut, as in `moe2gguf.experts.carve`.
+    No token may own the fit: the weight of massive ones is cut, as in `moe2gguf.experts.carve`. Nor may a count: few
+    experts leave many times the error of many, so each window is divided by what `layer` leaves at its count.
     """
 
-    def __init__(self, x: Tensor, target: Tensor, job: Job) -> None:
+    def __init__(self, x: Tensor, target: Tensor, job: Job, layer: Layer) -> None:
         self.x, self.target, self.job = x, target, job
         energy = target.square().sum(-1)
         self.weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)
+        self.total = 1.0
+        left = _by_count(layer, self, range(len(x)))
+        least = max(max(left.values()) / LOUDEST, 1e-30)
+        for w, k in enumerate(job.counts):
+            self.weight[w] *= least / max(left[k], least)
         self.total = float((self.weight * energy).mean())
 
     @property
@@ -198,13 +207,18 @@ def _held_out(layer: Layer, data: Data) -> float:
     return float(torch.stack([data.error(layer, w) for w in data.held_out]).mean())
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
 def _per_count(layer: Layer, data: Data) -> dict[str, float]:
     """Held-out error at each count."""
+    return {str(k): error for k, error in _by_count(layer, data, data.held_out).items()}
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+def _by_count(layer: Layer, data: Data, span: range) -> dict[int, float]:
+    """Mean error of these windows at each count."""
     layer.eval()
-    found: dict[str, list[float]] = {}
-    for w in data.held_out:
-        found.setdefault(str(data.job.counts[w]), []).append(float(data.error(layer, w)))
+    found: dict[int, list[float]] = {}
+    for w in span:
+        found.setdefault(data.job.counts[w], []).append(float(data.error(layer, w)))
     return {k: sum(errors) / len(errors) for k, errors in found.items()}
 
 
