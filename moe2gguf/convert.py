@@ -27,8 +27,7 @@ from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
 from moe2gguf.planning import Plan, plan_conversion
 from moe2gguf.progress import Progress, silent
-from moe2gguf.sharded import check_set, write_set
-from moe2gguf.writing import write_file
+from moe2gguf.sharded import check_model_target, write_model
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,8 @@ def write_plan(
     threads = threads or min(os.cpu_count() or 1, 4)
     fresh = [tensor for tensor in plan.tensors if not tensor.copied]
     require_kernels((tensor.type for tensor in fresh), importance=any(tensor.importance for tensor in fresh))
-    if plan.shards:
-        check_set(plan, out, force=force)
-    else:
-        check_target(out, plan.checkpoint.own_files, force=force)
+    shards = plan.shards or ((plan.tensors, plan.layout),)
+    check_model_target(out, len(shards), plan.checkpoint.own_files, force=force)
     if target := plan.options.save_calibration:
         if target.resolve() == out.resolve():
             raise OutputError(f"{target}: is the file to write already; keep the calibration under another name")
@@ -119,26 +116,21 @@ def write_plan(
     def finish(descriptor: int, layout: Layout) -> None:
         _fill_in(plan, reports, descriptor, layout)
 
-    if plan.shards:
-        out, reused = write_set(plan, out, threads=threads, quantizers=quantizers, progress=progress, finish=finish), 0
-    else:
-        calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
-        journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
-        write_file(
-            out,
-            plan.layout,
-            plan.tensors,
-            progress=progress,
-            threads=threads,
-            quantizers=quantizers,
-            verifiers=threads,
-            journal=journal,
-            finish=finish,
-        )
-        reused = journal.reused
+    calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
+    journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
+    first = write_model(
+        out,
+        shards,
+        journal,
+        progress=progress,
+        threads=threads,
+        quantizers=quantizers,
+        verifiers=threads,
+        finish=finish,
+    )
     if reports and not plan.saved:
         shutil.rmtree(work)
-    return Conversion(out, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, reused)
+    return Conversion(first, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, journal.reused)
 
 
 def _fill_in(plan: Plan, reports: Sequence[dict[str, Any]], descriptor: int, layout: Layout) -> None:

@@ -1,64 +1,98 @@
-"""The second pass for a model in several files: all of them appear, or none."""
+"""The second pass of a model that is one file or a set of shards: all of them appear, or none."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moe2gguf.errors import OutputError
+from moe2gguf.export.layout import Layout
+from moe2gguf.export.partial import Journal, discard, discard_abandoned, lock, partial_path
 from moe2gguf.export.shards import shard_paths
 from moe2gguf.export.verify import require_sound
-from moe2gguf.export.writer import check_target, lock, output_error, require_room, sync_folder, write_tensors
-from moe2gguf.planning import Plan
+from moe2gguf.export.writer import OutputTensor, check_target, clean_up, require_room, sync_folder, write_tensors
 from moe2gguf.progress import Progress
-from moe2gguf.writing import Finish
+from moe2gguf.writing import Finish, write_file
+
+Shards = Sequence[tuple[Sequence[OutputTensor], Layout]]
+"""The tensors of each file, and where they stand."""
 
 
-def set_paths(plan: Plan, out: Path) -> list[Path]:
-    """What the shards of OUT are called, which `moe.gguf` gives moe-00001-of-00003.gguf ..."""
-    return shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, len(plan.shards))
+def model_paths(out: Path, n_shard: int) -> list[Path]:
+    """What a model of so many shards is called: `moe.gguf`, or moe-00001-of-00003.gguf ..."""
+    return [out] if n_shard == 1 else shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
 
 
-def check_set(plan: Plan, out: Path, *, force: bool) -> None:
-    """`check_target` for every shard."""
-    for target in set_paths(plan, out):
-        check_target(target, plan.checkpoint.own_files, force=force)
+def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
+    """`check_target` for every file."""
+    sources = tuple(sources)
+    for target in model_paths(out, n_shard):
+        check_target(target, sources, force=force)
 
 
-def write_set(plan: Plan, out: Path, *, threads: int, quantizers: int, progress: Progress, finish: Finish) -> Path:
-    """Write, verify and name the shards of `plan`; the first one's path. `finish` is called for each after all tensors.
+def write_model(
+    out: Path,
+    shards: Shards,
+    journal: Journal,
+    *,
+    progress: Progress,
+    threads: int,
+    quantizers: int | None = None,
+    verifiers: int | None = None,
+    finish: Finish | None = None,
+) -> Path:
+    """Write, verify and name the files of a model; the path of the first. Arguments and errors as in `write_file`.
 
-    They are made in a folder `OUT.shards.partial`, verified there as a set, and moved beside OUT, the first one last:
-    without it llama.cpp finds no model. A set that was stopped is begun anew.
-
-    Raises:
-        OutputError, GGUFError, CorruptWeightError: as `moe2gguf.convert.write_plan`.
+    A set is made in a folder `OUT.partial`, verified there, and moved beside OUT, the first shard last: without it
+    llama.cpp finds no model. `finish` is called for each shard after all tensors.
     """
-    targets = set_paths(plan, out)
-    with _staging(out, plan.file_size) as folder:
+    if len(shards) == 1:
+        tensors, layout = shards[0]
+        write_file(
+            out,
+            layout,
+            tensors,
+            progress=progress,
+            threads=threads,
+            quantizers=quantizers,
+            verifiers=verifiers,
+            journal=journal,
+            finish=finish,
+        )
+        return out
+    targets, size = model_paths(out, len(shards)), sum(layout.file_size for _, layout in shards)
+    with _working_folder(out, size, journal) as folder:
         parts = [folder / target.name for target in targets]
-        with progress("write", plan.file_size) as advance:
-            for part, (tensors, layout) in zip(parts, plan.shards, strict=True):
-                with _opened(part, os.O_CREAT | os.O_EXCL) as descriptor:
-                    os.ftruncate(descriptor, layout.file_size)
-                    write_tensors(descriptor, layout, tensors, threads=threads, quantizers=quantizers, advance=advance)
-        for part, (_, layout) in zip(parts, plan.shards, strict=True):
-            with _opened(part) as descriptor:
-                finish(descriptor, layout)
-        with progress("verify", plan.file_size) as advance:
-            require_sound(parts[0], threads=threads, progress=advance)
+        with progress("write", size) as advance:
+            for part, (tensors, layout) in zip(parts, shards, strict=True):
+                with _opened(part, layout.file_size) as file:
+                    write_tensors(
+                        file,
+                        layout,
+                        tensors,
+                        threads=threads,
+                        quantizers=quantizers,
+                        advance=advance,
+                        journal=journal,
+                    )
+        for part, (_, layout) in zip(parts, shards, strict=True):
+            with _opened(part, layout.file_size) as file:
+                if finish:
+                    finish(file, layout)
+        with progress("verify", size) as advance:
+            require_sound(parts[0], threads=verifiers, progress=advance)
         _move(parts, targets)
     return targets[0]
 
 
 @contextlib.contextmanager
-def _opened(path: Path, flags: int = 0) -> Iterator[int]:
-    """A descriptor for writing; what was written is on the disk afterwards."""
-    descriptor = os.open(path, os.O_RDWR | flags, 0o666)
+def _opened(path: Path, size: int) -> Iterator[int]:
+    """A descriptor of a file of `size` bytes, new or begun; what was written is on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
+        os.ftruncate(descriptor, size)
         yield descriptor
         os.fsync(descriptor)
     finally:
@@ -66,15 +100,17 @@ def _opened(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _staging(out: Path, size: int) -> Iterator[Path]:
-    """The folder `OUT.shards.partial`, ours alone and without old shards; removed in the end, whatever happened.
+def _working_folder(out: Path, size: int, journal: Journal) -> Iterator[Path]:
+    """The folder `OUT.partial`, ours alone; empty, or with the shards that the journal knows. Removed in the end.
 
     Raises:
-        OutputError: no room, a disk error, or another process is writing the same set.
+        OutputError: no room, a disk error, or another process is writing the same model.
     """
-    folder = out.with_name(out.name + ".shards.partial")
+    folder = partial_path(out)
     require_room(folder, size)
     try:
+        if folder.is_file():
+            discard_abandoned(folder)
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_DIRECTORY", 0))
     except OSError as error:
@@ -82,27 +118,37 @@ def _staging(out: Path, size: int) -> Iterator[Path]:
     try:
         lock(descriptor, folder)
         try:
-            for left in folder.glob("*.gguf"):
-                left.unlink()
+            if not journal.begin():
+                for left in folder.iterdir():
+                    discard(left)
             yield folder
-        except OSError as error:
-            raise output_error(out, error) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
+            journal.remove()
+        except BaseException as error:
+            clean_up(error, out, journal)
+            raise
     finally:
         os.close(descriptor)
 
 
 def _move(parts: Sequence[Path], targets: Sequence[Path]) -> None:
     """Give the shards their names; at no moment does a first shard stand beside shards of another run."""
-    moved: list[Path] = []
+    moved: list[tuple[Path, Path]] = []
     try:
         targets[0].unlink(missing_ok=True)
         for part, target in reversed(list(zip(parts, targets, strict=True))):
             part.replace(target)
-            moved.append(target)
+            moved.append((part, target))
     except BaseException:
-        for target in moved:
-            target.unlink(missing_ok=True)
+        for part, target in moved:
+            _move_back(part, target)
         raise
     sync_folder(targets[0].parent)
+
+
+def _move_back(part: Path, target: Path) -> None:
+    """Where it can be continued from, or away."""
+    try:
+        target.replace(part)
+    except OSError:
+        target.unlink(missing_ok=True)

@@ -131,24 +131,130 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), Options(experts=4, shard_size=100_
 """
 
 
-@pytest.mark.parametrize("moment", ["write", "verify", "moved out-00003"])
-def test_a_killed_run_leaves_nothing_that_looks_finished(dense, tmp_path, moment):
-    """SIGKILL while writing, verifying or moving: no first shard; what is left is refused, and the next run works."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, dense, tmp_path / "out.gguf"], stdout=subprocess.PIPE
-    ) as process:
+def killed(source, target, moment, nth=1):
+    """SIGKILL when the `nth` line that begins with `moment` is printed."""
+    with subprocess.Popen([sys.executable, "-c", SLOW, source, target], stdout=subprocess.PIPE) as process:
         for line in process.stdout:
-            if line.decode().startswith(moment):
+            nth -= line.decode().startswith(moment)
+            if not nth:
                 break
         process.kill()
+    assert nth == 0
+
+
+def contents(folder):
+    """Name -> bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dense, tmp_path_factory):
+    """What a run writes that nothing stops."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    convert(dense, folder / "out.gguf", SLICED)
+    return contents(folder)
+
+
+@pytest.mark.parametrize("moment", ["write", "verify", "moved out-00003"])
+def test_a_killed_run_leaves_nothing_that_looks_finished(dense, tmp_path, undisturbed, moment):
+    """SIGKILL while writing, verifying or moving: no first shard; what is left is refused, and the next run works."""
+    killed(dense, tmp_path / "out.gguf", moment)
 
     assert not list(tmp_path.glob("out-00001-*"))
     assert all(verify(path).problems for path in tmp_path.glob("out-*.gguf"))
 
-    done = convert(dense, tmp_path / "out.gguf", SLICED, force=True)
+    convert(dense, tmp_path / "out.gguf", SLICED, force=moment.startswith("moved"))
 
-    assert not verify(done.path).problems
-    assert all(name.startswith("out-0") for name in names(tmp_path))
+    assert undisturbed == contents(tmp_path)
+
+
+@pytest.mark.parametrize("moments", [(("write", 4), ("write", 22)), (("write", 13), ("verify", 2))])
+def test_a_killed_run_goes_on_where_it_was(dense, tmp_path, undisturbed, moments):
+    """SIGKILL twice, in several shards: the third run makes only what is missing, and the bytes are the same."""
+    for moment in moments:
+        killed(dense, tmp_path / "out.gguf", *moment)
+
+    done = convert(dense, tmp_path / "out.gguf", SLICED)
+
+    assert done.reused == len(done.plan.tensors) if moments[1][0] == "verify" else 5 < done.reused < 22
+    assert done.source_digest == read_gguf(done.path).metadata[SOURCE_DIGEST]
+    assert undisturbed == contents(tmp_path)
+
+
+def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbed):
+    """The option or the source that differs is named, nothing is lost; resume=False starts anew."""
+    target = tmp_path / "out.gguf"
+    other = tmp_path / "other.gguf"
+    other.write_bytes(dense.read_bytes())
+    killed(dense, target, "write", 8)
+    before = names(tmp_path)
+
+    for source, options, difference in (
+        (dense, Options(experts=4, shard_size=150_000), "shard size: 100000 there, 150000 now"),
+        (dense, Options(experts=4), "shard size: 100000 there, None now"),
+        (dense, Options(experts=2, shard_size=SIZE), "experts: 4 there, 2 now"),
+        (dense, Options(experts=4, shard_size=SIZE, type="f16"), "type: auto there, f16 now"),
+        (other, SLICED, "other.gguf: none there, other.gguf of"),
+    ):
+        with pytest.raises(OutputError, match=rf"(?s)out.gguf.partial: is the unfinished.*  - {difference}.*--no-res"):
+            convert(source, target, options)
+    assert before == names(tmp_path)
+    other.unlink()
+
+    assert convert(dense, target, SLICED, resume=False).reused == 0
+    assert undisturbed == contents(tmp_path)
+
+
+def test_a_set_and_a_file_give_way_to_each_other(dense, tmp_path, undisturbed):
+    """What another kind of job left under the same name is replaced where the user starts anew."""
+    target = tmp_path / "out.gguf"
+    killed(dense, target, "write", 8)
+    one = convert(dense, target, Options(experts=4), resume=False).path
+    assert names(tmp_path) == ["out.gguf"]
+    one.rename(tmp_path / "out.gguf.partial")
+
+    convert(dense, target, SLICED)
+
+    assert undisturbed == contents(tmp_path)
+
+
+def test_a_shard_that_changed_is_made_anew(dense, tmp_path, undisturbed):
+    """One that is gone, one that is cut, one with other bytes, and one with more of them."""
+    killed(dense, tmp_path / "out.gguf", "verify")
+    gone, cut, changed, longer, *_ = sorted((tmp_path / "out.gguf.partial").iterdir())
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    changed.write_bytes(bytes(changed.stat().st_size))
+    longer.write_bytes(longer.read_bytes() + b"more")
+
+    done = convert(dense, tmp_path / "out.gguf", SLICED)
+
+    assert 0 < done.reused < len(done.plan.tensors)
+    assert undisturbed == contents(tmp_path)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_an_interrupt_while_moving_can_be_continued(dense, tmp_path, monkeypatch, undisturbed, n):
+    """Shards that have their names already go back to the others, and the message says how to go on."""
+    replace, calls = Path.replace, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) == n + 1:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"out.gguf.partial keeps \d+ finished tensors; the same command goes on"
+    ):
+        convert(dense, tmp_path / "out.gguf", SLICED)
+    assert names(tmp_path) == ["out.gguf.partial", "out.gguf.partial.jsonl"]
+
+    done = convert(dense, tmp_path / "out.gguf", SLICED)
+
+    assert done.reused == len(done.plan.tensors)
+    assert undisturbed == contents(tmp_path)
 
 
 @pytest.mark.parametrize("n", [0, 3])

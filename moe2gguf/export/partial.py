@@ -1,8 +1,8 @@
-"""Which tensors of an unfinished file are complete, so that a stopped job goes on where it was.
+"""Which tensors of an unfinished file, or set of files, are complete, so that a stopped job goes on where it was.
 
-Beside `NAME.partial` lies `NAME.partial.jsonl`: first the job (everything that decides the file's bytes), then one line
-per finished tensor with the checksum of its bytes. Nothing is believed on the word of the journal: a tensor's bytes are
-read again and must have that checksum, or the tensor is made anew.
+Beside `NAME.partial`, a file or the folder of a set, lies `NAME.partial.jsonl`: first the job (everything that decides
+the bytes), then one line per finished tensor with the checksum of its bytes. Nothing is believed on the word of the
+journal: a tensor's bytes are read again and must have that checksum, or the tensor is made anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,8 +33,41 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def partial_path(target: Path) -> Path:
-    """Where a file is written until it is complete."""
+    """Where a file, or a set of them, is written until it is complete."""
     return target.with_name(target.name + ".partial")
+
+
+def discard(partial: Path) -> None:
+    """Remove an unfinished file or folder, if there is one; a link, but not what it leads to."""
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def lock(descriptor: int, partial: Path) -> None:
+    """One writer per target; the lock dies with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers of one target are the user's care
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{partial}: another process is writing it; wait for it, or choose another name") from error
+    except OSError:  # a file system without locks
+        return
+
+
+def discard_abandoned(partial: Path) -> None:
+    """`discard` what another kind of job (a file, a set) has left; raises OutputError while that job still runs."""
+    descriptor = os.open(partial, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        lock(descriptor, partial)
+        discard(partial)
+    finally:
+        os.close(descriptor)
 
 
 def describe_job(
@@ -70,7 +104,7 @@ class _Entry:
 
 
 class Journal:
-    """The journal of the file that becomes `target`.
+    """The journal of the file, or set of files, that becomes `target`.
 
     job     every choice and input that decides the bytes, by the name that a user knows it by
     hashes  SHA-256 of the sources by name, filled while they are read: remembered, and restored for what is reused
@@ -112,12 +146,12 @@ class Journal:
         """Number of tensors that are finished."""
         return len(self._done)
 
-    def begin(self, descriptor: int, file_size: int) -> bool:
-        """Start: True where the open partial file is continued, False where it must be emptied.
+    def begin(self, *, whole: bool = True) -> bool:
+        """Start: True where the partial file (`whole`: of the size to come) is continued, False where it is to empty.
 
         The caller holds the lock of the partial file.
         """
-        if self._known is not None and os.fstat(descriptor).st_size == file_size:
+        if self._known is not None and whole:
             return True
         self._done.clear()
         with contextlib.suppress(FileNotFoundError):
@@ -149,6 +183,13 @@ class Journal:
         with self._lock:
             self._done[name] = _Entry(checksum, hashes)
             self._append({"tensor": name, "xxh3": checksum, "sources": hashes})
+
+    def outlives(self, error: BaseException) -> bool:
+        """Whether finished tensors are to be kept after `error`: after an interrupt, whose message then says so."""
+        kept = self.done > 0 and isinstance(error, (KeyboardInterrupt, SystemExit))
+        if kept and isinstance(error, KeyboardInterrupt):
+            error.args = (f"{self.partial} keeps {self.done} finished tensors; the same command goes on there",)
+        return kept
 
     def remove(self) -> None:
         """The file is complete, or given up."""

@@ -26,7 +26,7 @@ from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.export import types
 from moe2gguf.export.gguf_file import TensorType
 from moe2gguf.export.layout import Entry, Layout
-from moe2gguf.export.partial import Journal, partial_path
+from moe2gguf.export.partial import Journal, discard, discard_abandoned, lock, partial_path
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
@@ -91,6 +91,8 @@ def replacing(target: Path, file_size: int, journal: Journal | None = None) -> I
     partial = partial_path(target)
     require_room(partial, file_size)
     try:
+        if partial.is_dir():
+            discard_abandoned(partial)
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{partial}: cannot be created ({error.strerror})") from error
@@ -100,7 +102,7 @@ def replacing(target: Path, file_size: int, journal: Journal | None = None) -> I
         os.close(descriptor)
         raise
     try:
-        if journal is None or not journal.begin(descriptor, file_size):
+        if journal is None or not journal.begin(whole=os.fstat(descriptor).st_size == file_size):
             os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, file_size)
         yield descriptor, partial
@@ -110,23 +112,25 @@ def replacing(target: Path, file_size: int, journal: Journal | None = None) -> I
             journal.remove()
         sync_folder(target.parent)
     except BaseException as error:
-        if journal and journal.done and isinstance(error, (KeyboardInterrupt, SystemExit)):
-            if isinstance(error, KeyboardInterrupt):
-                error.args = (f"{partial} keeps {journal.done} finished tensors; the same command goes on there",)
-            raise
-        _remove(partial, journal)
-        if isinstance(error, OSError):
-            raise output_error(target, error) from error
+        clean_up(error, target, journal)
         raise
     finally:
         os.close(descriptor)
 
 
-def _remove(partial: Path, journal: Journal | None) -> None:
-    with contextlib.suppress(OSError):
-        partial.unlink()
+def clean_up(error: BaseException, target: Path, journal: Journal | None) -> None:
+    """Remove what is unfinished, unless it can be continued after `error`.
+
+    Raises:
+        OutputError: in the place of an `error` of the disk.
+    """
+    if journal and journal.outlives(error):
+        return
+    discard(partial_path(target))
     if journal:
         journal.remove()
+    if isinstance(error, OSError):
+        raise output_error(target, error) from error
 
 
 def write_tensors(
@@ -261,24 +265,10 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 def require_room(partial: Path, file_size: int) -> None:
     """Raise OutputError unless the file fits, in the free room and in what an unfinished one has taken already."""
-    taken = partial.lstat().st_blocks * 512 if partial.exists() else 0
+    taken = sum(path.lstat().st_blocks for path in (partial, *partial.glob("*"))) * 512 if partial.exists() else 0
     free = shutil.disk_usage(partial.parent).free + taken
     if free < file_size:
         raise OutputError(f"{partial.parent}: {free:,} bytes are free, the file needs {file_size:,}; make room first")
-
-
-def lock(descriptor: int, partial: Path) -> None:
-    """One writer per target; the lock dies with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two writers of one target are the user's care
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"{partial}: another process is writing it; wait for it, or choose another name") from error
-    except OSError:  # a file system without locks
-        return
 
 
 def sync_folder(folder: Path) -> None:
