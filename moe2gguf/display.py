@@ -83,8 +83,7 @@ def plan(plan: Plan) -> None:
     """Every tensor, then the sums."""
     console = out()
     _tensors(console, plan)
-    files = f", in {len(plan.shards)} files" if plan.shards else ""
-    console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors{files}")
+    console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_files(plan)}")
     console.print(f"bits per weight     {plan.bits_per_weight:.3f}")
     if plan.padding_bytes:
         share = plan.padding_bytes / plan.file_size
@@ -100,8 +99,13 @@ def quantization_plan(plan: QuantizationPlan) -> None:
     console = out()
     _tensors(console, plan)
     before = plan.source.file_size
-    console.print(f"file size       {plan.file_size:,} bytes ({plan.file_size / before:.1%} of {before:,})")
+    share = f"{plan.file_size / before:.1%} of {before:,}"
+    console.print(f"file size       {plan.file_size:,} bytes ({share}){_files(plan)}")
     console.print(f"bits per weight {plan.bits_per_weight:.3f}")
+
+
+def _files(plan: Plan | QuantizationPlan) -> str:
+    return f", in {len(plan.shards)} files" if plan.shards else ""
 
 
 def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
@@ -156,13 +160,17 @@ def conversion(done: Conversion, checked: Check | None) -> None:
     plan = done.plan
     what = f"{plan.n_expert} experts, {plan.n_expert_used} used" if plan.n_expert else "dense"
     tensors = f"{len(plan.tensors)} tensors{_reused(done)}"
-    others = f" and {len(plan.shards) - 1} more files" if plan.shards else ""
-    out().print(f"wrote {escape(str(done.path))}{others}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
+    out().print(f"wrote {_written(done)}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
     if done.layers:
         layers(done.layers)
         _energy(done)
     if checked:
         check(checked)
+
+
+def _written(done: Conversion | Quantization) -> str:
+    others = f" and {len(done.plan.shards) - 1} more files" if done.plan.shards else ""
+    return escape(str(done.path)) + others
 
 
 def _reused(done: Conversion | Quantization) -> str:
@@ -291,7 +299,7 @@ def quantization(done: Quantization) -> None:
     """One line for the file."""
     plan = done.plan
     out().print(
-        f"wrote {escape(str(done.path))}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_reused(done)}, "
+        f"wrote {_written(done)}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_reused(done)}, "
         f"{plan.bits_per_weight:.3f} bits per weight; verified"
     )
 

@@ -20,7 +20,6 @@ from moe2gguf.experts.text import EMBEDDED, Text, read_text
 from moe2gguf.export import types
 from moe2gguf.export.assignment import Assignment
 from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
-from moe2gguf.export.metadata import SOURCE_DIGEST
 from moe2gguf.export.shards import lay_out_shards
 from moe2gguf.export.writer import OutputTensor
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
@@ -190,9 +189,7 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         )
     warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors, made.kinds)
-    shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
-    if options.shard_size is not None and layout.file_size > options.shard_size:
-        shards = tuple(lay_out_shards(metadata, tensors, made.kinds, options.shard_size, [SOURCE_DIGEST]))
+    shards = lay_out_shards(metadata, tensors, made.kinds, options.shard_size)
     return Plan(
         options,
         checkpoint,

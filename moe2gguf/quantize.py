@@ -23,13 +23,13 @@ from moe2gguf.export.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.export.partial import Journal, describe_job
 from moe2gguf.export.presets import ARCHITECTURES, Network
 from moe2gguf.export.recipes import Rule, TypeOptions, own_rules
-from moe2gguf.export.shards import read_model
-from moe2gguf.export.writer import OutputTensor, check_target
+from moe2gguf.export.shards import lay_out_shards, read_model
+from moe2gguf.export.writer import OutputTensor
 from moe2gguf.importance import KEYS, Consulted, consult, neurons_of
 from moe2gguf.progress import Progress, silent
+from moe2gguf.sharded import check_model_target, write_model
 from moe2gguf.spec import MetadataValue
 from moe2gguf.target import target_rules
-from moe2gguf.writing import write_file
 
 BLOCK = 4 << 20
 """Elements of a tensor that are in memory together."""
@@ -40,7 +40,10 @@ PREFIX = "moe2gguf.quantize."
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Everything about the file to come; no tensor of the source has been read."""
+    """Everything about the file to come; no tensor of the source has been read.
+
+    `layout` is of one file; `shards`, unless empty, are what is written instead, none larger than `shard_size`.
+    """
 
     source: GGUFFile
     options: TypeOptions
@@ -49,11 +52,13 @@ class QuantizationPlan:
     tensors: tuple[OutputTensor, ...]
     layout: Layout
     warnings: tuple[str, ...]
+    shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
+    shard_size: int | None = None
 
     @property
     def file_size(self) -> int:
-        """Bytes of the finished file, exactly."""
-        return self.layout.file_size
+        """Bytes of the finished file, or of all its shards, exactly."""
+        return sum(layout.file_size for _, layout in self.shards) or self.layout.file_size
 
     @property
     def bits_per_weight(self) -> float:
@@ -66,6 +71,7 @@ class QuantizationPlan:
             "source": str(self.source.path),
             "source_size": self.source.file_size,
             "file_size": self.file_size,
+            "shards": [{"tensors": len(tensors), "bytes": layout.file_size} for tensors, layout in self.shards],
             "bits_per_weight": round(self.bits_per_weight, 4),
             **self.assigned.to_dict(),
             "tensors": [
@@ -104,6 +110,7 @@ def quantize(
     options: TypeOptions,
     *,
     allow_requantize: bool = False,
+    shard_size: int | None = None,
     force: bool = False,
     resume: bool = True,
     threads: int | None = None,
@@ -116,6 +123,7 @@ def quantize(
         out: the file to write; it appears only when it is complete and verified.
         options: a preset or a type, rules for single tensors, and an importance matrix.
         allow_requantize: also change tensors that are quantized already, which loses twice.
+        shard_size: write a larger file as a set of shards of at most so many bytes; the result names the first.
         force: replace `out` if it exists.
         resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
         threads: threads that quantize (None: one per core).
@@ -129,11 +137,13 @@ def quantize(
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
-    plan = plan_quantization(source, options, allow_requantize=allow_requantize)
+    plan = plan_quantization(source, options, allow_requantize=allow_requantize, shard_size=shard_size)
     return write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=progress)
 
 
-def plan_quantization(source: Path, options: TypeOptions, *, allow_requantize: bool = False) -> QuantizationPlan:
+def plan_quantization(
+    source: Path, options: TypeOptions, *, allow_requantize: bool = False, shard_size: int | None = None
+) -> QuantizationPlan:
     """The first pass of `quantize`: every tensor's type and place; arguments and errors as there."""
     file = read_model(source)
     if refusals := _refuse_file(file):
@@ -151,7 +161,8 @@ def plan_quantization(source: Path, options: TypeOptions, *, allow_requantize: b
     kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
     layout = lay_out(metadata, tensors, kinds)
     warnings = (*assigned.warnings, *guided.guidance.warnings)
-    return QuantizationPlan(file, options, assigned, metadata, tensors, layout, warnings)
+    shards = lay_out_shards(metadata, tensors, kinds, shard_size)
+    return QuantizationPlan(file, options, assigned, metadata, tensors, layout, warnings, shards, shard_size)
 
 
 def write_quantization(
@@ -168,21 +179,15 @@ def write_quantization(
     changed = [tensor for tensor in plan.tensors if _changes(plan, tensor)]
     types.require_kernels((t.type for t in changed), importance=any(t.importance for t in changed))
     kernels.require({plan.source.tensors[t.name].type for t in changed} & {*types.BLOCKS})
-    check_target(out, plan.source.files, force=force)
+    shards = plan.shards or ((plan.tensors, plan.layout),)
+    check_model_target(out, len(shards), plan.source.files, force=force)
     kinds = {tensor.type for tensor in plan.tensors}
     job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
-    journal = Journal(out, job, resume=resume)
-    write_file(
-        out,
-        plan.layout,
-        plan.tensors,
-        progress=progress,
-        threads=min(cores, 4),
-        quantizers=cores,
-        verifiers=threads,
-        journal=journal,
+    journal = Journal(out, {**job, "shard size": str(plan.shard_size)}, resume=resume)
+    first = write_model(
+        out, shards, journal, progress=progress, threads=min(cores, 4), quantizers=cores, verifiers=threads
     )
-    return Quantization(out, plan, journal.reused)
+    return Quantization(first, plan, journal.reused)
 
 
 def network_of(file: GGUFFile) -> Network:

@@ -1,7 +1,8 @@
-"""convert --shard-size: a set that llama.cpp loads, and that is there as a whole or not at all."""
+"""--shard-size of convert and quantize: a set that llama.cpp loads, and that is there as a whole or not at all."""
 
 import contextlib
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from llama_logits import llama_logits_of
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
-from moe2gguf.errors import OutputError, PlanError
+from moe2gguf.errors import GGUFError, OutputError, PlanError
 from moe2gguf.export.metadata import SOURCE_DIGEST
 from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.export.shards import read_model, read_shards
 from moe2gguf.export.verify import verify
+from moe2gguf.quantize import plan_quantization, quantize
 
 SIZE = 100_000
 SLICED = Options(experts=4, shard_size=SIZE)
@@ -108,11 +111,83 @@ def test_sizes_that_are_too_small_name_what_does_not_fit(dense, tmp_path):
     assert "files" in shown.output
 
 
+def tensors_of(path):
+    """Name -> (type, shape, bytes) of a file or a set."""
+    model = read_model(path)
+    return {t.name: (t.type, t.shape, model.read_tensor(t).tobytes()) for t in model.tensors.values()}
+
+
+def test_a_quantized_set_is_the_quantized_file(dense, tmp_path):
+    """Of one file and of a set alike: its tensors, its metadata, the planned sizes, and llama.cpp's logits."""
+    one = quantize(dense, tmp_path / "one.gguf", TypeOptions("q8_0")).path
+    source = convert(dense, tmp_path / "f32.gguf", Options(dense=True, shard_size=SIZE)).path
+    plan = plan_quantization(source, TypeOptions("q8_0"), shard_size=40_000)
+
+    done = quantize(source, tmp_path / "out.gguf", TypeOptions("q8_0"), shard_size=40_000)
+    again = quantize(dense, tmp_path / "again.gguf", TypeOptions("q8_0"), shard_size=40_000).path
+
+    shards = read_shards(done.path)
+    assert 4 == len(shards)
+    assert not verify(done.path).problems
+    assert [layout.file_size for _, layout in plan.shards] == [shard.file_size for shard in shards]
+    assert max(shard.file_size for shard in shards) <= 40_000
+    assert plan.to_dict()["file_size"] == sum(shard.file_size for shard in shards)
+    assert plan.to_dict()["shards"][1] == {"tensors": len(shards[1].tensors), "bytes": shards[1].file_size}
+    assert tensors_of(one) == tensors_of(done.path) == tensors_of(again)
+    assert (read_gguf(one).metadata, read_gguf(one).types) == (read_model(again).metadata, read_model(again).types)
+    np.testing.assert_array_equal(*llama_logits_of([one, done.path], [1, 60, 200, 280, 17]))
+    assert tensors_of(one) == tensors_of(quantize(done.path, tmp_path / "joined.gguf", TypeOptions()).path)
+
+
+def test_quantize_treats_targets_as_convert_does(dense, tmp_path):
+    """From the command line: plan and JSON, what exists, --force, the source itself, and bad sizes."""
+
+    def run(*words, source=dense):
+        command = ["quantize", str(source), str(tmp_path / "out.gguf"), "q8_0", *words]
+        result = CliRunner().invoke(cli, command)
+        return result.exit_code, f"{result.output}{result.exception or ''}"
+
+    code, shown = run("--shard-size", "40kB", "--plan")
+    assert (0, True, []) == (code, ", in 4 files" in shown, names(tmp_path))
+    assert 4 == len(json.loads(run("--shard-size", "40kB", "--plan", "--json")[1])["shards"])
+    code, shown = run("--shard-size", "40kB")
+    assert (0, True) == (code, "out-00001-of-00004.gguf and 3 more files" in shown)
+    first = tmp_path / "out-00001-of-00004.gguf"
+    before = contents(tmp_path)
+
+    first.unlink()
+    code, shown = run("--shard-size", "40kB")
+    assert (1, True) == (code, "out-00002-of-00004.gguf: exists; choose another name, or replace it" in shown)
+    assert 0 == run("--shard-size", "40kB", "--force")[0]
+    assert before == contents(tmp_path)
+    code, shown = run("--shard-size", "40kB", "--force", source=first)
+    assert (1, True) == (code, "out-00001-of-00004.gguf: is a file of the model itself" in shown)
+    assert 2 == run("--shard-size", "many")[0]
+    code, shown = run("--shard-size", "20kB", "--force")
+    assert (1, True) == (code, "--shard-size: token_embd.weight alone needs a shard of" in shown)
+    assert before == contents(tmp_path)
+
+
+def test_shards_of_another_type_are_foreign(dense, tmp_path):
+    """Every shard says the file type: one of a set with the same names and numbers is told from the others."""
+    a, b = (
+        quantize(dense, tmp_path / name / "x.gguf", TypeOptions(kind), shard_size=size).path
+        for name, kind, size in (("a", "q8_0", 40_000), ("b", "f16", 75_000))
+        if (tmp_path / name).mkdir() is None
+    )
+    assert a.name == b.name
+    a.with_name("x-00003-of-00004.gguf").write_bytes(b.with_name("x-00003-of-00004.gguf").read_bytes())
+
+    with pytest.raises(GGUFError, match=r"00003-of-00004.gguf is of another set: its 'general.file_type' differs"):
+        read_model(a)
+
+
 SLOW = """
 import contextlib, sys, time
 from pathlib import Path
 from moe2gguf import Options, convert
-import moe2gguf.sharded as sharded
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.quantize import quantize
 
 @contextlib.contextmanager
 def slow(stage, total):
@@ -127,13 +202,17 @@ def slowly(self, target):
     print("moved", target.name, flush=True)
     time.sleep(0.05)
 Path.replace = slowly
-convert(Path(sys.argv[1]), Path(sys.argv[2]), Options(experts=4, shard_size=100_000), threads=1, progress=slow)
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+if sys.argv[3] == "convert":
+    convert(source, target, Options(experts=4, shard_size=100_000), threads=1, progress=slow)
+else:
+    quantize(source, target, TypeOptions("q8_0"), shard_size=40_000, threads=1, progress=slow)
 """
 
 
-def killed(source, target, moment, nth=1):
+def killed(source, target, moment, nth=1, command="convert"):
     """SIGKILL when the `nth` line that begins with `moment` is printed."""
-    with subprocess.Popen([sys.executable, "-c", SLOW, source, target], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", SLOW, source, target, command], stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             nth -= line.decode().startswith(moment)
             if not nth:
@@ -179,6 +258,31 @@ def test_a_killed_run_goes_on_where_it_was(dense, tmp_path, undisturbed, moments
     assert done.reused == len(done.plan.tensors) if moments[1][0] == "verify" else 5 < done.reused < 22
     assert done.source_digest == read_gguf(done.path).metadata[SOURCE_DIGEST]
     assert undisturbed == contents(tmp_path)
+
+
+def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path):
+    """The same for quantize; other options and another source are refused, with what differs."""
+    target, whole = tmp_path / "out" / "x.gguf", tmp_path / "whole" / "x.gguf"
+    target.parent.mkdir()
+    whole.parent.mkdir()
+    quantize(dense, whole, TypeOptions("q8_0"), shard_size=40_000)
+    killed(dense, target, "write", 8, "quantize")
+    other = tmp_path / "other.gguf"
+    other.write_bytes(dense.read_bytes())
+    for source, kind, size, difference in (
+        (dense, "q8_0", 50_000, "shard size: 40000 there, 50000 now"),
+        (dense, "q8_0", None, "shard size: 40000 there, None now"),
+        (dense, "f16", 40_000, "type: q8_0 there, f16 now"),
+        (other, "q8_0", 40_000, "other.gguf: none there, other.gguf of"),
+    ):
+        with pytest.raises(OutputError, match=rf"(?s)x.gguf.partial: is the unfinished.*  - {difference}"):
+            quantize(source, target, TypeOptions(kind), shard_size=size)
+    killed(dense, target, "write", 18, "quantize")
+
+    done = quantize(dense, target, TypeOptions("q8_0"), shard_size=40_000)
+
+    assert 5 < done.reused < 18
+    assert contents(whole.parent) == contents(target.parent)
 
 
 def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbed):

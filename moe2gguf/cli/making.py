@@ -19,6 +19,7 @@ from moe2gguf.cli.shared import (
     emit,
     json_option,
     resume_option,
+    shard_size_option,
     threads_option,
     type_options,
 )
@@ -73,9 +74,7 @@ from moe2gguf.experts import methods
         help="auto (as stored), f32, f16, bf16, or a type of llama.cpp such as q8_0, q6_k, q4_k_m or iq4_xs.",
     ),
     option("--name", help="The model's name in the metadata."),
-    option(
-        "--shard-size", type=Size(), metavar="2GB", help="Write files of at most this size; llama.cpp opens the first."
-    ),
+    shard_size_option,
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
     resume_option,
     threads_option,
@@ -170,6 +169,7 @@ def convert(
 @option_group(
     "Output",
     option("--allow-requantize", is_flag=True, help="Also change tensors that are quantized already."),
+    shard_size_option,
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
     resume_option,
     option("--threads", type=click.IntRange(1), help="Threads that quantize.  [default: one per core]"),
@@ -185,6 +185,7 @@ def quantize(
     plan_only: bool,
     as_json: bool,
     allow_requantize: bool,
+    shard_size: int | None,
     force: bool,
     resume: bool,
     threads: int | None,
@@ -198,6 +199,7 @@ def quantize(
     \b
     Example:
       moe2gguf quantize moe.gguf moe-q4.gguf q4_k_m --allow-fallback
+      moe2gguf quantize moe.gguf moe-q8.gguf q8_0 --shard-size 2GB
       moe2gguf quantize moe.gguf moe-q5.gguf q5_k --tensor-type 'blk\\..*\\.ffn_down_exps\\.weight=q6_k' --plan
     """
     from moe2gguf.export.recipes import TypeOptions
@@ -208,7 +210,9 @@ def quantize(
             raise click.UsageError("Missing argument 'TYPE' (only --target-size and --target-bpw work without).")
         options["type"] = "auto"
     try:
-        plan = plan_quantization(source, TypeOptions(**options), allow_requantize=allow_requantize)
+        plan = plan_quantization(
+            source, TypeOptions(**options), allow_requantize=allow_requantize, shard_size=shard_size
+        )
     except PlanError as error:
         if as_json and plan_only:
             emit({"refusals": error.refusals}, as_json, lambda: None)

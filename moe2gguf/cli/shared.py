@@ -53,6 +53,9 @@ resume_option = option(
     help="Go on where the same command was stopped (OUT.partial of other options is refused), or start anew.  "
     "[default: resume]",
 )
+shard_size_option = option(
+    "--shard-size", type=Size(), metavar="2GB", help="Write files of at most this size; llama.cpp opens the first."
+)
 threads_option = option(
     "--threads", type=click.IntRange(1), help="Threads to use.  [default: the number of cores, at most 4]"
 )

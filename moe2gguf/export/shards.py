@@ -17,12 +17,16 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.export.gguf_file import GGUFFile, TensorInfo, ValueType, listing, shown
 from moe2gguf.export.layout import ALIGNMENT, Entry, Layout, aligned, info_size, lay_out
+from moe2gguf.export.metadata import SOURCE_DIGEST
 from moe2gguf.export.reader import read_gguf
 from moe2gguf.spec import MetadataValue
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 KINDS = {NUMBER: ValueType(Kind.UINT16), COUNT: ValueType(Kind.UINT16), TENSORS: ValueType(Kind.INT32)}
 """With another type llama.cpp aborts."""
+
+EVERYWHERE = ("general.alignment", "general.file_type", SOURCE_DIGEST)
+"""Keys that every shard of ours has: where its tensors stand, and what tells it from a shard of another set."""
 
 MAX_SHARDS = 65535
 _NAME = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.gguf", re.DOTALL)
@@ -146,21 +150,20 @@ def lay_out_shards(
     metadata: Mapping[str, MetadataValue],
     tensors: Sequence[T],
     kinds: Mapping[str, ValueType],
-    max_bytes: int,
-    everywhere: Sequence[str] = (),
-) -> list[tuple[tuple[T, ...], Layout]]:
+    max_bytes: int | None,
+) -> tuple[tuple[tuple[T, ...], Layout], ...]:
     """Cut a file into shards of at most `max_bytes` each, headers included: the tensors of each, and where they stand.
 
-    The keys `everywhere` stand in all shards, the others in the first.
+    Empty where the whole file is no larger, or `max_bytes` is None. The keys `EVERYWHERE` stand in all shards, the
+    others in the first.
 
     Raises:
         PlanError: a tensor or the metadata alone is larger than a shard, or there would be too many shards.
     """
-    whole = lay_out(metadata, tensors, kinds)
-    if whole.file_size <= max_bytes:
-        return [(tuple(tensors), whole)]
+    if max_bytes is None or lay_out(metadata, tensors, kinds).file_size <= max_bytes:
+        return ()
     alignment, kinds = int(str(metadata.get("general.alignment", ALIGNMENT))), {**kinds, **KINDS}
-    heads = (metadata, {key: metadata[key] for key in (*everywhere, "general.alignment") if key in metadata})
+    heads = (metadata, {key: metadata[key] for key in EVERYWHERE if key in metadata})
     empty = [len(lay_out(_numbered(head, 0, 1, 0), [], kinds).header) + alignment for head in heads]
     groups, used, refusals = [list[T]()], empty[0], []
     for tensor in tensors:
@@ -178,10 +181,10 @@ def lay_out_shards(
         refusals.append(f"--shard-size: {len(groups):,} shards; at most {MAX_SHARDS:,} can be numbered")
     if refusals:
         raise PlanError(refusals)
-    return [
+    return tuple(
         (tuple(group), lay_out(_numbered(heads[i > 0], i, len(groups), len(tensors)), group, kinds))
         for i, group in enumerate(groups)
-    ]
+    )
 
 
 def _numbered(head: Mapping[str, MetadataValue], number: int, count: int, n_tensor: int) -> dict[str, MetadataValue]:
