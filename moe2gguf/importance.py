@@ -74,10 +74,11 @@ def neurons_of(file: GGUFFile) -> Neurons | None:
     )
     if file.metadata.get("moe2gguf.slicing.group") != "contiguous":
         return None
-    down = file.tensors.get("blk.0.ffn_down_exps.weight")
-    if not (isinstance(n, int) and isinstance(d_ff, int) and isinstance(align, int) and down and len(down.shape) == 3):
+    stacks = {tensor.shape for tensor in file.tensors.values() if tensor.name.endswith(".ffn_down_exps.weight")}
+    shape = stacks.pop() if len(stacks) == 1 else ()
+    if not (isinstance(n, int) and isinstance(d_ff, int) and isinstance(align, int) and len(shape) == 3):
         return None
-    if not (down.shape[0] == n > 0 and 0 < d_ff <= n * down.shape[2] and 0 < align <= down.shape[2]):
+    if not (shape[0] == n > 0 and 0 < d_ff <= n * shape[2] and 0 < align <= shape[2]):
         return None
     order = contiguous_order(d_ff, n, align)
-    return Neurons(d_ff, lambda _: order) if order.shape == (n, down.shape[2]) else None
+    return Neurons(d_ff, lambda _: order) if order.shape == (n, shape[2]) else None

@@ -7,8 +7,11 @@ is a defect. A process that dies (a crash in native code) leaves the files that 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -21,12 +24,20 @@ from typing import Any
 
 import gguf_bytes as g
 import hypothesis
+import imatrix_files
+import numpy as np
 import tiny_tokenizers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from moe2gguf import Options, TypeOptions, inspect, plan_conversion, verify
-from moe2gguf.errors import Moe2GgufError
+from moe2gguf.errors import ImportanceError, Moe2GgufError
+from moe2gguf.export.guidance import guide
+from moe2gguf.export.imatrix import ImportanceMatrix, merge, read_imatrix
+from moe2gguf.export.repairs import REPAIRS
+from moe2gguf.export.shards import read_model
+from moe2gguf.export.writer import OutputTensor
+from moe2gguf.importance import neurons_of
 from moe2gguf.quantize import plan_quantization
 
 ROOM = 512 << 20
@@ -37,6 +48,7 @@ Files = dict[str, bytes]  # name in the folder -> content
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 SHARP = [0, 1, 2, 13, 32, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1, 10**18]
+FLOATS = [float("nan"), float("inf"), -1.0, -0.0, 0.5, 1.0, 1e-45, 1e12, 3e38]
 WORDS = [b"", b"\0", b"../x", b"/etc/passwd", b"C:\\x", b"\xff\xfe", b"{{ x }}", b"[" * 3000, b"-1", b"1e999", b"NaN"]
 VALUES: list[Any] = [None, True, -1, 0, 1, 2**31, 2**64, 10**400, 0.5, "", "../x", "/etc/passwd", "a\0b", [], {}, [[]]]
 VALUES += ["\x1b[2J", "llama", "BPE", [1], {"a": 1}, "x" * 300, 1e308]
@@ -58,6 +70,27 @@ def gguf_shards() -> Files:
         keys = [g.key("split.no", "u16", i), g.key("split.count", "u16", 2)]
         keys += [g.key("split.tensors.count", "i32", len(tensors)), *([] if i else model.keys.values())]
         files[f"m-0000{i + 1}-of-00002.gguf"] = g.gguf(keys, part)
+    return files
+
+
+def matrices(folder: Path) -> Files:
+    """A sliced model whose order of neurons is known; importance matrices of it and of its parent, in both forms."""
+    n, d, width = 2, 32, 32
+    model = g.LlamaFile(n_expert=n, d_model=d, d_ff=width)
+    for name, value in {"expert_count": n, "dense_feed_forward_length": n * width, "align": 1}.items():
+        model.set(f"moe2gguf.slicing.{name}", "u32", value)
+    model.set("moe2gguf.slicing.group", "str", "contiguous").put(g.f32("odd.ffn_down_exps.weight", (n, d, width)))
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors.values()}
+    dense = {
+        name.replace("_exps", ""): (n * width,) * 2 if "down_exps" in name else shape[-2:]
+        for name, shape in shapes.items()
+    }
+    kinds = imatrix_files.statistics_for(shapes), imatrix_files.statistics_for(dense)
+    files = {"model.gguf": model.bytes()}
+    for kind, statistics in zip(("own", "dense"), kinds, strict=True):
+        files[f"{kind}.gguf"] = imatrix_files.write_gguf(folder / "m.gguf", statistics).read_bytes()
+        calls = {name: (2, np.float32(2 * sums / np.reshape(n, (-1, 1)))) for name, (sums, n) in statistics.items()}
+        files[f"{kind}.dat"] = imatrix_files.dat(calls)
     return files
 
 
@@ -113,6 +146,7 @@ def edited(raw: bytes, draw: Draw) -> bytes:
                 st.binary(min_size=1, max_size=4),
                 st.sampled_from(SHARP).map(lambda n: struct.pack("<Q", n)),
                 st.integers(0, 50).map(lambda n: struct.pack("<I", n)),
+                st.sampled_from(FLOATS).map(lambda x: struct.pack("<f", x)),
                 st.sampled_from(WORDS),
             )
         )
@@ -193,6 +227,42 @@ def read_shard_set(folder: Path) -> None:
         allowed(lambda path=path: plan_conversion(path, Options(experts=2)).to_dict())
 
 
+def read_matrices(folder: Path) -> None:
+    """Every importance matrix alone, for the model with every repair, and with another one."""
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.name != "model.gguf"):
+        with contextlib.suppress(ImportanceError):
+            found.append(read_imatrix(path))
+            require_sound_sums(found[-1])
+    for pair in itertools.permutations(found, 2):
+        allowed(lambda pair=pair: require_sound_sums(merge(pair)))
+    allowed(lambda: guide_model(folder / "model.gguf", found))
+    options = TypeOptions("q4_0", imatrix=folder / "own.gguf", imatrix_repair="ones", allow_fallback=True)
+    allowed(lambda: plan_quantization(folder / "model.gguf", options).to_dict())
+
+
+def guide_model(path: Path, found: list[ImportanceMatrix]) -> None:
+    """Each number that a kernel would be given is sound, and there are as many as it reads."""
+    file = read_model(path)
+    tensors = [OutputTensor(tensor.name, tensor.shape, tensor.type) for tensor in file.tensors.values()]
+    for matrix, repair in itertools.product(found, REPAIRS):
+        guidance = guide(matrix, tensors, neurons_of(file), repair)
+        str([*guidance.refusals(file.tensors), *guidance.warnings]).encode()
+        for tensor in guidance.attached(tensors):
+            rows = tensor.importance() if tensor.importance else []
+            assert not rows or len(rows) == math.prod(tensor.shape[:-2])
+            for row in rows:
+                assert row is None or (row.shape == tensor.shape[-1:] and np.isfinite(row).all() and (row >= 0).all())
+
+
+def require_sound_sums(matrix: ImportanceMatrix) -> None:
+    """No count or sum is negative or has overflowed."""
+    for entry in matrix.entries.values():
+        assert np.isfinite(entry.sums).all()
+        assert (entry.sums >= 0).all()
+        assert (entry.counts >= 0).all()
+
+
 def read_folder(folder: Path) -> None:
     """The plan of a conversion, which reads all files but the weights' data."""
     allowed(lambda: plan_conversion(folder, Options(experts=2)).to_dict())
@@ -223,6 +293,7 @@ def targets(scratch: Path) -> dict[str, Callable[[], Target]]:
     return {
         "gguf": lambda: ({"model.gguf": gguf_model()}, ["model.gguf"], read_gguf_file),
         "shards": lambda: (gguf_shards(), list(gguf_shards()), read_shard_set),
+        "imatrix": lambda: (files := matrices(scratch), list(files), read_matrices),
         "weights": lambda: folder(bpe, r".*\.safetensors|.*index\.json|config\.json|README\.md"),
         "tokenizer": lambda: folder(bpe, r"token.*|special.*|added.*|generation.*|chat.*"),
         "characters": lambda: folder(tiny_tokenizers.llama_json_only, r"token.*"),

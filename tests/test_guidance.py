@@ -1,11 +1,15 @@
 """export.guidance: which importance each tensor gets, from a matrix of the same file or of its dense parent."""
 
+import gguf_bytes as g
 import numpy as np
+import pytest
 
 from moe2gguf.export.guidance import Neurons, guide
 from moe2gguf.export.imatrix import Activity, ImportanceMatrix
 from moe2gguf.export.layout import Entry
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.types import named
+from moe2gguf.importance import neurons_of
 
 F32 = named("f32")
 GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
@@ -71,6 +75,30 @@ def test_unknown_neurons_pool_to_one_number():
     assert DOWN in guide(dense(), tensors).problems
     assert [[3.5] * 3] * 3 == [row.tolist() for row in guide(dense(), tensors, repair="pooled").importance[DOWN]()]
     assert [None] * 3 == [*guide(dense(), tensors, repair="plain").importance[DOWN]()]
+
+
+@pytest.mark.parametrize("head", ["", "blk.x.", f"blk.{'9' * 50}."])
+def test_a_down_projection_of_no_layer_has_unknown_neurons(head):
+    """A file may call its tensors anything; which layer's neurons they hold is not guessed."""
+    name = f"{head}ffn_down_exps.weight"
+    entries = {name.replace("_exps", ""): dense().entries["blk.1.ffn_down.weight"]}
+    matrix = ImportanceMatrix(entries, (), 1, 4)
+
+    found = guide(matrix, [Entry(name, (3, 2, 3), F32)], Neurons(6, lambda _: np.zeros((3, 3), np.int64)))
+
+    assert "neurons the experts hold is not known" in found.problems[name].why
+
+
+@pytest.mark.parametrize(("shape", "known"), [((2, 16, 24), True), ((3, 16, 24), False), ((2, 16, 32), False)])
+def test_layers_that_differ_have_unknown_neurons(tmp_path, shape, known):
+    """One order serves all layers of a contiguous file only where all have the shape that the metadata says."""
+    model = g.LlamaFile(n_expert=2)
+    for key, value in {"expert_count": 2, "dense_feed_forward_length": 48, "align": 1}.items():
+        model.set(f"moe2gguf.slicing.{key}", "u32", value)
+    model.set("moe2gguf.slicing.group", "str", "contiguous").put(g.f32("blk.1.ffn_down_exps.weight", shape))
+    (tmp_path / "m.gguf").write_bytes(model.bytes())
+
+    assert known == (neurons_of(read_gguf(tmp_path / "m.gguf")) is not None)
 
 
 def test_experts_pool_by_their_tokens():

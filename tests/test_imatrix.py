@@ -193,6 +193,22 @@ def test_files_of_different_models_are_not_merged():
 
 
 @pytest.mark.parametrize(
+    ("counts", "chunks", "size", "legacy", "words"),
+    [
+        (2**31 - 1, 1, 2**31 - 1, True, "'x': 4,611,686,014,132,420,609 tokens, more than any text has"),
+        (2**52, 1, 512, False, "'x': 9,007,199,254,740,992 tokens"),
+        (1, 2**31 - 1, 1, False, "4,294,967,294 chunks of 1 tokens"),
+    ],
+)
+def test_counts_that_no_text_has_are_not_merged(counts, chunks, size, legacy, words):
+    """Each file alone may say them; their sum is refused before it overflows, or can't be written."""
+    one = ImportanceMatrix({"x": Activity(SUMS[0], np.array([counts]))}, ("a",), chunks, size, legacy)
+
+    with pytest.raises(ImportanceError, match=words):
+        merge([one, one], size)
+
+
+@pytest.mark.parametrize(
     ("text", "name"),
     [("/a/b/c.txt", "c.txt"), (r"C:\a\b.txt", "b.txt"), ("x", "x"), ("a/\x1b[31m", "[31m"), ("", "unnamed")],
 )

@@ -188,14 +188,14 @@ def _down(dense: Activity, tensor: Entry, neurons: Neurons | None) -> _Found:
     everything = tuple(range(n_mat))
     if np.isnan(means).any():
         return _Found(lambda: _nothing(n_mat, width), everything, "no token was seen by tensors of this file")
-    if neurons is None:
+    layer = re.match(r"blk\.(\d{1,9})\.", tensor.name)
+    if neurons is None or layer is None:
         why = "is of the dense model, and which neurons the experts hold is not known"
         pool = np.full(width, means.mean(), np.float32)
         return _Found(lambda: _nothing(n_mat, width), everything, why, pool)
-    layer = int(tensor.name.split(".")[1])
 
     def sliced() -> Means:
-        order = neurons.order(layer)
+        order = neurons.order(int(layer[1]))
         return np.where(order >= 0, means[np.maximum(order, 0)], np.float32(0))
 
     return _Found(sliced)

@@ -32,6 +32,7 @@ LARGEST = 1e12
 """No mean square of real activations comes near it; far above, the kernels' sums of squares overflow."""
 
 _MAX_COUNT = 1 << 52
+_MAX_CHUNKS = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
         raise ImportanceError(f"{file.path}: a GGUF file without importance data; make one with `moe2gguf imatrix`")
     problems = [f"{shown(name)}: has only one of {SUMS} and {COUNTS}" for name in sorted({*sums} ^ {*counts})]
     datasets, numbers = file.metadata.get(DATASETS), [file.metadata.get(key) for key in (CHUNK_COUNT, CHUNK_SIZE)]
-    if not isinstance(datasets, list) or any(type(n) is not int or not 0 <= n < 2**31 for n in numbers):
+    if not isinstance(datasets, list) or any(type(n) is not int or not 0 <= n <= _MAX_CHUNKS for n in numbers):
         problems.append(
             f"{DATASETS}, {CHUNK_COUNT} or {CHUNK_SIZE} is missing or of another kind, llama.cpp wants them"
         )
@@ -243,25 +244,34 @@ def merge(matrices: Sequence[ImportanceMatrix], chunk_size: int = 0) -> Importan
                 entries[name] = _sum(entries[name], known) if name in entries else known
             except ValueError as error:
                 problems.append(f"  - {shown(name)}: {error}")
+    tokens = sum(matrix.chunk_count * (matrix.chunk_size or size) for matrix in matrices)
+    chunks = -(-tokens // size)
+    if chunks > _MAX_CHUNKS:
+        problems.append(f"  - {chunks:,} chunks of {size:,} tokens: one of their numbers is wrong")
     if problems:
         raise ImportanceError("\n".join(["these importance matrices cannot be merged:", *problems[:20]]))
-    tokens = sum(matrix.chunk_count * (matrix.chunk_size or size) for matrix in matrices)
     datasets = dict.fromkeys(name for matrix in matrices for name in matrix.datasets)
-    return ImportanceMatrix(entries, tuple(datasets), -(-tokens // size), size)
+    return ImportanceMatrix(entries, tuple(datasets), chunks, size)
 
 
 def _in_tokens(name: str, entry: Activity, chunk_size: int) -> Activity:
     """A `.dat` counts chunks; how many tokens each expert saw is lost."""
     if "_exps." in name:
         raise ValueError("a .dat file does not say how many tokens each expert saw; merge files of the GGUF form")
-    return Activity(entry.sums * np.float32(chunk_size), entry.counts * chunk_size)
+    return _counted(entry.sums * np.float32(chunk_size), entry.counts * chunk_size)
 
 
 def _sum(a: Activity, b: Activity) -> Activity:
     if a.sums.shape != b.sums.shape or a.counts.shape != b.counts.shape:
         found = " and ".join(f"{one.sums.size} sums of {one.counts.size} matrices" for one in (a, b))
         raise ValueError(f"{found}: from different models")
-    return Activity((a.sums.astype(np.float64) + b.sums).astype(np.float32), a.counts + b.counts)
+    return _counted((a.sums.astype(np.float64) + b.sums).astype(np.float32), a.counts + b.counts)
+
+
+def _counted(sums: NDArray[np.float32], counts: NDArray[np.int64]) -> Activity:
+    if (counts > _MAX_COUNT).any():
+        raise ValueError(f"{counts.max():,} tokens, more than any text has: a count, or the size of a chunk, is wrong")
+    return Activity(sums, counts)
 
 
 def label(text: str) -> str:
