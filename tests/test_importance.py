@@ -314,3 +314,53 @@ def test_experts_of_a_matrix_are_not_those_of_a_new_grouping(checkpoint, tmp_pat
 
     with pytest.raises(PlanError, match="which neurons an expert gets is decided in this run"):
         plan_conversion(checkpoint, dataclasses.replace(options, used=2))
+
+
+def held_neurons(sliced, dense, layer):
+    """(n_expert, d_expert): which neuron of the dense file each place of an expert holds, by its row of the gate."""
+    rows, numbers = (
+        file.read_tensor(file.tensors[name])
+        for file, name in (
+            (read_gguf(sliced), f"blk.{layer}.ffn_gate_exps.weight"),
+            (read_gguf(dense), f"blk.{layer}.ffn_gate.weight"),
+        )
+    )
+    found = {row.tobytes(): neuron for neuron, row in enumerate(numbers)}
+    return np.array([[found[row.tobytes()] for row in expert] for expert in rows])
+
+
+def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path):
+    """Neurons regrouped and refitted by a calibration, k < n, Q4_K in one pass with a matrix of the dense model.
+
+    The oracle is llama.cpp's quantizer on the unquantized file of the same calibration, given the dense columns in the
+    order that the rows of that file's gates show. In any other order its bytes are others.
+    """
+    n, d_ff = 3, 768
+    folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=d_ff, num_hidden_layers=2)
+    dense, sliced, ours = (tmp_path / f"{name}.gguf" for name in ("dense", "sliced", "ours"))
+    convert(folder, dense, Options(dense=True))
+    statistics = statistics_of(dense)
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
+    kept = tmp_path / "kept"
+    calibrated = Options(n, used=2, always_on=1, refit=True, calibration_tokens=1024, save_calibration=kept)
+
+    convert(folder, ours, dataclasses.replace(calibrated, type="q4_k", pure=True, imatrix=matrix))
+
+    convert(folder, sliced, Options(load_calibration=kept))
+    own = {name: value for name, value in statistics.items() if "ffn_" not in name}
+    unpermuted = {}
+    for i in range(2):
+        for part in ("gate", "up"):
+            sums, counts = statistics[f"blk.{i}.ffn_{part}.weight"]
+            own[f"blk.{i}.ffn_{part}_exps.weight"] = np.repeat(sums, n, axis=0), counts * n
+        sums, counts = statistics[f"blk.{i}.ffn_down.weight"]
+        order = held_neurons(sliced, dense, i)
+        assert sorted(order.flat) == [*range(d_ff)] != [*order.flat]
+        own[f"blk.{i}.ffn_down_exps.weight"] = sums[0][order], counts * n
+        unpermuted[f"blk.{i}.ffn_down_exps.weight"] = sums.reshape(n, -1), counts * n
+    expected = theirs(sliced, tmp_path / "theirs.gguf", "Q4_K_S", own, pure=True)
+    found = contents(ours)
+    assert {"Q4_K"} == {found[name][0] for name in own}
+    assert {name: expected[name] for name in own} == {name: found[name] for name in own}
+    other = theirs(sliced, tmp_path / "theirs.gguf", "Q4_K_S", own | unpermuted, pure=True)
+    assert {*unpermuted} == {name for name in own if other[name] != found[name]}
