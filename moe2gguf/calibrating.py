@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.checkpoint.folder import Checkpoint
-from moe2gguf.checkpoint.tensors import source_digest
+from moe2gguf.checkpoint.tensors import Readable, SourceDigest, source_digest
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.saved import Job
@@ -33,16 +33,13 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str
     They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
 
     Raises:
-        CalibrationError: the text or the activations cannot be used, torch is missing, or the calibration was made
-            from other weights.
+        CalibrationError: the text or the activations cannot be used, or torch is missing.
         HarnessError: the model is a GGUF file, whose tokenizer is llama.cpp's, and that is not installed.
     """
     text, saved, slicing = plan.text, plan.saved, plan.slicing
     if slicing is None:
         return ()
     if saved:
-        if isinstance(plan.checkpoint, Checkpoint):  # the plan warns that weights of GGUF files are not compared
-            _refuse_other(plan.checkpoint, saved.job.checkpoint, saved.path)
         plan.experts.load = lambda i: saved.layer(i, slicing)
         return saved.reports
     if text is None:
@@ -55,11 +52,21 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str
     return tuple(reports)
 
 
-def _refuse_other(checkpoint: Checkpoint, made_from: str, path: Path) -> None:
-    if made_from != identity(checkpoint):
+def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
+    """Compare a folder with the checkpoint of its loaded calibration, if any, once `digest` has seen all tensors.
+
+    The plan warns that the weights of GGUF files are not compared.
+
+    Raises:
+        CalibrationError: they differ.
+    """
+    checkpoint, saved = plan.checkpoint, plan.saved
+    if not saved or not isinstance(checkpoint, Checkpoint):
+        return
+    if digest.hexdigest(_calibrated(checkpoint)) != saved.job.checkpoint:
         raise CalibrationError(
-            f"{path}: made from another checkpoint than {checkpoint.folder} (other weights, or those of a GGUF file); "
-            "calibrate again without --load-calibration"
+            f"{saved.path}: made from another checkpoint than {checkpoint.folder} (other weights, or those of a GGUF "
+            "file); calibrate again without --load-calibration"
         )
 
 
@@ -98,9 +105,14 @@ def _gguf_windows(path: Path, text: Text, n_token: int, n_context: int) -> NDArr
 
 
 def identity(source: Source) -> str:
-    """A digest of everything that a calibration depends on: the embedding and all layers, which are read for it."""
+    """A digest of everything that a calibration depends on, which is read for it."""
+    return source_digest(_calibrated(source))
+
+
+def _calibrated(source: Source) -> dict[str, Readable]:
+    """The embedding and all layers."""
     parts = ("model.layers.", "model.embed") if isinstance(source, Checkpoint) else ("blk.", "token_embd.", "rope_")
-    return source_digest({name: tensor for name, tensor in source.tensors.items() if name.startswith(parts)})
+    return {name: tensor for name, tensor in source.tensors.items() if name.startswith(parts)}
 
 
 def _calibrate_on_text(

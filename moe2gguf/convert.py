@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe2gguf.calibrating import calibrate_plan
+from moe2gguf.calibrating import calibrate_plan, require_own_calibration
 from moe2gguf.errors import OutputError
 from moe2gguf.export.assignment import may_quantize
 from moe2gguf.export.layout import Layout, array_offset, value_offset
@@ -135,6 +135,7 @@ def write_plan(
 
 def _fill_in(plan: Plan, reports: Sequence[dict[str, Any]], descriptor: int, layout: Layout) -> None:
     """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
+    require_own_calibration(plan, plan.digest)
     digest = plan.digest.hexdigest(plan.checkpoint.tensors)
     write_over(descriptor, digest.encode(), value_offset(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
     if reports and (not plan.shards or layout is plan.shards[0][1]):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.calibrating import calibrate_plan
+from moe2gguf.calibrating import calibrate_plan, require_own_calibration
 from moe2gguf.checkpoint.companions import copy_companions
 from moe2gguf.checkpoint.families import MIXTRAL_PER_EXPERT, rules
 from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
@@ -52,6 +52,7 @@ def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progre
     with replacing_folder(out) as partial:
         with progress("write", sum(tensor.n_bytes for tensor in tensors)) as advance:
             write_shards(partial, tensors, advance)
+        require_own_calibration(plan, digest)
         provenance = {key: value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
         if reports:
             provenance[CALIBRATION_LOAD] = [share for report in reports for share in report["load"]]

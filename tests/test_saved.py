@@ -15,6 +15,7 @@ from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.convert import check_conversion
 from moe2gguf.errors import CalibrationError, Moe2GgufError, OutputError, PlanError
 from moe2gguf.experts import saved
+from moe2gguf.folder_form import write_folder
 
 QUICK = {"experts": 8, "calibration_tokens": 1024}
 
@@ -146,7 +147,7 @@ def test_another_text_is_refused(folder, kept, tmp_path):
 
 
 def test_another_checkpoint_is_refused(folder, kept, tmp_path):
-    """Of another shape by the plan; of the same shape before anything is written, for one changed number."""
+    """Of another shape by the plan; of the same shape, for one changed number, before anything gets its name."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=128)
     with pytest.raises(PlanError, match="made for d_ff 96, the checkpoint has 128"):
         plan_conversion(wide, Options(load_calibration=kept[1]))
@@ -155,8 +156,15 @@ def test_another_checkpoint_is_refused(folder, kept, tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
     save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(CalibrationError, match="made from another checkpoint"):
-        convert(twin, tmp_path / "y.gguf", Options(load_calibration=kept[1]))
+    options = Options(load_calibration=kept[1])
+
+    for write in (
+        lambda: convert(twin, tmp_path / "y.gguf", options),
+        lambda: convert(twin, tmp_path / "y.gguf", dataclasses.replace(options, shard_size=200_000)),
+        lambda: write_folder(plan_conversion(twin, options), tmp_path / "y"),
+    ):
+        with pytest.raises(CalibrationError, match="made from another checkpoint"):
+            write()
 
     assert ["twin", "wide"] == sorted(path.name for path in tmp_path.iterdir())
 
