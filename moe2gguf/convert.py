@@ -27,7 +27,7 @@ from moe2gguf.harness.check import Check, check
 from moe2gguf.options import Options
 from moe2gguf.planning import Plan, plan_conversion
 from moe2gguf.progress import Progress, silent
-from moe2gguf.sharded import check_model_target, write_model
+from moe2gguf.sharded import check_model_target, model_paths, write_model
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_plan(
     shards = plan.shards or ((plan.tensors, plan.layout),)
     check_model_target(out, len(shards), plan.checkpoint.own_files, force=force)
     if target := plan.options.save_calibration:
-        if target.resolve() == out.resolve():
+        if target.resolve() in {path.resolve() for path in model_paths(out, len(shards))}:
             raise OutputError(f"{target}: is the file to write already; keep the calibration under another name")
         check_target(target, plan.checkpoint.own_files, force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)

@@ -26,7 +26,9 @@ def model_paths(out: Path, n_shard: int) -> list[Path]:
 
 
 def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
-    """`check_target` for every file."""
+    """`check_target` for every file; shards are not numbered after a folder."""
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; name a file in it")
     sources = tuple(sources)
     for target in model_paths(out, n_shard):
         check_target(target, sources, force=force)

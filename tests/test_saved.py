@@ -262,8 +262,11 @@ def test_nothing_to_keep_is_refused(folder, kept, tmp_path):
     for options in (Options(experts=8), Options(load_calibration=kept[1])):
         with pytest.raises(PlanError, match="--save-calibration: "):
             plan_conversion(folder, dataclasses.replace(options, save_calibration=tmp_path / "new"))
-    with pytest.raises(OutputError):
-        convert(folder, tmp_path / "y", Options(**QUICK, used=4, save_calibration=tmp_path / "y"))
+    options = Options(**QUICK, used=4, shard_size=200_000)
+    shard = tmp_path / f"y-00001-of-{len(plan_conversion(folder, options).shards):05}.gguf"
+    for size, place in ((None, tmp_path / "y"), (200_000, shard)):
+        with pytest.raises(OutputError, match="is the file to write already"):
+            convert(folder, tmp_path / "y", dataclasses.replace(options, shard_size=size, save_calibration=place))
 
     assert [] == list(tmp_path.iterdir())
 

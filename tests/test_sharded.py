@@ -1,8 +1,10 @@
 """--shard-size of convert and quantize: a set that llama.cpp loads, and that is there as a whole or not at all."""
 
 import contextlib
+import dataclasses
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from llama_logits import llama_logits_of
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
+from moe2gguf.cli.shared import Size
 from moe2gguf.errors import GGUFError, OutputError, PlanError
 from moe2gguf.export.metadata import SOURCE_DIGEST
 from moe2gguf.export.reader import read_gguf
@@ -101,14 +104,61 @@ def test_existing_shards_are_kept_unless_forced(dense, tmp_path):
 
 
 def test_sizes_that_are_too_small_name_what_does_not_fit(dense, tmp_path):
-    """In the plan, before anything is written."""
-    with pytest.raises(PlanError, match=r"--shard-size: token_embd.weight alone needs a shard of"):
-        plan_conversion(dense, Options(experts=4, shard_size=50_000))
-    with pytest.raises(PlanError, match=r"--shard-size: the metadata alone needs"):
-        plan_conversion(dense, Options(experts=4, shard_size=1000))
-    assert CliRunner().invoke(cli, ["convert", str(dense), "--plan", "--shard-size", "2 elephants"]).exit_code == 2
-    shown = CliRunner().invoke(cli, ["convert", str(dense), "--plan", "--shard-size", "0.1MB"])
-    assert "files" in shown.output
+    """In the plan, before anything is written: one sentence, and the size that it gives is enough, to the byte."""
+    for options in (Options(experts=4), Options(dense=True)):
+        for size in (50_000, 1000, 0, -5):
+            with pytest.raises(PlanError) as caught:
+                plan_conversion(dense, dataclasses.replace(options, shard_size=size))
+            assert 1 == len(caught.value.refusals)
+            words = r"--shard-size (\S+): too small for (\S+) and \d+ more; give at least (\S+) bytes"
+            shown, name, least = re.fullmatch(words, caught.value.refusals[0]).groups()
+            assert (f"{size:,}", "token_embd.weight") == (shown, name)
+            enough = int(least.replace(",", ""))
+            assert 303 * 64 * 4 < enough < 303 * 64 * 4 + 1000  # the embedding and a small header
+            plan_conversion(dense, dataclasses.replace(options, shard_size=enough))
+            with pytest.raises(PlanError, match=r"too small for token_embd\.weight( and 1 more)?; give at least"):
+                plan_conversion(dense, dataclasses.replace(options, shard_size=enough - 1))
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+@pytest.mark.parametrize(
+    "size", ["2 elephants", "-1", "", "1e9", "nan", "0x10", "5iB", "1.GB", "1,000", "9" * 16, "GB"]
+)
+def test_sizes_that_are_none_are_usage_errors(dense, tmp_path, command, size):
+    """One line with an example of a size, exit code 2, and no file."""
+    arguments = [command, dense, tmp_path / "out.gguf", *(["q8_0"] if command == "quantize" else [])]
+
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--shard-size", size])
+
+    assert 2 == result.exit_code
+    assert f"{size!r} is not a size such as 500MB or 2GB" in result.output
+    assert [] == names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "n_byte"),
+    [
+        ("2GB", 2 * 10**9),
+        ("1.5GiB", 3 << 29),
+        ("500 mb", 500_000_000),
+        ("7", 7),
+        ("7B", 7),
+        ("1k", 1000),
+        ("2Ti", 2 << 40),
+    ],
+)
+def test_sizes_are_read(size, n_byte):
+    """Decimal and binary, with and without the B."""
+    assert n_byte == Size().convert(size, None, None)
+
+
+def test_places_where_a_set_cannot_be_are_refused(dense, tmp_path):
+    """A folder's name, and a folder that is not there."""
+    with pytest.raises(OutputError, match="is a folder; name a file in it"):
+        convert(dense, tmp_path, SLICED)
+    with pytest.raises(OutputError, match="no such folder; create it first"):
+        convert(dense, tmp_path / "a" / "out.gguf", SLICED)
+    assert [] == names(tmp_path)
 
 
 def tensors_of(path):
@@ -164,7 +214,7 @@ def test_quantize_treats_targets_as_convert_does(dense, tmp_path):
     assert (1, True) == (code, "out-00001-of-00004.gguf: is a file of the model itself" in shown)
     assert 2 == run("--shard-size", "many")[0]
     code, shown = run("--shard-size", "20kB", "--force")
-    assert (1, True) == (code, "--shard-size: token_embd.weight alone needs a shard of" in shown)
+    assert (1, True) == (code, "--shard-size 20,000: too small for token_embd.weight" in shown)
     assert before == contents(tmp_path)
 
 

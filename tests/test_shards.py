@@ -184,6 +184,16 @@ def test_one_shard_is_a_file(tmp_path):
     assert read_model(path).metadata == {}
 
 
+def test_metadata_that_is_too_large_is_named():
+    """A vocabulary cannot be cut: the first shard must hold it."""
+    metadata, tensors = {"general.name": "x" * 5000}, [Entry("t", (4, 8), gguf.GGMLQuantizationType.F32)]
+    with pytest.raises(PlanError, match=r"--shard-size 4,000: too small for the metadata; give at least") as caught:
+        lay_out_shards(metadata, tensors, {}, 4000)
+    enough = int(str(caught.value).split("at least ")[1].removesuffix(" bytes").replace(",", ""))
+
+    assert [(), tuple(tensors)] == [group for group, _ in lay_out_shards(metadata, tensors, {}, enough)]
+
+
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(300, 5000))
 def test_no_shard_is_larger_than_asked(sizes, limit):
     """Header included; every tensor stands in exactly one shard, in order; or the tensor that is too large is named."""

@@ -39,11 +39,11 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The bytes."""
-        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B?", str(value), re.IGNORECASE)
         if not match:
             self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
         number, prefix, binary = match.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
 json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

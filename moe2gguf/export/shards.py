@@ -165,26 +165,32 @@ def lay_out_shards(
     alignment, kinds = int(str(metadata.get("general.alignment", ALIGNMENT))), {**kinds, **KINDS}
     heads = (metadata, {key: metadata[key] for key in EVERYWHERE if key in metadata})
     empty = [len(lay_out(_numbered(head, 0, 1, 0), [], kinds).header) + alignment for head in heads]
-    groups, used, refusals = [list[T]()], empty[0], []
+    sizes = {tensor.name: info_size(tensor) + aligned(tensor.n_bytes, alignment) for tensor in tensors}
+    needs = {"the metadata": empty[0], **{name: empty[1] + size for name, size in sizes.items()}}
+    if too_large := {name: size for name, size in needs.items() if size > max_bytes}:
+        raise PlanError([_too_small(max_bytes, too_large)])
+    groups, used = [list[T]()], empty[0]
     for tensor in tensors:
-        size = info_size(tensor) + aligned(tensor.n_bytes, alignment)
-        if used + size > max_bytes:
+        if used + sizes[tensor.name] > max_bytes:
             groups.append([])
             used = empty[1]
         groups[-1].append(tensor)
-        used += size
-        if used > max_bytes:
-            refusals.append(f"--shard-size: {tensor.name} alone needs a shard of {used:,} bytes")
-    if empty[0] > max_bytes:
-        refusals.append(f"--shard-size: the metadata alone needs a shard of {empty[0]:,} bytes")
+        used += sizes[tensor.name]
     if len(groups) > MAX_SHARDS:
-        refusals.append(f"--shard-size: {len(groups):,} shards; at most {MAX_SHARDS:,} can be numbered")
-    if refusals:
-        raise PlanError(refusals)
+        raise PlanError(
+            [f"--shard-size {max_bytes:,}: makes {len(groups):,} shards, and {MAX_SHARDS:,} can be numbered"]
+        )
     return tuple(
         (tuple(group), lay_out(_numbered(heads[i > 0], i, len(groups), len(tensors)), group, kinds))
         for i, group in enumerate(groups)
     )
+
+
+def _too_small(max_bytes: int, needs: Mapping[str, int]) -> str:
+    """What needs a larger shard than `max_bytes`, and how large one must be."""
+    largest = max(needs, key=lambda name: needs[name])
+    more = f" and {len(needs) - 1} more" if len(needs) > 1 else ""
+    return f"--shard-size {max_bytes:,}: too small for {largest}{more}; give at least {needs[largest]:,} bytes"
 
 
 def _numbered(head: Mapping[str, MetadataValue], number: int, count: int, n_tensor: int) -> dict[str, MetadataValue]:
