@@ -149,3 +149,11 @@ def test_activations_that_are_not_finite():
 def test_how_many_are_always_on_by_default(k, expected):
     """Of 16."""
     assert expected == default_always_on(16, k)
+
+
+def test_a_few_experts_leave_one_to_route():
+    """Of two or three experts a quarter is none; a choice that is always the same would not be one."""
+    assert {(2, 1): 0, (3, 1): 0, (3, 2): 1, (4, 1): 0, (4, 3): 2} == {
+        (n, k): default_always_on(n, k) for n, k in ((2, 1), (3, 1), (3, 2), (4, 1), (4, 3))
+    }
+    assert all(default_always_on(n, k) < k for n in range(2, 65) for k in range(1, n))

@@ -183,8 +183,8 @@ def _require_finite(inputs: Inputs) -> None:
 
 
 def default_always_on(n_expert: int, n_expert_used: int) -> int:
-    """All that run but a quarter of all experts, at least half of them: 8 of 12, 4 of 8, 2 of 4 (n = 16)."""
-    return min(max(n_expert_used - n_expert // 4, n_expert_used // 2), n_expert - 1)
+    """All that run but a quarter of all experts, at least half of them, never all: 8 of 12, 4 of 8, 2 of 4 (n = 16)."""
+    return min(max(n_expert_used - n_expert // 4, n_expert_used // 2), n_expert_used - 1)
 
 
 def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Groups:
