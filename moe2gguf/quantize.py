@@ -183,7 +183,7 @@ def write_quantization(
     check_model_target(out, len(shards), plan.source.files, force=force)
     kinds = {tensor.type for tensor in plan.tensors}
     job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
-    journal = Journal(out, {**job, "shard size": str(plan.shard_size)}, resume=resume)
+    journal = Journal(out, {**job, "shard size": str(plan.shard_size or "")}, resume=resume)
     first = write_model(
         out, shards, journal, progress=progress, threads=min(cores, 4), quantizers=cores, verifiers=threads
     )

@@ -321,7 +321,7 @@ def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path):
     other.write_bytes(dense.read_bytes())
     for source, kind, size, difference in (
         (dense, "q8_0", 50_000, "shard size: 40000 there, 50000 now"),
-        (dense, "q8_0", None, "shard size: 40000 there, None now"),
+        (dense, "q8_0", None, "shard size: 40000 there, none now"),
         (dense, "f16", 40_000, "type: q8_0 there, f16 now"),
         (other, "q8_0", 40_000, "other.gguf: none there, other.gguf of"),
     ):
@@ -345,7 +345,7 @@ def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbe
 
     for source, options, difference in (
         (dense, Options(experts=4, shard_size=150_000), "shard size: 100000 there, 150000 now"),
-        (dense, Options(experts=4), "shard size: 100000 there, None now"),
+        (dense, Options(experts=4), "shard size: 100000 there, none now"),
         (dense, Options(experts=2, shard_size=SIZE), "experts: 4 there, 2 now"),
         (dense, Options(experts=4, shard_size=SIZE, type="f16"), "type: auto there, f16 now"),
         (other, SLICED, "other.gguf: none there, other.gguf of"),

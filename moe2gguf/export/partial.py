@@ -88,9 +88,9 @@ def describe_job(
 
 
 def _described(value: Any) -> str:
-    """An option, or a file without its folder."""
+    """An option (nothing for None), or a file without its folder."""
     if not isinstance(value, Path):
-        return str(value)
+        return "" if value is None else str(value)
     stat = value.stat()
     return f"{value.name} of {stat.st_size:,} bytes, changed {stat.st_mtime_ns}"
 
