@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch's threads gain nothing on tiny matrices, and wait for each other in busy loops where another process has a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # a shell's background job starts with Ctrl-C ignored, and what it starts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
