@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from dataclasses import replace
@@ -40,6 +41,15 @@ def test_an_svg_has_every_point_and_is_the_same_twice(found: Comparison, tmp_pat
     write_picture(fewer, tmp_path / "fewer.svg")
     assert points(tmp_path / "a.svg") > points(tmp_path / "fewer.svg") > 0
     assert any(name.startswith("legend") for name in drawn(tmp_path / "a.svg"))
+
+
+def test_the_scale_has_plain_numbers(found: Comparison, tmp_path: Path) -> None:  # noqa: F811
+    """File names must not be read as mathematics; so powers of ten would show as source text."""
+    write_picture(found, tmp_path / "a.svg")
+
+    words = re.findall(r"<!-- (.*?) -->", (tmp_path / "a.svg").read_text("utf-8"))
+    assert "tokens per second" in " ".join(words)
+    assert not [text for text in words if "$" in text]
 
 
 def test_a_png_has_its_size(found: Comparison, tmp_path: Path) -> None:  # noqa: F811

@@ -44,6 +44,7 @@ def write_picture(found: Comparison, target: Path) -> None:
         else:
             _over_count(axes, found, sound)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers in mathematics, which names must not be
         axes.set_ylabel("mean KL divergence from the dense model, nats per token")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
