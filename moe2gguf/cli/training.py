@@ -46,7 +46,7 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
     option("--train", multiple=True, type=click.Choice([*methods.TRAINED]), help="Parts.  [default: router, experts]"),
     option("--used-range", type=CountRange(), required=True, metavar="A..B", help="Experts per token, drawn per step."),
     option(
-        "--layerwise", default=2, show_default=True, type=click.IntRange(0), help="Layer-wise passes over the text."
+        "--layerwise", default=1, show_default=True, type=click.IntRange(0), help="Layer-wise passes over the text."
     ),
     option(
         "--steps", default=200, show_default=True, type=click.IntRange(0), help="Steps of the whole model after it."

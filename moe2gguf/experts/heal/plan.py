@@ -36,7 +36,7 @@ class HealSettings:
     train: tuple[str, ...] = ("router", "experts")
     used_range: tuple[int, int] = (1, 1)
     evaluate_at: tuple[int, ...] = (1,)
-    layerwise: int = 2
+    layerwise: int = 1
     steps: int = 200
     batch: int = 4
     accumulate: int = 1
