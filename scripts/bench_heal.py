@@ -11,7 +11,6 @@ a run that was stopped goes on there. --quick says whether it runs, in minutes; 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,15 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from bench_quality import smollm2
-from environment import ROOT, Environment, cache_folder, fail
+from environment import ROOT, cache_folder, fail, python_with
 from measure import machine, run, table, write_json
 
 NEEDED = ("moe2gguf", "torch", "transformers", "accelerate", "peft", "llama_cpp")
-ENVIRONMENT = Environment(
-    ROOT / ".venv" / "heal",
-    steps=[["-m", "pip", "install", "-qq", "-e", ".[heal]"], ["vendor/install", "cpu"]],
-    inputs=[ROOT / "pyproject.toml", ROOT / "vendor" / "native.toml", ROOT / "vendor" / "install"],
-)
 MOE2GGUF = ["-c", "from moe2gguf.cli import main; main()"]
 COUNTS = (16, 12, 8, 4)
 SPLIT = 0.7
@@ -68,10 +62,7 @@ WAYS = (
 def main(arguments: Sequence[str]) -> None:
     """Make every file, score all in one run, print the table."""
     options = parse(arguments)
-    here = all(importlib.util.find_spec(name) for name in NEEDED)
-    if not here:
-        ENVIRONMENT.prepare()
-    bench = Bench(options, Path(sys.executable) if here else ENVIRONMENT.python)
+    bench = Bench(options, python_with(NEEDED, extra="heal", name="heal"))
     bench.make(DENSE, bench.train_dense)
     bench.make(START, bench.slice)
     for way in WAYS:

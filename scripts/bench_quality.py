@@ -9,30 +9,20 @@ PyTorch can run. Sources and what differs: scripts/rivals.py. The full run takes
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from environment import ROOT, Environment, cache_folder, fail
+from environment import ROOT, cache_folder, fail, python_with
 
 NEEDED = ("moe2gguf", "torch", "transformers", "llama_cpp")
-ENVIRONMENT = Environment(
-    ROOT / ".venv" / "quality",
-    steps=[["-m", "pip", "install", "-qq", "-e", ".[calibrate]"], ["vendor/install", "cpu"]],
-    inputs=[ROOT / "pyproject.toml", ROOT / "vendor" / "native.toml", ROOT / "vendor" / "install"],
-)
 QUICK = ["--tokens", "2048", "--windows", "2"]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Find a Python with all packages and the model, then start quality.py."""
     options, rest = parse(arguments)
-    here = all(importlib.util.find_spec(name) for name in NEEDED)
-    if not here:
-        ENVIRONMENT.prepare()
-    python = Path(sys.executable) if here else ENVIRONMENT.python
+    python = python_with(NEEDED, extra="calibrate", name="quality")
     model = options.model or smollm2(python)
     command = [python, ROOT / "scripts" / "quality.py", "--model", model, "--work", options.work]
     if options.text:

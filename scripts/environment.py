@@ -6,6 +6,7 @@ Standard library only: it runs on a fresh machine.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -85,6 +86,20 @@ class Environment:
             venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt", clear=True).create(self.folder)
         except subprocess.CalledProcessError:  # Debian ships Python without ensurepip
             fail("Python cannot make a virtual environment with pip; on Debian and Ubuntu: apt install python3-venv")
+
+
+def python_with(packages: Sequence[str], *, extra: str, name: str) -> Path:
+    """A Python that has all `packages`: this one, else that of .venv/NAME, with moe2gguf[EXTRA] and llama.cpp."""
+    if all(importlib.util.find_spec(package) for package in packages):
+        return Path(sys.executable)
+    native = ROOT / "vendor"
+    made = Environment(
+        ROOT / ".venv" / name,
+        steps=[["-m", "pip", "install", "-qq", "-e", f".[{extra}]"], ["vendor/install", "cpu"]],
+        inputs=[ROOT / "pyproject.toml", native / "native.toml", native / "install"],
+    )
+    made.prepare()
+    return made.python
 
 
 def shown(path: Path) -> str:
