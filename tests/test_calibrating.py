@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from qwen2_gguf import qwen2_gguf
+from test_calibration import stop_in_third_layer
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import CalibrationError, HarnessError
-from moe2gguf.experts import calibration, saved
+from moe2gguf.experts import saved
 
 QUICK = {"experts": 8, "used": 4, "calibration_tokens": 1024}
 DOWN = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
@@ -129,15 +130,7 @@ def test_a_set_of_shards(place, tmp_path):
 
 def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monkeypatch):
     """Stopped in its third layer; another file of the same model is another job."""
-    options, real, done = Options(**QUICK), calibration.carve, []
-
-    def stops(*args):
-        done.append(1)
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(calibration, "carve", stops)
+    options, done = Options(**QUICK), stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(place / "f32.gguf", tmp_path / "x.gguf", options)
     with pytest.raises(CalibrationError, match=r"holds another calibration \(other .*checkpoint\)"):

@@ -210,10 +210,8 @@ def test_a_device_that_is_not_there(folder, tmp_path):
             convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, device=device))
 
 
-def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch):
-    """Stopped after its second layer: the next run does the third only."""
-    options = Options(**QUICK, used=4, refit=True)
-    convert(folder, tmp_path / "whole.gguf", options)
+def stop_in_third_layer(monkeypatch):
+    """Interrupt the first calibration to come to its third layer; the list grows by one with every layer begun."""
     real, done = calibration.carve, []
 
     def stops(*args):
@@ -223,6 +221,14 @@ def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, mon
         return real(*args)
 
     monkeypatch.setattr(calibration, "carve", stops)
+    return done
+
+
+def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch):
+    """Stopped after its second layer: the next run does the third only."""
+    options = Options(**QUICK, used=4, refit=True)
+    convert(folder, tmp_path / "whole.gguf", options)
+    done = stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "x.gguf", options)
     assert ["whole.gguf", "x.gguf.calibration"] == sorted(path.name for path in tmp_path.iterdir())
