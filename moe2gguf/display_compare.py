@@ -124,9 +124,8 @@ def _verdicts(found: Comparison) -> None:
     console = display.out()
     if any(row.above_noise is False for row in found.rows):
         console.print("= the reference itself, as far as the noise floor can tell")
-    for pair in found.pairs:
-        if not pair.different:
-            console.print(f"not told apart: {escape(pair.first)} and {escape(pair.second)}")
+    for name, others in found.not_told_apart.items():
+        console.print(f"not told apart from {escape(name)}: {escape(', '.join(others))}")
     resumed = sum(row.resumed for row in found.rows)
     if resumed:
         console.print(

@@ -217,6 +217,22 @@ def test_json_csv_and_table_say_the_same(swept: Comparison, tmp_path: Path, caps
         write_csv(swept, tmp_path / "no" / "folder.csv")
 
 
+def test_rows_that_no_text_tells_apart_share_a_line(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three copies of a file: a line per row with all later ones, not one per pair."""
+    for name in "abc":
+        (tmp_path / f"{name}.gguf").write_bytes(files["moe"].read_bytes())
+    found = compare(
+        [tmp_path / f"{name}.gguf" for name in "abc"], files["dense"], used=[2], settings=settings(tmp_path)
+    )
+    a, b, c = (f"{name}.gguf k=2/4" for name in "abc")
+    assert {a: [b, c], b: [c]} == found.not_told_apart
+    comparison(found)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "told apart" in line]
+    assert [f"not told apart from {a}: {b}, {c}", f"not told apart from {b}: {c}"] == printed
+
+
 def test_settings_of_the_command_line(tmp_path: Path) -> None:
     """Sizes are MiB there; a text that is not UTF-8 is read all the same."""
     (tmp_path / "text").write_bytes(b"caf\xe9")

@@ -96,7 +96,7 @@ def summary(found: Comparison) -> list[str]:
     if found.choice:
         lines.append(f"<b>Take {_name(found.choice.label)}</b>: {escape(found.choice.reason)}.")
         lines.append(f"Beaten by no other in both quality and speed: {_names(found.choice.front)}.")
-    equal = [f"{_name(pair.first)} and {_name(pair.second)}" for pair in found.pairs if not pair.different]
+    equal = [f"{_name(name)} from {_names(others)}" for name, others in found.not_told_apart.items()]
     if equal:
         lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
     for pair in found.agreements:

@@ -208,6 +208,15 @@ class Comparison:
         """The summary of the first sound row, which holds the reference's perplexity too."""
         return next((row.quality.summary for row in self.rows if row.status == "ok" and row.quality), None)
 
+    @property
+    def not_told_apart(self) -> dict[str, list[str]]:
+        """By label of a row, the labels of all later rows that this text does not tell apart from it."""
+        found: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            if not pair.different:
+                found.setdefault(pair.first, []).append(pair.second)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
         return {
