@@ -250,3 +250,15 @@ def _has_plotly() -> bool:
 def test_two_windows_far_above_the_noise_are_above_it(windows: tuple[float, ...], above: bool) -> None:
     """Their confidence interval holds zero, but no window is near it; one window in the noise is not told apart."""
     assert above == is_above_noise(replace(measured(1.0), window_kl=windows), LIMIT)
+
+
+def test_a_row_in_the_noise_is_told_apart_from_one_above_it(found: Comparison) -> None:
+    """Two windows make a wide interval, yet one row is the reference and the other is not; two others stay open."""
+    far = replace(measured(1.0), window_kl=(7.0, 1.0))
+    rows = [
+        replace(found.rows[0], quality=replace(measured(0.0), window_kl=(0.0, 0.0)), above_noise=False),
+        replace(found.rows[1], quality=far, above_noise=True),
+        replace(found.rows[2], quality=replace(far, window_kl=(5.0, 2.0)), above_noise=True),
+    ]
+    assert [True, True, False] == [pair.different for pair in pair_up(rows, LIMIT)]
+    assert not any(pair.kl.excludes_zero for pair in pair_up(rows, LIMIT))

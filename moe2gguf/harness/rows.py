@@ -121,7 +121,8 @@ class Pair:
 
     kl          of the mean KL divergence, nats per token
     log_ratio   of ln perplexity
-    different   whether the KL divergences differ by more than chance and more than the noise floor
+    different   whether the KL divergences differ by more than chance and more than the noise floor, or one row is the
+                reference as far as the noise floor can tell and the other is not
     """
 
     first: str
@@ -272,12 +273,12 @@ def is_above_noise(measured: Quality, kl_limit: float) -> bool:
 
 def pair_up(rows: Iterable[Row], kl_limit: float) -> list[Pair]:
     """Return every pair of rows that ran soundly, in the order of the rows."""
-    sound = [(row.candidate.label, row.quality) for row in rows if row.status == "ok" and row.quality]
+    sound = [(row.candidate.label, row.quality, row.above_noise) for row in rows if row.status == "ok" and row.quality]
     pairs = []
-    for i, (first, a) in enumerate(sound):
-        for second, b in sound[i + 1 :]:
+    for i, (first, a, a_above) in enumerate(sound):
+        for second, b, b_above in sound[i + 1 :]:
             kl = paired(a.window_kl, b.window_kl)
-            different = kl.excludes_zero and abs(kl.mean) > kl_limit
+            different = a_above is not b_above or (kl.excludes_zero and abs(kl.mean) > kl_limit)
             pairs.append(Pair(first, second, kl, paired(a.window_nll, b.window_nll), different))
     return pairs
 
