@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +33,10 @@ class Variant:
     @property
     def origin(self) -> str:
         """How to make it again, and which types are not the one that was asked for."""
-        kind, counts = self.plan.options.type, self.plan.assigned.fallbacks
-        words = f"moe2gguf quantize {self.plan.source.path.name} OUT {kind} --allow-fallback"
+        options, counts = self.plan.options, self.plan.assigned.fallbacks
+        words = f"moe2gguf quantize {self.plan.source.path.name} OUT {options.type} --allow-fallback"
+        if options.imatrix:
+            words += f" --imatrix {options.imatrix.name}"
         return f"{words} ({len(counts)} tensors took a substitute)" if counts else words
 
 
@@ -42,21 +45,22 @@ def compare_types(
     reference: Path,
     *,
     kinds: Sequence[str] = (),
+    imatrix: Path | None = None,
     experts: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Comparison:
     """Compare `files`, and each of them that is f32, f16 or bf16 in every type of `kinds` too.
 
-    `options` are those of `compare`. A type that does not fit a tensor takes llama.cpp's substitute; the result's
-    settings say how many did, and how to make each file again. With `experts` every sound row that leaves experts out
-    is watched too, on the same text: see `observe`.
+    All types take the importance matrix `imatrix`; `options` are those of `compare`. A type that does not fit a tensor
+    takes llama.cpp's substitute; the result's settings say how many did, and how to make each file again. With
+    `experts` every sound row that leaves experts out is watched too, on the same text: see `observe`.
 
     Raises:
         PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
         and what `quantize` and `compare` raise.
     """
-    wanted = variants(files, kinds, cache_folder() / "types")
+    wanted = variants(files, kinds, cache_folder() / "types", imatrix)
     with made(wanted, progress) as paths:
         found = compare([*files, *paths], reference, **options)
         if experts:
@@ -83,24 +87,26 @@ def _watched(found: Comparison, settings: Settings) -> tuple[ExpertUse, ...]:
     )
 
 
-def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path) -> list[Variant]:
+def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path, imatrix: Path | None = None) -> list[Variant]:
     """Plan every type for every file whose weights are in a float type; nothing is written.
 
-    A variant's place in `folder` depends on the source and the type only. Files that are quantized already are left
-    out. Raises PlanError with every reason.
+    A variant's place in `folder` depends on the source, the type and the importance matrix only. Files that are
+    quantized already are left out. Raises PlanError with every reason.
     """
     refusals, out = [], []
+    if imatrix and not kinds:
+        refusals.append(f"{imatrix}: an importance matrix guides files made on the fly: name --types, too")
     sources = [path for path in dict.fromkeys(files) if _is_float(path)]
     if kinds and not sources:
         refusals.append("no file is f32, f16 or bf16: name the one that the others were quantized from")
     for path in sources:
         for kind in dict.fromkeys(kinds):
             try:
-                plan = plan_quantization(path, TypeOptions(kind.lower(), allow_fallback=True))
+                plan = plan_quantization(path, TypeOptions(kind.lower(), allow_fallback=True, imatrix=imatrix))
             except PlanError as error:
                 refusals += [f"{path.name} as {kind}: {line}" for line in error.refusals]
                 continue
-            place = folder / candidate(plan.source, 1).identity
+            place = folder / _place(plan)
             out.append(Variant(plan, place / f"{path.stem}-{kind.upper()}.gguf"))
     if refusals:
         raise PlanError(refusals)
@@ -111,21 +117,27 @@ def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path) -> list[
 def made(wanted: Sequence[Variant], progress: Progress = silent) -> Iterator[list[Path]]:
     """Make the files, hand out their paths, and remove them.
 
-    An interrupt (or a kill) leaves the finished ones for the next time. A file's time is its source's, so that the
-    same file made again is the same to a journal.
+    An interrupt (or a kill) leaves the finished ones for the next time. A file's time is that of the newest thing it is
+    made from, so that the same file made again is the same to a journal, and another is not.
     """
     try:
         for one in wanted:
             if not _is_made(one):
                 one.path.parent.mkdir(parents=True, exist_ok=True)
                 write_quantization(one.plan, one.path, force=True, progress=progress)
-            status = one.plan.source.path.stat()
-            os.utime(one.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            newest = max(path.stat().st_mtime_ns for path in (one.plan.source.path, one.plan.options.imatrix) if path)
+            os.utime(one.path, ns=(newest, newest))
         yield [one.path for one in wanted]
     except Exception:
         _remove(wanted)
         raise
     _remove(wanted)
+
+
+def _place(plan: QuantizationPlan) -> str:
+    """What tells the files of one source and importance matrix from those of others."""
+    source, imatrix = candidate(plan.source, 1).identity, plan.options.imatrix
+    return source if imatrix is None else hashlib.sha256(source.encode() + imatrix.read_bytes()).hexdigest()[:32]
 
 
 def _is_float(path: Path) -> bool:

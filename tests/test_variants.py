@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import imatrix_files
 import pytest
 import tiny_gguf
 from click.testing import CliRunner
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from moe2gguf.cli import cli
 from moe2gguf.compare import Settings, compare
 from moe2gguf.errors import PlanError
+from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.recipes import TypeOptions
 from moe2gguf.harness.rows import Row
 from moe2gguf.quantize import quantize
@@ -109,6 +111,40 @@ def test_types_that_cannot_be_had_are_refused_together(files: dict[str, Path], c
     with pytest.raises(PlanError, match="no file is f32, f16 or bf16"):
         compare_types([files["q8_0"]], files["dense"], kinds=["q4_0"], settings=settings())
     assert not cache.exists()
+
+
+def test_an_importance_matrix_guides_every_type(files: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    """The rows are those of `quantize --imatrix`; other numbers under the same name are not taken for them."""
+    matrix = tmp_path / "m.gguf"
+    shapes = {tensor.name: tensor.shape for tensor in read_gguf(files["moe"]).tensors.values()}
+    kl, options = [], TypeOptions("q4_0", allow_fallback=True, imatrix=matrix)
+    for seed in (0, 1):
+        imatrix_files.write_gguf(matrix, imatrix_files.statistics_for(shapes, seed))
+        found = compare_types([files["moe"]], files["dense"], kinds=["q4_0"], imatrix=matrix, settings=settings())
+        alone = quantize(files["moe"], tmp_path / "alone.gguf", options, force=True).path
+        plain = compare([alone], files["dense"], settings=settings())
+        assert [row.quality and row.quality.summary for row in plain.rows] == [
+            row.quality and row.quality.summary for row in found.rows[1:]
+        ]
+        assert not found.rows[1].resumed
+        kl.append(found.rows[1].flat()["kl_mean"])
+    assert kl[0] != kl[1]
+    words = "moe2gguf quantize moe.gguf OUT q4_0 --allow-fallback --imatrix m.gguf"
+    assert found.settings["made"]["moe-Q4_0.gguf"].startswith(words)
+    with pytest.raises(PlanError, match="name --types, too"):
+        compare_types([files["moe"]], files["dense"], imatrix=matrix, settings=settings())
+
+
+def test_an_interrupted_sweep_uses_no_file_of_another_matrix(
+    files: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """Same name, same header, other numbers: another place."""
+    matrix, shapes = tmp_path / "m.gguf", {t.name: t.shape for t in read_gguf(files["moe"]).tensors.values()}
+    places = set()
+    for seed in (0, 1):
+        imatrix_files.write_gguf(matrix, imatrix_files.statistics_for(shapes, seed))
+        places |= {one.path for one in variants([files["moe"]], ["q4_0"], cache / "types", matrix)}
+    assert 2 == len(places)
 
 
 def test_the_command(files: dict[str, Path], cache: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from moe2gguf.cli.shared import (
     devices_option,
     rpc_option,
     option("--types", callback=words, metavar="T,T", help="Also in these types, such as q4_k_m,q8_0, made on the fly."),
+    option("--imatrix", type=FILE, help="Importance matrix for them, of a file or of its dense parent."),
 )
 @option_group(
     "Text",
@@ -66,6 +67,7 @@ def compare(
     device: str | None,
     rpc: str | None,
     types: list[str],
+    imatrix: Path | None,
     text: Path | None,
     tokens: int,
     as_json: bool,
@@ -109,6 +111,7 @@ def compare(
         files,
         reference,
         kinds=types,
+        imatrix=imatrix,
         experts=experts,
         progress=display.progress,
         used=used,

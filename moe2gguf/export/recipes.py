@@ -141,13 +141,18 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
     return (Rule(VOCABULARY, types.named("Q8_0"), "--type"), Rule(".*", kind, "--type"))
 
 
+MIXES = tuple(preset.lower() for preset in PRESETS)
+"""What `--type` takes for llama.cpp's choice of types, large to small."""
+
+PLAIN = tuple(kind for kind in types.NAMES if kind not in MIXES)
+"""What it takes besides: one type for all matrices alike."""
+
+
 def refuse_type(name: str) -> list[str]:
     """Why `--type NAME` cannot be: a sentence, or nothing."""
-    if name.lower() == AUTO or name.lower() in types.NAMES or name.upper() in PRESETS:
+    if name.lower() in (AUTO, *MIXES, *PLAIN):
         return []
-    plain = [known for known in types.NAMES if known.upper() not in PRESETS]
-    presets = ", ".join(preset.lower() for preset in PRESETS)
-    return [f"--type {name}: unknown; choose auto, {presets}, or for all matrices alike {', '.join(plain)}"]
+    return [f"--type {name}: unknown; choose auto, {', '.join(MIXES)}, or for all matrices alike {', '.join(PLAIN)}"]
 
 
 def own_rules(options: TypeOptions) -> tuple[Rule, ...]:
