@@ -1,7 +1,7 @@
 """Every reader of foreign files, against files that hypothesis makes wrong: read or refused, never more.
 
-In the gate for less than a minute, with the same seeds every time. For longer, with new ones: scripts/fuzz --minutes N
-(or MOE2GGUF_FUZZ_MINUTES=N).
+In the gate for a minute, with the same seeds every time. For longer, with new ones: scripts/fuzz --minutes N (or
+MOE2GGUF_FUZZ_MINUTES=N).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from fuzzing import TARGETS
 
-MINUTES = float(os.environ.get("MOE2GGUF_FUZZ_MINUTES", "0"))
-SECONDS = MINUTES * 60 / len(TARGETS) if MINUTES else 4.0
+MINUTES = os.environ.get("MOE2GGUF_FUZZ_MINUTES")
+SECONDS = float(MINUTES or 1) * 60 / len(TARGETS)
 SEED = int(os.environ.get("MOE2GGUF_FUZZ_SEED", secrets.randbelow(2**31) if MINUTES else 0))
 
 pytestmark = [
