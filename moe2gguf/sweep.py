@@ -48,6 +48,7 @@ def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str
         identity=identity(file),
         refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
         name=name,
+        bits_per_weight=_bits_per_weight(file),
     )
 
 
@@ -61,6 +62,11 @@ def active_bytes(file: GGUFFile, n_expert_used: int) -> int:
     skipped = {"token_embd.weight"} if "output.weight" in file.tensors else set()
     rest = sum(t.n_bytes for t in file.tensors.values() if "_exps." not in t.name and t.name not in skipped)
     return rest + (in_experts * n_expert_used // n_expert if n_expert else 0)
+
+
+def _bits_per_weight(file: GGUFFile) -> float:
+    tensors = file.tensors.values()
+    return 8 * sum(t.n_bytes for t in tensors) / max(1, sum(t.n_elements for t in tensors))
 
 
 def _refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from bench_quality import smollm2
-from environment import ROOT, cache_folder, fail, python_with
+from environment import ROOT, cache_folder, python_with
 from measure import machine, run, table, write_json
+from steps import MOE2GGUF, moe2gguf, same_settings
 
 NEEDED = ("moe2gguf", "torch", "transformers", "accelerate", "peft", "llama_cpp")
-MOE2GGUF = ["-c", "from moe2gguf.cli import main; main()"]
 COUNTS = (16, 12, 8, 4)
 SPLIT = 0.7
 N_CONTEXT = 512
@@ -111,18 +110,11 @@ class Bench:
         self.settings = {
             name: getattr(options, name) for name in ("tokens", "layer_tokens", "steps", "long", "windows")
         }
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._same_settings()
+        same_settings(self.work, {**self.settings, "model": self.model.name})
         whole = options.text.read_text(encoding="utf-8")
         self.train, self.held_out = self.work / "train.txt", self.work / "held-out.txt"
         self.train.write_text(whole[: int(SPLIT * len(whole))], encoding="utf-8")
         self.held_out.write_text(whole[int(SPLIT * len(whole)) :], encoding="utf-8")
-
-    def _same_settings(self) -> None:
-        note, now = self.work / "settings.json", {**self.settings, "model": self.model.name}
-        if note.exists() and json.loads(note.read_text()) != now:
-            fail(f"{self.work} holds a run with other settings; remove it or choose another --work")
-        note.write_text(json.dumps(now))
 
     def folder(self, name: str) -> Path:
         """Where the checkpoint of that name stands; the GGUF file and the log stand beside it."""
@@ -140,19 +132,11 @@ class Bench:
                 cost = {"seconds": done.seconds, "processor_seconds": done.processor_seconds, "peak": done.peak_bytes}
                 write_json(folder.with_suffix(".json"), cost)
             kind = ["--dense", "--type", "f32"] if name == DENSE else []
-            self._moe2gguf("convert", folder, folder.with_suffix(".gguf"), *kind)
+            moe2gguf(self.python, "convert", folder, folder.with_suffix(".gguf"), *kind)
 
     def _wanted(self, name: str) -> bool:
         only = self.options.only
         return not only or name in (START, LAYERS) or any(word in name for word in only)
-
-    def _moe2gguf(self, *arguments: object) -> str:
-        done = subprocess.run(
-            [self.python, *MOE2GGUF, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode != 0:
-            fail(f"moe2gguf {arguments[0]} failed")
-        return done.stdout
 
     def slice(self, out: Path) -> list[object]:
         """The model that all ways start from."""
@@ -180,7 +164,7 @@ class Bench:
         """Every file at every count, from one run of `moe2gguf compare`."""
         dense = self.work / "dense.gguf"
         if not dense.exists():
-            self._moe2gguf("convert", self.model, dense, "--dense", "--type", "f32")
+            moe2gguf(self.python, "convert", self.model, dense, "--dense", "--type", "f32")
         names = [name for name in (START, *(way.name for way in WAYS)) if self._wanted(name)]
         rows = self._compare(dense, names, ["--used", ",".join(map(str, COUNTS))])
         return rows + (self._compare(dense, [DENSE], []) if self._wanted(DENSE) else [])
@@ -189,7 +173,7 @@ class Bench:
         files = {self.folder(name).with_suffix(".gguf"): name for name in names}
         n_token = self.options.windows * (N_CONTEXT // 2 - 1)
         text = ["--text", self.held_out, "--tokens", n_token, "--context", N_CONTEXT, "--json"]
-        found = json.loads(self._moe2gguf("compare", *files, "--reference", dense, *options, *text))
+        found = json.loads(moe2gguf(self.python, "compare", *files, "--reference", dense, *options, *text))
         rows = []
         for row in found["rows"]:
             name, score = files[Path(row["path"])], row["quality"]["summary"]

@@ -63,26 +63,36 @@ def theirs(source, target, preset, statistics, **settings):
     return contents(target)
 
 
-@pytest.mark.parametrize(
-    ("preset", "kind"),
-    [*((name, "gguf") for name in ("Q4_K_M", "IQ4_XS", "Q3_K_L", "Q2_K", "Q4_0", "Q5_0")), ("Q3_K_M", "dat")],
-)
-def test_the_bytes_are_llama_cpps(dense, tmp_path, preset, kind):
-    """For the same importance, from either format; presets that depend on having one choose what it chooses."""
+LARGE = ("Q4_K_M", "IQ4_XS", "Q3_K_L", "Q2_K", "Q4_0", "Q5_0")
+SMALL = ("Q2_K_S", "IQ2_XXS")  # without a matrix: refused
+SLOW = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ1_M", "IQ1_S")  # as well, after tables are made for long
+GUIDED = [*LARGE, *SMALL, *(pytest.param(name, marks=pytest.mark.real) for name in SLOW)]
+
+
+@pytest.mark.parametrize("preset", GUIDED)
+def test_the_bytes_are_llama_cpps(dense, tmp_path, preset):
+    """For the same importance; presets that depend on having one choose what it chooses."""
     statistics = statistics_of(dense)
-    matrix = tmp_path / "m"
-    if kind == "gguf":
-        imatrix_files.write_gguf(matrix, statistics)
-    else:  # three calls, so that averages are made of their sums exactly as from the other form
-        means = {name: np.float32(sums / np.float32(counts[0])) for name, (sums, counts) in statistics.items()}
-        statistics = {name: (value * np.float32(4), [4]) for name, value in means.items()}
-        matrix.write_bytes(imatrix_files.dat({name: (4, sums) for name, (sums, _) in statistics.items()}))
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
 
     quantize(dense, tmp_path / "ours.gguf", TypeOptions(preset, imatrix=matrix), threads=2)
 
     assert theirs(dense, tmp_path / "theirs.gguf", preset, statistics) == contents(tmp_path / "ours.gguf")
-    unguided = quantize(dense, tmp_path / "plain.gguf", TypeOptions(preset)).path
-    assert contents(unguided) != contents(tmp_path / "ours.gguf")
+    if preset in LARGE:
+        unguided = quantize(dense, tmp_path / "plain.gguf", TypeOptions(preset)).path
+        assert contents(unguided) != contents(tmp_path / "ours.gguf")
+
+
+def test_the_bytes_are_llama_cpps_from_the_older_form(dense, tmp_path):
+    """Four calls, so that averages are made of their sums exactly as from the other form."""
+    means = {name: np.float32(sums / np.float32(n[0])) for name, (sums, n) in statistics_of(dense).items()}
+    statistics = {name: (value * np.float32(4), [4]) for name, value in means.items()}
+    matrix = tmp_path / "m.dat"
+    matrix.write_bytes(imatrix_files.dat({name: (4, sums) for name, (sums, _) in statistics.items()}))
+
+    quantize(dense, tmp_path / "ours.gguf", TypeOptions("Q3_K_M", imatrix=matrix), threads=2)
+
+    assert theirs(dense, tmp_path / "theirs.gguf", "Q3_K_M", statistics) == contents(tmp_path / "ours.gguf")
 
 
 @pytest.mark.parametrize("preset", ["Q4_K_M", "IQ3_XXS"])

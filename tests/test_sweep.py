@@ -39,6 +39,15 @@ def test_every_combination_once_and_dense_files_once(files: dict[str, Path]) -> 
     assert ["F32", "F16"] == [one.type for one in candidates([files["dense"], files["f16"]])]
 
 
+def test_bits_per_weight_are_of_all_tensors(files: dict[str, Path]) -> None:
+    """32 in an F32 file; norms and routers stay F32 in an F16 one, counted by hand."""
+    tensors = read_gguf(files["f16"]).tensors.values()
+    small = sum(t.n_elements for t in tensors if "norm" in t.name or "gate_inp" in t.name)
+    total = sum(t.n_elements for t in tensors)
+    dense, half = candidates([files["dense"], files["f16"]])
+    assert (32, 16 + 16 * small / total) == (dense.bits_per_weight, half.bits_per_weight)
+
+
 def test_without_counts_a_file_runs_as_it_says(files: dict[str, Path]) -> None:
     """The file's own used count."""
     assert [2] == [one.n_expert_used for one in candidates([files["moe"]])]

@@ -18,6 +18,7 @@ class Candidate:
     identity      digest of the file's header, size and time of change: cheap, and new whenever the file is rewritten
     refusal       why this cannot run; empty if it can
     name          what tells the file from the others of a sweep; empty: the last part of its path does
+    bits_per_weight   of all tensors together
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Candidate:
     identity: str
     refusal: str = ""
     name: str = ""
+    bits_per_weight: float = 0.0
 
     @property
     def label(self) -> str:

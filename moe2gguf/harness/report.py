@@ -53,6 +53,7 @@ _COLUMNS = (
     ("bound t/s", "speed_bound"),
     ("speed / reference", "speed_ratio"),
     ("size, bytes", "file_size"),
+    ("bits per weight", "bits_per_weight"),
     ("worker", "worker"),
     ("reason", "reason"),
 )
