@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.harness.devices import placed, reference_device, require_devices
 from moe2gguf.harness.library import processors
@@ -90,7 +90,7 @@ def bench(
     """
     timing = timing or Timing()
     require_devices(devices)
-    base = candidate(read_gguf(reference), 0, reference_device(devices)) if reference else None
+    base = candidate(read_model(reference), 0, reference_device(devices)) if reference else None
     return time_candidates(candidates(files, used, devices), base, timing, on_run)
 
 

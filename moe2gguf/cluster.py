@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HarnessError, Moe2GgufError
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.harness.devices import require_devices
 from moe2gguf.harness.machine import environment
@@ -122,7 +122,7 @@ def _unseen(files: dict[Path, str]) -> list[str]:
     problems = []
     for path, expected in files.items():
         try:
-            if identity(read_gguf(path)) != expected:
+            if identity(read_model(path)) != expected:
                 problems.append(f"{path} is another file here (header, size or time of change): use one shared folder")
         except Moe2GgufError as error:
             problems.append(f"{error}; all machines must see the files under the same path: use a shared folder")

@@ -12,7 +12,7 @@ from typing import Any
 from moe2gguf.bench import Timing, time_candidates
 from moe2gguf.cluster import measured_by_workers, require_workers
 from moe2gguf.errors import HarnessError
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.harness.check import KL_LIMIT, NOISE_FACTOR
 from moe2gguf.harness.devices import reference_device, require_devices
@@ -79,7 +79,7 @@ def compare(
         files, reference = [path.absolute() for path in files], reference.absolute()
     settings = replace(settings, text=settings.words)
     wanted = candidates(files, used, devices)
-    base = candidate(read_gguf(reference), 0, reference_device(devices))
+    base = candidate(read_model(reference), 0, reference_device(devices))
     machine = environment()
     if settings.scheduler:
         machine["workers"] = require_workers(settings.scheduler, [base, *wanted], devices)

@@ -358,7 +358,7 @@ def stream(prompt: str, pieces: Generation) -> None:
 
 def collection(done: Collection) -> None:
     """The file, what went into it, and the experts that saw little."""
-    merged = f", {done.n_merged} matrices merged" if done.n_merged else ""
+    merged = f", {done.n_merged} {'matrix' if done.n_merged == 1 else 'matrices'} merged" if done.n_merged else ""
     resumed = f" ({done.n_resumed:,} of them before)" if done.n_resumed else ""
     out().print(
         f"{done.path}: {len(done.matrix.entries)} tensors, {done.n_token:,} tokens{resumed}{merged}", markup=False

@@ -13,7 +13,7 @@ from moe2gguf.errors import ImportanceError
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.export.guidance import FEW
 from moe2gguf.export.imatrix import Activity, ImportanceMatrix, merge, read_imatrix, write_imatrix
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import check_target
 from moe2gguf.harness.imatrix import Collected, Job, collect
 from moe2gguf.progress import Progress, silent
@@ -117,7 +117,7 @@ def collect_imatrix(
     collected, parts = None, others
     if text is not None:
         words = read_text(text)
-        job = Job(identity(read_gguf(model)), words.digest, n_token, n_context, n_expert_used, vocabulary)
+        job = Job(identity(read_model(model)), words.digest, n_token, n_context, n_expert_used, vocabulary)
         collected = _run(model, words, job, work, threads, progress)
         parts = [_matrix(collected, words, n_context), *others]
     matrix = merge(parts, n_context)
@@ -153,16 +153,16 @@ def _matrix(collected: Collected, text: Text, n_context: int) -> ImportanceMatri
 
 
 def _require_this_model(matrix: ImportanceMatrix, model: Path) -> None:
-    """What was merged must be of this model, where both know a tensor."""
-    tensors = read_gguf(model).tensors
+    """What was merged must be of this model: no other tensors, no other widths."""
+    tensors = read_model(model).tensors
     wrong = [
         name
         for name, entry in matrix.entries.items()
-        if name in tensors and entry.sums.size // len(entry.counts) != tensors[name].shape[-1]
+        if name not in tensors or entry.sums.size // len(entry.counts) != tensors[name].shape[-1]
     ]
-    known = sum(name in tensors for name in matrix.entries)
-    if wrong or not known:
-        raise ImportanceError(f"a merged importance matrix is not of {model}: {', '.join(wrong[:3]) or 'no tensor is'}")
+    if wrong:
+        named = ", ".join(wrong[:3])
+        raise ImportanceError(f"a merged importance matrix is not of {model}: {named} has another width or is missing")
 
 
 def scarce(matrix: ImportanceMatrix) -> tuple[Coverage, ...]:

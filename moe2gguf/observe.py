@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import HarnessError
 from moe2gguf.export.gguf_file import GGUFFile
 from moe2gguf.export.metadata import CALIBRATION_LOAD
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.harness.check import default_text
 from moe2gguf.harness.devices import placed, require_devices
 from moe2gguf.harness.experts import ExpertUse, count, layers
@@ -49,7 +49,7 @@ def observe(
             cannot run the file.
     """
     require_devices([device])
-    file = read_gguf(path)
+    file = read_model(path)
     (one,) = candidates([path], [] if used is None else [used], [device])
     if not one.n_expert:
         raise HarnessError(f"{path}: is dense, it has no experts to watch; name a file that `moe2gguf convert` made")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moe2gguf.export.gguf_file import GGUFFile
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.limits import check_expert_counts
 
@@ -25,7 +25,7 @@ def candidates(files: Iterable[Path], used: Sequence[int] = (), devices: Sequenc
     paths = list(dict.fromkeys(files))
     names = Counter(path.name for path in paths)
     for path in paths:
-        file = read_gguf(path)
+        file = read_model(path)
         name = "" if names[path.name] == 1 else str(path)
         counts = list(dict.fromkeys(used)) or [_count(file, "expert_used_count")]
         for k in counts if _count(file, "expert_count") else [0]:
@@ -89,9 +89,11 @@ def _main_type(file: GGUFFile) -> str:
 
 
 def identity(file: GGUFFile) -> str:
-    """A digest of the file's header, size and time of change: cheap, and new whenever the file is rewritten."""
-    with file.path.open("rb") as stream:
-        digest = hashlib.sha256(stream.read(file.data_offset))
-        status = os.fstat(stream.fileno())
-    digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    """A digest of header, size and time of change: cheap, and new whenever the file, or a shard of it, is rewritten."""
+    digest = hashlib.sha256()
+    for path in file.files:
+        with path.open("rb") as stream:
+            digest.update(stream.read(file.data_offset))
+            status = os.fstat(stream.fileno())
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]

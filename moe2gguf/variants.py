@@ -13,8 +13,8 @@ from typing import Any
 from moe2gguf.compare import Settings, cache_folder, compare
 from moe2gguf.errors import PlanError
 from moe2gguf.export import types
-from moe2gguf.export.reader import read_gguf
 from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.export.shards import read_model
 from moe2gguf.harness.experts import ExpertUse
 from moe2gguf.harness.rows import Comparison
 from moe2gguf.observe import observe
@@ -125,7 +125,7 @@ def made(wanted: Sequence[Variant], progress: Progress = silent) -> Iterator[lis
             if not _is_made(one):
                 one.path.parent.mkdir(parents=True, exist_ok=True)
                 write_quantization(one.plan, one.path, force=True, progress=progress)
-            newest = max(path.stat().st_mtime_ns for path in (one.plan.source.path, one.plan.options.imatrix) if path)
+            newest = max(path.stat().st_mtime_ns for path in (*one.plan.source.files, one.plan.options.imatrix) if path)
             os.utime(one.path, ns=(newest, newest))
         yield [one.path for one in wanted]
     except Exception:
@@ -141,7 +141,7 @@ def _place(plan: QuantizationPlan) -> str:
 
 
 def _is_float(path: Path) -> bool:
-    return all(tensor.type in types.FLOATS for tensor in read_gguf(path).tensors.values())
+    return all(tensor.type in types.FLOATS for tensor in read_model(path).tensors.values())
 
 
 def _is_made(one: Variant) -> bool:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import gguf_bytes as g
 import pytest
+import tiny_gguf
 from rich.console import Console
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export.inspect import Experts, Inspection, MetadataRow, TensorRow, TypeUse, inspect, print_inspection
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.quantize import quantize
 
 
 @pytest.fixture
@@ -207,3 +210,18 @@ def test_a_cut_file_is_refused(inspected):
     """A file that lost its end is an error that names the tensor, not a table of half the truth."""
     with pytest.raises(GGUFError, match=r"'blk\.1\.ffn_down_exps\.weight': bytes"):
         inspected(MOE.bytes()[:-40])
+
+
+def test_a_shard_shows_the_whole_set(tmp_path: Path) -> None:
+    """Its tensors, bits per weight and size; a missing shard is named."""
+    whole = tiny_gguf.write_gguf(tmp_path / "a.gguf", tiny_gguf.dense_weights())
+    done = quantize(whole, tmp_path / "m.gguf", TypeOptions("q8_0"), shard_size=100_000)
+
+    it = inspect(done.path)
+
+    assert 1 < len(done.plan.shards)
+    assert (len(done.plan.tensors), done.plan.file_size) == (len(it.tensors), it.file_size)
+    assert round(it.bits_per_weight, 4) == round(done.plan.bits_per_weight, 4)
+    done.path.with_name(done.path.name.replace("00001-of", "00002-of")).unlink()
+    with pytest.raises(GGUFError, match=r"00002-of-0000.*is missing"):
+        inspect(done.path)

@@ -10,6 +10,9 @@ import tiny_gguf
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.export.shards import read_shards
+from moe2gguf.quantize import quantize
 from moe2gguf.sweep import active_bytes, candidate, candidates
 
 
@@ -46,6 +49,20 @@ def test_bits_per_weight_are_of_all_tensors(files: dict[str, Path]) -> None:
     total = sum(t.n_elements for t in tensors)
     dense, half = candidates([files["dense"], files["f16"]])
     assert (32, 16 + 16 * small / total) == (dense.bits_per_weight, half.bits_per_weight)
+
+
+def test_a_set_of_shards_is_one_file(files: dict[str, Path], tmp_path: Path) -> None:
+    """Sizes, counts and weights are those of the whole; a shard that is rewritten makes it another file."""
+    shards = [
+        shard.path
+        for shard in read_shards(quantize(files["moe"], tmp_path / "m.gguf", TypeOptions(), shard_size=200_000).path)
+    ]
+    (one,), (whole,) = candidates(shards[:1]), candidates([files["moe"]])
+    assert len(shards) > 1
+    assert (whole.active_bytes, whole.bits_per_weight) == (one.active_bytes, one.bits_per_weight)
+    assert sum(path.stat().st_size for path in shards) == one.file_size
+    os.utime(shards[-1], (1, 1))
+    assert one.identity != candidates(shards[:1])[0].identity
 
 
 def test_without_counts_a_file_runs_as_it_says(files: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe2gguf.export.gguf_file import BLOCK_SIZES, GGUFFile, TensorInfo
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.spec import MetadataValue
 
 FIRST = 8  # elements shown of an array
@@ -97,8 +97,8 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Read a file's header; no tensor byte is read. Raises GGUFError as `read_gguf` does."""
-    file = read_gguf(path)
+    """Read the header of a file, or of all shards of a set; no tensor byte. Raises GGUFError as `read_model` does."""
+    file = read_model(path)
     tensors = list(file.tensors.values())
     architecture = _as(str, file.metadata.get("general.architecture"))
     experts = _experts(file, architecture)
