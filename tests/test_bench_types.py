@@ -74,7 +74,7 @@ def test_the_table_has_a_line_per_type_and_what_is_published():
     assert "| q8_0 | 8.50 | 10 | 20.00 | 0.0040 | 90.0% | 0.0014 |  |  |  |  |  |" == lines[3]
     assert lines[4].startswith("| q4_0 | 4.55 | 10 | 20.00 | 0.1400 | 90.0% | 0.0719 | 4.60 | 10 | 20.00 | 0.2800 |")
     assert "m, importance matrix of 9 tokens, 510 scored tokens" in printed
-    assert "within 2 times of 2.4 times its divergence on Llama 3 8B: reached (worst leg at 63%" in printed
+    assert "at most 2 times 2.4 (the median) times that of Llama 3 8B: reached (worst leg at 60%" in printed
     assert "at most 1.2 times that of the dense file: MISSED (worst leg at 167% of the limit)" in printed
 
 
