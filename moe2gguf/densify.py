@@ -26,7 +26,7 @@ from moe2gguf.export.folder import check_folder_target, replacing_folder, write_
 from moe2gguf.export.gguf_file import GGUFFile, TensorInfo
 from moe2gguf.export.layout import lay_out
 from moe2gguf.export.mixtral import llama_config
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import OutputTensor, check_target
 from moe2gguf.outputs import expert_stacks
 from moe2gguf.progress import Progress, silent
@@ -78,7 +78,7 @@ def densify(
         return _densify_folder(open_checkpoint(source), out, text, used, n_token, force, progress)
     if text or used:
         raise PlanError([f"{source}: --text and --used need the Hugging Face folder of the model; densify that"])
-    return _densify_file(read_gguf(source), out, force, progress)
+    return _densify_file(read_model(source), out, force, progress)
 
 
 def known_factor(metadata: Metadata, n_expert: int, zero_routers: bool) -> tuple[str, float] | None:
@@ -238,7 +238,7 @@ def _densify_file(file: GGUFFile, out: Path, force: bool, progress: Progress) ->
     tensors = list(_file_tensors(file, np.full(n, factor, np.float32), keep))
     kept = {key: value for key, value in file.metadata.items() if key not in DROPPED}
     metadata = {**kept, "llama.feed_forward_length": keep, "moe2gguf.densify.factors": how}
-    check_target(out, [file.path], force=force)
+    check_target(out, [*file.files], force=force)
     kinds: Mapping[str, Any] = {key: kind for key, kind in file.types.items() if key in kept}
     layout = lay_out(metadata, tensors, kinds)
     write_file(out, layout, tensors, progress=progress, threads=1)
@@ -274,7 +274,5 @@ def _bytes(file: GGUFFile, info: TensorInfo) -> Iterator[Array]:
 
 def _read(file: GGUFFile, info: TensorInfo) -> Array:
     """The whole tensor as numbers."""
-    data = np.concatenate([*file.chunks(info, max(info.row_bytes, 1) * 4096)])
-    if info.type in types.FLOATS:
-        return data.view(types.FLOATS[info.type]).reshape(info.shape)
-    return kernels.dequantize(data, info.type).reshape(info.shape)
+    data = file.read_tensor(info)
+    return data if info.type in types.FLOATS else kernels.dequantize(data.view(np.uint8), info.type).reshape(info.shape)

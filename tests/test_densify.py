@@ -109,6 +109,21 @@ def test_a_file_folds_back_to_the_dense_file(dense, tmp_path):
     )
 
 
+def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path):
+    """More rows in a layer's experts than one read takes; the set is named by its last shard."""
+    dense = checkpoints.make(tmp_path / "dense", intermediate_size=6000, num_hidden_layers=1)
+    convert(dense, tmp_path / "sliced.gguf", Options(experts=4, shard_size=2 * 10**6))
+    convert(dense, tmp_path / "dense.gguf", Options(dense=True))
+    shards = sorted(tmp_path.glob("sliced-*.gguf"))
+
+    densify(shards[-1], tmp_path / "back.gguf")
+
+    assert len(shards) > 1
+    old, new = (gguf.GGUFReader(tmp_path / name) for name in ("dense.gguf", "back.gguf"))
+    assert {t.name: t.data.tobytes() for t in old.tensors} == {t.name: t.data.tobytes() for t in new.tensors}
+    assert not any(name.startswith("split.") for name in new.fields)
+
+
 def test_quantized_experts_become_numbers(dense, tmp_path):
     """A q8_0 file: its projections are written as F32 with the values that the blocks stand for."""
     convert(dense, tmp_path / "sliced.gguf", Options(experts=2, align=32))
