@@ -2,12 +2,11 @@
 
 With an ordering-only router every chosen expert weighs 1/k, so a factor a gives (a / k) * sum of the chosen outputs:
 `exact` a = n is the dense MLP with all experts on, `used` a = k the plain sum at that k, `fitted` the least-squares
-optimum at that k. `any` belongs to the concentrated router: one over the weight that an expert gets.
+optimum at that k. `any` belongs to the concentrated router: one over the weight that an expert gets
+with all of them on.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +25,10 @@ def fitted(target_dot_sum: float, sum_dot_sum: float, n_expert: int, n_expert_us
     return uniform(n_expert, n_expert_used * target_dot_sum / max(sum_dot_sum, 1e-30))
 
 
-def inverse_weights(weights: Sequence[Tensor]) -> Tensor:
-    """`any`: the factors that bring the chosen experts' weights closest to 1 over several counts at once.
+def inverse_weights(weights: Tensor) -> Tensor:
+    """`any`: the factors a_e = sum p / sum p^2 that bring every expert's weight closest to 1 with all experts on.
 
-    weights: for each k one (n_token, n_expert), zero where an expert does not run; a_e = sum p / sum p^2.
+    weights p (n_token, n_expert): the router's, all experts on. With fewer, those that run become louder by the part
+    of the softmax that was left out.
     """
-    total = torch.stack([weight.sum(0) for weight in weights]).sum(0)
-    square = torch.stack([weight.square().sum(0) for weight in weights]).sum(0)
-    return total / square.clamp_min(1e-30)
+    return weights.sum(0) / weights.square().sum(0).clamp_min(1e-30)

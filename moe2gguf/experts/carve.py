@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -257,9 +256,7 @@ def _scale(plain: Carved, x: Rows, slicing: Slicing) -> Tensor:
     if amplify == "used":
         return amplification.uniform(n, k)
     if amplify == "any":
-        one = Carved(plain.mlp, plain.groups, plain.router, amplification.uniform(n, 1))
-        counts = sorted({n, k, max((n + k) // 2, 1)})
-        return amplification.inverse_weights([_each(x, partial(one.weights, k=count)) for count in counts])
+        return amplification.inverse_weights(_each(x, lambda x: (x @ plain.router.T).softmax(-1)))
     dot = square = 0.0
     for part in chunks(len(x)):
         ours, dense = plain(x[part], k), plain.mlp(x[part])
