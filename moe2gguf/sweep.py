@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moe2gguf.export.gguf_file import GGUFFile
+from moe2gguf.export.layout import mean_bits_per_weight
 from moe2gguf.export.shards import read_model
 from moe2gguf.harness.candidates import Candidate
 from moe2gguf.limits import check_expert_counts
@@ -48,7 +49,7 @@ def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str
         identity=identity(file),
         refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
         name=name,
-        bits_per_weight=_bits_per_weight(file),
+        bits_per_weight=mean_bits_per_weight(file.tensors.values()),
     )
 
 
@@ -62,11 +63,6 @@ def active_bytes(file: GGUFFile, n_expert_used: int) -> int:
     skipped = {"token_embd.weight"} if "output.weight" in file.tensors else set()
     rest = sum(t.n_bytes for t in file.tensors.values() if "_exps." not in t.name and t.name not in skipped)
     return rest + (in_experts * n_expert_used // n_expert if n_expert else 0)
-
-
-def _bits_per_weight(file: GGUFFile) -> float:
-    tensors = file.tensors.values()
-    return 8 * sum(t.n_bytes for t in tensors) / max(1, sum(t.n_elements for t in tensors))
 
 
 def _refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:

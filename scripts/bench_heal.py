@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_quality import smollm2
 from environment import ROOT, cache_folder, python_with
 from measure import machine, run, table, write_json
-from steps import MOE2GGUF, moe2gguf, same_settings
+from steps import MOE2GGUF, moe2gguf, same_settings, smollm2
 
 NEEDED = ("moe2gguf", "torch", "transformers", "accelerate", "peft", "llama_cpp")
 COUNTS = (16, 12, 8, 4)

@@ -13,7 +13,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from environment import ROOT, cache_folder, fail, python_with
+from environment import ROOT, cache_folder, python_with
+from steps import smollm2
 
 NEEDED = ("moe2gguf", "torch", "transformers", "llama_cpp")
 QUICK = ["--tokens", "2048", "--windows", "2"]
@@ -56,11 +57,3 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(arguments)
     given = [(name, getattr(options, name.removeprefix("--"))) for name in handed_on]
     return options, [part for name, value in given if value is not None for part in (name, value)]
-
-
-def smollm2(python: Path) -> Path:
-    """The folder that scripts/smollm2 makes."""
-    done = subprocess.run([python, ROOT / "scripts" / "smollm2"], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        fail("scripts/smollm2 could not make the model; name one with --model")
-    return Path(done.stdout.strip())

@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_quality import smollm2
 from environment import ROOT, cache_folder, python_with
 from measure import machine, table, write_json
-from steps import moe2gguf, same_settings
+from steps import moe2gguf, same_settings, smollm2
 
 NEEDED = ("moe2gguf", "llama_cpp")
 PRINT_TYPES = "from moe2gguf.export.recipes import MIXES, PLAIN; print(*MIXES, *PLAIN)"

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from environment import fail
+from environment import ROOT, fail
 
 MOE2GGUF = ["-c", "from moe2gguf.cli import main; main()"]
 
@@ -27,3 +27,11 @@ def same_settings(work: Path, settings: Mapping[str, object]) -> None:
     if note.exists() and json.loads(note.read_text()) != settings:
         fail(f"{work} holds a run with other settings; remove it or choose another --work")
     note.write_text(json.dumps(settings))
+
+
+def smollm2(python: Path) -> Path:
+    """The folder that scripts/smollm2 makes."""
+    done = subprocess.run([python, ROOT / "scripts" / "smollm2"], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        fail("scripts/smollm2 could not make the model; name one with --model")
+    return Path(done.stdout.strip())

@@ -93,6 +93,8 @@ def test_the_bytes_are_llama_cpps_from_the_older_form(dense, tmp_path):
     quantize(dense, tmp_path / "ours.gguf", TypeOptions("Q3_K_M", imatrix=matrix), threads=2)
 
     assert theirs(dense, tmp_path / "theirs.gguf", "Q3_K_M", statistics) == contents(tmp_path / "ours.gguf")
+    unguided = quantize(dense, tmp_path / "plain.gguf", TypeOptions("Q3_K_M")).path
+    assert contents(unguided) != contents(tmp_path / "ours.gguf")
 
 
 @pytest.mark.parametrize("preset", ["Q4_K_M", "IQ3_XXS"])

@@ -2,8 +2,7 @@
 
 With an ordering-only router every chosen expert weighs 1/k, so a factor a gives (a / k) * sum of the chosen outputs:
 `exact` a = n is the dense MLP with all experts on, `used` a = k the plain sum at that k, `fitted` the least-squares
-optimum at that k. `any` belongs to the concentrated router: one over the weight that an expert gets
-with all of them on.
+optimum at that k. `any` belongs to the concentrated router: one over the weight that an expert gets with all on.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe2gguf.export.gguf_file import BLOCK_SIZES, GGUFFile, TensorInfo
+from moe2gguf.export.layout import mean_bits_per_weight
 from moe2gguf.export.shards import read_model
 from moe2gguf.spec import MetadataValue
 
@@ -103,7 +104,6 @@ def inspect(path: Path) -> Inspection:
     architecture = _as(str, file.metadata.get("general.architecture"))
     experts = _experts(file, architecture)
     n_parameters = sum(tensor.n_elements for tensor in tensors)
-    n_bytes = sum(tensor.n_bytes for tensor in tensors)
     return Inspection(
         path=file.path,
         file_size=file.file_size,
@@ -117,7 +117,7 @@ def inspect(path: Path) -> Inspection:
         provenance={key: value for key, value in file.metadata.items() if key.startswith("moe2gguf.")},
         n_parameters=n_parameters,
         n_active=_n_active(tensors, n_parameters, experts),
-        bits_per_weight=8 * n_bytes / n_parameters if n_parameters else None,
+        bits_per_weight=mean_bits_per_weight(tensors) if n_parameters else None,
         types=_types(tensors),
         metadata=tuple(_metadata_row(file, key) for key in file.metadata),
         tensors=tuple(_tensor_row(tensor) for tensor in tensors),

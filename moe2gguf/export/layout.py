@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export import types
-from moe2gguf.export.gguf_file import TensorType, ValueType
+from moe2gguf.export.gguf_file import TensorInfo, TensorType, ValueType
 from moe2gguf.spec import MetadataValue
 
 MAGIC = b"GGUF"
@@ -46,7 +46,7 @@ class Layout:
     file_size: int
 
 
-def mean_bits_per_weight(tensors: Sequence[Entry]) -> float:
+def mean_bits_per_weight(tensors: Collection[Entry | TensorInfo]) -> float:
     """Bits per element of all tensors together; 0 where there are none."""
     n_weight = sum(math.prod(tensor.shape) for tensor in tensors)
     return 8 * sum(tensor.n_bytes for tensor in tensors) / max(n_weight, 1)
