@@ -222,13 +222,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models, tmp_path)
 
 def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models, tmp_path):
     """All terms at once; two parts of two windows give the loss of one part of four."""
-    settings = replaced(STEPS, steps=2, hidden=0.1, balance=0.1, z=0.01, few=0.1, top=5, checkpointing=True)
+    weights = {"next_token": 0.1, "hidden": 0.1, "balance": 0.1, "z": 0.01, "few": 0.1}
+    settings = replaced(STEPS, steps=2, top=5, checkpointing=True, **weights)
 
     whole = run(models, tmp_path / "whole", settings).log
     parts = run(models, tmp_path / "parts", replaced(settings, accumulate=2)).log
 
     first, other = (next(line for line in log if line["stage"] == "steps") for log in (whole, parts))
-    assert {"kl", "hidden", "balance", "z", "few"} <= first.keys()
+    assert {"kl", *weights} <= first.keys()
     assert first["kl"] == pytest.approx(other["kl"], rel=1e-4)
     assert first["norm"] == pytest.approx(other["norm"], rel=2e-2)
 

@@ -30,6 +30,14 @@ def test_the_likeliest_tokens_and_the_rest_by_hand():
     assert full == pytest.approx(float(losses.kl(student, teacher, 0)), abs=1e-6)
 
 
+def test_next_token_by_hand():
+    """Token 0 is followed by token 1, q = 3/4; that by token 0, q = 1/2; the last predicts none."""
+    logits = torch.tensor([[[0.0, LOG3], [0.0, 0.0], [9.0, 0.0]]])
+    expected = (-math.log(0.75) + LOG2) / 2
+
+    assert expected == pytest.approx(float(losses.next_token(logits, torch.tensor([[0, 1, 0]]))), abs=1e-6)
+
+
 def test_hidden_by_hand():
     """Layer 1: |(1, 0) - (0, 0)|^2 / 1 for one token and 0 for the other; layer 2 equal: (1/2 + 0) / 2."""
     teacher = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2, 2)]

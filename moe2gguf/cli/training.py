@@ -74,6 +74,13 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
         "--top", default=0, show_default=True, type=click.IntRange(0), help="Compare the N likeliest tokens; 0: all."
     ),
     option(
+        "--next-token",
+        default=0.0,
+        show_default=True,
+        type=click.FloatRange(0),
+        help="The text itself: fits its domain.",
+    ),
+    option(
         "--hidden", default=0.0, show_default=True, type=click.FloatRange(0), help="Hidden states after each layer."
     ),
     option("--balance", default=0.0, show_default=True, type=click.FloatRange(0), help="Even load (Switch)."),

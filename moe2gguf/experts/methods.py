@@ -36,6 +36,8 @@ TRAINED = {
 LOSSES = {
     "kl": "KL divergence from the dense model's next-token probabilities, all of them or its N likeliest and the rest "
     "(distillation, https://arxiv.org/abs/1503.02531)",
+    "next_token": "cross-entropy of the text itself, which fits the model to its domain; a dense model gains as much "
+    "(hard targets beside soft ones, https://arxiv.org/abs/1503.02531)",
     "hidden": "squared distance of the residual stream after every layer, relative to the dense model's "
     "(FitNets, https://arxiv.org/abs/1412.6550)",
     "balance": "n times the sum over experts of share of choices times mean probability "

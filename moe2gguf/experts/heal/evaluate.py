@@ -10,10 +10,11 @@ from torch import Tensor
 from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.student import routers, use
+from moe2gguf.experts.heal.teacher import Teacher
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-def evaluate(student: Any, teacher: Any, held_out: Windows, settings: HealSettings) -> dict[str, Any]:
+def evaluate(student: Any, teacher: Teacher, held_out: Windows, settings: HealSettings) -> dict[str, Any]:
     """`kl` and `nll` (nats per token) by count, the dense model's `nll_dense`, the mean `kl_mean` that decides, and
 
     `needed`: the average number of experts at which a router that stops at `settings.threshold` of the probability
@@ -26,7 +27,7 @@ def evaluate(student: Any, teacher: Any, held_out: Windows, settings: HealSettin
     counts, losses_of = [], []
     for window in held_out:
         ids = torch.from_numpy(window[None]).to(device)
-        base = teacher(ids).logits[:, :-1]
+        base = teacher.logits(window[None])[:, :-1]
         token_nll = _nll(base, ids)
         dense += float(token_nll.mean()) / len(held_out)
         for k in settings.evaluate_at:

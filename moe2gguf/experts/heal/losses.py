@@ -28,6 +28,11 @@ def _rest(log_p: Tensor) -> Tensor:
     return left.clamp_min(1e-7).log()
 
 
+def next_token(student: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the text's own next tokens: logits (..., n_context, n_vocab), ids (..., n_context)."""
+    return torch.nn.functional.cross_entropy(student[..., :-1, :].float().flatten(0, -2), ids[..., 1:].flatten())
+
+
 def hidden(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of |student - teacher|^2 / |teacher|^2, (..., d_model) each, token by token."""
     terms = [

@@ -16,12 +16,6 @@ from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.router import Router, scale_of
 
 
-def load_teacher(folder: Path) -> Any:
-    """The dense model, frozen, float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval().requires_grad_(False)
-
-
 def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Windows, settings: HealSettings) -> Any:
     """The sliced model, float32; where `overlay` has a layer, with its experts and router.
 

@@ -22,7 +22,8 @@ from moe2gguf.experts.heal.layer import Stored
 from moe2gguf.experts.heal.layerwise import Log
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for
 from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
-from moe2gguf.experts.heal.student import add_lora, load_student, load_teacher, routers, stored_layers, use
+from moe2gguf.experts.heal.student import add_lora, load_student, routers, stored_layers, use
+from moe2gguf.experts.heal.teacher import Teacher
 
 
 def heal_model(
@@ -82,7 +83,7 @@ class _Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.log: Log = log if self.accelerator.is_main_process else (lambda _: None)
-        self.teacher = load_teacher(teacher_folder).to(self.accelerator.device)
+        self.teacher = Teacher(teacher_folder, self.accelerator.device)
         model = load_student(student_folder, overlay, ids, settings)
         if "lora" in settings.train:
             model = add_lora(model, settings.lora_rank, settings.seed)
@@ -130,12 +131,16 @@ class _Trainer:
         """The weighted terms that are on."""
         s = self.settings
         ids = torch.from_numpy(windows).to(self.accelerator.device)
-        with torch.no_grad(), self.accelerator.autocast():
-            dense = self.teacher(ids, output_hidden_states=s.hidden > 0)
+        with self.accelerator.autocast():
+            dense = self.teacher.logits(windows)
         ours = self.student(ids, output_hidden_states=s.hidden > 0)
-        terms = {"kl": losses.kl(ours.logits, dense.logits, s.top)}
+        terms = {"kl": losses.kl(ours.logits, dense, s.top)}
+        if s.next_token:
+            terms["next_token"] = s.next_token * losses.next_token(ours.logits, ids)
         if s.hidden:
-            terms["hidden"] = s.hidden * losses.hidden(ours.hidden_states[1:], dense.hidden_states[1:])
+            with self.accelerator.autocast():
+                states = self.teacher.states(windows)
+            terms["hidden"] = s.hidden * losses.hidden(ours.hidden_states[1:], states)
         gates = list(routers(self.model))
         if s.balance:
             terms["balance"] = s.balance * _mean(losses.balance(r.logits, r.chosen) for r in gates)

@@ -1,0 +1,53 @@
+"""The dense model, frozen: what it says of a window of text is found once and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moe2gguf.experts.heal.plan import Windows
+
+KEPT_BYTES = 4 << 30
+"""Hidden states are kept up to this size; windows beyond it run through the dense model every time."""
+
+
+class Teacher:
+    """The dense model of a folder, float32 on `device`.
+
+    Kept are the last hidden states, (n_context, d_model) a window: logits are made of them again by the output matrix,
+    which costs a fraction of the layers. A window always runs alone, so what is found does not depend on its company.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._device = device
+        self._kept: dict[bytes, Tensor] = {}
+        self._bytes = 0
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+    def logits(self, windows: Windows) -> Tensor:
+        """(n_window, n_context, n_vocab) of token ids (n_window, n_context)."""
+        last = torch.stack([self._last(window) for window in windows])
+        return self._model.lm_head(last.to(self._device))
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+    def states(self, windows: Windows) -> tuple[Tensor, ...]:
+        """The residual stream after every layer, (n_window, n_context, d_model) each; these are not kept."""
+        ids = torch.from_numpy(windows).to(self._device)
+        states: tuple[Tensor, ...] = self._model.model(ids, output_hidden_states=True).hidden_states
+        return states[1:]
+
+    def _last(self, window: Windows) -> Tensor:
+        key = window.tobytes()
+        if (known := self._kept.get(key)) is not None:
+            return known
+        ids = torch.from_numpy(window[None]).to(self._device)
+        last: Tensor = self._model.model(ids).last_hidden_state[0].cpu()
+        if self._bytes + last.nbytes <= KEPT_BYTES:
+            self._kept[key] = last
+            self._bytes += last.nbytes
+        return last
