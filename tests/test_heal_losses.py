@@ -15,8 +15,10 @@ def test_kl_by_hand():
     """p = (1/2, 1/2), q = (1/4, 3/4): 1/2 ln 2 + 1/2 ln(2/3)."""
     teacher, student = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, LOG3]])
 
-    assert 0.5 * math.log(2) + 0.5 * math.log(2 / 3) == pytest.approx(float(losses.kl(student, teacher)), abs=1e-6)
-    assert 0 == pytest.approx(float(losses.kl(teacher, teacher)), abs=1e-6)
+    assert 0.5 * math.log(2) + 0.5 * math.log(2 / 3) == pytest.approx(
+        float(losses.kl(student, teacher).mean()), abs=1e-6
+    )
+    assert 0 == pytest.approx(float(losses.kl(teacher, teacher).mean()), abs=1e-6)
 
 
 def test_the_likeliest_tokens_and_the_rest_by_hand():
@@ -25,17 +27,20 @@ def test_the_likeliest_tokens_and_the_rest_by_hand():
     student = torch.tensor([[0.25, 0.5, 0.25]]).log()
     full = 0.5 * math.log(2) + 0.25 * math.log(1 / 2)
 
-    assert 0.5 * math.log(2) + 0.5 * math.log(2 / 3) == pytest.approx(float(losses.kl(student, teacher, 1)), abs=1e-6)
-    assert full == pytest.approx(float(losses.kl(student, teacher, 3)), abs=1e-6)
-    assert full == pytest.approx(float(losses.kl(student, teacher, 0)), abs=1e-6)
+    assert 0.5 * math.log(2) + 0.5 * math.log(2 / 3) == pytest.approx(
+        float(losses.kl(student, teacher, 1).mean()), abs=1e-6
+    )
+    assert full == pytest.approx(float(losses.kl(student, teacher, 3).mean()), abs=1e-6)
+    assert full == pytest.approx(float(losses.kl(student, teacher, 0).mean()), abs=1e-6)
 
 
 def test_next_token_by_hand():
     """Token 0 is followed by token 1, q = 3/4; that by token 0, q = 1/2; the last predicts none."""
-    logits = torch.tensor([[[0.0, LOG3], [0.0, 0.0], [9.0, 0.0]]])
-    expected = (-math.log(0.75) + LOG2) / 2
+    logits = torch.tensor([[0.0, LOG3], [0.0, 0.0], [9.0, 0.0]])
+    following = losses.following(torch.tensor([[0, 1, 0]]))[0]
 
-    assert expected == pytest.approx(float(losses.next_token(logits, torch.tensor([[0, 1, 0]]))), abs=1e-6)
+    assert [1, 0, -1] == following.tolist()
+    assert [-math.log(0.75), LOG2, 0] == pytest.approx(losses.next_token(logits, following).tolist(), abs=1e-6)
 
 
 def test_hidden_by_hand():

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts.heal import losses
+from moe2gguf.experts.heal.head import TOKENS, summed
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.student import routers, use
 from moe2gguf.experts.heal.teacher import Teacher
+from moe2gguf.experts.rows import chunks
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
@@ -21,31 +23,33 @@ def evaluate(student: Any, teacher: Teacher, held_out: Windows, settings: HealSe
     would stop, for all tokens, for the half that the dense model predicts best, and for the other half.
     """
     student.eval()
-    device = next(student.parameters()).device
+    device, head = next(student.parameters()).device, student.get_output_embeddings()
     kl: dict[str, float] = dict.fromkeys(map(str, settings.evaluate_at), 0.0)
-    nll, dense = dict(kl), 0.0
-    counts, losses_of = [], []
+    nll = dict(kl)
+    counts, dense_nll = [], []
     for window in held_out:
         ids = torch.from_numpy(window[None]).to(device)
-        base = teacher.logits(window[None])[:, :-1]
-        token_nll = _nll(base, ids)
-        dense += float(token_nll.mean()) / len(held_out)
+        base, following = teacher.last(window[None])[0, :-1], ids[0, 1:]
+        parts = chunks(len(base), TOKENS)
+        dense_nll.append(torch.cat([losses.next_token(teacher.head(base[p]), following[p]) for p in parts]))
+
+        def measure(hidden: Tensor, part: slice, base: Tensor = base, following: Tensor = following) -> Tensor:
+            logits = head(hidden)
+            terms = losses.kl(logits, teacher.head(base[part])), losses.next_token(logits, following[part])
+            return torch.stack([term.sum() for term in terms])
+
         for k in settings.evaluate_at:
             use(student, k)
-            logits = student(ids).logits[:, :-1]
-            kl[str(k)] += float(losses.kl(logits, base)) / len(held_out)
-            nll[str(k)] += float(_nll(logits, ids).mean()) / len(held_out)
+            last = student(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+            scores = summed(last[0, :-1], measure) / (len(base) * len(held_out))
+            kl[str(k)] += float(scores[0])
+            nll[str(k)] += float(scores[1])
         counts.append(_needed(student, settings.threshold)[:-1])
-        losses_of.append(token_nll.flatten())
-    count, hardness = torch.cat(counts).float(), torch.cat(losses_of)
+    count, hardness = torch.cat(counts).float(), torch.cat(dense_nll)
     easy = hardness <= hardness.median()
     needed = {"all": float(count.mean()), "easy": float(count[easy].mean()), "hard": float(count[~easy].mean())}
-    return {"kl": kl, "nll": nll, "nll_dense": dense, "kl_mean": sum(kl.values()) / len(kl), "needed": needed}
-
-
-def _nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """(1, n_token - 1): minus the log-probability of each next token."""
-    return -logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    means = {"nll_dense": float(hardness.mean()), "kl_mean": sum(kl.values()) / len(kl)}
+    return {"kl": kl, "nll": nll, **means, "needed": needed}
 
 
 def _needed(student: Any, threshold: float) -> Tensor:

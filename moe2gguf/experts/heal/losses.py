@@ -1,4 +1,4 @@
-"""The terms of the loss; sources: `moe2gguf.experts.methods.LOSSES`. Everything is in nats and means over tokens."""
+"""The terms of the loss; sources: `moe2gguf.experts.methods.LOSSES`. Everything is in nats per token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def kl(student: Tensor, teacher: Tensor, top: int = 0) -> Tensor:
-    """Mean KL divergence of `student` from `teacher`, logits (..., n_vocab) each.
+    """(...,): the KL divergence of `student` from `teacher` at every token, logits (..., n_vocab) each.
 
     With `top` N, the teacher's N likeliest tokens are compared one by one and all others as one event: never more than
     the full divergence, and N + 1 numbers per token.
@@ -19,7 +19,7 @@ def kl(student: Tensor, teacher: Tensor, top: int = 0) -> Tensor:
         p, chosen = p.topk(top, -1)
         q = q.gather(-1, chosen)
         p, q = (torch.cat([x, _rest(x)], -1) for x in (p, q))
-    return (p.exp() * (p - q)).sum(-1).mean()
+    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def _rest(log_p: Tensor) -> Tensor:
@@ -28,9 +28,14 @@ def _rest(log_p: Tensor) -> Tensor:
     return left.clamp_min(1e-7).log()
 
 
-def next_token(student: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the text's own next tokens: logits (..., n_context, n_vocab), ids (..., n_context)."""
-    return torch.nn.functional.cross_entropy(student[..., :-1, :].float().flatten(0, -2), ids[..., 1:].flatten())
+def following(ids: Tensor) -> Tensor:
+    """(..., n_context): the token after each of `ids`; -1 after the last of a window, which has none."""
+    return torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-1)
+
+
+def next_token(student: Tensor, following: Tensor) -> Tensor:
+    """(n_token,): minus the log-probability of the token that follows, logits (n_token, n_vocab); 0 where it is -1."""
+    return torch.nn.functional.cross_entropy(student.float(), following, ignore_index=-1, reduction="none")
 
 
 def hidden(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -17,8 +17,8 @@ KEPT_BYTES = 4 << 30
 class Teacher:
     """The dense model of a folder, float32 on `device`.
 
-    Kept are the last hidden states, (n_context, d_model) a window: logits are made of them again by the output matrix,
-    which costs a fraction of the layers. A window always runs alone, so what is found does not depend on its company.
+    Kept are the last hidden states, (n_context, d_model) a window: `head` makes logits of them, which costs a fraction
+    of the layers. A window always runs alone, so what is found does not depend on its company.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -29,10 +29,15 @@ class Teacher:
         self._bytes = 0
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-    def logits(self, windows: Windows) -> Tensor:
-        """(n_window, n_context, n_vocab) of token ids (n_window, n_context)."""
-        last = torch.stack([self._last(window) for window in windows])
-        return self._model.lm_head(last.to(self._device))
+    def last(self, windows: Windows) -> Tensor:
+        """The last hidden states (n_window, n_context, d_model) of token ids (n_window, n_context)."""
+        return torch.stack([self._last(window) for window in windows]).to(self._device)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
+    def head(self, last: Tensor) -> Tensor:
+        """(..., d_model) -> logits (..., n_vocab)."""
+        logits: Tensor = self._model.lm_head(last)
+        return logits
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
     def states(self, windows: Windows) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from moe2gguf.errors import HealError
 from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.evaluate import evaluate
+from moe2gguf.experts.heal.head import summed
 from moe2gguf.experts.heal.layer import Stored
 from moe2gguf.experts.heal.layerwise import Log
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for
@@ -131,16 +132,12 @@ class _Trainer:
         """The weighted terms that are on."""
         s = self.settings
         ids = torch.from_numpy(windows).to(self.accelerator.device)
+        ours = self.student(ids, output_hidden_states=True, logits_to_keep=1)
         with self.accelerator.autocast():
-            dense = self.teacher.logits(windows)
-        ours = self.student(ids, output_hidden_states=s.hidden > 0)
-        terms = {"kl": losses.kl(ours.logits, dense, s.top)}
-        if s.next_token:
-            terms["next_token"] = s.next_token * losses.next_token(ours.logits, ids)
-        if s.hidden:
-            with self.accelerator.autocast():
+            terms = self._predictions(ours.hidden_states[-1], windows, ids)
+            if s.hidden:
                 states = self.teacher.states(windows)
-            terms["hidden"] = s.hidden * losses.hidden(ours.hidden_states[1:], states)
+                terms["hidden"] = s.hidden * losses.hidden(ours.hidden_states[1:], states)
         gates = list(routers(self.model))
         if s.balance:
             terms["balance"] = s.balance * _mean(losses.balance(r.logits, r.chosen) for r in gates)
@@ -149,6 +146,21 @@ class _Trainer:
         if s.few:
             terms["few"] = s.few * _mean(losses.few(r.logits) for r in gates)
         return terms
+
+    def _predictions(self, last: Tensor, windows: Windows, ids: Tensor) -> dict[str, Tensor]:
+        """The terms of the next-token probabilities, from the last hidden states (n_window, n_context, d_model)."""
+        s, head = self.settings, self.model.get_output_embeddings()
+        dense, following = self.teacher.last(windows).flatten(0, 1), losses.following(ids).flatten()
+        n_token, n_following = len(dense), int((following >= 0).sum())
+
+        def measure(hidden: Tensor, part: slice) -> Tensor:
+            logits = head(hidden)
+            terms = [losses.kl(logits, self.teacher.head(dense[part]), s.top).sum() / n_token]
+            if s.next_token:
+                terms.append(s.next_token * losses.next_token(logits, following[part]).sum() / n_following)
+            return torch.stack(terms)
+
+        return dict(zip(("kl", "next_token"), summed(last.flatten(0, 1), measure), strict=False))
 
     def _clip(self, step: int) -> float:
         """Clip the gradient; its norm before that."""

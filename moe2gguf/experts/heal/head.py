@@ -1,0 +1,50 @@
+"""Losses of next-token predictions, some tokens at a time: logits of a whole step would be gigabytes.
+
+Where the loss is a sum over tokens, its gradient is known as soon as a piece of it is: it is taken at once, piece by
+piece, and only the gradient of the hidden states is kept (as fused linear cross-entropy kernels do,
+https://arxiv.org/abs/2410.10989, section 3.2, but for any loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2gguf.experts.rows import chunks
+
+TOKENS = 128
+"""Tokens of a piece: enough for fast products, few enough that memory is used again and not asked for anew."""
+
+Measure = Callable[[Tensor, slice], Tensor]
+"""(hidden states of some tokens, which tokens they are) -> their part of every term (n_term,), a sum over tokens."""
+
+
+def summed(hidden: Tensor, measure: Measure) -> Tensor:
+    """The terms (n_term,) of all tokens, hidden (n_token, d_model). What has a gradient is the sum of the terms."""
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        terms: Tensor = _Summed.apply(hidden, measure)
+        return terms
+    return torch.stack([measure(hidden[part], part) for part in chunks(len(hidden), TOKENS)]).sum(0)
+
+
+class _Summed(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, measure: Measure) -> Tensor:
+        gradient, found = torch.empty_like(hidden), []
+        for part in chunks(len(hidden), TOKENS):
+            with torch.enable_grad():
+                piece = hidden[part].detach().requires_grad_()
+                terms = measure(piece, part)
+                (gradient[part],) = torch.autograd.grad(terms.sum(), piece)
+            found.append(terms.detach())
+        ctx.save_for_backward(gradient)
+        return torch.stack(found).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        """Of the sum of the terms: `outer` has the same number for each."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None
