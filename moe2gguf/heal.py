@@ -134,6 +134,8 @@ def _refuse_counts(n_expert: int, settings: HealSettings) -> list[str]:
         found.append(f"--evaluate-at {outside}: must lie between 1 and {n_expert}, the number of experts")
     if settings.layerwise and "lora" in settings.train:
         found.append("--train lora is for whole steps; add --layerwise 0")
+    if "attention" in settings.train and not settings.steps:
+        found.append("--train attention is for whole steps; add --steps, or leave it out")
     if settings.layerwise and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         found.append("--layerwise runs in one process; run it alone with --steps 0, then heal its folder further")
     if not settings.layerwise and not settings.steps:
@@ -222,7 +224,7 @@ def _train(
     """Both stages; where the trained layers stand."""
     try:
         from moe2gguf.experts.forward import Layers, choose_device
-        from moe2gguf.experts.heal.layer import Stored
+        from moe2gguf.experts.heal.layer import Stored, load_arrays
         from moe2gguf.experts.heal.layerwise import Job, heal_layers
         from moe2gguf.experts.heal.train import heal_model
     except ImportError as error:
@@ -242,7 +244,8 @@ def _train(
         with progress("steps", settings.steps * settings.batch * data.ids.shape[1]) as advance:
             heal_model(sliced.folder, dense.folder, overlay, data.ids, data.held_out, settings, work, log, advance)
         folder = work / "best"
-    return Trained(lambda i: Stored.load(folder / f"layer-{i}.npz"), settings.train)
+    others = load_arrays(folder / "attention.npz") if settings.steps else {}
+    return Trained(lambda i: Stored.load(folder / f"layer-{i}.npz"), settings.train, others)
 
 
 def _stored(folder: Path, i: int) -> Any:

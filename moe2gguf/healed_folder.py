@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ PARTS |= {"gate_up": PARTS["gate"], "down": ("down", "experts", "lora")}
 
 @dataclass(frozen=True)
 class Trained:
-    """`layer(i)` has float32 arrays router, gate, up, down, experts stacked; `train` names the parts that changed."""
+    """`layer(i)` has float32 arrays router, gate, up, down, experts stacked; `train` names the parts that changed.
+
+    `others` has tensors outside of the MLPs that changed, float32, by their names.
+    """
 
     layer: Callable[[int], Any]
     train: Sequence[str]
+    others: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def changes(self, role: str) -> bool:
         """Whether tensors of that role differ from the source's."""
@@ -71,7 +75,9 @@ def write_healed(
 def healed_tensors(source: Checkpoint, trained: Trained) -> list[OutputTensor]:
     """Every tensor under its old name: copied, or made of the trained layer when asked for."""
     layer = functools.lru_cache(maxsize=1)(trained.layer)
-    changed: dict[str, Callable[[], Iterator[NDArray[Any]]]] = {}
+    changed: dict[str, Callable[[], Iterator[NDArray[Any]]]] = {
+        name: functools.partial(iter, (array,)) for name, array in trained.others.items()
+    }
     for role, (name, _) in source.mlp.tensors.items():
         if trained.changes(role):
             for i in range(source.model.n_layer):

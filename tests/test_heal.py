@@ -55,6 +55,10 @@ def healed(models, tmp_path_factory):
     return run(models, tmp_path_factory.mktemp("healed") / "out", STEPS)
 
 
+ATTENTION = {f"{part}_proj.weight" for part in "qkvo"} | {"input_layernorm.weight", "post_attention_layernorm.weight"}
+ATTENTION |= {"norm.weight"}
+
+
 def replaced(settings, **changes):
     return HealSettings(**{**settings.__dict__, **changes})
 
@@ -132,6 +136,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
         (("down",), {"w2.weight"}),
         (("experts",), {"w1.weight", "w2.weight", "w3.weight"}),
         (("lora",), {"w1.weight", "w2.weight", "w3.weight"}),
+        (("attention",), ATTENTION),
+        (("lora", "attention"), {"w1.weight", "w2.weight", "w3.weight"} | ATTENTION),
     ],
 )
 def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):

@@ -29,6 +29,7 @@ TRAINED = {
     "router": "which experts run; their weights stay as they are",
     "down": "the experts' down projections",
     "experts": "all three projections of the experts",
+    "attention": "the attention's projections and all norms, in whole-model steps",
     "lora": "low-rank changes of the experts, folded in at the end (LoRA, https://arxiv.org/abs/2106.09685)",
 }
 """What `moe2gguf heal` can train; the rest stays bit for bit what it was."""

@@ -6,6 +6,7 @@ weighted zero, so that a step is a few large products.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe2gguf.experts.heal.router import Router
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+    """Write `path`, an .npz, by rename."""
+    unfinished = path.with_suffix(".tmp.npz")
+    np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # a keyword could be allow_pickle; none is
+    unfinished.replace(path)
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Read what `save_arrays` wrote; nothing is unpickled."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
 @dataclass(frozen=True)
@@ -31,15 +45,12 @@ class Stored:
 
     def save(self, path: Path) -> None:
         """Write by rename."""
-        unfinished = path.with_suffix(".tmp.npz")
-        np.savez(unfinished, router=self.router, gate=self.gate, up=self.up, down=self.down)
-        unfinished.replace(path)
+        save_arrays(path, {"router": self.router, "gate": self.gate, "up": self.up, "down": self.down})
 
     @classmethod
     def load(cls, path: Path) -> Stored:
-        """Read what `save` wrote; nothing is unpickled."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(file["router"], file["gate"], file["up"], file["down"])
+        """Read what `save` wrote."""
+        return cls(**load_arrays(path))
 
 
 class Layer(nn.Module):  # type: ignore[misc]  # torch is not followed

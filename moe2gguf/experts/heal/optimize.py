@@ -14,13 +14,15 @@ from moe2gguf.experts.heal.plan import HealSettings
 
 
 def part_of(name: str) -> str:
-    """The part of the model a parameter belongs to: "router", "down", "experts", "lora", or "" for all others."""
+    """The part of the model a parameter belongs to, of `moe2gguf.experts.methods.TRAINED`; "" for all others."""
     if "lora_" in name:
         return "lora"
     if name.endswith(("router.weight", "mlp.gate.weight")):
         return "router"
     if name == "down" or name.endswith("experts.down_proj"):
         return "down"
+    if ".self_attn." in name or name.endswith("norm.weight"):
+        return "attention"
     return "experts" if name in ("gate", "up") or name.endswith("experts.gate_up_proj") else ""
 
 

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe2gguf.experts.heal import masked
 from moe2gguf.experts.heal.layer import Stored
+from moe2gguf.experts.heal.optimize import part_of
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.router import Router, scale_of
 
@@ -78,15 +81,28 @@ def add_lora(model: Any, rank: int, seed: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names))
 
 
+def attention(model: Any) -> dict[str, NDArray[np.float32]]:
+    """Those of the attention's projections and of the norms that train, by their names in a folder; float32."""
+    return {
+        name: parameter.detach().cpu().float().numpy()
+        for name, parameter in _plain(model).named_parameters()
+        if part_of(name) == "attention" and parameter.requires_grad
+    }
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
 def stored_layers(model: Any) -> Iterator[Stored]:
     """Every layer's experts and router, low-rank changes folded in."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in inner.model.layers:
+    for layer in _plain(model).model.layers:
         weights = _expert_weights(layer.mlp.experts)
         gate, up = weights["gate_up_proj"].chunk(2, 1)
         arrays = [t.cpu().float().numpy().copy() for t in (layer.mlp.gate.stored, gate, up, weights["down_proj"])]
         yield Stored(*arrays)
+
+
+def _plain(model: Any) -> Any:
+    """The model without peft's wrapping."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _expert_weights(experts: Any) -> dict[str, Tensor]:

@@ -19,11 +19,11 @@ from moe2gguf.errors import HealError
 from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.evaluate import evaluate
 from moe2gguf.experts.heal.head import summed
-from moe2gguf.experts.heal.layer import Stored
+from moe2gguf.experts.heal.layer import Stored, save_arrays
 from moe2gguf.experts.heal.layerwise import Log
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for
 from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
-from moe2gguf.experts.heal.student import add_lora, load_student, routers, stored_layers, use
+from moe2gguf.experts.heal.student import add_lora, attention, load_student, routers, stored_layers, use
 from moe2gguf.experts.heal.teacher import Teacher
 
 
@@ -38,7 +38,7 @@ def heal_model(
     log: Log,
     advance: Callable[[int], None],
 ) -> None:
-    """Write `best/layer-I.npz` of every layer into `work`; goes on after the last checkpoint there.
+    """Write `best/layer-I.npz` of every layer and `best/attention.npz` into `work`; goes on after the last checkpoint.
 
     `overlay` has layers that replace the student's, if any. `log` receives a line per step and per evaluation (on
     the main process only), `advance` the tokens done.
@@ -190,6 +190,7 @@ class _Trainer:
             (self.work / "best").mkdir(exist_ok=True)
             for i, stored in enumerate(stored_layers(self.model)):
                 stored.save(self.work / "best" / f"layer-{i}.npz")
+            save_arrays(self.work / "best" / "attention.npz", attention(self.model))
         self.accelerator.wait_for_everyone()
 
     def save(self, step: int) -> None:
