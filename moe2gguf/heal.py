@@ -265,7 +265,8 @@ def _provenance(data: Texts, settings: HealSettings, lines: Sequence[Mapping[str
         "moe2gguf.heal.used_max": settings.used_range[1],
         "moe2gguf.heal.layerwise": settings.layerwise,
         "moe2gguf.heal.steps": settings.steps,
+        "moe2gguf.heal.next_token": settings.next_token,
         "moe2gguf.heal.seed": settings.seed,
     }
     scores = [line["kl_mean"] for line in lines if line["stage"] == "evaluation" and line["best"]]
-    return result | ({"moe2gguf.heal.kl": min(scores)} if scores else {})
+    return result | ({"moe2gguf.heal.kl": scores[-1]} if scores else {})

@@ -2,10 +2,10 @@
 
 Cuts a dense model into 16 experts (`--amplify any`, no refit), heals it in several ways on the same text, and scores
 every file at 16, 12, 8 and 4 experts in llama.cpp on other text of the same kind: the first 70 % of the text calibrate
-and train, windows of the rest are scored. `short` ways take --steps steps each, so they may be compared; the long one
-takes --long steps after the layer-wise stage. Beside them stands the dense model, its MLPs trained on the same windows
-to predict the next token: how much of a gain is fitting to the text, and no healing. What is made stays in --work, and
-a run that was stopped goes on there. --quick says whether it runs, in minutes; the full run takes hours on two cores.
+and train, windows of the rest are scored. `short` ways take --steps steps each, so they may be compared, long ones
+--long. One of these also learns to predict the text itself, which fits a model to its domain; beside it stands the
+dense model, trained alike on the same windows: how much of that gain is no healing. What is made stays in --work, and a
+run that was stopped goes on there. --quick says whether it runs, in minutes; the full run takes hours on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ NEEDED = ("moe2gguf", "torch", "transformers", "accelerate", "peft", "llama_cpp"
 COUNTS = (16, 12, 8, 4)
 SPLIT = 0.7
 N_CONTEXT = 512
-START, LAYERS, LONG, DENSE = "not healed", "layer by layer", "layer by layer, then end to end, long", "dense, trained"
+TEXT_WEIGHT = 0.5
+START, LAYERS, LONG, DENSE = (
+    "not healed",
+    "layer by layer",
+    "then with attention, long",
+    "dense, trained on the text, long",
+)
 
 
 @dataclass(frozen=True)
@@ -39,21 +45,25 @@ class Way:
 
 
 def end_to_end(
-    used: str = "4..16", train: str = "", long: bool = False
+    used: str = "4..16", train: Sequence[str] = (), text: float = 0.0, long: bool = False
 ) -> Callable[[argparse.Namespace], list[object]]:
     """Steps of the whole model, without the layer-wise stage."""
-    chosen = ["--train", train] if train else []
-    return lambda o: ["--used-range", used, *chosen, "--layerwise", 0, "--steps", o.long if long else o.steps]
+    chosen = [part for name in train for part in ("--train", name)]
+    loss = ["--next-token", text] if text else []
+    return lambda o: ["--used-range", used, *chosen, *loss, "--layerwise", 0, "--steps", o.long if long else o.steps]
 
 
+EVERYTHING = ("router", "experts", "attention")
 WAYS = (
     Way(LAYERS, START, lambda _: ["--used-range", "4..16", "--layerwise", 1, "--steps", 0]),
     Way("end to end, short", START, end_to_end()),
     Way("layer by layer, then end to end, short", LAYERS, end_to_end()),
-    Way(LONG, LAYERS, end_to_end(long=True)),
+    Way("the same with attention, short", LAYERS, end_to_end(train=EVERYTHING)),
     Way("the same for 8 of 16 alone, short", LAYERS, end_to_end("8")),
-    Way("router only, short", LAYERS, end_to_end(train="router")),
-    Way("LoRA and router, short", LAYERS, end_to_end(train="lora,router")),
+    Way("router only, short", LAYERS, end_to_end(train=("router",))),
+    Way("LoRA and router, short", LAYERS, end_to_end(train=("lora", "router"))),
+    Way(LONG, LAYERS, end_to_end(train=EVERYTHING, long=True)),
+    Way("with the text itself, long", LAYERS, end_to_end(train=EVERYTHING, text=TEXT_WEIGHT, long=True)),
 )
 
 

@@ -1,6 +1,6 @@
-"""Train a dense checkpoint's MLPs to predict the next token: the control of scripts/bench heal.
+"""Train a dense checkpoint's layers to predict the next token: the control of scripts/bench heal.
 
-    python scripts/train_dense.py MODEL OUT --text FILE [--tokens N] [--steps N] [--batch 2] [--lr 1e-4]
+    python scripts/train_dense.py MODEL OUT --text FILE [--tokens N] [--steps N] [--batch 2] [--lr RATE]
 
 Windows, their order, the optimizer and its schedule are those of `moe2gguf heal`. OUT is a folder like MODEL.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     texts = read_texts(open_checkpoint(options.model), [options.text], None, options.tokens, N_CONTEXT, N_CONTEXT)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, local_files_only=True)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".mlp." in name)
+        parameter.requires_grad_(".layers." in name or name.endswith("norm.weight"))
     optimizer, schedule = optimizer_for(model, settings, settings.steps, settings.lr)
     for step in range(settings.steps):
         ids = torch.from_numpy(texts.ids[batch_at(settings, len(texts.ids), step)])
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=HealSettings.lr)
     for name, default in (("tokens", 131072), ("steps", 240), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()

@@ -1,5 +1,6 @@
 """scripts/bench_heal.py: what each way starts from, the control it trains, and the table it prints."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import checkpoints
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe2gguf.cli import cli
 from moe2gguf.experts.text import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +48,21 @@ def test_the_table_has_perplexity_over_the_dense_model_s():
     assert "m, tokens 2,048; dense perplexity 10.00." in printed
 
 
-def test_the_control_trains_the_mlps_and_nothing_else(tmp_path, monkeypatch):
-    """Same names and shapes; only MLP weights move, and the folder opens as a checkpoint."""
+def test_every_way_s_options_are_those_of_the_command(tmp_path):
+    """`moe2gguf heal` takes each of them."""
+    import bench_heal as bench
+
+    text = tmp_path / "text.txt"
+    text.touch()
+    given = [tmp_path, "--teacher", tmp_path, "--text", text, "-o", tmp_path / "out"]
+    for way in bench.WAYS:
+        options = way.options(Namespace(steps=1, long=2))
+        context = cli.commands["heal"].make_context("heal", [str(part) for part in (*given, *options)])
+        assert 0 in (context.params["layerwise"], context.params["steps"])
+
+
+def test_the_control_trains_the_layers_and_nothing_else(tmp_path, monkeypatch):
+    """Same names and shapes; all but the vocabulary's matrices moves, and the folder opens as a checkpoint."""
     import sys
 
     import train_dense
@@ -66,4 +81,4 @@ def test_the_control_trains_the_mlps_and_nothing_else(tmp_path, monkeypatch):
     before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
     assert before.keys() == after.keys()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor.float(), after[name].float())}
-    assert moved == {name for name in before if ".mlp." in name}
+    assert moved == {name for name in before if "embed_tokens" not in name and "lm_head" not in name}

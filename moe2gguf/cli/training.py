@@ -60,7 +60,7 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
     option(
         "--layer-lr", default=1e-3, show_default=True, type=click.FloatRange(0), help="Rate of the layer-wise stage."
     ),
-    option("--lr", default=1e-4, show_default=True, type=click.FloatRange(0), help="Rate of the steps."),
+    option("--lr", default=2e-4, show_default=True, type=click.FloatRange(0), help="Rate of the steps."),
     option("--router-lr", default=5e-5, show_default=True, type=click.FloatRange(0), help="That of the routers."),
     option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="Of AdamW."),
     option("--warmup", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Share of the steps."),

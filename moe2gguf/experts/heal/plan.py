@@ -41,7 +41,7 @@ class HealSettings:
     batch: int = 4
     accumulate: int = 1
     layer_lr: float = 1e-3
-    lr: float = 1e-4
+    lr: float = 2e-4
     router_lr: float = 5e-5
     weight_decay: float = 0.0
     warmup: float = 0.05

@@ -183,10 +183,12 @@ class _Trainer:
     def evaluate(self, step: int) -> None:
         """Score the held-out text; the best so far is written down."""
         found = evaluate(self.model, self.teacher, self.held_out, self.settings)
-        best = found["kl_mean"] < self.best
+        nll = found["nll"].values()
+        score = found["kl_mean"] + self.settings.next_token * sum(nll) / len(nll)
+        best = score < self.best
         self.log({"stage": "evaluation", "step": step, "best": best, **found})
         if best and self.accelerator.is_main_process:
-            self.best = found["kl_mean"]
+            self.best = score
             (self.work / "best").mkdir(exist_ok=True)
             for i, stored in enumerate(stored_layers(self.model)):
                 stored.save(self.work / "best" / f"layer-{i}.npz")
