@@ -6,6 +6,9 @@
 The first 70 % of the text train a byte-level BPE tokenizer (Qwen2's pre-tokenizer) and the model; the rest is never
 trained on, as in `scripts/bench quality`. OUT is a folder that `moe2gguf convert` reads. The same seed, on one thread,
 gives the same weights.
+
+Cost: with the default sizes (7 M parameters) 19 steps of 1,024 tokens took 21 s of processor time, scoring included, on
+a busy core; by that, four epochs of 220,000 tokens take about 15 minutes.
 """
 
 from __future__ import annotations
