@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--tokens": "calibration tokens (default: 16384)",
         "--windows": "windows of 512 tokens to score (default: 16)",
         "--used": "counts of 16 experts (default: 12,8)",
+        "--always-on": "rows of ours with other numbers of always-on experts, such as 6,10",
         "--only": "only methods whose name this regular expression finds",
         "--threads": "threads (default: 2)",
         "--json": "write all figures to this file",
@@ -55,5 +56,5 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, text in handed_on.items():
         parser.add_argument(name, help=text)
     options = parser.parse_args(arguments)
-    given = [(name, getattr(options, name.removeprefix("--"))) for name in handed_on]
+    given = [(name, getattr(options, name.removeprefix("--").replace("-", "_"))) for name in handed_on]
     return options, [part for name, value in given if value is not None for part in (name, value)]

@@ -185,6 +185,11 @@ METHODS = (
 )
 
 
+def always_on(count: int) -> Method:
+    """Ours with another number of always-on experts than the default."""
+    return Method(f"ours, refit, {count} always on", "ours", by_options(refit=True, always_on=count))
+
+
 def main() -> None:
     """Make every file, score it, remove it; print the table."""
     options = parse()
@@ -193,8 +198,8 @@ def main() -> None:
     dense = run.work / "dense.gguf"
     convert(run.model, dense, Options(dense=True, type="f16"), force=True, threads=run.threads)
     rows = []
-    for k in (int(part) for part in options.used.split(",")):
-        for method in METHODS:
+    for k in options.used:
+        for method in (*METHODS, *(always_on(count) for count in options.always_on if count < k)):
             if re.search(options.only, method.name):
                 rows.append(scored(run, method, k, dense))
         if re.search(options.only, "CMoE"):
@@ -223,10 +228,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="")
-    parser.add_argument("--used", default="12,8")
+    parser.add_argument("--used", type=numbers, default=[12, 8])
+    parser.add_argument("--always-on", type=numbers, default=[])
     for name, default in (("tokens", 16384), ("windows", 16), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    """12,8 -> [12, 8]."""
+    return [int(part) for part in text.split(",")]
 
 
 def prepare(options: argparse.Namespace) -> Run:
@@ -338,8 +349,12 @@ def report(result: dict[str, Any]) -> str:
     for name, by_count in cells.items():
         values = [name]
         for k in counts:
-            row = by_count[k]
-            values += [f"{row['perplexity']:,.2f}", f"{row['perplexity'] / row['perplexity_dense']:,.2f}"]
+            row = by_count.get(k)
+            values += (
+                [f"{row['perplexity']:,.2f}", f"{row['perplexity'] / row['perplexity_dense']:,.2f}"]
+                if row
+                else [""] * 2
+            )
         lines.append(values)
     dense = result["rows"][0]["perplexity_dense"] if result["rows"] else math.nan
     scored_tokens = result["windows"] * (result["context"] // 2 - 1)
