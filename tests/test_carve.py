@@ -134,11 +134,11 @@ def test_the_bias_is_the_weighted_least_squares_solution():
     placed = bias.placed(carved, 5, torch.ones(D_MODEL) / D_MODEL)
     weight = torch.rand(300, generator=torch.Generator().manual_seed(1))
 
-    filled = bias.filled(placed, inputs, weight, K)
+    filled = bias.filled(placed, mlp, inputs.sliced, weight, K)
 
     root = weight.sqrt()[:, None].numpy()
     g = placed.masked(inputs.sliced, K)[:, [5]].numpy()
-    r = (inputs.target - placed(inputs.sliced, K)).numpy()
+    r = (mlp(inputs.sliced) - placed(inputs.sliced, K)).numpy()
     expected, left, *_ = np.linalg.lstsq(root * g, root * r, rcond=None)
     np.testing.assert_allclose(expected[0], filled.mlp.down[5].numpy(), rtol=1e-3, atol=1e-5)
     assert float(left.sum() / np.square(root * r).sum()) == pytest.approx(filled.report["bias_error"], abs=1e-4)

@@ -18,7 +18,8 @@ from moe2gguf.experts.layer import GAIN
 from moe2gguf.experts.rows import chunks
 
 if TYPE_CHECKING:
-    from moe2gguf.experts.carve import Carved, Inputs
+    from moe2gguf.experts.carve import MLP, Carved
+    from moe2gguf.experts.rows import Rows
 
 
 def placed(carved: Carved, neuron: int, v: Tensor) -> Carved:
@@ -28,18 +29,18 @@ def placed(carved: Carved, neuron: int, v: Tensor) -> Carved:
     return replace(carved, mlp=replace(carved.mlp, gate=gate, up=up, down=down), bias_neuron=neuron)
 
 
-def filled(carved: Carved, inputs: Inputs, weight: Tensor, k: int) -> Carved:
+def filled(carved: Carved, dense: MLP, x: Rows, weight: Tensor, k: int) -> Carved:
     """The same with a down column for the bias neuron: the b that minimizes the sum over tokens of w |r - g b|^2.
 
-    r (n_token, d_model) is what is missing of the target with k experts, g (n_token,) the neuron's value times the
-    weight of its expert, w = `weight` (n_token,) how much a token counts. Where g is the same for all tokens, b is the
-    weighted mean of r, over g. `bias_error` of the report is the share of sum w |r|^2 that is left.
+    r (n_token, d_model) is what k experts leave out of the `dense` MLP of x (n_token, d_model), g (n_token,) the
+    neuron's value times the weight of its expert, w = `weight` (n_token,) how much a token counts. Where g is the same
+    for all tokens, b is the weighted mean of r, over g. `bias_error` of the report is the share of sum w |r|^2 left.
     """
-    x, down = inputs.sliced, carved.mlp.down.clone()
+    down = carved.mlp.down.clone()
     gr, gg, rr = torch.zeros_like(down[0]), 0.0, 0.0
     for part in chunks(len(x)):
         h, w = carved.masked(x[part], k), weight[part]
-        g, r = h[:, carved.bias_neuron], inputs.target[part] - h @ down
+        g, r = h[:, carved.bias_neuron], dense.hidden(x[part]) @ dense.down - h @ down
         gr += (w * g) @ r
         gg += float(w @ g.square())
         rr += float(w @ r.square().sum(1))

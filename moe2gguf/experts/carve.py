@@ -173,7 +173,7 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
         carved = Carved(mlp, groups, router, _scale(plain, x, slicing), report)
         if recipe.bias_neuron:
             carved = bias.placed(carved, _spare(seen), v)
-        return _corrected(carved, inputs, slicing) if recipe.changes_down else carved
+        return _corrected(carved, mlp, inputs, slicing) if recipe.changes_down else carved
     except torch.linalg.LinAlgError as error:
         raise CalibrationError(
             f"a system of equations has no solution ({error}); give more --calibration-tokens of more varied text"
@@ -271,12 +271,13 @@ def _scale(plain: Carved, x: Rows, slicing: Slicing) -> Tensor:
     return amplification.fitted(dot, square, n, k)
 
 
-def _corrected(carved: Carved, inputs: Inputs, slicing: Slicing) -> Carved:
+def _corrected(carved: Carved, dense: MLP, inputs: Inputs, slicing: Slicing) -> Carved:
     """The same experts with a refitted down projection, or one whose bias neuron has its column."""
     energy = _each(inputs.target, lambda y: y.square().sum(1))
     weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)  # no token may own the fit
-    correct = _refitted if slicing.recipe.refit else bias.filled
-    return correct(carved, inputs, weight, slicing.n_expert_used)
+    if slicing.recipe.refit:
+        return _refitted(carved, inputs, weight, slicing.n_expert_used)
+    return bias.filled(carved, dense, inputs.sliced, weight, slicing.n_expert_used)
 
 
 def _refitted(carved: Carved, inputs: Inputs, weight: Tensor, k: int) -> Carved:
