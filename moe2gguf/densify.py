@@ -25,6 +25,7 @@ from moe2gguf.export import kernels, types
 from moe2gguf.export.folder import check_folder_target, replacing_folder, write_json, write_shards
 from moe2gguf.export.gguf_file import GGUFFile, TensorInfo
 from moe2gguf.export.layout import lay_out
+from moe2gguf.export.metadata import BIAS_NEURON
 from moe2gguf.export.mixtral import llama_config
 from moe2gguf.export.shards import read_model
 from moe2gguf.export.writer import OutputTensor, check_target
@@ -82,8 +83,13 @@ def densify(
 
 
 def known_factor(metadata: Metadata, n_expert: int, zero_routers: bool) -> tuple[str, float] | None:
-    """(how, factor) where every expert's factor is known: from the metadata, or from routers that prefer nothing."""
+    """(how, factor) where every expert's factor is known: from the metadata, or from routers that prefer nothing.
+
+    With a bias neuron there is none: what it stands for runs in the dense model.
+    """
     amplification = metadata.get("moe2gguf.slicing.amplification")
+    if metadata.get(BIAS_NEURON) is True:
+        return None
     healed = any(key.startswith("moe2gguf.heal.") for key in metadata)
     if isinstance(amplification, float | int) and amplification > 0 and not healed:
         return "known", 1 / amplification
@@ -94,6 +100,15 @@ _NO_FACTOR = (
     "its routers weigh the experts by the input (healed, --amplify any or fitted, or another program's), so one MLP "
     "can only come close"
 )
+_BIASED = (
+    "one neuron of every layer became a bias for the experts that do not run (--bias-neuron), so that all of them "
+    "together are not the dense model"
+)
+
+
+def _no_factor(metadata: Metadata) -> str:
+    """Why there is no `known_factor`."""
+    return _BIASED if metadata.get(BIAS_NEURON) is True else _NO_FACTOR
 
 
 def _densify_folder(
@@ -115,7 +130,7 @@ def _densify_folder(
     if known and text is None:
         how, factors = known[0], [np.full(model.n_expert, known[1], np.float32)] * model.n_layer
     elif text is None:
-        raise PlanError([f"{checkpoint.folder}: {_NO_FACTOR}: give --text to fit it to"])
+        raise PlanError([f"{checkpoint.folder}: {_no_factor(checkpoint.provenance)}: give --text to fit it to"])
     else:
         how, (factors, errors) = "least squares", _fit(checkpoint, text, used, n_token, progress)
     keep = _kept(checkpoint.provenance, model)
@@ -227,7 +242,8 @@ def _densify_file(file: GGUFFile, out: Path, force: bool, progress: Progress) ->
     names = [name for name in file.tensors if name.endswith("ffn_gate_inp.weight")]
     known = known_factor(file.metadata, n, all(not _read(file, file.tensors[name]).any() for name in names))
     if known is None:
-        raise PlanError([f"{file.path}: {_NO_FACTOR}, and that needs the Hugging Face folder and a --text"])
+        why = _no_factor(file.metadata)
+        raise PlanError([f"{file.path}: {why}, and that needs the Hugging Face folder and a --text"])
     how, factor = known
     if scales := [name for name in file.tensors if name.endswith("_exps.scale")]:
         raise PlanError([f"{file.path}: has expert scales such as {scales[0]}; convert the model without them"])

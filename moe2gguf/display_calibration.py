@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from moe2gguf.convert import Conversion
-from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
+from moe2gguf.experts.methods import AMPLIFICATIONS, CORRECTIONS, GROUPS, ROUTERS
 from moe2gguf.harness import page
 from moe2gguf.outlook import words
 from moe2gguf.planning import Plan
@@ -22,6 +22,7 @@ _COLUMNS = (
     ("best choice", "energy_oracle"),
     ("hit rate", "hit_rate"),
     ("constant, min", "constant_min"),
+    ("after bias", "bias_error"),
     ("after refit", "refit_error"),
     ("ridge", "refit_strength"),
 )
@@ -50,7 +51,8 @@ def render(done: Conversion, plotly: str, arguments: Sequence[str]) -> str:
         "<p>A click on a heading sorts by it. Energy kept: share of the routed experts' output energy that the chosen "
         "ones hold; best choice: if always the largest were chosen; hit rate: share of choices that are among those; "
         "constant: the smallest value of the direction that keeps experts always on, 1 for every token if it were "
-        "perfect, on tokens held out; after refit: share of the held-out error that is left.</p>",
+        "perfect, on tokens held out; after bias: share of the missing energy that the bias neuron leaves; after "
+        "refit: share of the held-out error that is left.</p>",
         page.table(["layer", *(title for title, _ in columns)], rows, "layers"),
         "<h2>How it was made</h2>",
         f"<pre>{escape(shlex.join(['moe2gguf', *arguments[1:]]))}</pre>",
@@ -66,7 +68,9 @@ def _methods(plan: Plan) -> list[str]:
         return []
     recipe = plan.slicing.recipe
     tables = (("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
-    return [f"--{name} {(value := getattr(recipe, name))}: {table[value]}" for name, table in tables]
+    corrected = [name for name, on in (("refit", recipe.refit), ("bias-neuron", recipe.bias_neuron)) if on]
+    lines = [f"--{name} {(value := getattr(recipe, name))}: {table[value]}" for name, table in tables]
+    return lines + [f"--{name}: {CORRECTIONS[name]}" for name in corrected]
 
 
 def summary(done: Conversion) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import Saved
+from moe2gguf.experts.slicing import default_always_on
 from moe2gguf.experts.text import read_text
 from moe2gguf.export.recipes import TypeOptions, refuse_type
 from moe2gguf.spec import COHERENT, SEED, Model, Recipe
@@ -31,8 +32,9 @@ class Options:
     shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
-    recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next six change it
-    group, always_on, router, refit, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on -1 chooses per layer
+    recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next seven change it
+    group, always_on, router, refit, bias_neuron, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on -1
+                        chooses per layer
     calibration         text file to calibrate on (None: the embedded text, to which nothing is refitted unless asked:
                         a refit fits the domain of its text)
     calibration_tokens  how many tokens of it
@@ -64,6 +66,7 @@ class Options:
     always_on: int | None = None
     router: str | None = None
     refit: bool | None = None
+    bias_neuron: bool | None = None
     amplify: str | None = None
     seed: int = 0
     calibration: Path | None = None
@@ -88,7 +91,7 @@ class Options:
         base = RECIPES[self.recipe] if self.recipe else (SEED if k == n else COHERENT)
         changes = {
             name: value
-            for name in ("group", "router", "refit", "amplify")
+            for name in ("group", "router", "refit", "bias_neuron", "amplify")
             if (value := getattr(self, name)) is not None
         }
         if base is COHERENT and self.refit is None:
@@ -112,6 +115,7 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
         "always_on": -1 if job.always_on is None else job.always_on,
         "router": job.router,
         "refit": job.refit,
+        "bias_neuron": job.bias_neuron,
         "amplify": job.amplify,
         "calibration_tokens": job.n_token,
         "seed": job.seed,
@@ -188,6 +192,8 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
             found.append("--group contiguous has no important experts to keep always on; choose another group")
     if recipe.refit and k == n:
         found.append("--refit corrects for experts that do not run, but all run; give --used below --experts")
+    if recipe.bias_neuron:
+        found += _refuse_bias_neuron(recipe, n, k)
     if recipe.amplify == "any" and (recipe.router == "zero" or shared == 0):
         found.append("--amplify any needs always-on experts and a router; add --always-on and --router least-squares")
     least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if recipe.refit else 0)
@@ -195,5 +201,19 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
         found.append(
             f"--calibration-tokens {options.calibration_tokens}: too few for a stable solve of this width; at least "
             f"{least}" + (", or --no-refit" if recipe.refit and least > LEAST_TOKENS else "")
+        )
+    return found
+
+
+def _refuse_bias_neuron(recipe: Recipe, n_expert: int, n_expert_used: int) -> list[str]:
+    found = []
+    if n_expert_used == n_expert:
+        found.append("--bias-neuron stands for experts that do not run, but all run; give --used below --experts")
+    elif (default_always_on(n_expert, n_expert_used) if recipe.always_on is None else recipe.always_on) == 0:
+        found.append("--bias-neuron needs an expert that always runs; add --always-on 1 or more, or leave it out")
+    if recipe.amplify == "exact":
+        found.append(
+            "--bias-neuron and --amplify exact: with all experts on the file would not be the dense model; "
+            "leave one of them out"
         )
     return found

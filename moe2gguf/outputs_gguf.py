@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,13 +97,21 @@ def _maker(
         return lambda: iter([_as(kind, source, digest.read(source)[order])]), keeps
     layer = _layer(experts, int(part[1]))
     if part[2] != "down":
-        return lambda: (_as(kind, source, rows) for rows in cut.slice_rows(digest.read(source), layer().order)), keeps
+        role: Literal["gate", "up"] = "gate" if part[2] == "gate" else "up"
+        return lambda: _rows(role, source, kind, layer(), digest.read(source)), keeps
     keeps = keeps and not moves_neurons(slicing, source.block)
     return lambda: _down(source, kind, slicing, layer(), digest.read(source)), keeps
 
 
 def _layer(experts: Experts, i: int) -> Callable[[], LayerExperts]:
     return lambda: experts.layer(i)
+
+
+def _rows(
+    role: Literal["gate", "up"], source: SourceTensor, kind: TensorType, layer: LayerExperts, weight: Array
+) -> Iterator[Array]:
+    """The gate or up projection (d_ff, d_model), cut between its rows."""
+    return layer.with_bias(role, (_as(kind, source, rows) for rows in cut.slice_rows(weight, layer.order)))
 
 
 def _as(kind: TensorType, source: SourceTensor, rows: Array) -> Array:
@@ -171,7 +180,25 @@ def refusals(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, Ten
             f"{hopeless[0].type.name} needs an importance matrix to be quantized again, for {_listed(hopeless)}; "
             "give them another type with --tensor-type"
         )
-    return found
+    return found + _refuse_bias(dense, slicing, chosen)
+
+
+def _refuse_bias(dense: DenseFile, slicing: Slicing, chosen: Mapping[str, TensorType]) -> list[str]:
+    """Gate and up projections whose blocks are copied, which leaves no place for another row."""
+    copied = [
+        entry
+        for entry in stored_tensors(dense, slicing)
+        if re.search(r"\.ffn_(gate|up)_exps\.", entry.name)
+        and chosen[entry.name] == entry.type
+        and entry.type not in types.FLOATS
+    ]
+    if not slicing.recipe.bias_neuron or not copied:
+        return []
+    return [
+        f"--bias-neuron changes a row of every gate and up projection, and the blocks of {_listed(copied)} are copied "
+        "as they are; leave it out, convert an f16 or bf16 file, or give them another type, such as --tensor-type "
+        r"'.*ffn_(gate|up)_exps\.weight=f16'"
+    ]
 
 
 def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[Entry]) -> str:

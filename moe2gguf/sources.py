@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_VERSION
 from moe2gguf import outputs, outputs_gguf
 from moe2gguf.checkpoint.folder import Checkpoint, open_checkpoint
 from moe2gguf.checkpoint.tensors import SourceDigest
-from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.layer import BIAS_VALUE, LayerExperts
 from moe2gguf.export.assignment import Assignment, assign
 from moe2gguf.export.blocks import is_power_of_two
 from moe2gguf.export.dense import DenseFile, carried_metadata, largest_block, open_dense
@@ -169,7 +169,14 @@ def _target(
 
 def _neurons(source: Source, slicing: Slicing | None, experts: Experts) -> Neurons | None:
     """How a matrix of the dense model maps to the experts; their order may be known only once they are made."""
-    return Neurons(source.model.d_ff, lambda i: experts.layer(i).order) if slicing else None
+    if slicing is None:
+        return None
+
+    def changed(i: int) -> dict[int, float]:
+        bias = experts.layer(i).bias
+        return {bias.neuron: BIAS_VALUE**2} if bias else {}
+
+    return Neurons(source.model.d_ff, lambda i: experts.layer(i).order, changed)
 
 
 def _refuse_experts_of(guided: Consulted, slicing: Slicing | None) -> list[str]:

@@ -94,6 +94,7 @@ class Recipe:
 
     always_on  experts that the router always picks; None chooses a number per layer
     refit      correct the down projection for the experts that do not run, at n_expert_used
+    bias_neuron  a constant in place of the least useful neuron gives back the mean of what does not run there
     """
 
     group: str = "contiguous"
@@ -102,11 +103,17 @@ class Recipe:
     refit: bool = False
     amplify: str = "exact"
     seed: int = 0
+    bias_neuron: bool = False
 
     @property
     def needs_calibration(self) -> bool:
         """Whether text has to be run through the model."""
         return self != Recipe(amplify=self.amplify, seed=self.seed) or self.amplify in ("any", "fitted")
+
+    @property
+    def changes_down(self) -> bool:
+        """Whether the down projection is another than the checkpoint's, its amplification aside."""
+        return self.refit or self.bias_neuron
 
 
 SEED = Recipe()

@@ -180,6 +180,21 @@ def test_routers_with_a_say_need_a_text(dense, tmp_path):
         densify(folder, tmp_path / "other", text=text, used=9)
 
 
+def test_a_bias_neuron_needs_a_text(dense, tmp_path):
+    """All experts together are not the dense model then: refused without a text, for a file in any case."""
+    folder = sliced(dense, tmp_path / "sliced", Options(experts=4, used=2, bias_neuron=True, **ROUTED))
+    convert(folder, tmp_path / "sliced.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text(read_text(None).text[:30000])
+
+    with pytest.raises(PlanError, match=r"one neuron of every layer became a bias .*: give --text"):
+        densify(folder, tmp_path / "back")
+    with pytest.raises(PlanError, match=r"became a bias .* needs the Hugging Face folder and a --text"):
+        densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
+
+    assert "least squares" == densify(folder, tmp_path / "back", text=text, used=4, n_token=2048).how
+
+
 def test_a_dense_model_is_refused(dense, tmp_path):
     """There is nothing to fold, in a folder or in a file."""
     convert(dense, tmp_path / "dense.gguf", Options(dense=True))

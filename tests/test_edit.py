@@ -1,5 +1,7 @@
 """moe2gguf.export.edit: the used count, in place."""
 
+import dataclasses
+
 import checkpoints
 import gguf
 import numpy as np
@@ -54,6 +56,16 @@ def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
     with pytest.raises(GGUFError, match=r"amplified for 4 of them.*--used 6"):
         set_used(path, 6)
     set_used(path, 4)
+
+
+def test_a_bias_neuron_belongs_to_its_count(folder, tmp_path):
+    """`any` alone serves every count; with a bias for what 4 of 8 leave out it does not."""
+    options = Options(experts=8, used=4, amplify="any", refit=False, calibration_tokens=2048)
+    set_used(convert(folder, tmp_path / "x.gguf", options).path, 6)
+    path = convert(folder, tmp_path / "y.gguf", dataclasses.replace(options, bias_neuron=True)).path
+
+    with pytest.raises(GGUFError, match=r"does not run at 4 experts. Convert again with --used 6, or with --no-bias"):
+        set_used(path, 6)
 
 
 def test_a_dense_file_has_no_count(folder, tmp_path):

@@ -40,6 +40,16 @@ def test_neurons_are_picked_in_the_experts_order():
     assert [1] == asked
 
 
+def test_a_neuron_that_became_a_bias_has_its_own_importance():
+    """Not that of the dense neuron whose place it has."""
+    order = np.array([[5, 0, -1], [1, 2, 3], [4, -1, -1]])
+    neurons = Neurons(6, lambda _: order, lambda layer: {2: 15.5} if layer == 1 else {})
+
+    found = guide(dense(), [Entry(DOWN, (3, 2, 3), F32)], neurons)
+
+    assert [[6, 1, 0], [2, 15.5, 4], [5, 0, 0]] == [row.tolist() for row in found.importance[DOWN]()]
+
+
 def test_a_dense_matrix_of_other_widths_is_refused():
     """The MLP's, and the model's."""
     order = Neurons(6, lambda _: np.zeros((3, 3), np.int64))

@@ -9,7 +9,7 @@ from moe2gguf.experts import methods
 PAGE = Path(__file__).parent.parent / "docs" / "calibration.md"
 
 
-@pytest.mark.parametrize("table", ["GROUPS", "ROUTERS", "AMPLIFICATIONS"])
+@pytest.mark.parametrize("table", ["GROUPS", "ROUTERS", "AMPLIFICATIONS", "CORRECTIONS"])
 def test_the_docs_have_every_method_with_its_source(table):
     """Word for word."""
     text = PAGE.read_text(encoding="utf-8")

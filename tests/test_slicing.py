@@ -11,6 +11,7 @@ from moe2gguf.experts.slicing import (
     expert_width,
     slice_columns,
     slice_rows,
+    with_row,
     zero_router,
 )
 
@@ -107,6 +108,20 @@ def test_a_power_of_two_amplifies_exactly(dtype):
     (only,) = slice_columns(weight, contiguous_order(4, 1), [8.0])
 
     assert np.array_equal(weight, only / weight.dtype.type(8))
+
+
+def test_another_row_for_one_neuron():
+    """In its place in one expert, in the weights' type; padding and the checkpoint itself stay as they were."""
+    weight = np.arange(8, dtype="float16").reshape(4, 2)
+    order = np.array([[0, 1, -1], [3, 2, -1]])
+
+    first, second = with_row(slice_rows(weight, order), order, 1, np.float32([0.1, 9]))
+    (whole,) = with_row(slice_rows(weight, np.arange(4)[None]), np.arange(4)[None], 3, np.float32([5, 5]))
+
+    assert [[0, 1], [np.float16(0.1), 9], [0, 0]] == first.tolist()
+    assert [[6, 7], [4, 5], [0, 0]] == second.tolist()
+    assert [[0, 1], [2, 3], [4, 5], [5, 5]] == whole.tolist()
+    assert ([6, 7], np.float16) == (weight[3].tolist(), first.dtype)
 
 
 def test_the_zero_router_is_zero_and_f32():

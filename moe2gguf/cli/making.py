@@ -45,6 +45,11 @@ from moe2gguf.experts import methods
     option("--always-on", type=AlwaysOn(), metavar="N|auto", help="Experts that every token runs."),
     option("--router", type=click.Choice([*methods.ROUTERS]), help="How experts are chosen."),
     option("--refit/--no-refit", default=None, help="Correct the down projections for what does not run."),
+    option(
+        "--bias-neuron/--no-bias-neuron",
+        default=None,
+        help="A constant in place of each MLP's least useful neuron, for what does not run.",
+    ),
     option("--amplify", type=click.Choice([*methods.AMPLIFICATIONS]), help="Which counts sound right."),
     option("--calibration", type=FILE, help="Text, or JSONL with a text field.  [default: Python's documentation]"),
     option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it."),

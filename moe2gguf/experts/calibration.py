@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs, carve, observe
 from moe2gguf.experts.forward import Layers, choose_device
-from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.layer import BiasNeuron, LayerExperts
 from moe2gguf.experts.rows import Made, Rows, Shelf, Store, chunks
 from moe2gguf.experts.slicing import PADDING
 from moe2gguf.experts.text import Text
@@ -165,8 +165,13 @@ def _save(work: Path, i: int, carved: Carved, slicing: Slicing, streams: tuple[R
     order = np.full((slicing.n_expert, slicing.d_expert), PADDING, np.int64)
     for row, group in zip(order, carved.groups, strict=True):
         row[: len(group)] = group.cpu().numpy()
-    down = carved.mlp.down.T.contiguous().cpu().numpy() if slicing.recipe.refit else None
-    LayerExperts(order, carved.router.cpu().numpy(), carved.scale.cpu().numpy(), down, carved.report).save(work, i)
+    made = LayerExperts(order, carved.router.cpu().numpy(), carved.scale.cpu().numpy(), report=carved.report)
+    if slicing.recipe.changes_down:
+        made = replace(made, down=carved.mlp.down.T.contiguous().cpu().numpy())
+    if (neuron := carved.bias_neuron) is not None:
+        gate, up = (rows[neuron].cpu().numpy() for rows in (carved.mlp.gate, carved.mlp.up))
+        made = replace(made, bias=BiasNeuron(neuron, gate, up))
+    made.save(work, i)
     unfinished = work / "state.tmp"
     with unfinished.open("wb") as file:
         for rows in streams:

@@ -7,17 +7,18 @@ Shapes: x (n_token, d_model) is the post-norm MLP input, h (n_token, d_ff) = sil
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts import amplification, grouping, routing
+from moe2gguf.experts import amplification, bias, grouping, routing
 from moe2gguf.experts.grouping import Groups
 from moe2gguf.experts.refit import Normal, add_gram, mirror, refit
 from moe2gguf.experts.rows import Rows, Store, chunks
+from moe2gguf.experts.slicing import default_always_on
 from moe2gguf.spec import Slicing
 
 HELD_OUT = 5
@@ -70,7 +71,7 @@ class Inputs:
 class Carved:
     """The sliced MLP: `groups` of neuron numbers, `router` (n_expert, d_model), `scale` (n_expert,), new weights.
 
-    `report` holds what the user is shown, see `carve`.
+    `report` holds what the user is shown, see `carve`; `bias_neuron` is the number of the one that became a bias.
     """
 
     mlp: MLP
@@ -78,6 +79,7 @@ class Carved:
     router: Tensor
     scale: Tensor
     report: Report = field(default_factory=dict)
+    bias_neuron: int | None = None
 
     def weights(self, x: Tensor, k: int) -> Tensor:
         """(n_token, n_expert): renormalized top-k softmax times the amplification, zero where an expert does not run.
@@ -149,7 +151,8 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
     (the same if the truly largest were chosen), `hit_rate` (share of choices that are the oracle's), `energy_by_used`
     (share of all experts' energy that the first 1, 2 ... n of the router's order have), `load` (share of tokens per
     expert), `constant_min` (smallest v . x on held-out tokens), `always_on`, `always_on_rate` (share of tokens for
-    which all of those run), and after a refit `refit_error` (share of the held-out error left) and `refit_strength`.
+    which all of those run), with a bias neuron but no refit `bias_error` (share of the missing energy left), and after
+    a refit `refit_error` (share of the held-out error left) and `refit_strength`.
 
     Raises:
         CalibrationError: activations that are not finite, or a system that cannot be solved.
@@ -168,7 +171,9 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
         plain = Carved(mlp, groups, router, amplification.uniform(n, k))
         report = _report(plain, x, energy, v, n_shared, k)
         carved = Carved(mlp, groups, router, _scale(plain, x, slicing), report)
-        return _refitted(carved, inputs, k) if recipe.refit else carved
+        if recipe.bias_neuron:
+            carved = bias.placed(carved, _spare(seen), v)
+        return _corrected(carved, mlp, inputs, slicing) if recipe.changes_down else carved
     except torch.linalg.LinAlgError as error:
         raise CalibrationError(
             f"a system of equations has no solution ({error}); give more --calibration-tokens of more varied text"
@@ -181,11 +186,6 @@ def _require_finite(inputs: Inputs) -> None:
             raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
 
 
-def default_always_on(n_expert: int, n_expert_used: int) -> int:
-    """All that run but a quarter of all experts, at least half of them, never all: 8 of 12, 4 of 8, 2 of 4 (n = 16)."""
-    return min(max(n_expert_used - n_expert // 4, n_expert_used // 2), n_expert_used - 1)
-
-
 def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Groups:
     recipe, importance = slicing.recipe, seen.together.diagonal().clone()
     sizes = grouping.group_sizes(len(importance), slicing.n_expert)
@@ -193,6 +193,8 @@ def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Gr
         return list(torch.arange(len(importance)).split(sizes))
     if n_shared:
         importance[seen.carriers] += importance.max()  # whatever carries a massive activation always runs
+    if recipe.bias_neuron:
+        importance[_spare(seen)] = 2 * importance.max()  # it will be the bias, which always runs
     similarity = None
     if recipe.group == "weights":
         gate = torch.nn.functional.normalize(mlp.gate, dim=1)
@@ -200,6 +202,11 @@ def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Gr
     elif recipe.group == "activations":
         similarity = seen.together
     return grouping.split(importance, similarity, sizes, n_shared, recipe.seed)
+
+
+def _spare(seen: Contributions) -> int:
+    """The least useful neuron of the MLP."""
+    return int(seen.together.diagonal().masked_fill(seen.carriers, float("inf")).argmin())
 
 
 def _energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
@@ -264,12 +271,19 @@ def _scale(plain: Carved, x: Rows, slicing: Slicing) -> Tensor:
     return amplification.fitted(dot, square, n, k)
 
 
-def _refitted(carved: Carved, inputs: Inputs, k: int) -> Carved:
-    """The same experts with a corrected down projection."""
+def _corrected(carved: Carved, dense: MLP, inputs: Inputs, slicing: Slicing) -> Carved:
+    """The same experts with a refitted down projection, or one whose bias neuron has its column."""
+    energy = _each(inputs.target, lambda y: y.square().sum(1))
+    weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)  # no token may own the fit
+    if slicing.recipe.refit:
+        return _refitted(carved, inputs, weight, slicing.n_expert_used)
+    return bias.filled(carved, dense, inputs.sliced, weight, slicing.n_expert_used)
+
+
+def _refitted(carved: Carved, inputs: Inputs, weight: Tensor, k: int) -> Carved:
+    """The same experts with a refitted down projection; `weight` (n_token,) is how much each token counts."""
     x, target = inputs.sliced, inputs.target
     n_train = len(x) - len(x) // HELD_OUT
-    energy = _each(target, lambda y: y.square().sum(1))
-    weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)  # no token may own the fit
     normals = []
     for span in (range(n_train), range(n_train, len(x))):
         normal = Normal.empty(*carved.mlp.down.shape)
@@ -279,9 +293,9 @@ def _refitted(carved: Carved, inputs: Inputs, k: int) -> Carved:
             normal.add(h, target[tokens] - h @ carved.mlp.down, weight[tokens])
         normals.append(normal.finished())
     delta, strength, error = refit(*normals)
-    mlp = MLP(carved.mlp.gate, carved.mlp.up, carved.mlp.down + delta)
+    mlp = replace(carved.mlp, down=carved.mlp.down + delta)
     report = carved.report | {"refit_error": error} | ({"refit_strength": strength} if error < 1 else {})
-    return Carved(mlp, carved.groups, carved.router, carved.scale, report)
+    return replace(carved, mlp=mlp, report=report)
 
 
 def _report(carved: Carved, x: Rows, energy: Tensor, v: Tensor, n_shared: int, k: int) -> Report:

@@ -25,6 +25,14 @@ AMPLIFICATIONS = {
 }
 """Derivations: `moe2gguf.experts.amplification`."""
 
+CORRECTIONS = {
+    "refit": "a ridge regression of the down projections on what is missing, given the experts that run; the default "
+    "with a text of your own",
+    "bias-neuron": "a constant in place of each MLP's least useful neuron, the mean of what is missing (FLAP's bias, "
+    "https://arxiv.org/abs/2312.11983)",
+}
+"""What is done for the experts that do not run; formulas: `moe2gguf.experts.refit` and `moe2gguf.experts.bias`."""
+
 TRAINED = {
     "router": "which experts run; their weights stay as they are",
     "down": "the experts' down projections",

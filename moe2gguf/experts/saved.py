@@ -1,9 +1,10 @@
 """A calibration in one file, to write the same experts again: as another type, with another name, amplified for another
 count, without another pass over the text.
 
-The file is safetensors: per layer the order of neurons, the router, the amplification and, after a refit, the corrected
-down projection; its metadata says what it was made from. What depends on the inputs of a layer is not kept (it would be
-every hidden state), hence another number of experts, grouping, router or refit needs a new pass.
+The file is safetensors: per layer the order of neurons, the router, the amplification and, where they are not the
+checkpoint's, the down projection and a bias neuron; its metadata says what it was made from. What depends on the inputs
+of a layer is not kept (it would be every hidden state), hence another number of experts, grouping, router or correction
+needs a new pass.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ class Job:
     refit: bool
     amplify: str
     seed: int
+    bias_neuron: bool = False
 
     @property
     def rescalable(self) -> bool:
         """Whether only the router's size and the amplification depend on `n_expert_used` and `amplify`."""
-        return not self.refit and self.amplify in ("exact", "used")
+        return not self.recipe().changes_down and self.amplify in ("exact", "used")
 
     def recipe(self) -> Recipe:
         """The recipe it was made with."""
@@ -92,7 +94,7 @@ def save(path: Path, job: Job, layer: Callable[[int], LayerExperts]) -> None:
             file.write(struct.pack("<Q", len(text)) + text)
             for i in range(job.n_layer):
                 made = layer(i)
-                parts = vars(made) | {"order": made.order[:, : shapes["order"][1][1]]}  # without padding
+                parts = made.arrays() | {"order": made.order[:, : shapes["order"][1][1]]}  # without padding
                 for name, (kind, shape) in shapes.items():
                     file.write(np.ascontiguousarray(parts[name], kind).reshape(shape).data)
         partial.replace(path)
@@ -109,7 +111,12 @@ def _shapes(job: Job) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
         "router": (np.float32, (n, job.d_model)),
         "amplification": (np.float32, (n,)),
     }
-    return shapes | ({"down": (np.float32, (job.d_model, job.d_ff))} if job.refit else {})
+    if job.recipe().changes_down:
+        shapes["down"] = np.float32, (job.d_model, job.d_ff)
+    if job.bias_neuron:
+        row = np.float32, (job.d_model,)
+        shapes |= {"bias_neuron": (np.int64, ()), "bias_gate": row, "bias_up": row}
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,9 @@ class Saved:
             raise _broken(self.path, f"layer {i} does not place every neuron once")
         if not all(np.isfinite(part).all() for part in parts.values()):
             raise _broken(self.path, f"layer {i} holds numbers that are not finite")
-        made = LayerExperts(order, parts["router"], parts["amplification"], parts.get("down"), self.reports[i])
+        made = LayerExperts.of(parts | {"order": order}, self.reports[i])
+        if made.bias and not 0 <= made.bias.neuron < self.job.d_ff:
+            raise _broken(self.path, f"layer {i} has a bias in place of neuron {made.bias.neuron}")
         return _rescaled(made, self.job, slicing)
 
 
@@ -209,6 +218,7 @@ def _sound(job: Job) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(type(count) is int and 0 < count < 2**40 for count in counts)
         and isinstance(job.refit, bool)
+        and isinstance(job.bias_neuron, bool)
         and type(job.seed) is int
         and job.n_expert_used <= job.n_expert <= job.d_ff
     )

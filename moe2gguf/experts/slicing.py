@@ -7,7 +7,7 @@ of error, since silu(0) * 0 = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,11 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def default_always_on(n_expert: int, n_expert_used: int) -> int:
+    """All that run but a quarter of all experts, at least half of them, never all: 8 of 12, 4 of 8, 2 of 4 (n = 16)."""
+    return min(max(n_expert_used - n_expert // 4, n_expert_used // 2), n_expert_used - 1)
+
+
 def contiguous_order(d_ff: int, n_expert: int, align: int = 1, grain: int = 1) -> Order:
     """Neurons 0, 1, 2 ... cut into n_expert runs whose lengths differ by at most one, each padded to the same width.
 
@@ -52,6 +57,19 @@ def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
             block = weight[np.maximum(neurons, 0)]
             block[neurons == PADDING] = 0
             yield block
+
+
+def with_row(experts: Iterable[Array], order: Order, neuron: int, row: Array) -> Iterator[Array]:
+    """The experts (d_expert, d_model) of `order`, numbers, with another row (d_model,) for one neuron.
+
+    The row is rounded once to the experts' type.
+    """
+    for rows, neurons in zip(experts, order, strict=True):
+        place = np.flatnonzero(neurons == neuron)
+        if place.size:
+            rows = rows.copy()  # noqa: PLW2901 -- it may be a view of the checkpoint
+            rows[place] = row.astype(rows.dtype)
+        yield rows
 
 
 def slice_columns(weight: Array, order: Order, amplification: Sequence[float] | Array) -> Iterator[Array]:

@@ -10,6 +10,7 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.export.gguf_file import GGUFFile
+from moe2gguf.export.metadata import BIAS_NEURON
 from moe2gguf.export.reader import MAX_HEADER, read_gguf
 from moe2gguf.limits import check_expert_counts
 
@@ -60,6 +61,11 @@ def _require_free(file: GGUFFile, n_expert_used: int) -> None:
     if file.metadata.get("moe2gguf.slicing.refit") is True:
         raise GGUFError(
             f"{file.path}: its experts are refitted for {made_for} of them. Convert again with --used {n_expert_used}"
+        )
+    if file.metadata.get(BIAS_NEURON) is True:
+        raise GGUFError(
+            f"{file.path}: its bias neurons stand for what does not run at {made_for} experts. Convert again with "
+            f"--used {n_expert_used}, or with --no-bias-neuron"
         )
 
 

@@ -24,6 +24,9 @@ CALIBRATION_LOAD = "moe2gguf.calibration.load"
 """Share of the calibration's tokens that ran each expert, (n_layer * n_expert,) layer after layer; zeros stand there
 until the experts are made."""
 
+BIAS_NEURON = "moe2gguf.slicing.bias_neuron"
+"""True where one neuron of every layer became a bias for the experts that do not run."""
+
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
     """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""
@@ -119,6 +122,7 @@ def provenance(
             "moe2gguf.slicing.padding": slicing.n_expert * slicing.d_expert - model.d_ff,
             "moe2gguf.slicing.align": slicing.align,
             **({"moe2gguf.slicing.scale_tensor": True} if slicing.scale_tensor else {}),
+            **({BIAS_NEURON: True} if slicing.recipe.bias_neuron else {}),
         }
         if slicing.recipe.amplify in ("exact", "used"):
             count = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
