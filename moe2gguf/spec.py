@@ -92,7 +92,8 @@ class Vocabulary:
 class Recipe:
     """How neurons are grouped, experts chosen and weights corrected; names as in `moe2gguf.experts.methods`.
 
-    always_on  experts that the router always picks; None chooses a number per layer
+    always_on  experts that the router always picks; None takes the default number
+    search     search that number, layer by layer, around the default; `always_on` is None then
     refit      correct the down projection for the experts that do not run, at n_expert_used
     """
 
@@ -102,6 +103,7 @@ class Recipe:
     refit: bool = False
     amplify: str = "exact"
     seed: int = 0
+    search: bool = False
 
     @property
     def needs_calibration(self) -> bool:

@@ -53,6 +53,7 @@ class Job:
     refit: bool
     amplify: str
     seed: int
+    search: bool = False
 
     @property
     def rescalable(self) -> bool:
@@ -209,6 +210,7 @@ def _sound(job: Job) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(type(count) is int and 0 < count < 2**40 for count in counts)
         and isinstance(job.refit, bool)
+        and isinstance(job.search, bool)
         and type(job.seed) is int
         and job.n_expert_used <= job.n_expert <= job.d_ff
     )
