@@ -14,6 +14,8 @@ from moe2gguf.export.recipes import TypeOptions, refuse_type
 from moe2gguf.spec import COHERENT, SEED, Model, Recipe
 
 DEFAULT_EXPERTS = 8
+AUTO, SEARCH = -1, -2
+"""What `Options.always_on` may be beside a number."""
 LEAST_TOKENS = 1024
 """Of any calibration. A router has d_model unknowns per expert, a refit d_ff per output, on 4 of 5 tokens."""
 
@@ -33,8 +35,8 @@ class Options:
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
     recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next seven change it
-    group, always_on, router, refit, bias_neuron, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on -1
-                        chooses per layer
+    group, always_on, router, refit, bias_neuron, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on
+                AUTO (-1) takes the default number, SEARCH (-2) searches one for every layer
     calibration         text file to calibrate on (None: the embedded text, to which nothing is refitted unless asked:
                         a refit fits the domain of its text)
     calibration_tokens  how many tokens of it
@@ -97,7 +99,7 @@ class Options:
         if base is COHERENT and self.refit is None:
             changes["refit"] = self.calibration is not None
         if self.always_on is not None:
-            changes["always_on"] = None if self.always_on < 0 else self.always_on
+            changes |= {"always_on": None if self.always_on < 0 else self.always_on, "search": self.always_on == SEARCH}
         return replace(base, seed=self.seed, **changes)
 
 
@@ -112,7 +114,7 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
         "experts": job.n_expert,
         "used": job.n_expert_used,
         "group": job.group,
-        "always_on": -1 if job.always_on is None else job.always_on,
+        "always_on": (SEARCH if job.search else AUTO) if job.always_on is None else job.always_on,
         "router": job.router,
         "refit": job.refit,
         "bias_neuron": job.bias_neuron,
@@ -125,8 +127,8 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
     together = made | given
     rescalable = job.rescalable and together["amplify"] in ("exact", "used")
     found = [
-        f"--{name.replace('_', '-')} {value}: {file} was made with {made[name]}; leave it out, or calibrate again "
-        "without --load-calibration"
+        f"--{name.replace('_', '-')} {_said(name, value)}: {file} was made with {_said(name, made[name])}; leave it "
+        "out, or calibrate again without --load-calibration"
         for name, value in given.items()
         if value != made[name] and not (rescalable and name in ("used", "amplify"))
     ]
@@ -137,6 +139,11 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
     if options.recipe == "seed" or options.dense:
         found.append("--load-calibration: the seed recipe and --dense use no calibration; leave one of them out")
     return replace(options, recipe="coherent", **together), found
+
+
+def _said(name: str, value: Any) -> str:
+    """The value of an option as the command line has it."""
+    return {AUTO: "auto", SEARCH: "search"}.get(value, str(value)) if name == "always_on" else str(value)
 
 
 def refusals(model: Model, options: Options) -> list[str]:
@@ -183,8 +190,10 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
         return found
     (n, k), recipe = options.counts(), options.chosen_recipe()
     shared = recipe.always_on
-    if shared is not None and shared > 0:
-        if not (shared < k or shared == k == n):
+    if recipe.search and k in (1, n):
+        found.append(f"--always-on search: --used {k} of {n} leaves nothing to search; leave it out")
+    if recipe.search or (shared is not None and shared > 0):
+        if shared is not None and not (shared < k or shared == k == n):
             found.append(f"--always-on {shared}: must be below --used {k}, so that there is something to route")
         if recipe.router == "zero":
             found.append("--router zero cannot keep experts always on; choose gate-mean or least-squares")

@@ -92,7 +92,8 @@ class Vocabulary:
 class Recipe:
     """How neurons are grouped, experts chosen and weights corrected; names as in `moe2gguf.experts.methods`.
 
-    always_on  experts that the router always picks; None chooses a number per layer
+    always_on  experts that the router always picks; None takes the default number
+    search     search that number, layer by layer, around the default; `always_on` is None then
     refit      correct the down projection for the experts that do not run, at n_expert_used
     bias_neuron  a constant in place of the least useful neuron gives back the mean of what does not run there
     """
@@ -104,6 +105,7 @@ class Recipe:
     amplify: str = "exact"
     seed: int = 0
     bias_neuron: bool = False
+    search: bool = False
 
     @property
     def needs_calibration(self) -> bool:

@@ -23,7 +23,8 @@ from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs, carve, observe
 from moe2gguf.experts.forward import Layers, choose_device
 from moe2gguf.experts.layer import BiasNeuron, LayerExperts
-from moe2gguf.experts.rows import Made, Rows, Shelf, Store, chunks
+from moe2gguf.experts.rows import Made, Rows, Shelf, Store, chunks, first
+from moe2gguf.experts.search import WINDOWS, Judge, variants
 from moe2gguf.experts.slicing import PADDING
 from moe2gguf.experts.text import Text
 from moe2gguf.spec import Slicing
@@ -37,12 +38,12 @@ class Subject:
     """The dense model that is calibrated, wherever its weights and its tokenizer come from.
 
     layers     its blocks, on a device
-    windows    (text, n_token, n_context) -> token ids (n_window, n_context), see `moe2gguf.experts.text.windows`
+    windows    (text, n_token, n_context, spare) -> ids (n_window, n_context), see `moe2gguf.experts.text.windows`
     identity   what tells its weights from others, for a calibration that is continued
     """
 
     layers: Callable[[torch.device], Layers]
-    windows: Callable[[Text, int, int], NDArray[np.int64]]
+    windows: Callable[[Text, int, int, int], NDArray[np.int64]]
     identity: str = ""
 
 
@@ -61,11 +62,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Streams:
-    """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output."""
+    """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output.
+
+    The experts are fitted to the first `n_fit` tokens; the others are those of the windows that judge.
+    """
 
     dense: Store
     sliced: Store
     output: Store
+    n_fit: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from layer to layer; `judge` chooses among several carvings of a layer, if it is searched."""
+
+    layers: Layers
+    n_context: int
+    slicing: Slicing
+    carver: Carver
+    judge: Judge | None
+    work: Path
 
 
 def calibrate(
@@ -89,42 +106,62 @@ def calibrate(
     device = choose_device(settings.device)
     with torch.inference_mode(), device:
         layers = subject.layers(device)
-        ids = subject.windows(text, settings.n_token, settings.n_context)
-        if ids.size < settings.n_token // settings.n_context * settings.n_context:
-            raise CalibrationError(
-                f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,} in windows of "
-                f"{settings.n_context}; give more text or --calibration-tokens {ids.size}"
-            )
+        n_spare = WINDOWS if slicing.recipe.search else 0
+        ids = _windows(subject, text, settings, n_spare)
+        n_fit = ids.size - n_spare * settings.n_context
         job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": subject.identity}
-        first = _resume(work, job)
-        advance(first * ids.size)
+        begin = _resume(work, job)
+        advance(begin * n_fit)
+        judge = Judge.hear(layers, ids[-n_spare:]) if n_spare and begin < len(layers) else None
+        run = _Run(layers, settings.n_context, slicing, carver or carve, judge, work)
         with tempfile.TemporaryDirectory(prefix="states-", dir=work) as spill:
             shelf = Shelf(ids.size, layers.d_model, 3, settings.memory, Path(spill))
-            streams = _Streams(*(shelf.store(name) for name in ("dense", "sliced", "output")))
-            _start(work, first, layers, ids, streams)
-            for i in range(first, len(layers)):
-                _layer(layers, i, ids.shape[1], streams, slicing, work, carver or carve)
-                advance(ids.size)
+            streams = _Streams(shelf.store("dense"), shelf.store("sliced"), shelf.store("output"), n_fit)
+            _start(work, begin, layers, ids, streams)
+            for i in range(begin, len(layers)):
+                _layer(run, i, streams)
+                advance(n_fit)
         return [LayerExperts.load(work, i).report for i in range(len(layers))]
 
 
-def _layer(
-    layers: Layers, i: int, n_context: int, streams: _Streams, slicing: Slicing, work: Path, carver: Carver
-) -> None:
+def _windows(subject: Subject, text: Text, settings: Settings, n_spare: int) -> NDArray[np.int64]:
+    """The windows to fit and, behind them, `n_spare` to judge by: (n_window, n_context), all there."""
+    n_context = settings.n_context
+    ids = subject.windows(text, settings.n_token, n_context, n_spare)
+    n_fit = ids.size - n_spare * n_context
+    if n_fit < settings.n_token // n_context * n_context:
+        judging = f" and {n_spare} windows to judge by" if n_spare else ""
+        fewer = f" or --calibration-tokens {n_fit}" if n_fit > 0 else ""
+        raise CalibrationError(
+            f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,}{judging} in windows of {n_context}; "
+            f"give more text{fewer}"
+        )
+    return ids
+
+
+def _layer(run: _Run, i: int, streams: _Streams) -> None:
     """Layer `i`: attention, the dense MLP, its experts, and what both models add to their streams."""
     dense, sliced, output = streams.dense, streams.sliced, streams.output
-    block = layers.block(i)
+    block, slicing = run.layers.block(i), run.slicing
     for stream in (dense, sliced):
-        block.attend(stream, n_context)
+        block.attend(stream, run.n_context)
     x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
     target = Made(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
-    seen = observe(block.mlp, x_dense, output)
-    carved = carver(block.mlp, Inputs(x_dense, output, x_sliced, target), slicing, seen)
+    n_fit, spare = streams.n_fit, slice(streams.n_fit, len(dense))
+    seen = observe(block.mlp, first(x_dense, n_fit), output)
+    inputs = Inputs(*(first(rows, n_fit) for rows in (x_dense, output, x_sliced, target)))
+    if run.judge is None:
+        carved = run.carver(block.mlp, inputs, slicing, seen)
+    else:
+        output[spare] = block.mlp(x_dense[spare])
+        made = [run.carver(block.mlp, inputs, variant, seen) for variant in variants(slicing)]
+        outputs = [candidate(x_sliced[spare], slicing.n_expert_used).cpu() for candidate in made]
+        carved = run.judge.best(i, made, sliced[spare], outputs)
     for part in chunks(len(dense)):
         dense[part] = dense[part] + output[part]
         sliced[part] = sliced[part] + carved(x_sliced[part], slicing.n_expert_used).cpu()
-    _save(work, i, carved, slicing, (dense, sliced))
-    layers.release(i)
+    _save(run.work, i, carved, slicing, (dense, sliced))
+    run.layers.release(i)
 
 
 def _resume(work: Path, job: dict[str, Any]) -> int:

@@ -53,6 +53,11 @@ class Made:
         return self.make(part)
 
 
+def first(rows: Rows, n_token: int) -> Made:
+    """The first `n_token` of the rows."""
+    return Made(n_token, lambda part: rows[slice(*part.indices(n_token))])
+
+
 class OnDisk:
     """Rows in a file of their own, in the machine's byte order; only the piece that is asked for is in memory."""
 

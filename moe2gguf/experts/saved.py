@@ -55,6 +55,7 @@ class Job:
     amplify: str
     seed: int
     bias_neuron: bool = False
+    search: bool = False
 
     @property
     def rescalable(self) -> bool:
@@ -219,6 +220,7 @@ def _sound(job: Job) -> bool:
         and all(type(count) is int and 0 < count < 2**40 for count in counts)
         and isinstance(job.refit, bool)
         and isinstance(job.bias_neuron, bool)
+        and isinstance(job.search, bool)
         and type(job.seed) is int
         and job.n_expert_used <= job.n_expert <= job.d_ff
     )

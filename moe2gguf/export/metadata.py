@@ -129,6 +129,8 @@ def provenance(
             result["moe2gguf.slicing.amplification"] = float(count)
         if slicing.recipe.always_on is not None:
             result["moe2gguf.slicing.always_on"] = slicing.recipe.always_on
+        if slicing.recipe.search:
+            result["moe2gguf.slicing.always_on_search"] = True
     if calibration:
         result |= {
             "moe2gguf.calibration.text": calibration.label,
