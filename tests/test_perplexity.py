@@ -24,6 +24,12 @@ CODE = 1e-5
 """Nats that 16-bit codes of the base's log probabilities (steps of up to 2.4e-4) may move a percentile."""
 
 
+KERNELS = 2e-4
+"""Relative: what other vector instructions may move the perplexity of an F16 model: 7e-5 with AVX2 beside the record.
+
+Q4_0, whose products are rounded otherwise, moves by 5e-3."""
+
+
 def told(case: Case) -> dict[str, tuple[float, float | None]]:
     """Name -> value and its ± of the record, in the order of its lines; the base's own perplexity is "Final"."""
     found = {}
@@ -92,6 +98,11 @@ def test_the_tiny_model(tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.timeout(1800)
 def test_the_real_model(tmp_path: Path) -> None:
-    """SmolLM2 in Q4_0 against F16, on the license."""
+    """SmolLM2 in Q4_0 against F16, on the license; Q4_0's numbers only where the processor is like the record's."""
     case = smollm2(tmp_path, smollm2_folder())
-    assert_equal(measured(case, tmp_path), case, is_cut=True)
+    found, (base, _) = measured(case, tmp_path), told(case)["Final"]
+
+    assert found.perplexity_base == pytest.approx(base, rel=KERNELS)
+    if found.perplexity_base != pytest.approx(base, rel=DIGITS):
+        pytest.skip(f"other kernels than the record's: F16 has {found.perplexity_base:.4f} here and {base} there")
+    assert_equal(found, case, is_cut=True)
