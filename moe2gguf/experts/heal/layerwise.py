@@ -100,11 +100,11 @@ def scores(head: Callable[[Tensor], Tensor], dense: Tensor, sliced: Tensor, job:
     nll: dict[str, list[float]] = {}
     base_nll = []
     for w in range(job.n_train, len(job.ids)):
-        k, following = str(job.counts[w]), torch.from_numpy(job.ids[w, 1:, None])
+        k, following = str(job.counts[w]), torch.from_numpy(job.ids[w, 1:])
         base, ours = (head(stream[w, :-1]).cpu() for stream in (dense, sliced))
         kl.setdefault(k, []).append(float(losses.kl(ours, base).mean()))
-        nll.setdefault(k, []).append(-float(ours.log_softmax(-1).gather(1, following).mean()))
-        base_nll.append(-float(base.log_softmax(-1).gather(1, following).mean()))
+        nll.setdefault(k, []).append(float(losses.next_token(ours, following).mean()))
+        base_nll.append(float(losses.next_token(base, following).mean()))
     means = {k: float(np.mean(values)) for k, values in kl.items()}
     return {
         "kl": means,
