@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moe2gguf.imatrix import Collection
     from moe2gguf.planning import Plan
     from moe2gguf.quantize import Quantization, QuantizationPlan
+    from moe2gguf.sample import Sample
 
 PLAIN_WIDTH = 120
 WIDE = 250
@@ -354,6 +355,11 @@ def stream(prompt: str, pieces: Generation) -> None:
             f"prompt {speed.n_prompt} tokens, {speed.prompt_speed:.1f} tokens/s; "
             f"generated {speed.n_generated}, {speed.generation_speed:.1f} tokens/s ({speed.stopped})"
         )
+
+
+def sampled(done: Sample) -> None:
+    """The file and what is in it."""
+    out().print(f"{done.path}: {done.n_text:,} texts, {done.n_token:,} tokens", markup=False)
 
 
 def collection(done: Collection) -> None:

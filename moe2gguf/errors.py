@@ -29,7 +29,7 @@ class PlanError(Moe2GgufError):
     def __init__(self, refusals: Sequence[str]) -> None:
         self.refusals = tuple(refusals)
         head = "1 problem" if len(self.refusals) == 1 else f"{len(self.refusals)} problems"
-        super().__init__("\n".join([f"cannot convert, {head}:", *(f"  - {line}" for line in self.refusals)]))
+        super().__init__("\n".join([f"cannot go on, {head}:", *(f"  - {line}" for line in self.refusals)]))
 
 
 class CorruptWeightError(Moe2GgufError):

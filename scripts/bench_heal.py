@@ -59,7 +59,7 @@ WAYS = (
     Way("end to end, short", START, end_to_end()),
     Way("layer by layer, then end to end, short", LAYERS, end_to_end()),
     Way("the same with attention, short", LAYERS, end_to_end(train=EVERYTHING)),
-    Way("the same for 8 of 16 alone, short", LAYERS, end_to_end("8")),
+    *(Way(f"the same for {k} of 16 alone, short", LAYERS, end_to_end(str(k))) for k in (12, 8, 4)),
     Way("router only, short", LAYERS, end_to_end(train=("router",))),
     Way("LoRA and router, short", LAYERS, end_to_end(train=("lora", "router"))),
     Way(LONG, LAYERS, end_to_end(train=EVERYTHING, long=True)),
@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a dense checkpoint (default: SmolLM2-135M)")
     parser.add_argument("--text", type=Path, metavar="FILE", required=True, help="text to train and score on")
-    parser.add_argument("--tokens", type=int, default=131072, help="to train on (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=184320, help="to train on (default: %(default)s)")
     parser.add_argument(
         "--layer-tokens", type=int, default=32768, help="of the layer-wise stage (default: %(default)s)"
     )

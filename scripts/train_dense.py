@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--lr", type=float, default=HealSettings.lr)
-    for name, default in (("tokens", 131072), ("steps", 240), ("batch", 2)):
+    for name, default in (("tokens", 184320), ("steps", 240), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 

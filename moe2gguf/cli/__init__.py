@@ -16,7 +16,7 @@ import cloup
 from click.shell_completion import get_completion_class
 from cloup import HelpTheme, Style
 
-from moe2gguf.cli.collecting import imatrix
+from moe2gguf.cli.collecting import imatrix, sample
 from moe2gguf.cli.looking import inspect, run, verify
 from moe2gguf.cli.making import convert, densify, quantize, set_used
 from moe2gguf.cli.measuring import bench, compare, experts
@@ -65,7 +65,8 @@ def completion(shell: str) -> None:
 
 cli.section("Making", convert, quantize, densify, heal, set_used)
 cli.section("Looking", inspect, verify, run, experts)
-cli.section("Measuring", compare, bench, imatrix)
+cli.section("Measuring", compare, bench)
+cli.section("Preparing", imatrix, sample)
 cli.section("Your shell", completion)
 
 

@@ -1,4 +1,4 @@
-"""The command that collects: imatrix."""
+"""Commands that prepare what others take: imatrix, sample."""
 
 from __future__ import annotations
 
@@ -69,3 +69,45 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
     done = collect_imatrix(model, out, text, n_token=n_token or None, progress=display.progress, **options)
     display.warnings([done.advice] if done.advice else [])
     emit(done.to_dict(), as_json, lambda: display.collection(done))
+
+
+@cloup.command()
+@cloup.argument("model", type=FILE, help="The GGUF file that writes: the dense model, f16 or q8_0.")
+@option_group(
+    "What",
+    option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The text file to write."),
+    option("--tokens", "n_token", default=32768, show_default=True, type=click.IntRange(1), help="To draw in all."),
+    option(
+        "--context", "n_context", default=512, show_default=True, type=click.IntRange(2), help="Of a text, at most."
+    ),
+    option(
+        "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of the draw."
+    ),
+    option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Another one, other texts."),
+)
+@option_group(
+    "Output",
+    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    option("--gpu", is_flag=True, help="Run all layers on the GPU."),
+    option("--parallel", "n_sequence", default=16, show_default=True, type=click.IntRange(1), help="Texts at a time."),
+    llama_threads_option,
+    json_option,
+)
+def sample(model: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Let a model write the text that calibrates it.
+
+    For who has no text of the kind the model is for: texts that each start with a random token and go on with what
+    the model itself would say. They suit it better than the documentation that convert takes by default.
+
+    \b
+    Example:
+      moe2gguf convert model dense.gguf --dense
+      moe2gguf sample dense.gguf -o own.txt
+      moe2gguf convert model half.gguf -n 16 --used 8 --calibration own.txt
+    """
+    from moe2gguf.harness.sampling import Draw
+    from moe2gguf.sample import sample_text
+
+    rest = {name: options.pop(name) for name in ("gpu", "force", "threads")}
+    done = sample_text(model, out, Draw(**options), progress=display.progress, **rest)
+    emit(done.to_dict(), as_json, lambda: display.sampled(done))

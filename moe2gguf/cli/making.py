@@ -56,7 +56,11 @@ from moe2gguf.experts import methods
         help="A constant in place of each MLP's least useful neuron, for what does not run.",
     ),
     option("--amplify", type=click.Choice([*methods.AMPLIFICATIONS]), help="Which counts sound right."),
-    option("--calibration", type=FILE, help="Text, or JSONL with a text field.  [default: Python's documentation]"),
+    option(
+        "--calibration",
+        type=FILE,
+        help="Text, or JSONL with a text field; `sample` writes one.  [default: Python's documentation]",
+    ),
     option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it."),
     option("--device", help="torch device of the calibration.  [default: cuda, mps or cpu]"),
     option(

@@ -32,6 +32,7 @@ class Setup:
     n_expert_used  experts per token (k); None: the file's own count; "all": every expert (k = n)
     n_context      tokens of a window: positions in the key/value cache
     n_batch        tokens computed at once; logits of at most so many positions are in memory
+    n_sequence     texts side by side, each with a window of its own (see `Llama.step`)
     n_threads      None: all processors this process may use
     n_gpu_layers   0: CPU only; negative: all layers
     rpc_servers    addresses (host:port) of llama.cpp RPC servers that take the place of this machine's GPUs
@@ -43,6 +44,7 @@ class Setup:
     n_expert_used: int | Literal["all"] | None = None
     n_context: int = 512
     n_batch: int = 128
+    n_sequence: int = 1
     n_threads: int | None = None
     n_gpu_layers: int = 0
     rpc_servers: tuple[str, ...] = ()
@@ -215,21 +217,45 @@ class Llama:
         room = min(self.setup.n_batch, self.n_context - self.n_past)
         if not 0 < n <= room:
             raise HarnessError(f"{n} tokens do not fit, there is room for {room}: raise the context or feed fewer")
+        logits = self._decode(tokens, np.arange(self.n_past, self.n_past + n), [0] * n, scored)
+        self.n_past += n
+        return logits
+
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Logits:
+        """Compute one more token of each of the `n_sequence` texts side by side: token i is of text i.
+
+        Returns their logits, (n_sequence, n_vocab): a view, valid until the next call. Raises HarnessError if llama.cpp
+        refuses a token.
+        """
+        n = self.setup.n_sequence
+        return self._decode(tokens, positions, range(n), [True] * n)
+
+    def forget(self, sequence: int) -> None:
+        """Drop all tokens of one of the texts side by side."""
+        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), sequence, -1, -1)
+
+    def _decode(
+        self,
+        tokens: Sequence[int] | NDArray[np.int32],
+        positions: Sequence[int] | NDArray[np.int64],
+        sequences: Sequence[int],
+        scored: Sequence[bool] | NDArray[np.bool_],
+    ) -> Logits:
+        n = len(tokens)
         batch = self.lib.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n
             _view(batch.token, n)[:] = tokens
-            _view(batch.pos, n)[:] = np.arange(self.n_past, self.n_past + n)
+            _view(batch.pos, n)[:] = positions
             _view(batch.n_seq_id, n)[:] = 1
             _view(batch.logits, n)[:] = scored
-            for i in range(n):
-                batch.seq_id[i][0] = 0
+            for i, sequence in enumerate(sequences):
+                batch.seq_id[i][0] = sequence
             code = self.lib.llama_decode(self.context, batch)
         finally:
             self.lib.llama_batch_free(batch)
         if code != 0:
             raise HarnessError(f"{self.facts.path}: llama_decode failed with code {code}{last_lines()}")
-        self.n_past += n
         n_scored = int(np.sum(scored))
         if n_scored == 0:
             return np.empty((0, self.facts.n_vocab), np.float32)
@@ -257,9 +283,9 @@ class Llama:
 
 def _context_params(lib: ModuleType, setup: Setup, n_context: int) -> Any:
     params = lib.llama_context_default_params()
-    params.n_ctx = n_context
+    params.n_ctx = n_context * setup.n_sequence
     params.n_batch = params.n_ubatch = setup.n_batch
-    params.n_seq_max = 1
+    params.n_seq_max = setup.n_sequence
     params.n_threads = params.n_threads_batch = setup.n_threads or processors()
     params.type_k = params.type_v = lib.GGML_TYPE_F32 if setup.kv_type == "f32" else lib.GGML_TYPE_F16
     params.flash_attn_type = (
