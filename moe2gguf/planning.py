@@ -31,6 +31,10 @@ from moe2gguf.sources import Source, draft, fitted, open_source
 from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
+NO_TEXT = (
+    "no --calibration: Python's documentation is taken, which few models are for; better is text of the kind this one is "
+    "meant for, or text that it writes itself (`moe2gguf sample`)"
+)
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
             f"--load-calibration {saved.path.name}: only its shapes are compared with a GGUF file, whose weights are "
             "rounded; see that it was made from the same model"
         )
+    if text and text.label == EMBEDDED:
+        notes.append(NO_TEXT)
     warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors, made.kinds)
     shards = lay_out_shards(metadata, tensors, made.kinds, options.shard_size)

@@ -47,6 +47,13 @@ def place(tmp_path_factory):
     return place
 
 
+def test_only_the_default_text_comes_with_advice(place, tmp_path):
+    (tmp_path / "text.txt").write_text("some text of the kind the model is for " * 900)
+    advised, own = (Options(**QUICK), Options(**QUICK, calibration=tmp_path / "text.txt"))
+    assert any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", advised).warnings)
+    assert not any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", own).warnings)
+
+
 @pytest.mark.parametrize("changes", [{}, {"refit": True}], ids=["default", "refit"])
 def test_a_file_gives_the_experts_of_the_folder(place, tmp_path, changes):
     """With nothing said but how many are used: every tensor, bit for bit, and the same figures by layer."""
