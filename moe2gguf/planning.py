@@ -32,8 +32,8 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
 NO_TEXT = (
-    "no --calibration: Python's documentation is taken, which few models are for; better is text of the kind this one is "
-    "meant for, or text that it writes itself (`moe2gguf sample`)"
+    "no --calibration: Python's documentation is taken, which few models are for; better is text of the kind that this "
+    "one is meant for, or text that it writes itself (`moe2gguf sample`)"
 )
 
 

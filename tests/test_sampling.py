@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import checkpoints
 import gguf
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import tiny_gguf
 from click.testing import CliRunner
 from tiny_gguf import EOS, FIRST_BYTE
 
+from moe2gguf import convert
 from moe2gguf.cli import cli
-from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.errors import CheckpointError, HarnessError, OutputError
 from moe2gguf.experts.text import read_text
 from moe2gguf.harness.child import run_in_child
 from moe2gguf.harness.llama import Setup, open_model
 from moe2gguf.harness.sampling import Draw, draws, sample
-from moe2gguf.sample import sample_text
+from moe2gguf.sample import DENSE, sample_text
 
 PIECES = [text.replace("▁", " ") for text in tiny_gguf.vocabulary()[0][FIRST_BYTE + 256 :]]
 ENDING = "é"
@@ -139,6 +141,24 @@ def test_the_command_writes_a_text_that_calibration_reads(model, tmp_path):
     assert isinstance(again.exception, OutputError)
     assert "--force" in str(again.exception)
     assert f"{len(drawn):,} texts" in CliRunner().invoke(cli, [*command, "--force"]).stdout
+
+
+def test_a_folder_writes_what_its_dense_file_writes(tmp_path):
+    """And nothing but the text is left."""
+    folder = checkpoints.make(tmp_path / "model")
+    convert(folder, tmp_path / "dense.gguf", DENSE)
+    before = sorted(tmp_path.iterdir())
+    sample_text(folder, tmp_path / "own.txt", Draw(60), threads=1)
+    drawn = sample(tmp_path / "dense.gguf", Draw(60), threads=1)
+    assert read_text(tmp_path / "own.txt").text == "\n\n".join(text for text, _ in drawn)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "own.txt"])
+
+
+def test_a_folder_that_is_no_checkpoint_leaves_nothing_behind(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError):
+        sample_text(tmp_path / "empty", tmp_path / "own.txt", Draw(60))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_a_broken_model_leaves_nothing_behind(tmp_path):

@@ -72,7 +72,11 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
 
 
 @cloup.command()
-@cloup.argument("model", type=FILE, help="The GGUF file that writes: the dense model, f16 or q8_0.")
+@cloup.argument(
+    "model",
+    type=click.Path(exists=True, path_type=Path),
+    help="The dense model that writes: a Hugging Face folder, or a GGUF file.",
+)
 @option_group(
     "What",
     option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The text file to write."),
@@ -101,9 +105,8 @@ def sample(model: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     \b
     Example:
-      moe2gguf convert model dense.gguf --dense
-      moe2gguf sample dense.gguf -o own.txt
-      moe2gguf convert model half.gguf -n 16 --used 8 --calibration own.txt
+      moe2gguf sample SmolLM2-135M-Instruct -o own.txt
+      moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration own.txt
     """
     from moe2gguf.harness.sampling import Draw
     from moe2gguf.sample import sample_text
