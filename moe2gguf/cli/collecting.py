@@ -82,7 +82,7 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
     option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The text file to write."),
     option("--tokens", "n_token", default=32768, show_default=True, type=click.IntRange(1), help="To draw in all."),
     option(
-        "--context", "n_context", default=512, show_default=True, type=click.IntRange(2), help="Of a text, at most."
+        "--context", "n_context", default=512, show_default=True, type=click.IntRange(8), help="Of a text, at most."
     ),
     option(
         "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of the draw."

@@ -17,6 +17,9 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.harness.child import stream_from_child
 from moe2gguf.harness.llama import Llama, Logits, Setup, open_model
 
+MIN_CONTEXT = 8
+"""Tokens that a text must be allowed, the model's BOS included."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -40,8 +43,15 @@ def sample(
     Raises:
         HarnessError: numbers out of range, llama.cpp cannot run the file, or its logits are not finite.
     """
-    if draw.n_token < 1 or draw.n_context < 2 or draw.n_sequence < 1 or not draw.temperature > 0 or draw.seed < 0:
-        raise HarnessError(f"{draw}: needed are 1 token and 1 text, a context of 2, a temperature above 0, a seed of 0")
+    if (
+        draw.n_token < 1
+        or draw.n_context < MIN_CONTEXT
+        or draw.n_sequence < 1
+        or not draw.temperature > 0
+        or draw.seed < 0
+    ):
+        needed = f"1 token and 1 text, a context of {MIN_CONTEXT}, a temperature above 0, a seed of 0"
+        raise HarnessError(f"{draw}: needed are at least {needed}")
     setup = Setup(
         n_context=0,
         n_batch=draw.n_sequence,
@@ -87,7 +97,7 @@ def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], 
                 if not ended:
                     text.tokens.append(int(drawn[i]))
                     n_left -= 1
-                if ended or len(text.tokens) == n_context:
+                if ended or len(text.tokens) >= n_context:
                     yield _spelled(model, text)
                     model.forget(i)
                     texts[i] = fresh()
