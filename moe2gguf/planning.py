@@ -191,7 +191,7 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
             f"--load-calibration {saved.path.name}: only its shapes are compared with a GGUF file, whose weights are "
             "rounded; see that it was made from the same model"
         )
-    if text and text.label == EMBEDDED:
+    if text and options.calibration is None:
         notes.append(NO_TEXT)
     warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
     layout = lay_out(metadata, tensors, made.kinds)

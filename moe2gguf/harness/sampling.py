@@ -7,7 +7,7 @@ the model's own probabilities, as in data-free calibration (LLM-QAT, https://arx
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +66,10 @@ def sample(
 
 @dataclass
 class _Text:
-    """One text: its tokens, of which the first `n_fed` are in llama.cpp's memory; `prefix` of them are not its own."""
+    """One text: its tokens, of which the first `n_fed` are in llama.cpp's memory."""
 
     tokens: list[int]
-    prefix: int
-    n_fed: int = field(default=0)
+    n_fed: int = 0
 
 
 def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], None, None]:
@@ -79,10 +78,14 @@ def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], 
         model.start(n_context)
         rng = np.random.default_rng(draw.seed)
         first, bos = beginnings(model), model.bos()
+        prefix = [] if bos is None else [bos]
 
         def fresh() -> _Text:
-            prefix = [] if bos is None else [bos]
-            return _Text([*prefix, int(rng.choice(first))], len(prefix))
+            return _Text([*prefix, int(rng.choice(first))])
+
+        def spelled(text: _Text) -> tuple[str, int]:
+            own = text.tokens[len(prefix) :]
+            return b"".join(map(model.piece, own)).decode("utf-8", "ignore"), len(own)
 
         texts = [fresh() for _ in range(draw.n_sequence)]
         n_left = draw.n_token - draw.n_sequence
@@ -98,12 +101,12 @@ def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], 
                     text.tokens.append(int(drawn[i]))
                     n_left -= 1
                 if ended or len(text.tokens) >= n_context:
-                    yield _spelled(model, text)
+                    yield spelled(text)
                     model.forget(i)
                     texts[i] = fresh()
                     n_left -= 1
         for text in texts:
-            yield _spelled(model, text)
+            yield spelled(text)
 
 
 def beginnings(model: Llama) -> NDArray[np.int64]:
@@ -128,8 +131,3 @@ def draws(logits: Logits, temperature: float, rng: np.random.Generator) -> NDArr
     sums = weights.cumsum(axis=1)
     marks = rng.random(len(logits)) * sums[:, -1]
     return np.array([row.searchsorted(mark) for row, mark in zip(sums, marks, strict=True)])
-
-
-def _spelled(model: Llama, text: _Text) -> tuple[str, int]:
-    own = text.tokens[text.prefix :]
-    return b"".join(map(model.piece, own)).decode("utf-8", "ignore"), len(own)
