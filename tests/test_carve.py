@@ -114,6 +114,17 @@ def test_a_bias_neuron_gives_back_the_mean_of_what_is_missing(amplify):
     assert 0 < biased.report["bias_error"] < 1
 
 
+def test_the_bias_neuron_carries_no_massive_activation():
+    """A neuron that only a massive token needs is useless on average, and still stays."""
+    mlp, inputs = layer()
+    seen = observe(mlp, inputs.dense, torch.empty_like(inputs.output))
+    least, next_to_it = seen.together.diagonal().argsort()[:2].tolist()
+    seen.carriers[least] = True
+
+    recipe = {"group": "activations", "router": "least-squares", "always_on": 2, "amplify": "used", "bias_neuron": True}
+    assert next_to_it == carve(mlp, inputs, slicing(**recipe), seen).bias_neuron
+
+
 def test_a_bias_neuron_joins_the_refit():
     """Its column starts at zero and is solved with all others: the output needs it, and the mean alone is beaten."""
     mlp, inputs = layer()

@@ -64,7 +64,8 @@ class Settings:
 class _Streams:
     """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output.
 
-    The experts are fitted to the first `n_fit` tokens; the others are those of the windows that judge.
+    The experts are fitted to the first `n_fit` tokens; the others are those of the windows that judge, for which only
+    `sliced` holds: the dense model has read them already.
     """
 
     dense: Store
@@ -153,7 +154,6 @@ def _layer(run: _Run, i: int, streams: _Streams) -> None:
     if run.judge is None:
         carved = run.carver(block.mlp, inputs, slicing, seen)
     else:
-        output[spare] = block.mlp(x_dense[spare])
         made = [run.carver(block.mlp, inputs, variant, seen) for variant in variants(slicing)]
         outputs = [candidate(x_sliced[spare], slicing.n_expert_used).cpu() for candidate in made]
         carved = run.judge.best(i, made, sliced[spare], outputs)
