@@ -124,8 +124,14 @@ def _calibrate_on_text(
     options, n_context = plan.options, window(plan.checkpoint.model)
     settings = Settings(options.calibration_tokens, n_context, options.device, options.calibration_memory)
     total = options.calibration_tokens // n_context * n_context * plan.checkpoint.model.n_layer
-    with progress("calibrate", total) as advance:
-        return calibrate(model, text, slicing, settings, work, advance)
+    try:
+        with progress("calibrate", total) as advance:
+            return calibrate(model, text, slicing, settings, work, advance)
+    except OSError as error:
+        raise CalibrationError(
+            f"{work}: cannot be written ({error.strerror or error}); calibration keeps its finished layers there: "
+            "remove what is in the way, make room, or write to another folder"
+        ) from error
 
 
 def _job(plan: Plan, text: Text, slicing: Slicing, made_from: str) -> Job:

@@ -150,6 +150,16 @@ def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monk
     assert ["x.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
+def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
+    """A file stands where the folder of finished layers would be; nothing is written, and the file stays."""
+    (tmp_path / "x.gguf.calibration").write_text("mine")
+
+    with pytest.raises(CalibrationError, match=r"x\.gguf\.calibration: cannot be written \(File exists\)"):
+        convert(place / "m", tmp_path / "x.gguf", Options(**QUICK))
+
+    assert ["x.gguf.calibration"] == [path.name for path in tmp_path.iterdir()]
+
+
 def test_a_calibration_is_kept_and_used_again(place, tmp_path):
     """For the file it was made from: the same bytes. The folder's weights are other ones, as far as can be told."""
     kept = tmp_path / "kept.calibration"
