@@ -121,9 +121,10 @@ def _calibrate_on_text(
     """Make the experts of every layer in `work`."""
     from moe2gguf.experts.calibration import Settings, calibrate
 
-    options, n_context = plan.options, window(plan.checkpoint.model)
-    settings = Settings(options.calibration_tokens, n_context, options.device, options.calibration_memory)
-    total = options.calibration_tokens // n_context * n_context * plan.checkpoint.model.n_layer
+    options, dense = plan.options, plan.checkpoint.model
+    n_token, n_context = options.tokens_for(dense), window(dense)
+    settings = Settings(n_token, n_context, options.device, options.calibration_memory)
+    total = n_token // n_context * n_context * dense.n_layer
     try:
         with progress("calibrate", total) as advance:
             return calibrate(model, text, slicing, settings, work, advance)
@@ -140,7 +141,7 @@ def _job(plan: Plan, text: Text, slicing: Slicing, made_from: str) -> Job:
         checkpoint=made_from,
         text=text.digest,
         label=text.label,
-        n_token=plan.options.calibration_tokens,
+        n_token=plan.options.tokens_for(model),
         n_layer=model.n_layer,
         d_model=model.d_model,
         d_ff=model.d_ff,

@@ -14,6 +14,7 @@ from moe2gguf.export.recipes import TypeOptions, refuse_type
 from moe2gguf.spec import COHERENT, SEED, Model, Recipe
 
 DEFAULT_EXPERTS = 8
+DEFAULT_TOKENS = 16384
 AUTO, SEARCH = -1, -2
 """What `Options.always_on` may be beside a number."""
 LEAST_TOKENS = 1024
@@ -37,9 +38,8 @@ class Options:
     recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next seven change it
     group, always_on, router, refit, bias_neuron, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on
                 AUTO (-1) takes the default number, SEARCH (-2) searches one for every layer
-    calibration         text file to calibrate on (None: the embedded text, to which nothing is refitted unless asked:
-                        a refit fits the domain of its text)
-    calibration_tokens  how many tokens of it
+    calibration         text file to calibrate on (None: the embedded text, of many kinds)
+    calibration_tokens  how many tokens of it (None: see `tokens_for`)
     device              torch device of the calibration (None: the best there is)
     calibration_memory  bytes of hidden states that are kept in memory; more of them go to disk
     save_calibration    file to keep the calibration in
@@ -72,7 +72,7 @@ class Options:
     amplify: str | None = None
     seed: int = 0
     calibration: Path | None = None
-    calibration_tokens: int = 16384
+    calibration_tokens: int | None = None
     device: str | None = None
     calibration_memory: int = 4 * 10**9
     save_calibration: Path | None = None
@@ -96,11 +96,15 @@ class Options:
             for name in ("group", "router", "refit", "bias_neuron", "amplify")
             if (value := getattr(self, name)) is not None
         }
-        if base is COHERENT and self.refit is None:
-            changes["refit"] = self.calibration is not None
         if self.always_on is not None:
             changes |= {"always_on": None if self.always_on < 0 else self.always_on, "search": self.always_on == SEARCH}
         return replace(base, seed=self.seed, **changes)
+
+    def tokens_for(self, model: Model) -> int:
+        """How many tokens to calibrate on: 16,384 unless given, or two per neuron of an MLP that is refitted."""
+        if self.calibration_tokens is not None:
+            return self.calibration_tokens
+        return max(DEFAULT_TOKENS, 2 * model.d_ff if self.chosen_recipe().refit else 0)
 
 
 def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
@@ -206,9 +210,9 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
     if recipe.amplify == "any" and (recipe.router == "zero" or shared == 0):
         found.append("--amplify any needs always-on experts and a router; add --always-on and --router least-squares")
     least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if recipe.refit else 0)
-    if recipe.needs_calibration and options.calibration_tokens < least:
+    if recipe.needs_calibration and (n_token := options.tokens_for(model)) < least:
         found.append(
-            f"--calibration-tokens {options.calibration_tokens}: too few for a stable solve of this width; at least "
+            f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least "
             f"{least}" + (", or --no-refit" if recipe.refit and least > LEAST_TOKENS else "")
         )
     return found

@@ -21,12 +21,15 @@ BASIS = "SmolLM2-135M-Instruct on WikiText-2 (docs/experts.md); other models and
 Curve = Sequence[tuple[float, float]]
 """(share of the MLP's neurons that run, perplexity as a multiple of the dense model's), largest share first."""
 
-MEASURED: dict[str, Curve] = {
-    "refit": ((1.0, 1.0), (0.75, 1.22), (0.5, 1.57)),
-    "own text": ((1.0, 1.0), (0.75, 1.31), (0.5, 2.33)),
-    "embedded text": ((1.0, 1.0), (0.75, 1.55)),
-    "any": ((1.0, 1.01), (0.75, 1.35), (0.5, 2.58)),
+MEASURED: dict[tuple[str, bool], Curve] = {
+    ("refit", True): ((1.0, 1.0), (0.75, 1.20), (0.5, 1.54)),
+    ("refit", False): ((1.0, 1.0), (0.75, 1.55), (0.5, 2.55)),
+    ("used", True): ((1.0, 1.0), (0.75, 1.25), (0.5, 2.30)),
+    ("fitted", True): ((1.0, 1.0), (0.75, 1.25), (0.5, 2.12)),
+    ("fitted", False): ((1.0, 1.0), (0.75, 1.55), (0.5, 3.3)),
+    ("any", True): ((1.0, 1.01), (0.75, 1.35), (0.5, 2.58)),
 }
+"""By what makes up for the experts that do not run, and whether the text was of the kind that is scored."""
 
 WORST, LEAST_GAIN = 1.6, 1.1
 """A count is recommended where perplexity is expected to stay below WORST times the dense model's and memory bandwidth
@@ -62,13 +65,9 @@ def curve(recipe: Recipe, *, own_text: bool, all_used: bool) -> Curve | None:
     """The measured curve of a recipe; None where there is none."""
     if all_used and not recipe.refit and recipe.amplify in ("exact", "used"):
         return ((1.0, 1.0),)
-    if (recipe.group, recipe.router) != ("activations", "least-squares") or recipe.amplify == "exact":
+    if (recipe.group, recipe.router) != ("routed", "least-squares") or (recipe.refit and recipe.amplify == "any"):
         return None
-    if recipe.amplify == "any":
-        return MEASURED["any"] if not recipe.refit else None
-    if recipe.refit:
-        return MEASURED["refit"] if own_text else None
-    return MEASURED["own text" if own_text else "embedded text"]
+    return MEASURED.get(("refit" if recipe.refit else recipe.amplify, own_text))
 
 
 def read_off(known: Curve, share: float) -> float | None:

@@ -32,8 +32,8 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
 NO_TEXT = (
-    "no --calibration: Python's documentation is taken, which few models are for; better is text of the kind that this "
-    "one is meant for, or text that it writes itself (`moe2gguf sample`)"
+    "no --calibration: a text of many kinds is taken, mostly English; better is text of the kind that this model is "
+    "meant for, or text that it writes itself (`moe2gguf sample`)"
 )
 
 
@@ -216,7 +216,7 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
 def _whole_windows(model: Model, options: Options) -> int:
     """The tokens that a calibration reads: those asked for, less what does not fill a window."""
     n_context = window(model)
-    return max(options.calibration_tokens // n_context, 2) * n_context
+    return max(options.tokens_for(model) // n_context, 2) * n_context
 
 
 def window(model: Model) -> int:

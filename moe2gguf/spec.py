@@ -121,7 +121,7 @@ class Recipe:
 SEED = Recipe()
 """The plain recipe: contiguous slices, zero router, exact with all experts on."""
 
-COHERENT = Recipe("activations", None, "least-squares", refit=True, amplify="used")
+COHERENT = Recipe("routed", None, "least-squares", refit=True, amplify="used")
 """The recipe for fewer experts than all: what measured best (docs/experts.md)."""
 
 

@@ -1,7 +1,7 @@
 """calibrate: how time and memory of a calibration grow with tokens, layers, d_model and d_ff; what 7B would take.
 
 Synthetic LLaMA-shaped checkpoints of several sizes, each calibrated and refitted (16 experts, 8 used) by a process of
-its own, on Python's documentation with a byte-level tokenizer made here. The figures are processor time, not wall time,
+its own, on the default text with a byte-level tokenizer made here. The figures are processor time, not wall time,
 and peak memory; a line through the counted operations gives the rate, and an estimate for a model of 7 billion weights.
 Needs a Python with moe2gguf, torch and transformers (scripts/check makes .venv/check).
 """
@@ -41,12 +41,14 @@ class Size:
 
         Per token and layer, in units of d_model * d_ff: the dense MLP 3, energies 2, the refit's inputs 2, its missing
         output and right-hand side 2, the sliced MLP 3; attention 8 d_model^2 (both models, four square projections);
-        both sums of d_ff x d_ff at 9/16 of the full product. Per layer: five factorizations, solutions and errors.
+        both sums of d_ff x d_ff at 9/16 of the full product. Two rounds of regrouping see 8,192 to 16,383 of the
+        tokens: energies 2 and what every neuron keeps 2, each. Per layer: five factorizations, solutions and errors.
         """
         wide, square = self.d_model * self.d_ff, self.d_ff**2
+        regrouping = 8 * wide * (self.n_token // max(self.n_token // 8192, 1))
         per_token = 12 * wide + 8 * self.d_model**2 + 2 * 9 / 16 * square
         per_layer = 5 / 3 * self.d_ff**3 + 14 * square * self.d_model
-        return 2.0 * self.n_layer * (self.n_token * per_token + per_layer)
+        return 2.0 * self.n_layer * (self.n_token * per_token + regrouping + per_layer)
 
     def memory(self) -> float:
         """Bytes that are known to be needed: hidden states, one layer and its sums, in float32."""

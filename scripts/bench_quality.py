@@ -38,7 +38,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="scripts/bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a dense checkpoint (default: SmolLM2-135M)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="text to calibrate and score on (default: Python's)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to calibrate and score on (default: the program's own)"
+    )
     parser.add_argument("--quick", action="store_true", help="2048 tokens and 2 windows: whether it runs, no result")
     parser.add_argument(
         "--work", type=Path, default=cache_folder() / "bench-quality", metavar="DIR",

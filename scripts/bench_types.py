@@ -71,7 +71,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="scripts/bench types", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a dense checkpoint (default: SmolLM2, widened)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="text to collect and score on (default: Python's)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to collect and score on (default: moe2gguf's own)"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="of the importance matrix (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 to score (default: %(default)s)")
     parser.add_argument("--only", nargs="*", metavar="TYPE", help="these types (default: all)")

@@ -87,7 +87,7 @@ def by_carver(carver: Callable[[int], Carver], *, refit: bool = False, always_on
         plan = plan_conversion(run.model, run.options(k, refit=refit))
         slicing = plan.slicing
         if always_on_all:
-            slicing = replace(slicing, recipe=replace(slicing.recipe, always_on=k))
+            slicing = replace(slicing, recipe=replace(slicing.recipe, group="activations", always_on=k))
         work = out.with_suffix(".layers")
         _calibrated(run, plan, slicing, work, carver(k))
         plan.experts.load = functools.partial(LayerExperts.load, work)
@@ -181,6 +181,7 @@ METHODS = (
     Method("static, most important neurons", "ours", by_carver(lambda _: carve, always_on_all=True)),
     Method("static + our refit", "ours", by_carver(lambda _: carve, always_on_all=True, refit=True)),
     Method("ours, no refit", "ours", by_options(refit=False)),
+    Method("ours, no refit, fitted loudness", "ours", by_options(refit=False, amplify="fitted")),
     Method("ours, refit", "ours", by_options(refit=True)),
 )
 

@@ -1,6 +1,6 @@
 """Train a small Qwen2 model from scratch: a second family for scripts/bench quality, where no download is wanted.
 
-    python scripts/train_small.py OUT --text FILE [--epochs N] [--documentation] ...
+    python scripts/train_small.py OUT --text FILE [--epochs N] [--embedded] ...
     scripts/bench quality --model OUT --text FILE
 
 The first 70 % of the text train a byte-level BPE tokenizer (Qwen2's pre-tokenizer) and the model; the rest is never
@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--documentation", action="store_true", help="train on Python's documentation too")
+    parser.add_argument("--embedded", action="store_true", help="train on the text that comes with moe2gguf too")
     sizes = {"vocabulary": 4096, "d-model": 256, "d-ff": 1024, "layers": 6, "heads": 4, "kv-heads": 2, "context": 512}
     for name, default in (sizes | {"epochs": 4, "batch": 2, "seed": 0, "threads": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -75,7 +75,7 @@ def texts(options: argparse.Namespace) -> tuple[list[str], str]:
     """The texts to train on, and the part of --text that is held out."""
     whole = read_text(options.text).text
     cut_at = int(SPLIT * len(whole))
-    more = [read_text(None).text] if options.documentation else []
+    more = [read_text(None).text] if options.embedded else []
     return [whole[:cut_at], *more], whole[cut_at:]
 
 

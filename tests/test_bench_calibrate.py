@@ -28,7 +28,9 @@ def test_the_operations_are_those_of_the_products():
     """One layer, no tokens but what a factorization costs; then per token, by hand: 2 operations per weight used."""
     assert 2 * (5 / 3 * 64**3 + 14 * 64**2 * 8) == bench.Size(0, 1, 8, 64).operations()
     one = bench.Size(1, 1, 8, 64).operations() - bench.Size(0, 1, 8, 64).operations()
-    assert one == pytest.approx(2 * (12 * 8 * 64 + 8 * 8**2 + 1.125 * 64**2))
+    assert one == pytest.approx(2 * (20 * 8 * 64 + 8 * 8**2 + 1.125 * 64**2))
+    many = bench.Size(65536, 1, 8, 64).operations() - bench.Size(32768, 1, 8, 64).operations()
+    assert many == pytest.approx(2 * 32768 * (12 * 8 * 64 + 8 * 8**2 + 1.125 * 64**2))  # as many to regroup by
     assert bench.Size(100, 4, 8, 64).operations() == pytest.approx(4 * bench.Size(100, 1, 8, 64).operations())
 
 

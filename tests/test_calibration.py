@@ -41,6 +41,8 @@ def folder(tmp_path_factory):
         ("activations", "least-squares", 2),
         ("weights", "gate-mean", 3),
         ("random", "least-squares", 0),
+        ("routed", "least-squares", 2),
+        ("routed", "gate-mean", 0),
         ("contiguous", "gate-mean", 0),
         ("activations", "least-squares", -1),
     ],
@@ -99,7 +101,7 @@ def test_a_bias_neuron_brings_the_layers_output_closer_on_average(folder, tmp_pa
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibration, "carve", sees)
-            convert(folder, tmp_path / f"{on}.gguf", Options(**QUICK, used=4, bias_neuron=on))
+            convert(folder, tmp_path / f"{on}.gguf", Options(**QUICK, used=4, bias_neuron=on, refit=False))
         means[on] = found
 
     assert 3 == len(means[True])
@@ -161,7 +163,7 @@ def _chosen(path, tokens, k):
 
 def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
     """Read from llama.cpp's own routing tensors: experts 0 and 1 in every layer, for every token, at every k."""
-    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, refit=False))
+    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, group="activations", refit=False))
 
     for k in (3, 4, 6):
         chosen = chosen_experts(tmp_path / "x.gguf", TOKENS, k)
@@ -183,11 +185,11 @@ def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(f
     assert ours < 0.75 * seed
     fields = {key: f.contents() for key, f in gguf.GGUFReader(tmp_path / "ours.gguf").fields.items()}
     expected_fields = {
-        "moe2gguf.slicing.group": "activations",
+        "moe2gguf.slicing.group": "routed",
         "moe2gguf.slicing.router": "least-squares",
-        "moe2gguf.slicing.refit": False,
+        "moe2gguf.slicing.refit": True,
         "moe2gguf.slicing.amplify": "used",
-        "moe2gguf.calibration.text": "python documentation topics",
+        "moe2gguf.calibration.text": "moe2gguf texts 1",
         "moe2gguf.calibration.tokens": 2048,
     }
     assert expected_fields == {key: fields[key] for key in expected_fields}
@@ -360,7 +362,8 @@ def test_a_wide_model_needs_more_tokens(tmp_path):
     with pytest.raises(PlanError, match="at least 2000, or --no-refit"):
         plan_conversion(wide, dataclasses.replace(options, refit=True))
 
-    assert [] == [w for w in plan_conversion(wide, options).warnings if "no longer" in w]
+    plain = plan_conversion(wide, dataclasses.replace(options, refit=False))
+    assert [] == [w for w in plain.warnings if "no longer" in w]
     enough = dataclasses.replace(options, refit=True, calibration_tokens=2048)
     assert any("no longer the dense model" in warning for warning in plan_conversion(wide, enough).warnings)
 
@@ -402,3 +405,11 @@ def test_the_report_is_json_ready(folder, tmp_path):
         assert 8 == len(layer["energy_by_used"])
         assert abs(layer["energy_by_used"][-1] - 1) < 1e-6
         assert {"hit_rate", "constant_min", "refit_error", "always_on"} <= layer.keys()
+
+
+def test_tokens_by_default(folder, tmp_path):
+    """16,384, or two per neuron where that is more and a refit is to come, so that a wide model needs no option."""
+    wide = checkpoints.make(tmp_path / "wide", intermediate_size=9000, num_hidden_layers=1)
+    plans = [plan_conversion(wide, Options(experts=8, used=4, refit=refit)) for refit in (True, False)]
+
+    assert [18000 // 128 * 128, 16384] == [plan.metadata["moe2gguf.calibration.tokens"] for plan in plans]

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def kept(folder, tmp_path_factory):
     """(GGUF file, calibration file) of one conversion without a refit: 8 experts, 4 used, 2 of them always on."""
     place = tmp_path_factory.mktemp("kept")
-    options = Options(**QUICK, used=4, always_on=2, save_calibration=place / "kept.calibration")
+    options = Options(**QUICK, used=4, always_on=2, refit=False, save_calibration=place / "kept.calibration")
     convert(folder, place / "x.gguf", options)
     return place / "x.gguf", place / "kept.calibration"
 
@@ -135,7 +135,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
         ("biased", {"used": 5}, "--used 5: kept.calibration was made with 4"),
         ("kept", {"bias_neuron": True}, "--bias-neuron True: kept.calibration was made with False"),
         ("kept", {"amplify": "any"}, "--amplify any: kept.calibration was made with used"),
-        ("kept", {"experts": 4, "group": "random"}, "--group random: kept.calibration was made with activations"),
+        ("kept", {"experts": 4, "group": "random"}, "--group random: kept.calibration was made with routed"),
         ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 always-on experts"),
         ("kept", {"seed": 3}, "--seed 3: kept.calibration was made with 0"),
         ("kept", {"recipe": "seed"}, "the seed recipe and --dense use no calibration"),
@@ -153,7 +153,7 @@ def test_another_text_is_refused(folder, kept, tmp_path):
     """By its digest; the file's own text is named."""
     (tmp_path / "other.txt").write_text("other words " * 100)
 
-    with pytest.raises(PlanError, match="made from another text, python documentation topics"):
+    with pytest.raises(PlanError, match="made from another text, moe2gguf texts 1"):
         plan_conversion(folder, Options(load_calibration=kept[1], calibration=tmp_path / "other.txt"))
 
 
@@ -328,4 +328,4 @@ def test_the_file_is_read_by_the_safetensors_library(kept):
     assert {f"{i}.{name}" for i in range(3) for name in ("order", "router", "amplification")} == set(stored)
     assert ((8, 12), (8, 64)) == (stored["0.order"].shape, stored["0.router"].shape)
     assert list(range(96)) == sorted(stored["0.order"].ravel().tolist())
-    assert saved.read(kept[1]).job.label == "python documentation topics"
+    assert saved.read(kept[1]).job.label == "moe2gguf texts 1"

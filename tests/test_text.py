@@ -1,5 +1,7 @@
 """moe2gguf.experts.text: what may calibrate, and the windows made of it."""
 
+from importlib import resources
+
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
@@ -11,12 +13,22 @@ from moe2gguf.experts.text import EMBEDDED, read_text, spread, windows
 
 
 def test_the_embedded_text_needs_no_file():
-    """Every Python carries it; it is long enough for 65k tokens of most tokenizers."""
+    """It is part of the package, long enough for 65k tokens of most tokenizers, and every part of it has all kinds."""
     text = read_text(None)
 
     assert EMBEDDED == text.label
     assert len(text.text) > 300_000
     assert text.digest == read_text(None).digest
+    assert "\n%\n" not in text.text
+    files = list((resources.files("moe2gguf.experts") / "texts").iterdir())
+    assert len(files) == 8
+    for file in files:
+        documents = file.read_text(encoding="utf-8").strip().split("\n%\n")
+        places = [text.text.index(document) / len(text.text) for document in documents]
+        assert places == sorted(places)
+        assert places[0] < 0.06
+        assert places[-1] > 0.9
+        assert max(np.diff(places)) < 0.12
 
 
 def test_plain_text_and_jsonl_are_the_same_text(tmp_path):

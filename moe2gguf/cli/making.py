@@ -59,9 +59,13 @@ from moe2gguf.experts import methods
     option(
         "--calibration",
         type=FILE,
-        help="Text, or JSONL with a text field; `sample` writes one.  [default: Python's documentation]",
+        help="Text, or JSONL with a text field; `sample` writes one.  [default: a text of many kinds]",
     ),
-    option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it."),
+    option(
+        "--calibration-tokens",
+        type=int,
+        help="How much of it.  [default: 16384, or 2 per neuron to refit]",
+    ),
     option("--device", help="torch device of the calibration.  [default: cuda, mps or cpu]"),
     option(
         "--calibration-memory", type=Size(), default="4GB", show_default=True, help="More hidden states go to disk."

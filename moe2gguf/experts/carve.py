@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts import amplification, bias, grouping, routing
+from moe2gguf.experts import amplification, bias, grouping, regroup, routing
 from moe2gguf.experts.grouping import Groups
 from moe2gguf.experts.refit import Normal, add_gram, mirror, refit
-from moe2gguf.experts.rows import Rows, Store, chunks
+from moe2gguf.experts.rows import Rows, Store, chunks, thinned
 from moe2gguf.experts.slicing import default_always_on
 from moe2gguf.spec import Slicing
 
@@ -162,15 +162,16 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
     _require_finite(inputs)
     n_shared = default_always_on(n, k) if recipe.always_on is None else recipe.always_on
     groups = _group(mlp, seen, slicing, n_shared)
-    energy = _energies(mlp, x, groups)
-    xx, x1, xt = _correlations(x, energy[:, n_shared:].sqrt())
     try:
-        v = routing.constant_direction(xx, x1)
-        rows = _rows(mlp, groups[n_shared:], xx, xt, recipe.router)
-        router = _assemble(rows, v, x, n_shared, recipe.amplify, n)
+        if recipe.group == "routed":
+            few, pinned = thinned(x, regroup.TOKENS), _pinned(seen, slicing)
+            for _ in range(regroup.ROUNDS):
+                router = _route(mlp, few, groups, slicing, n_shared).router
+                groups = regroup.regrouped(mlp, few, groups, router, n_shared, k, pinned)
+        router, v, energy = _route(mlp, x, groups, slicing, n_shared)
         plain = Carved(mlp, groups, router, amplification.uniform(n, k))
         report = _report(plain, x, energy, v, n_shared, k)
-        carved = Carved(mlp, groups, router, _scale(plain, x, slicing), report)
+        carved = Carved(mlp, groups, router, _scale(plain, inputs, slicing), report)
         if recipe.bias_neuron:
             carved = bias.placed(carved, _spare(seen), v)
         return _corrected(carved, mlp, inputs, slicing) if recipe.changes_down else carved
@@ -192,16 +193,22 @@ def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Gr
     if recipe.group == "contiguous":
         return list(torch.arange(len(importance)).split(sizes))
     if n_shared:
-        importance[seen.carriers] += importance.max()  # whatever carries a massive activation always runs
-    if recipe.bias_neuron:
-        importance[_spare(seen)] = 2 * importance.max()  # it will be the bias, which always runs
+        importance += _pinned(seen, slicing) * importance.max()
     similarity = None
     if recipe.group == "weights":
         gate = torch.nn.functional.normalize(mlp.gate, dim=1)
         similarity = gate @ gate.T
-    elif recipe.group == "activations":
+    elif recipe.group in ("activations", "routed"):
         similarity = seen.together
     return grouping.split(importance, similarity, sizes, n_shared, recipe.seed)
+
+
+def _pinned(seen: Contributions, slicing: Slicing) -> Tensor:
+    """(d_ff,): above 0 for what always runs, if anything does: carriers of massive activations, above all the bias."""
+    pinned = seen.carriers.float()
+    if slicing.recipe.bias_neuron:
+        pinned[_spare(seen)] = 2
+    return pinned
 
 
 def _spare(seen: Contributions) -> int:
@@ -219,6 +226,22 @@ def _energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
             own = h[:, group]
             energy[part, e] = (own @ gram).mul_(own).sum(-1)
     return energy.clamp_min_(0)
+
+
+class _Routed(NamedTuple):
+    """router (n_expert, d_model), constant direction v (d_model,), every expert's energy (n_token, n_expert)."""
+
+    router: Tensor
+    v: Tensor
+    energy: Tensor
+
+
+def _route(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> _Routed:
+    recipe, energy = slicing.recipe, _energies(mlp, x, groups)
+    xx, x1, xt = _correlations(x, energy[:, n_shared:].sqrt())
+    v = routing.constant_direction(xx, x1)
+    rows = _rows(mlp, groups[n_shared:], xx, xt, recipe.router)
+    return _Routed(_assemble(rows, v, x, n_shared, recipe.amplify, slicing.n_expert), v, energy)
 
 
 def _correlations(x: Rows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,26 +278,27 @@ def _each(x: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([function(x[part]) for part in chunks(len(x))])
 
 
-def _scale(plain: Carved, x: Rows, slicing: Slicing) -> Tensor:
+def _scale(plain: Carved, inputs: Inputs, slicing: Slicing) -> Tensor:
     """The amplification (n_expert,) of the recipe; `plain` has factor k."""
-    n, k, amplify = slicing.n_expert, slicing.n_expert_used, slicing.recipe.amplify
+    n, k, amplify, x = slicing.n_expert, slicing.n_expert_used, slicing.recipe.amplify, inputs.sliced
     if amplify == "exact":
         return amplification.uniform(n, n)
     if amplify == "used":
         return amplification.uniform(n, k)
     if amplify == "any":
         return amplification.inverse_weights(_each(x, lambda x: (x @ plain.router.T).softmax(-1)))
-    dot = square = 0.0
-    for part in chunks(len(x)):
-        ours, dense = plain(x[part], k), plain.mlp(x[part])
-        dot, square = dot + float((ours * dense).sum()), square + float(ours.square().sum())
-    return amplification.fitted(dot, square, n, k)
+    return amplification.fitted(plain, x, _token_weights(inputs.target), k)
+
+
+def _token_weights(target: Rows) -> Tensor:
+    """(n_token,): how much each token counts in a fit, so that none owns it."""
+    energy = _each(target, lambda y: y.square().sum(1))
+    return (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)
 
 
 def _corrected(carved: Carved, dense: MLP, inputs: Inputs, slicing: Slicing) -> Carved:
     """The same experts with a refitted down projection, or one whose bias neuron has its column."""
-    energy = _each(inputs.target, lambda y: y.square().sum(1))
-    weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)  # no token may own the fit
+    weight = _token_weights(inputs.target)
     if slicing.recipe.refit:
         return _refitted(carved, inputs, weight, slicing.n_expert_used)
     return bias.filled(carved, dense, inputs.sliced, weight, slicing.n_expert_used)

@@ -8,6 +8,8 @@ GROUPS = {
     "weights": "balanced k-means on gate rows (MoEfication, https://arxiv.org/abs/2110.01786)",
     "activations": "balanced k-means on which neurons contribute to the output together (CMoE, "
     "https://arxiv.org/abs/2502.04416)",
+    "routed": "activations, then every neuron moves to the expert that the router picks when the neuron contributes; "
+    "the default below all experts",
 }
 
 ROUTERS = {
@@ -20,14 +22,14 @@ ROUTERS = {
 AMPLIFICATIONS = {
     "exact": "the dense model with all experts on; too loud with fewer",
     "used": "the plain sum of the experts at --used; the default there",
-    "fitted": "the loudness that fits the dense output best at --used, per layer",
+    "fitted": "the loudness of each expert that fits the dense output best at --used",
     "any": "one file for every count: the always-on experts hold most of the router's weight",
 }
 """Derivations: `moe2gguf.experts.amplification`."""
 
 CORRECTIONS = {
     "refit": "a ridge regression of the down projections on what is missing, given the experts that run; the default "
-    "with a text of your own",
+    "below all experts",
     "bias-neuron": "a constant in place of each MLP's least useful neuron, the mean of what is missing (FLAP's bias, "
     "https://arxiv.org/abs/2312.11983)",
 }

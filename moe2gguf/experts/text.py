@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pydoc_data.topics
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from moe2gguf.errors import CalibrationError
 
 MAX_TEXT_BYTES = 1 << 30
-EMBEDDED = "python documentation topics"
-"""The default text, which every Python carries (about 465 kB in 3.11); it differs between Python versions."""
+EMBEDDED = "moe2gguf texts 1"
+"""The default text: `texts/`, written for this program. A change of it gets another number."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def read_text(path: Path | None) -> Text:
         CalibrationError: unreadable, too large, empty, or a JSONL line without text (its number is named).
     """
     if path is None:
-        topics = pydoc_data.topics.topics
-        return Text("\n\n".join(topics[name] for name in sorted(topics)), EMBEDDED)
+        return Text(_embedded(), EMBEDDED)
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise CalibrationError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; give a part of it")
@@ -51,6 +50,17 @@ def read_text(path: Path | None) -> Text:
     if not text.strip():
         raise CalibrationError(f"{path}: empty; calibration needs text of the kind the model is meant for")
     return Text(text, path.name)
+
+
+def _embedded() -> str:
+    """The documents of all files in `texts/`, each at its share of the way through its file: every part has all kinds.
+
+    A line of % stands between the documents of a file.
+    """
+    files = sorted((resources.files("moe2gguf.experts") / "texts").iterdir(), key=lambda file: file.name)
+    documents = [file.read_text(encoding="utf-8").strip().split("\n%\n") for file in files]
+    places = [((i + 0.5) / len(own), own[i]) for own in documents for i in range(len(own))]
+    return "\n\n".join(document for _, document in sorted(places, key=lambda place: place[0]))
 
 
 def _json_text(path: Path, number: int, line: str) -> str:
