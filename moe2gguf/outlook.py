@@ -22,12 +22,11 @@ Curve = Sequence[tuple[float, float]]
 """(share of the MLP's neurons that run, perplexity as a multiple of the dense model's), largest share first."""
 
 MEASURED: dict[tuple[str, bool], Curve] = {
-    ("refit", True): ((1.0, 1.0), (0.75, 1.20), (0.5, 1.54)),
-    ("refit", False): ((1.0, 1.0), (0.75, 1.55), (0.5, 2.55)),
-    ("used", True): ((1.0, 1.0), (0.75, 1.25), (0.5, 2.30)),
-    ("fitted", True): ((1.0, 1.0), (0.75, 1.25), (0.5, 2.12)),
-    ("fitted", False): ((1.0, 1.0), (0.75, 1.55), (0.5, 3.3)),
-    ("any", True): ((1.0, 1.01), (0.75, 1.35), (0.5, 2.58)),
+    ("refit", True): ((1.0, 1.0), (0.75, 1.17), (0.5, 1.53), (0.25, 2.35)),
+    ("refit", False): ((1.0, 1.0), (0.75, 1.35), (0.5, 2.22)),
+    ("used", True): ((1.0, 1.0), (0.75, 1.28), (0.5, 2.30)),
+    ("fitted", True): ((1.0, 1.0), (0.75, 1.28), (0.5, 2.12)),
+    ("fitted", False): ((1.0, 1.0), (0.75, 1.35), (0.5, 2.73)),
 }
 """By what makes up for the experts that do not run, and whether the text was of the kind that is scored."""
 
