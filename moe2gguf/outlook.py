@@ -27,6 +27,7 @@ MEASURED: dict[tuple[str, bool], Curve] = {
     ("used", True): ((1.0, 1.0), (0.75, 1.28), (0.5, 2.30)),
     ("fitted", True): ((1.0, 1.0), (0.75, 1.28), (0.5, 2.12)),
     ("fitted", False): ((1.0, 1.0), (0.75, 1.35), (0.5, 2.73)),
+    ("any", True): ((1.0, 1.01), (0.75, 1.31), (0.5, 2.40)),
 }
 """By what makes up for the experts that do not run, and whether the text was of the kind that is scored."""
 

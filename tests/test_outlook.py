@@ -23,7 +23,8 @@ def test_between_two_points_the_logarithm_is_straight():
         (COHERENT, False, MEASURED["refit", False]),
         (Recipe("routed", None, "least-squares", False, "used"), True, MEASURED["used", True]),
         (Recipe("routed", None, "least-squares", False, "fitted"), False, MEASURED["fitted", False]),
-        (Recipe("routed", None, "least-squares", False, "any"), True, None),
+        (Recipe("routed", None, "least-squares", False, "any"), True, MEASURED["any", True]),
+        (Recipe("routed", None, "least-squares", False, "any"), False, None),
         (Recipe("routed", None, "least-squares", True, "any"), True, None),
         (Recipe("routed", None, "least-squares", False, "exact"), True, None),
         (Recipe("activations", None, "least-squares", False, "used"), True, None),
@@ -32,7 +33,7 @@ def test_between_two_points_the_logarithm_is_straight():
     ],
 )
 def test_only_what_was_measured_is_expected(recipe, own_text, expected):
-    """Another grouping, a zero router, or `any` have no curve."""
+    """Another grouping, a zero router, or `any` on the embedded text have no curve."""
     assert expected == curve(recipe, own_text=own_text, all_used=False)
 
 
