@@ -33,7 +33,7 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 WINDOW = 512
 NO_TEXT = (
     "no --calibration: a text of many kinds is taken, mostly English; better is text of the kind that this model is "
-    "meant for, or text that it writes itself (`moe2gguf sample`)"
+    "meant for; a model of another language or trade can write its own (`moe2gguf sample`)"
 )
 
 

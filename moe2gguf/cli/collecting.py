@@ -101,7 +101,7 @@ def sample(model: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Let a model write the text that calibrates it.
 
     For who has no text of the kind the model is for: texts that each start with a random token and go on with what
-    the model itself would say. They suit it better than the text that convert takes by default.
+    the model itself would say. The text that convert takes by default may be of another kind.
 
     \b
     Example:
