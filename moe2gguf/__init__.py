@@ -4,18 +4,18 @@ The command line is a thin layer over these functions; each is documented where 
 llama.cpp is imported before a function needs it.
 """
 
-from moe2gguf.convert import Conversion, convert, write_plan
 from moe2gguf.errors import Moe2GgufError
-from moe2gguf.export.gguf_file import GGUFFile
-from moe2gguf.export.inspect import Inspection, inspect
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.export.verify import Verification, verify
-from moe2gguf.harness.check import Check, check
-from moe2gguf.harness.generate import Generation, generate
-from moe2gguf.options import Options
-from moe2gguf.planning import Plan, plan_conversion
-from moe2gguf.quantize import Quantization, quantize
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.inspect import Inspection, inspect
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.verify import Verification, verify
+from moe2gguf.llama.generate import Generation, generate
+from moe2gguf.measure.check import Check, check
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.convert import Conversion, convert, write_plan
+from moe2gguf.recipes.options import Options
+from moe2gguf.recipes.plan import Plan, plan_conversion
+from moe2gguf.recipes.quantize import Quantization, quantize
 
 __all__ = [
     "Check",

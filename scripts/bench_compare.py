@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe2gguf.harness.llama import Llama
-    from moe2gguf.harness.logits import Reference
+    from moe2gguf.llama.model import Llama
+    from moe2gguf.measure.logits import Reference
 
 GOAL = 0.10
 N_CONTEXT = 512
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--vocabulary", type=int, help="rewrite the file with so many tokens first")
     given = parser.parse_args(arguments)
-    from moe2gguf.harness.child import run_in_child
+    from moe2gguf.llama.child import run_in_child
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int | None) -> tuple[list[Result], int, int]:
     """Runs in a child process: the repeats, the peak of private memory in bytes, and the size of the vocabulary."""
-    from moe2gguf.harness.check import default_text
-    from moe2gguf.harness.library import processors
-    from moe2gguf.harness.llama import Setup, open_model
-    from moe2gguf.harness.logits import record_here
+    from moe2gguf.llama.library import processors
+    from moe2gguf.llama.model import Setup, open_model
+    from moe2gguf.measure.check import default_text
+    from moe2gguf.measure.logits import record_here
 
     setup = Setup(n_context=N_CONTEXT, n_threads=threads or processors())
     first = N_CONTEXT // 2
@@ -87,8 +87,8 @@ def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int |
 
 def one_repeat(model: Llama, reference: Reference) -> Result:
     """All windows once, with a clock around every call of llama.cpp."""
-    from moe2gguf.harness import metrics
-    from moe2gguf.harness.logits import compare_window
+    from moe2gguf.measure import metrics
+    from moe2gguf.measure.logits import compare_window
 
     windows, feed = reference.windows, model.feed
     inside = [0.0, 0.0]

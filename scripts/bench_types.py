@@ -29,7 +29,7 @@ from measure import machine, table, write_json
 from steps import moe2gguf, same_settings, smollm2
 
 NEEDED = ("moe2gguf", "llama_cpp")
-PRINT_TYPES = "from moe2gguf.export.recipes import MIXES, PLAIN; print(*MIXES, *PLAIN)"
+PRINT_TYPES = "from moe2gguf.quant.rules import MIXES, PLAIN; print(*MIXES, *PLAIN)"
 CUT_TEXT = """
 import sys
 from pathlib import Path

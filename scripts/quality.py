@@ -24,17 +24,18 @@ import rivals
 import torch
 from measure import machine, table, write_json
 
-from moe2gguf.calibrating import subject
-from moe2gguf.compare import Settings as CompareSettings
-from moe2gguf.compare import compare
-from moe2gguf.convert import convert, write_plan
 from moe2gguf.experts.calibration import Settings, calibrate
-from moe2gguf.experts.carve import Carved, Contributions, Inputs, carve
 from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.mlp import Carved, Inputs
+from moe2gguf.experts.slice_layer import Contributions, carve
 from moe2gguf.experts.text import read_text
-from moe2gguf.harness.logits import cut
-from moe2gguf.options import Options
-from moe2gguf.planning import Plan, plan_conversion
+from moe2gguf.measure.compare import Settings as CompareSettings
+from moe2gguf.measure.compare import compare
+from moe2gguf.measure.logits import cut
+from moe2gguf.recipes.calibrate import subject
+from moe2gguf.recipes.convert import convert, write_plan
+from moe2gguf.recipes.options import Options
+from moe2gguf.recipes.plan import Plan, plan_conversion
 from moe2gguf.spec import Slicing
 
 SPLIT = 0.7

@@ -1,6 +1,6 @@
 """Other methods in our protocol, for scripts/bench quality: written from their papers, on the same dense activations.
 
-Carvers take the place of `moe2gguf.experts.carve.carve` and give one layer's experts; FLAP prunes, and gives masks.
+Carvers take the place of `moe2gguf.experts.slice_layer.carve` and give one layer's experts; FLAP prunes, gives masks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts import amplification, routing
-from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs
 from moe2gguf.experts.grouping import Groups, balanced_assign, group_sizes
-from moe2gguf.experts.rows import Rows, chunks
+from moe2gguf.experts.hidden_states import Rows, chunks
+from moe2gguf.experts.mlp import MLP, Carved, Inputs
+from moe2gguf.experts.slice_layer import Contributions
 from moe2gguf.spec import Slicing
 
 MARKED = 10

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe2gguf.checkpoint.folder import open_checkpoint
 from moe2gguf.experts.heal.optimize import optimizer_for
 from moe2gguf.experts.heal.plan import HealSettings, batch_at
-from moe2gguf.heal import read_texts
+from moe2gguf.hf.folder import open_checkpoint
+from moe2gguf.recipes.heal import read_texts
 
 N_CONTEXT = 512
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
-from moe2gguf.checkpoint.pretokenizers import PRE_TOKENIZERS
 from moe2gguf.experts.text import read_text
+from moe2gguf.hf.tokenizer.pretokenizers import PRE_TOKENIZERS
 
 SPLIT = 0.7
 SCORED = 40

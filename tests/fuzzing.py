@@ -32,13 +32,13 @@ from hypothesis import strategies as st
 
 from moe2gguf import Options, TypeOptions, inspect, plan_conversion, verify
 from moe2gguf.errors import ImportanceError, Moe2GgufError
-from moe2gguf.export.guidance import guide
-from moe2gguf.export.imatrix import ImportanceMatrix, merge, read_imatrix
-from moe2gguf.export.repairs import REPAIRS
-from moe2gguf.export.shards import read_model
-from moe2gguf.export.writer import OutputTensor
-from moe2gguf.importance import neurons_of
-from moe2gguf.quantize import plan_quantization
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
+from moe2gguf.quant.imatrix_match import guide
+from moe2gguf.quant.imatrix_use import neurons_of
+from moe2gguf.quant.repairs import REPAIRS
+from moe2gguf.recipes.quantize import plan_quantization
 
 ROOM = 512 << 20
 PATIENCE = 10.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.devices import require_devices
+from moe2gguf.llama.devices import require_devices
 
 
 @cache

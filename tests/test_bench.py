@@ -9,11 +9,11 @@ import pytest
 import tiny_gguf
 from click.testing import CliRunner
 
-from moe2gguf.bench import Bench, Timing, bench
 from moe2gguf.cli import cli
-from moe2gguf.display_compare import speeds
+from moe2gguf.cli.tables_compare import speeds
 from moe2gguf.errors import HarnessError
-from moe2gguf.sweep import candidates
+from moe2gguf.measure.bench import Bench, Timing, bench
+from moe2gguf.measure.sweep import candidates
 
 TIMING = Timing(n_prompt=8, n_generate=4, repeat=2, threads=1)
 

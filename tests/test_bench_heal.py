@@ -67,7 +67,7 @@ def test_the_control_trains_the_layers_and_nothing_else(tmp_path, monkeypatch):
 
     import train_dense
 
-    from moe2gguf.checkpoint.folder import open_checkpoint
+    from moe2gguf.hf.folder import open_checkpoint
 
     model = checkpoints.make(tmp_path / "dense", num_hidden_layers=2)
     text = tmp_path / "text.txt"

@@ -7,7 +7,7 @@ import checkpoints
 import numpy as np
 import pytest
 
-from moe2gguf.export.recipes import MIXES, PLAIN
+from moe2gguf.quant.rules import MIXES, PLAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [1, 5, 9, 30, 2, 7, 7, 60, 11]

@@ -1,13 +1,13 @@
-"""moe2gguf.export.blocks: every block type is multiplied and cut exactly, judged by llama.cpp's and gguf's decoders."""
+"""moe2gguf.gguf.blocks: every block type is multiplied and cut exactly, judged by llama.cpp's and gguf's decoders."""
 
 import gguf
 import numpy as np
 import pytest
 
 from moe2gguf.errors import CorruptWeightError
-from moe2gguf.export import blocks, kernels, types
-from moe2gguf.export.finite import FIELDS
-from moe2gguf.export.gguf_file import BLOCK_SIZES
+from moe2gguf.gguf import blocks, kernels, types
+from moe2gguf.gguf.file import BLOCK_SIZES
+from moe2gguf.gguf.finite import FIELDS
 
 ROWS, WIDTH = 2, 512
 UNKNOWN_TO_GGUF = ("Q1_0", "Q2_0")

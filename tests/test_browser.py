@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from test_report import found  # noqa: F401 - a fixture
 
-from moe2gguf.harness import experts_report
-from moe2gguf.harness.candidates import Candidate
-from moe2gguf.harness.experts import ExpertUse, layers
-from moe2gguf.harness.experts_trace import LayerTally, Tally
-from moe2gguf.harness.report import pictures, write_report
-from moe2gguf.harness.rows import Comparison
+from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.expert_usage import ExpertUse, layers
+from moe2gguf.measure.report import experts as experts_report
+from moe2gguf.measure.report.compare import pictures, write_report
+from moe2gguf.measure.results import Comparison
+from moe2gguf.measure.watch_routing import LayerTally, Tally
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe2gguf.errors import CorruptWeightError
-from moe2gguf.export import budget, types
-from moe2gguf.export.budget import Option, choose, fitting, hull, reachable, solve
-from moe2gguf.export.layout import Entry
-from moe2gguf.export.types import named
-from moe2gguf.export.writer import OutputTensor
+from moe2gguf.gguf import types
+from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.types import named
+from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.quant import budget
+from moe2gguf.quant.budget import Option, choose, fitting, hull, reachable, solve
 
 Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
 

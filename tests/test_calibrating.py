@@ -1,4 +1,4 @@
-"""moe2gguf.calibrating: experts from a dense GGUF file are those from the checkpoint's folder."""
+"""moe2gguf.recipes.calibrate: experts from a dense GGUF file are those from the checkpoint's folder."""
 
 import json
 import re

@@ -19,7 +19,7 @@ from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import CalibrationError, PlanError
 from moe2gguf.experts import calibration
 from moe2gguf.experts.layer import BiasNeuron, LayerExperts
-from moe2gguf.harness.child import run_in_child
+from moe2gguf.llama.child import run_in_child
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
 QUICK = {"experts": 8, "calibration_tokens": 2048}
@@ -209,8 +209,8 @@ def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
     """Layer by layer, one layer's weights in memory, the same numbers as the whole model."""
     import transformers
 
-    from moe2gguf.checkpoint.folder import open_checkpoint
     from moe2gguf.experts.forward import Layers
+    from moe2gguf.hf.folder import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     ids = np.array([TOKENS[:32], TOKENS[32:]])

@@ -1,4 +1,4 @@
-"""moe2gguf.experts.carve: one layer, every combination of methods, against what the graph must give."""
+"""moe2gguf.experts.slice_layer: one layer, every combination of methods, against what the graph must give."""
 
 import itertools
 import math
@@ -10,8 +10,9 @@ import torch
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts import amplification, bias
-from moe2gguf.experts.carve import MLP, Inputs, carve, observe
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
+from moe2gguf.experts.mlp import MLP, Inputs
+from moe2gguf.experts.slice_layer import carve, observe
 from moe2gguf.experts.slicing import default_always_on
 from moe2gguf.spec import Recipe, Slicing
 

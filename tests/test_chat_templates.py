@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from moe2gguf.checkpoint.chat_templates import MAX_TEMPLATES, read_chat_templates
 from moe2gguf.errors import CheckpointError, VocabularyError
+from moe2gguf.hf.tokenizer.chat_templates import MAX_TEMPLATES, read_chat_templates
 
 ODD = "{% if 1 %}\r\n  {{ 'é🚀' }}\t{% endif %}\n\n"
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_gguf
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.check import KL_LIMIT, check, default_text
+from moe2gguf.measure.check import KL_LIMIT, check, default_text
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe2gguf.errors import HarnessError, PlanError
-from moe2gguf.harness.child import run_in_child, stream_from_child
+from moe2gguf.llama.child import run_in_child, stream_from_child
 
 TESTS = Path(__file__).parent
 PACKAGE_PARENT = TESTS.parent
@@ -144,7 +144,7 @@ def test_defects_keep_their_traceback() -> None:
 
 def test_functions_of_the_main_module_are_refused() -> None:
     """A function that the child could not import is refused before anything starts."""
-    code = "from moe2gguf.harness.child import run_in_child\ndef f(): pass\nrun_in_child(f)"
+    code = "from moe2gguf.llama.child import run_in_child\ndef f(): pass\nrun_in_child(f)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE_PARENT, capture_output=True, text=True)
     assert "ValueError: f must live in an importable module" in done.stderr
 
@@ -194,7 +194,7 @@ def test_no_orphan_when_the_parent_goes(number: signal.Signals) -> None:
     """Ctrl-C in the parent, or even its sudden death, ends the child; the parent was started with python -c."""
     code = f"""
         import sys; sys.path[:0] = [{str(PACKAGE_PARENT)!r}, {str(TESTS)!r}]
-        from moe2gguf.harness.child import stream_from_child
+        from moe2gguf.llama.child import stream_from_child
         from test_child import pid_then_sleep
         for pid in stream_from_child(pid_then_sleep):
             print(pid, flush=True)
@@ -215,7 +215,7 @@ def test_works_from_a_script_without_a_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = [{str(PACKAGE_PARENT)!r}, {str(TESTS)!r}]\n"
-        "from moe2gguf.harness.child import run_in_child\n"
+        "from moe2gguf.llama.child import run_in_child\n"
         "from test_child import double\n"
         "print(run_in_child(double, 4))\n"
     )

@@ -17,13 +17,13 @@ import pytest
 import tiny_gguf
 from test_compare import settings
 
-from moe2gguf import cluster
-from moe2gguf.bench import Timing
-from moe2gguf.compare import compare
-from moe2gguf.display_compare import comparison
+from moe2gguf.cli.tables_compare import comparison
 from moe2gguf.errors import HarnessError
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.sweep import candidate
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.measure import cluster
+from moe2gguf.measure.bench import Timing
+from moe2gguf.measure.compare import compare
+from moe2gguf.measure.sweep import candidate
 
 psutil = pytest.importorskip("psutil", reason="comes with Dask: pip install 'moe2gguf[cluster]'")
 Client = pytest.importorskip("distributed", reason="needs Dask: pip install 'moe2gguf[cluster]'").Client

@@ -16,12 +16,12 @@ import reference
 import tiny_gguf
 
 from moe2gguf.errors import CalibrationError, HarnessError, ImportanceError, OutputError
-from moe2gguf.export.imatrix import read_imatrix
-from moe2gguf.harness import imatrix as harness
-from moe2gguf.harness.activations import Sums, Watcher
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.llama import Setup, open_model
-from moe2gguf.imatrix import collect_imatrix
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.watch_inputs import Sums, Watcher
+from moe2gguf.measure import imatrix_collect as harness
+from moe2gguf.measure.imatrix import collect_imatrix
+from moe2gguf.quant.imatrix import read_imatrix
 
 WORDS = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
 CONTEXT = 32
@@ -147,9 +147,9 @@ def test_a_killed_collection_is_continued_to_the_same_bytes(files, tmp_path):
         from pathlib import Path
         from test_collect import interrupted, WORDS
         from moe2gguf.experts.text import read_text
-        from moe2gguf.export.reader import read_gguf
-        from moe2gguf.harness.imatrix import Job
-        from moe2gguf.sweep import identity
+        from moe2gguf.gguf.reader import read_gguf
+        from moe2gguf.measure.imatrix_collect import Job
+        from moe2gguf.measure.sweep import identity
         model, text = Path({str(files["routed"])!r}), read_text(Path({str(files["text"])!r}))
         job = Job(identity(read_gguf(model)), text.digest, {4 * CONTEXT}, {CONTEXT})
         interrupted(model, text.text, job, {str(work)!r})

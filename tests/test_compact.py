@@ -10,8 +10,9 @@ import pytest
 from test_metrics import logits
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness import compact, metrics
-from moe2gguf.harness.metrics import TokenScores
+from moe2gguf.measure import metrics
+from moe2gguf.measure import top_logits as compact
+from moe2gguf.measure.metrics import TokenScores
 
 
 @pytest.mark.parametrize("tail", [metrics.TAIL, -np.inf])

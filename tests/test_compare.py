@@ -14,16 +14,16 @@ from click.testing import CliRunner
 from llama_logits import llama_logits
 from test_metrics import textbook_summary, textbook_token
 
-from moe2gguf import compare as recipe
-from moe2gguf.bench import Timing
 from moe2gguf.cli import cli
-from moe2gguf.compare import Settings, compare, settings_from
-from moe2gguf.display_compare import comparison, write_csv
+from moe2gguf.cli.tables_compare import comparison, write_csv
 from moe2gguf.errors import HarnessError, OutputError
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.devices import DEVICES
-from moe2gguf.harness.metrics import TAIL
-from moe2gguf.harness.rows import Comparison, Row
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import DEVICES
+from moe2gguf.measure import compare as recipe
+from moe2gguf.measure.bench import Timing
+from moe2gguf.measure.compare import Settings, compare, settings_from
+from moe2gguf.measure.metrics import TAIL
+from moe2gguf.measure.results import Comparison, Row
 
 CONTEXT, N_WINDOW = 32, 3
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. " * 4
@@ -187,7 +187,7 @@ def test_the_same_file_on_two_devices_is_compared_with_itself(
 
 
 def _f16_cache_logits(path: Path, tokens: list[int]) -> np.ndarray:
-    from moe2gguf.harness.llama import Setup, open_model
+    from moe2gguf.llama.model import Setup, open_model
 
     with open_model(path, Setup(n_expert_used=2, n_context=len(tokens), n_threads=1, kv_type="f16")) as model:
         return np.array(model.logits(np.array(tokens, np.int32)), np.float64)
@@ -263,7 +263,7 @@ def llama_tokens(path: Path) -> list[int]:
 
 
 def _tokens(path: Path) -> list[int]:
-    from moe2gguf.harness.llama import Setup, open_model
+    from moe2gguf.llama.model import Setup, open_model
 
     with open_model(path, Setup(n_threads=1)) as model:
         return [int(token) for token in model.tokenize(TEXT)]

@@ -1,9 +1,9 @@
-"""moe2gguf.checkpoint.config: typed reads that collect every problem, and every way rope settings are written."""
+"""moe2gguf.hf.config: typed reads that collect every problem, and every way rope settings are written."""
 
 import pytest
 
-from moe2gguf.checkpoint.config import read_family, read_model
-from moe2gguf.checkpoint.families import FAMILIES, REFUSED
+from moe2gguf.hf.config import read_family, read_model
+from moe2gguf.hf.families import FAMILIES, REFUSED
 from moe2gguf.spec import Rope
 
 GOOD = {

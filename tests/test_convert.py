@@ -18,9 +18,9 @@ from reference import reference_logits
 from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, convert, plan_conversion
-from moe2gguf.checkpoint.tensors import INDEX
 from moe2gguf.errors import CorruptWeightError, OutputError, PlanError
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.hf.safetensors import INDEX
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 100)]
 

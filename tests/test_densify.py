@@ -1,4 +1,4 @@
-"""moe2gguf.densify: slices fold back to the model they came from, other experts as well as one MLP can."""
+"""moe2gguf.recipes.densify: slices fold back to the model they came from, other experts as well as one MLP can."""
 
 import checkpoints
 import gguf
@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, TypeOptions, convert, plan_conversion, quantize
 from moe2gguf.cli import cli
-from moe2gguf.densify import densify, joined
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.fold import factors
-from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.text import read_text
-from moe2gguf.folder_form import write_folder
+from moe2gguf.recipes.densify import densify, joined
+from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
 ROUTED = {"calibration_tokens": 1024, "refit": False}

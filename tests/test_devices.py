@@ -12,10 +12,10 @@ from llama_logits import llama_logits
 
 from moe2gguf.cli.shared import devices_from
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.devices import placed, reference_device, require_devices, rpc_device
-from moe2gguf.harness.library import import_llama
-from moe2gguf.harness.llama import Setup, open_model
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import placed, reference_device, require_devices, rpc_device
+from moe2gguf.llama.library import import_llama
+from moe2gguf.llama.model import Setup, open_model
 
 
 def has_rpc() -> bool:

@@ -1,4 +1,4 @@
-"""moe2gguf.display_calibration: one sound HTML file with pictures and every layer's figures."""
+"""moe2gguf.measure.report.calibration: one sound HTML file with pictures and every layer's figures."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from test_report import Page
 
 from moe2gguf import Options, plan_conversion
 from moe2gguf.cli import cli
-from moe2gguf.convert import Conversion
-from moe2gguf.display_calibration import pictures, render, summary
-from moe2gguf.outlook import Outlook
+from moe2gguf.measure.report.calibration import pictures, render, summary
+from moe2gguf.recipes.convert import Conversion
+from moe2gguf.recipes.outlook import Outlook
 
 
 @pytest.fixture(scope="module")

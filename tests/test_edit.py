@@ -1,4 +1,4 @@
-"""moe2gguf.export.edit: the used count, in place."""
+"""moe2gguf.gguf.set_used: the used count, in place."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from llama_logits import llama_logits, llama_logits_at
 
 from moe2gguf import Options, convert, verify
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.edit import set_used
+from moe2gguf.gguf.set_used import set_used
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
 

@@ -16,16 +16,16 @@ from test_report import Page
 
 from moe2gguf import Options, convert
 from moe2gguf.cli import cli
-from moe2gguf.display_experts import experts as show
+from moe2gguf.cli.tables_experts import experts as show
 from moe2gguf.errors import HarnessError
-from moe2gguf.export.metadata import CALIBRATION_LOAD
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.experts import ExpertUse, closest, effective_experts, roles, typical_words
-from moe2gguf.harness.experts_report import pictures, render, write_report
-from moe2gguf.harness.experts_trace import Observer
-from moe2gguf.harness.llama import Setup, open_model
-from moe2gguf.observe import calibration_load, observe
+from moe2gguf.gguf.metadata import CALIBRATION_LOAD
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.measure.expert_usage import ExpertUse, closest, effective_experts, roles, typical_words
+from moe2gguf.measure.observe import calibration_load, observe
+from moe2gguf.measure.report.experts import pictures, render, write_report
+from moe2gguf.measure.watch_routing import Observer
 
 CONTEXT, N_WINDOW, K, N = 32, 4, 3, 8
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. " * 5
@@ -201,7 +201,7 @@ def test_table_json_and_page_say_the_same(
     assert ["layer 0", "layer 1"] == [b["label"] for b in figures[2]["layout"]["updatemenus"][0]["buttons"]]
     rows = [cells for cells in page.cells if len(cells) == 6]
     assert [str(e) for _ in range(2) for e in range(N)] == [cells[1] for cells in rows]
-    monkeypatch.setattr("moe2gguf.harness.experts_report.plotly_script", lambda: "/* plotly */")
+    monkeypatch.setattr("moe2gguf.measure.report.experts.plotly_script", lambda: "/* plotly */")
     write_report(found, tmp_path / "out.html", ["prog"])
     assert ["out.html"] == [path.name for path in tmp_path.iterdir()]
 

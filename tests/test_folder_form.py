@@ -1,4 +1,4 @@
-"""moe2gguf.folder_form: sliced models as Mixtral folders, against transformers, llama.cpp and the direct GGUF file."""
+"""moe2gguf.recipes.hf_output: Mixtral folders against transformers, llama.cpp and the direct GGUF file."""
 
 import json
 
@@ -14,8 +14,8 @@ from llama_logits import llama_logits_at
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import OutputError, PlanError
-from moe2gguf.export import folder as shards
-from moe2gguf.folder_form import write_folder
+from moe2gguf.recipes import write_folder as shards
+from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
 HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen2", "llama-bias"))]

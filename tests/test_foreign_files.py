@@ -11,9 +11,9 @@ import pytest
 from llama_tokens import LlamaTokens
 
 from moe2gguf import inspect
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.shards import read_model
-from moe2gguf.export.verify import verify
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.verify import verify
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 

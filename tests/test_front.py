@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe2gguf.harness import metrics
-from moe2gguf.harness.candidates import Candidate
-from moe2gguf.harness.front import choose, pareto_front
-from moe2gguf.harness.rows import Row, quality
-from moe2gguf.harness.speed import Run, collect
+from moe2gguf.measure import metrics
+from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.pareto import choose, pareto_front
+from moe2gguf.measure.results import Row, quality
+from moe2gguf.measure.speed import Run, collect
 
 SCORES = metrics.compare(*[np.eye(4, dtype=np.float32)] * 2, np.arange(4, dtype=np.int32))
 NUMBERS = st.integers(0, 5).map(float)

@@ -10,7 +10,7 @@ import tiny_gguf
 from tiny_gguf import EOS, FIRST_BYTE
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.generate import Speed, generate
+from moe2gguf.llama.generate import Speed, generate
 
 STORY = "é中🙂"  # no byte occurs twice, so each byte token has one successor
 A = tiny_gguf.vocabulary()[0].index("a")

@@ -4,12 +4,12 @@ import gguf_bytes as g
 import numpy as np
 import pytest
 
-from moe2gguf.export.guidance import Neurons, guide
-from moe2gguf.export.imatrix import Activity, ImportanceMatrix
-from moe2gguf.export.layout import Entry
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.types import named
-from moe2gguf.importance import neurons_of
+from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.types import named
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
+from moe2gguf.quant.imatrix_match import Neurons, guide
+from moe2gguf.quant.imatrix_use import neurons_of
 
 F32 = named("f32")
 GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"

@@ -1,4 +1,4 @@
-"""moe2gguf.heal on a two-layer model: it heals, resumes, freezes, refuses, and llama.cpp routes as torch does."""
+"""moe2gguf.recipes.heal on a two-layer model: heals, resumes, freezes, refuses; llama.cpp routes as torch does."""
 
 import json
 
@@ -14,13 +14,13 @@ from test_calibration import chosen_experts
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, HealError
-from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.heal.optimize import freeze
 from moe2gguf.experts.heal.plan import HealSettings, batch_at, used_at
 from moe2gguf.experts.text import read_text
-from moe2gguf.export.edit import set_used
-from moe2gguf.folder_form import write_folder
-from moe2gguf.heal import heal
+from moe2gguf.gguf.set_used import set_used
+from moe2gguf.recipes.heal import heal
+from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 60)]
 SIZES = {"n_token": 2048, "n_held_out": 256, "n_context": 64}

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from moe2gguf.experts.heal.layer import Layer, Stored
 from moe2gguf.experts.heal.layerwise import Data, Job, fit
+from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.heal.plan import HealSettings
 from moe2gguf.experts.refit import STRENGTHS
 

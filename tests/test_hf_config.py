@@ -1,12 +1,12 @@
-"""moe2gguf.hf_config: the modules that transformers builds of a `Model` are those of the checkpoint's config.json."""
+"""moe2gguf.hf.write_config: transformers builds the same modules of a `Model` and of config.json."""
 
 import checkpoints
 import pytest
 import torch
 import transformers
 
-from moe2gguf.checkpoint.folder import open_checkpoint
-from moe2gguf.hf_config import hf_config
+from moe2gguf.hf.folder import open_checkpoint
+from moe2gguf.hf.write_config import hf_config
 
 TOKENS = torch.arange(5, 69)[None]
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe2gguf.errors import ImportanceError, OutputError
-from moe2gguf.export import imatrix
-from moe2gguf.export.imatrix import Activity, ImportanceMatrix, label, merge, read_imatrix, write_imatrix
+from moe2gguf.quant import imatrix
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, label, merge, read_imatrix, write_imatrix
 
 SUMS = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
 NAME = "blk.0.ffn_up_exps.weight"

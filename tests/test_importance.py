@@ -15,11 +15,11 @@ from llama_quantize import quantize as llama_quantize
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import ImportanceError, PlanError
-from moe2gguf.export import types
-from moe2gguf.export.presets import FILE_TYPE_NAMES
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.quantize import plan_quantization, quantize
+from moe2gguf.gguf import types
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.quant.presets import FILE_TYPE_NAMES
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import plan_quantization, quantize
 
 
 @pytest.fixture(scope="module")

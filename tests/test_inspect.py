@@ -12,9 +12,9 @@ import tiny_gguf
 from rich.console import Console
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.inspect import Experts, Inspection, MetadataRow, TensorRow, TypeUse, inspect, print_inspection
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.quantize import quantize
+from moe2gguf.gguf.inspect import Experts, Inspection, MetadataRow, TensorRow, TypeUse, inspect, print_inspection
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import quantize
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moe2gguf.harness.intervals import interval, paired, t_probability, t_quantile
+from moe2gguf.measure.intervals import interval, paired, t_probability, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness.journal import Journal, key
+from moe2gguf.measure.journal import Journal, key
 
 
 def test_rows_come_back(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe2gguf.checkpoint.jsonfile import read_json
 from moe2gguf.errors import CheckpointError
+from moe2gguf.hf.json_file import read_json
 
 
 def test_reads_an_object(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""moe2gguf.export.kernels: ggml's quantizers without llama-cpp-python's Python, and installations without them."""
+"""moe2gguf.gguf.kernels: ggml's quantizers without llama-cpp-python's Python, and installations without them."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError, HarnessError
-from moe2gguf.export import kernels, types
+from moe2gguf.gguf import kernels, types
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.standard_normal((32, 512)).astype(np.float32)
@@ -129,7 +129,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "llama_cpp" else 
 import numpy as np
 from gguf import GGMLQuantizationType as T
 from moe2gguf.errors import HarnessError
-from moe2gguf.export import types
+from moe2gguf.gguf import types
 rows = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
 types.require_kernels([T.F16, T.Q8_0, T.Q4_0])
 sys.stdout.write(bytes(types.encode(rows, T.Q4_0, "t")).hex() + "\\n")
@@ -157,7 +157,7 @@ def test_without_llama_cpp_the_common_types_work_and_the_others_say_what_to_inst
 
 def test_a_folder_without_the_library_is_named(tmp_path):
     """LLAMA_CPP_LIB_PATH is obeyed as llama-cpp-python obeys it; the Python package is not imported for a kernel."""
-    code = "from moe2gguf.export import kernels; kernels.library(); import sys; assert 'llama_cpp' not in sys.modules"
+    code = "from moe2gguf.gguf import kernels; kernels.library(); import sys; assert 'llama_cpp' not in sys.modules"
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
 
     done = subprocess.run(

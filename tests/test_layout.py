@@ -1,4 +1,4 @@
-"""moe2gguf.export.layout: headers that the gguf package reads back, and sizes that are exact."""
+"""moe2gguf.gguf.layout: headers that the gguf package reads back, and sizes that are exact."""
 
 import gguf
 import numpy as np
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.gguf_file import ValueType
-from moe2gguf.export.layout import Entry, lay_out, value_offset
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.gguf.file import ValueType
+from moe2gguf.gguf.layout import Entry, lay_out, value_offset
+from moe2gguf.gguf.reader import read_gguf
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 VALUES = st.one_of(

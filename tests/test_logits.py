@@ -12,11 +12,11 @@ import tiny_gguf
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness import logits, metrics
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.library import import_llama
-from moe2gguf.harness.llama import Facts, Setup, open_model, read_facts
-from moe2gguf.harness.logits import Reference, cut, measure, record, record_here
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.library import import_llama
+from moe2gguf.llama.model import Facts, Setup, open_model, read_facts
+from moe2gguf.measure import logits, metrics
+from moe2gguf.measure.logits import Reference, cut, measure, record, record_here
 
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
 N_EXPERT = 4

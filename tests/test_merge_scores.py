@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from tokenizers import Tokenizer, models
 
-from moe2gguf.checkpoint.merge_scores import merge_scores
+from moe2gguf.hf.tokenizer.merge_scores import merge_scores
 
 
 def vocab_of(text: str) -> dict[str, int]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moe2gguf.harness import metrics
-from moe2gguf.harness.metrics import TokenScores
+from moe2gguf.measure import metrics
+from moe2gguf.measure.metrics import TokenScores
 
 
 def textbook_token(base: NDArray[Any], other: NDArray[Any], target: int, tail: float) -> dict[str, float]:

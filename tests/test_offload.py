@@ -12,13 +12,13 @@ from rpc_server import servers
 from test_compare import settings
 from test_devices import has_rpc
 
-from moe2gguf.bench import Timing, bench
-from moe2gguf.compare import compare
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.devices import placed, rpc_device
-from moe2gguf.harness.generate import generate
-from moe2gguf.harness.llama import Setup, open_model
-from moe2gguf.harness.rows import Comparison
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import placed, rpc_device
+from moe2gguf.llama.generate import generate
+from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.measure.bench import Timing, bench
+from moe2gguf.measure.compare import compare
+from moe2gguf.measure.results import Comparison
 
 TOKENS = [1, 260, 270, 280, 290, 265, 275]
 CLOSE = 1e-3  # nats per token: devices round differently, a wrong tensor or order costs whole nats

@@ -1,9 +1,9 @@
-"""moe2gguf.outlook: what to expect of each count, from the measured table and the file's own bandwidth bound."""
+"""moe2gguf.recipes.outlook: what to expect of each count, from measured figures and the bandwidth bound."""
 
 import pytest
 
-from moe2gguf.options import Options
-from moe2gguf.outlook import MEASURED, Outlook, curve, outlook, read_off, recommended, to_dict, words
+from moe2gguf.recipes.options import Options
+from moe2gguf.recipes.outlook import MEASURED, Outlook, curve, outlook, read_off, recommended, to_dict, words
 from moe2gguf.spec import COHERENT, SEED, Recipe
 
 

@@ -12,13 +12,13 @@ from gguf import GGMLQuantizationType as GGMLType
 from llama_logits import llama_logits_at, llama_logits_of, mean_kl
 
 from moe2gguf import Options, convert, plan_conversion
-from moe2gguf.checkpoint.tensors import SourceDigest
 from moe2gguf.errors import CheckpointError, CorruptWeightError, GGUFError, OutputError, PlanError
 from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.export.dense import open_dense
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.outputs import Experts
-from moe2gguf.outputs_gguf import output_tensors, requantized, stored_tensors
+from moe2gguf.gguf.dense_model import open_dense
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.hf.safetensors import SourceDigest
+from moe2gguf.recipes.tensors_gguf import output_tensors, requantized, stored_tensors
+from moe2gguf.recipes.tensors_hf import Experts
 from moe2gguf.spec import Recipe, Slicing
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]

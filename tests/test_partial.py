@@ -1,4 +1,4 @@
-"""moe2gguf.export.partial: a stopped job goes on where it was, and believes nothing that it does not check."""
+"""moe2gguf.gguf.resume: a stopped job goes on where it was, and believes nothing that it does not check."""
 
 import json
 
@@ -7,10 +7,10 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError, OutputError
-from moe2gguf.export.layout import lay_out
-from moe2gguf.export.partial import Journal, describe_job
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.export.writer import OutputTensor, replacing, write_tensors
+from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.resume import Journal, describe_job
+from moe2gguf.gguf.writer import OutputTensor, replacing, write_tensors
+from moe2gguf.quant.rules import TypeOptions
 
 NAMES = [f"t{i}" for i in range(6)]
 JOB = {"type": "q4_k_m"}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe2gguf.checkpoint.jsonfile import read_bytes
-from moe2gguf.checkpoint.paths import inside
 from moe2gguf.errors import CheckpointError
+from moe2gguf.hf.json_file import read_bytes
+from moe2gguf.hf.paths import inside
 
 
 @pytest.mark.parametrize("name", ["a.json", "sub/a.json", "./a.json", "sub//a.json", "..a", "a..b/c...", "missing/x"])

@@ -9,8 +9,8 @@ import pytest
 from perplexity_cases import Case, smollm2, tiny
 from smollm2 import smollm2_folder
 
-from moe2gguf.compare import Settings, compare
-from moe2gguf.harness.metrics import Summary
+from moe2gguf.measure.compare import Settings, compare
+from moe2gguf.measure.metrics import Summary
 
 DIGITS = 5e-5
 """Four digits: half a unit of the fourth, relative."""

@@ -13,8 +13,8 @@ import pytest
 from test_report import found  # noqa: F401 - a fixture
 
 from moe2gguf.errors import HarnessError, OutputError
-from moe2gguf.harness.picture import require_picture, write_picture
-from moe2gguf.harness.rows import Comparison
+from moe2gguf.measure.report.picture import require_picture, write_picture
+from moe2gguf.measure.results import Comparison
 
 pytest.importorskip("matplotlib")
 

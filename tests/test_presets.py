@@ -1,14 +1,14 @@
-"""moe2gguf.export.presets: the same types as llama.cpp's own quantizer chooses, for every file type and network."""
+"""moe2gguf.quant.presets: the same types as llama.cpp's own quantizer chooses, for every file type and network."""
 
 import pytest
 from llama_quantize import chosen_types, hollow
 
-from moe2gguf.export import types
-from moe2gguf.export.assignment import assign
-from moe2gguf.export.layout import Entry
-from moe2gguf.export.presets import FILE_TYPE_NAMES, PRESETS, Network
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
+from moe2gguf.gguf import types
+from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.quant.assign import assign
+from moe2gguf.quant.presets import FILE_TYPE_NAMES, PRESETS, Network
+from moe2gguf.quant.rules import TypeOptions
 
 DENSE = {
     "24 layers, grouped queries": {"n_layer": 24, "n_head_kv": 2},

@@ -6,9 +6,9 @@ import pytest
 from tiny_tokenizers import PRE_TOKENIZERS as PUBLISHED
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from moe2gguf.checkpoint import pretokenizers
-from moe2gguf.checkpoint.pretokenizers import PRE_TOKENIZERS, PROBES, known_names, recognize
 from moe2gguf.errors import VocabularyError
+from moe2gguf.hf.tokenizer import pretokenizers
+from moe2gguf.hf.tokenizer.pretokenizers import PRE_TOKENIZERS, PROBES, known_names, recognize
 
 
 def untrained(pre_tokenizer: pre_tokenizers.PreTokenizer, **options: bool) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""moe2gguf.quantize: llama.cpp's bytes, from our writer; everything else of the file as it was."""
+"""moe2gguf.recipes.quantize: llama.cpp's bytes, from our writer; everything else of the file as it was."""
 
 import dataclasses
 import hashlib
@@ -17,12 +17,12 @@ from llama_quantize import file_type_of
 from llama_quantize import quantize as llama_quantize
 
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, PlanError
-from moe2gguf.export import kernels, types
-from moe2gguf.export.gguf_file import ValueType
-from moe2gguf.export.presets import FILE_TYPE_NAMES, PRESETS
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.quantize import network_of, plan_quantization, quantize
+from moe2gguf.gguf import kernels, types
+from moe2gguf.gguf.file import ValueType
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.quant.presets import FILE_TYPE_NAMES, PRESETS
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import network_of, plan_quantization, quantize
 
 TOKENS = [1, *np.random.default_rng(0).integers(3, 300, 60).tolist()]
 UNGUIDED = [
@@ -119,8 +119,8 @@ def test_llama_cpp_loads_every_type(sliced, tmp_path, kind):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_bytes_do_not_depend_on_threads(dense, tmp_path, monkeypatch, threads):
     """However rows are shared out."""
-    monkeypatch.setattr("moe2gguf.export.writer.PIECE", 1000)
-    monkeypatch.setattr(sys.modules["moe2gguf.quantize"], "BLOCK", 70_000)
+    monkeypatch.setattr("moe2gguf.gguf.writer.PIECE", 1000)
+    monkeypatch.setattr(sys.modules["moe2gguf.recipes.quantize"], "BLOCK", 70_000)
     quantize(dense, tmp_path / "small.gguf", TypeOptions("q4_k_m"), threads=threads)
     monkeypatch.undo()
 
@@ -334,8 +334,8 @@ def test_kernels_are_asked_for_before_a_byte_is_written(dense, tmp_path, monkeyp
 SLOW = """
 import sys, time, contextlib
 from pathlib import Path
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.quantize import quantize
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import quantize
 
 @contextlib.contextmanager
 def slow(stage, total):

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.gguf_file import LaterType, ValueType
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.gguf.file import LaterType, ValueType
+from moe2gguf.gguf.reader import read_gguf
 
 I8, I64 = g.I8, g.I64
 ALIGN = "general.alignment"
@@ -339,7 +339,7 @@ CHILD = """
 import re, resource, sys
 from pathlib import Path
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.reader import read_gguf
+from moe2gguf.gguf.reader import read_gguf
 size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + (16 << 20), size + (16 << 20)))
 resource.setrlimit(resource.RLIMIT_CPU, (20, 20))

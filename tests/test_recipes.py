@@ -1,4 +1,4 @@
-"""moe2gguf.export.recipes and .assignment: rules of the user's, in their order, and nothing that happens silently."""
+"""moe2gguf.quant.rules and .assignment: rules of the user's, in their order, and nothing that happens silently."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import PlanError
-from moe2gguf.export.assignment import as_stored, assign, may_quantize
-from moe2gguf.export.layout import Entry
-from moe2gguf.export.presets import Network
-from moe2gguf.export.recipes import TypeOptions, preset_rules, read_recipe, refuse_type
+from moe2gguf.gguf.layout import Entry
+from moe2gguf.quant.assign import as_stored, assign, may_quantize
+from moe2gguf.quant.presets import Network
+from moe2gguf.quant.rules import TypeOptions, preset_rules, read_recipe, refuse_type
 
 F16, F32 = GGMLType.F16, GGMLType.F32
 

@@ -3,8 +3,8 @@
 import torch
 
 from moe2gguf.experts import regroup
-from moe2gguf.experts.carve import MLP
-from moe2gguf.experts.rows import thinned
+from moe2gguf.experts.hidden_states import thinned
+from moe2gguf.experts.mlp import MLP
 
 TOPICS, WIDTH = 4, 3
 

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from moe2gguf.errors import HarnessError, OutputError
-from moe2gguf.harness import metrics, report
-from moe2gguf.harness import page as pages
-from moe2gguf.harness.candidates import Candidate
-from moe2gguf.harness.front import choose
-from moe2gguf.harness.page import require_plotly
-from moe2gguf.harness.report import pictures, render, summary, write_report
-from moe2gguf.harness.rows import Comparison, Quality, Row, is_above_noise, pair_up, quality
-from moe2gguf.harness.speed import Run, collect
+from moe2gguf.measure import metrics
+from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.pareto import choose
+from moe2gguf.measure.report import compare as report
+from moe2gguf.measure.report import page as pages
+from moe2gguf.measure.report.compare import pictures, render, summary, write_report
+from moe2gguf.measure.report.page import require_plotly
+from moe2gguf.measure.results import Comparison, Quality, Row, is_above_noise, pair_up, quality
+from moe2gguf.measure.speed import Run, collect
 
 LIMIT = 2e-6
 VOID = {"meta", "link", "br", "hr", "img", "input"}

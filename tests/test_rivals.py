@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import rivals
 
-from moe2gguf.experts.carve import MLP, Inputs
+from moe2gguf.experts.mlp import MLP, Inputs
 from moe2gguf.spec import Recipe, Slicing
 
 D_MODEL, D_FF, N, K = 12, 48, 8, 4

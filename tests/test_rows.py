@@ -1,4 +1,4 @@
-"""moe2gguf.experts.rows: numbers per token, wherever they are kept."""
+"""moe2gguf.experts.hidden_states: numbers per token, wherever they are kept."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.rows import Made, OnDisk, Shelf, chunks, first
+from moe2gguf.experts.hidden_states import Made, OnDisk, Shelf, chunks, first
 
 
 def test_rows_on_disk_are_what_was_written(tmp_path):

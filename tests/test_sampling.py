@@ -16,10 +16,10 @@ from moe2gguf import convert
 from moe2gguf.cli import cli
 from moe2gguf.errors import CheckpointError, HarnessError, OutputError
 from moe2gguf.experts.text import read_text
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.llama import Setup, open_model
-from moe2gguf.harness.sampling import Draw, draws, sample
-from moe2gguf.sample import DENSE, sample_text
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.sampling import Draw, draws, sample
+from moe2gguf.measure.sample import DENSE, sample_text
 
 PIECES = [text.replace("▁", " ") for text in tiny_gguf.vocabulary()[0][FIRST_BYTE + 256 :]]
 ENDING = "é"

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, convert, plan_conversion
-from moe2gguf.convert import check_conversion
 from moe2gguf.errors import CalibrationError, Moe2GgufError, OutputError, PlanError
 from moe2gguf.experts import saved
-from moe2gguf.folder_form import write_folder
+from moe2gguf.measure.check import check_conversion
+from moe2gguf.recipes.hf_output import write_folder
 
 QUICK = {"experts": 8, "calibration_tokens": 1024}
 

@@ -10,16 +10,16 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, convert, plan_conversion
-from moe2gguf.calibrating import subject
 from moe2gguf.errors import CalibrationError, PlanError
 from moe2gguf.experts import calibration
 from moe2gguf.experts.calibration import Settings, calibrate
-from moe2gguf.experts.carve import carve
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.search import WINDOWS, choose, variants
+from moe2gguf.experts.slice_layer import carve
 from moe2gguf.experts.text import read_text, windows
-from moe2gguf.options import AUTO, SEARCH
-from moe2gguf.planning import window
+from moe2gguf.recipes.calibrate import subject
+from moe2gguf.recipes.options import AUTO, SEARCH
+from moe2gguf.recipes.plan import window
 from moe2gguf.spec import Recipe, Slicing
 
 QUICK = {"experts": 8, "used": 4, "calibration_tokens": 1024, "always_on": SEARCH}

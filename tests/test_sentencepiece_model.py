@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tiny_tokenizers import train_sentencepiece
 
-from moe2gguf.checkpoint.sentencepiece_model import read_sentencepiece
 from moe2gguf.errors import CheckpointError, VocabularyError
+from moe2gguf.hf.tokenizer.sentencepiece_model import read_sentencepiece
 
 
 def written(path: Path, data: bytes) -> Path:

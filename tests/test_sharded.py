@@ -19,12 +19,12 @@ from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.cli.shared import Size
 from moe2gguf.errors import GGUFError, OutputError, PlanError
-from moe2gguf.export.metadata import SOURCE_DIGEST
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.export.shards import read_model, read_shards
-from moe2gguf.export.verify import verify
-from moe2gguf.quantize import plan_quantization, quantize
+from moe2gguf.gguf.metadata import SOURCE_DIGEST
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.shards import read_model, read_shards
+from moe2gguf.gguf.verify import verify
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import plan_quantization, quantize
 
 SIZE = 100_000
 SLICED = Options(experts=4, shard_size=SIZE)
@@ -236,8 +236,8 @@ SLOW = """
 import contextlib, sys, time
 from pathlib import Path
 from moe2gguf import Options, convert
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.quantize import quantize
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import quantize
 
 @contextlib.contextmanager
 def slow(stage, total):

@@ -1,4 +1,4 @@
-"""moe2gguf.export.shards: sets that llama.cpp loads, and every way in which a set can be wrong."""
+"""moe2gguf.gguf.shards: sets that llama.cpp loads, and every way in which a set can be wrong."""
 
 import shutil
 from pathlib import Path
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from llama_logits import llama_logits
 
 from moe2gguf.errors import GGUFError, PlanError
-from moe2gguf.export.layout import Entry, lay_out
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.shards import lay_out_shards, read_model, read_shards, shard_paths
-from moe2gguf.export.verify import verify
+from moe2gguf.gguf.layout import Entry, lay_out
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.shards import lay_out_shards, read_model, read_shards, shard_paths
+from moe2gguf.gguf.verify import verify
 
 TOKENS = [1, 60, 200, 280, 290, 17, 33]
 

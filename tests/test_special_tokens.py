@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, processors
 
-from moe2gguf.checkpoint.special_tokens import Surroundings, added_around, special_ids, surroundings
+from moe2gguf.hf.tokenizer.special_tokens import Surroundings, added_around, special_ids, surroundings
 
 IDS = {"<s>": 1, "</s>": 2, "<unk>": 0, "<pad>": 3, "<eot>": 4, "<PRE>": 5}
 

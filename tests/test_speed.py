@@ -9,10 +9,10 @@ import pytest
 import tiny_gguf
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.harness import speed
-from moe2gguf.harness.child import run_in_child
-from moe2gguf.harness.llama import Setup, open_model
-from moe2gguf.harness.speed import Run, collect, fast, memory_bandwidth, run_once, spread
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.measure import speed
+from moe2gguf.measure.speed import Run, collect, fast, memory_bandwidth, run_once, spread
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import tiny_gguf
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.export.shards import read_shards
-from moe2gguf.quantize import quantize
-from moe2gguf.sweep import active_bytes, candidate, candidates
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.shards import read_shards
+from moe2gguf.measure.sweep import active_bytes, candidate, candidates
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import quantize
 
 
 @pytest.fixture(scope="module")

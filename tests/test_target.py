@@ -12,9 +12,9 @@ from llama_logits import llama_logits, mean_kl
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import PlanError
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.quantize import plan_quantization, quantize
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import plan_quantization, quantize
 
 TOKENS = [1, *range(10, 60)]
 

@@ -1,4 +1,4 @@
-"""moe2gguf.checkpoint.tensors: which files make a checkpoint, hostile headers, and reading in blocks."""
+"""moe2gguf.hf.safetensors: which files make a checkpoint, hostile headers, and reading in blocks."""
 
 import json
 import struct
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moe2gguf.checkpoint.tensors import INDEX, SourceDigest, read_headers
 from moe2gguf.errors import CheckpointError
+from moe2gguf.hf.safetensors import INDEX, SourceDigest, read_headers
 
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 B = np.array([1.5, -2.0], np.float16)

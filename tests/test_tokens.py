@@ -1,4 +1,4 @@
-"""moe2gguf.harness.tokens: the ids of a GGUF file's vocabulary are those of the model's folder."""
+"""moe2gguf.llama.tokens: the ids of a GGUF file's vocabulary are those of the model's folder."""
 
 import checkpoints
 import numpy as np
@@ -6,10 +6,10 @@ import pytest
 from tiny_tokenizers import byte_level_bpe, llama_json_only, sentencepiece_model
 
 from moe2gguf import Options, convert
-from moe2gguf.checkpoint.folder import open_checkpoint
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, read_text, windows
-from moe2gguf.harness.tokens import read_tokens
+from moe2gguf.hf.folder import open_checkpoint
+from moe2gguf.llama.tokens import read_tokens
 
 TOKENIZERS = {
     "llama-bpe": lambda folder: byte_level_bpe(folder, pre="llama-bpe", n_vocab=450),

@@ -1,4 +1,4 @@
-"""moe2gguf.export.types: bytes of every type, against the gguf package, and numbers that must be refused."""
+"""moe2gguf.gguf.types: bytes of every type, against the gguf package, and numbers that must be refused."""
 
 import gguf
 import ml_dtypes
@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError
-from moe2gguf.export import types
+from moe2gguf.gguf import types
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((3, 256)).astype(np.float32)

@@ -11,13 +11,13 @@ import tiny_gguf
 from click.testing import CliRunner
 
 from moe2gguf.cli import cli
-from moe2gguf.compare import Settings, compare
 from moe2gguf.errors import PlanError
-from moe2gguf.export.reader import read_gguf
-from moe2gguf.export.recipes import TypeOptions
-from moe2gguf.harness.rows import Row
-from moe2gguf.quantize import quantize
-from moe2gguf.variants import compare_types, made, variants
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.measure.compare import Settings, compare
+from moe2gguf.measure.on_the_fly import compare_types, made, variants
+from moe2gguf.measure.results import Row
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import quantize
 
 CONTEXT = 32
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. " * 4

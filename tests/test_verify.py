@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.export.finite import FIELDS, _bad_blocks
-from moe2gguf.export.gguf_file import BLOCK_SIZES
-from moe2gguf.export.verify import require_sound, verify
+from moe2gguf.gguf.file import BLOCK_SIZES
+from moe2gguf.gguf.finite import FIELDS, _bad_blocks
+from moe2gguf.gguf.verify import require_sound, verify
 
 QUANTIZED = ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0"]
 F64 = 28

@@ -16,9 +16,9 @@ from llama_tokens import LlamaTokens, write_vocabulary_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from moe2gguf.checkpoint.vocabulary import read_vocabulary
 from moe2gguf.errors import VocabularyError
-from moe2gguf.export.vocabulary import vocabulary_metadata
+from moe2gguf.gguf.vocabulary import vocabulary_metadata
+from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Vocabulary
 
 HARD = [

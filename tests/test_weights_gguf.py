@@ -1,4 +1,4 @@
-"""moe2gguf.weights_gguf: a GGUF file's tensors are the checkpoint's, its forward pass is transformers'."""
+"""moe2gguf.recipes.gguf_as_hf: a GGUF file's tensors are the checkpoint's, its forward pass is transformers'."""
 
 import checkpoints
 import gguf
@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.forward import Layers
-from moe2gguf.export.dense import open_dense
-from moe2gguf.weights_gguf import Weights
+from moe2gguf.gguf.dense_model import open_dense
+from moe2gguf.recipes.gguf_as_hf import Weights
 
 FAMILIES = ["llama", "llama-head-dim", "llama-bias", "llama-tied", "mistral", "qwen2"]
 ROTARY = ["linear-rope", "yarn-rope", "yarn-rope-attention-factor", "llama3-rope"]

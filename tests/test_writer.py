@@ -1,4 +1,4 @@
-"""moe2gguf.export.writer: nothing unfinished under the final name, whatever goes wrong."""
+"""moe2gguf.gguf.writer: nothing unfinished under the final name, whatever goes wrong."""
 
 import os
 import resource
@@ -14,9 +14,9 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
-from moe2gguf.export import types, writer
-from moe2gguf.export.layout import lay_out
-from moe2gguf.export.writer import OutputTensor, check_target, replacing, write_over, write_tensors
+from moe2gguf.gguf import types, writer
+from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.writer import OutputTensor, check_target, replacing, write_over, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
@@ -107,8 +107,8 @@ WRITER = """
 import sys, time, numpy as np
 from pathlib import Path
 from gguf import GGMLQuantizationType as T
-from moe2gguf.export.layout import lay_out
-from moe2gguf.export.writer import OutputTensor, replacing, write_tensors
+from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.writer import OutputTensor, replacing, write_tensors
 
 def slow():
     for i in range(200):

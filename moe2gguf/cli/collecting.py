@@ -9,7 +9,7 @@ import click
 import cloup
 from cloup import option, option_group
 
-from moe2gguf import display
+from moe2gguf.cli import tables as display
 from moe2gguf.cli.shared import FILE, emit, json_option, llama_threads_option
 
 
@@ -64,7 +64,7 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
       moe2gguf imatrix dense.gguf -o dense-imatrix.gguf --text wiki.train.raw
       moe2gguf imatrix moe.gguf -o moe-imatrix.gguf --text chat.jsonl --used all --merge older.gguf
     """
-    from moe2gguf.imatrix import collect_imatrix
+    from moe2gguf.measure.imatrix import collect_imatrix
 
     done = collect_imatrix(model, out, text, n_token=n_token or None, progress=display.progress, **options)
     display.warnings([done.advice] if done.advice else [])
@@ -108,8 +108,8 @@ def sample(model: Path, out: Path, as_json: bool, **options: Any) -> None:
       moe2gguf sample SmolLM2-135M-Instruct -o own.txt
       moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration own.txt
     """
-    from moe2gguf.harness.sampling import Draw
-    from moe2gguf.sample import sample_text
+    from moe2gguf.llama.sampling import Draw
+    from moe2gguf.measure.sample import sample_text
 
     rest = {name: options.pop(name) for name in ("gpu", "force", "threads")}
     done = sample_text(model, out, Draw(**options), progress=display.progress, **rest)

@@ -8,7 +8,7 @@ import click
 import cloup
 from cloup import option
 
-from moe2gguf import display
+from moe2gguf.cli import tables as display
 from moe2gguf.cli.shared import FILE, emit, json_option, threads_option
 
 
@@ -27,8 +27,8 @@ def verify(file: Path, dense: Path | None, threads: int | None, as_json: bool) -
       moe2gguf verify moe.gguf
       moe2gguf verify moe.gguf --check dense.gguf
     """
-    from moe2gguf.export.verify import verify as verify_file
-    from moe2gguf.harness.check import check
+    from moe2gguf.gguf.verify import verify as verify_file
+    from moe2gguf.measure.check import check
 
     with display.progress("verify", file.stat().st_size) as advance:
         found = verify_file(file, threads=threads, progress=advance)
@@ -59,8 +59,8 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
       moe2gguf inspect moe.gguf
       moe2gguf inspect moe.gguf --json | jq .experts
     """
-    from moe2gguf.export.inspect import inspect as inspect_file
-    from moe2gguf.export.inspect import print_inspection
+    from moe2gguf.gguf.inspect import inspect as inspect_file
+    from moe2gguf.gguf.inspect import print_inspection
 
     found = inspect_file(file)
     emit(found.to_dict(), as_json, lambda: print_inspection(found, display.out(), tensors=tensors))
@@ -92,7 +92,7 @@ def run(
       moe2gguf run moe.gguf -p "The capital of France is" -n 32
       moe2gguf run moe.gguf -p "Once upon a time" --used 4
     """
-    from moe2gguf.harness.generate import generate
+    from moe2gguf.llama.generate import generate
 
     pieces = generate(
         file, prompt, n_token=tokens, n_expert_used=used, gpu=gpu, temperature=temperature, seed=seed, threads=threads

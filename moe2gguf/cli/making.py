@@ -10,7 +10,7 @@ import click
 import cloup
 from cloup import option, option_group
 
-from moe2gguf import display
+from moe2gguf.cli import tables as display
 from moe2gguf.cli.shared import (
     FILE,
     PATH,
@@ -137,18 +137,19 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration text.txt
       moe2gguf convert SmolLM2-135M-Instruct half -n 16 --used 8 --calibration text.txt --format hf
     """
-    from moe2gguf.convert import check_conversion, write_plan
-    from moe2gguf.folder_form import write_folder
-    from moe2gguf.options import Options
-    from moe2gguf.planning import plan_conversion
+    from moe2gguf.measure.check import check_conversion
+    from moe2gguf.recipes.convert import write_plan
+    from moe2gguf.recipes.hf_output import write_folder
+    from moe2gguf.recipes.options import Options
+    from moe2gguf.recipes.plan import plan_conversion
 
     if out is None and not plan_only:
         raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
     if form == "hf" and (plan_only or check or report):
         raise click.UsageError("--plan, --check and --report are for GGUF files; make one of the folder to look at it.")
     if report:
-        from moe2gguf.display_calibration import write_report
-        from moe2gguf.harness.page import require_plotly
+        from moe2gguf.measure.report.calibration import write_report
+        from moe2gguf.measure.report.page import require_plotly
     try:
         plan = plan_conversion(model, Options(**options))
     except PlanError as error:
@@ -220,8 +221,8 @@ def quantize(
       moe2gguf quantize moe.gguf moe-q8.gguf q8_0 --shard-size 2GB
       moe2gguf quantize moe.gguf moe-q5.gguf q5_k --tensor-type 'blk\\..*\\.ffn_down_exps\\.weight=q6_k' --plan
     """
-    from moe2gguf.export.recipes import TypeOptions
-    from moe2gguf.quantize import plan_quantization, write_quantization
+    from moe2gguf.quant.rules import TypeOptions
+    from moe2gguf.recipes.quantize import plan_quantization, write_quantization
 
     if options["type"] is None:
         if options["target_size"] is None and options["target_bpw"] is None:
@@ -268,7 +269,7 @@ def densify(source: Path, out: Path, as_json: bool, **options: Any) -> None:
       moe2gguf densify healed dense-healed --text text.txt --used 8
       moe2gguf densify moe.gguf dense.gguf
     """
-    from moe2gguf.densify import densify as fold
+    from moe2gguf.recipes.densify import densify as fold
 
     done = fold(source, out, progress=display.progress, **options)
     emit(done.to_dict(), as_json, lambda: display.densified(done))
@@ -286,7 +287,7 @@ def set_used(file: Path, count: int) -> None:
     Example:
       moe2gguf set-used moe.gguf 6
     """
-    from moe2gguf.export.edit import set_used as change
+    from moe2gguf.gguf.set_used import set_used as change
 
     change(file, count)
     display.out().print(f"{file}: {count} experts per token from now on", markup=False)

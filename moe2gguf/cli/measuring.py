@@ -10,7 +10,7 @@ import click
 import cloup
 from cloup import option, option_group
 
-from moe2gguf import display
+from moe2gguf.cli import tables as display
 from moe2gguf.cli.shared import (
     FILE,
     devices_from,
@@ -95,13 +95,13 @@ def compare(
       moe2gguf compare moe.gguf --reference dense.gguf --used 8,4,2 --speed --report report.html
       moe2gguf compare moe.gguf --reference dense.gguf --device cpu,gpu --scheduler tcp://10.0.0.1:8786
     """
-    from moe2gguf import display_compare
-    from moe2gguf.bench import Timing
-    from moe2gguf.compare import settings_from
-    from moe2gguf.harness.page import require_plotly
-    from moe2gguf.harness.picture import require_picture, write_picture
-    from moe2gguf.harness.report import write_report
-    from moe2gguf.variants import compare_types
+    from moe2gguf.cli import tables_compare as display_compare
+    from moe2gguf.measure.bench import Timing
+    from moe2gguf.measure.compare import settings_from
+    from moe2gguf.measure.on_the_fly import compare_types
+    from moe2gguf.measure.report.compare import write_report
+    from moe2gguf.measure.report.page import require_plotly
+    from moe2gguf.measure.report.picture import require_picture, write_picture
 
     if report:
         require_plotly(report)
@@ -169,9 +169,9 @@ def bench(
       moe2gguf bench moe.gguf --reference dense.gguf --used 8,4,2
       moe2gguf bench moe-q4.gguf moe-q8.gguf --prompt 64 --generate 32 --repeat 3 --json
     """
-    from moe2gguf import display_compare
-    from moe2gguf.bench import Timing
-    from moe2gguf.bench import bench as bench_files
+    from moe2gguf.cli import tables_compare as display_compare
+    from moe2gguf.measure.bench import Timing
+    from moe2gguf.measure.bench import bench as bench_files
 
     found = bench_files(
         files,
@@ -220,11 +220,11 @@ def experts(
       moe2gguf experts moe.gguf --text wiki.test.raw
       moe2gguf experts moe.gguf --used 4 --tokens 16384 --report experts.html
     """
-    from moe2gguf import display_experts
-    from moe2gguf.compare import read_text
-    from moe2gguf.harness.experts_report import write_report
-    from moe2gguf.harness.page import require_plotly
-    from moe2gguf.observe import observe
+    from moe2gguf.cli import tables_experts as display_experts
+    from moe2gguf.measure.compare import read_text
+    from moe2gguf.measure.observe import observe
+    from moe2gguf.measure.report.experts import write_report
+    from moe2gguf.measure.report.page import require_plotly
 
     if report:
         require_plotly(report)

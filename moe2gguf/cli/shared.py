@@ -11,14 +11,14 @@ from typing import Any
 import click
 from cloup import option, option_group
 
-from moe2gguf.export.repairs import REPAIRS
+from moe2gguf.quant.repairs import REPAIRS
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
 
 
 class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
-    """A number of experts, "auto" (-1) or "search" (-2): see `moe2gguf.options`."""
+    """A number of experts, "auto" (-1) or "search" (-2): see `moe2gguf.recipes.options`."""
 
     name = "number, auto or search"
 
@@ -110,7 +110,7 @@ rpc_option = option("--rpc", metavar="HOST:PORT,..", help="A device made of thes
 
 def devices_from(device: str | None, rpc: str | None) -> list[str]:
     """Return the names of devices; RPC servers alone are no reason to run on the CPU too."""
-    from moe2gguf.harness.devices import rpc_device
+    from moe2gguf.llama.devices import rpc_device
 
     named = device.split(",") if device else [] if rpc else ["cpu"]
     return [*named, rpc_device(rpc.split(","))] if rpc else named

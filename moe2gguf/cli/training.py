@@ -10,7 +10,7 @@ import click
 import cloup
 from cloup import option, option_group
 
-from moe2gguf import display
+from moe2gguf.cli import tables as display
 from moe2gguf.cli.shared import FILE, emit, json_option, whole_numbers
 from moe2gguf.experts import methods
 
@@ -133,10 +133,10 @@ def heal(
       accelerate launch "$(which moe2gguf)" heal half --teacher dense --text a.txt -o out --used-range 8 --layerwise 0
     """
     from moe2gguf.experts.heal.plan import HealSettings
-    from moe2gguf.harness.curves import write_curves
-    from moe2gguf.harness.page import require_plotly
-    from moe2gguf.heal import heal as heal_folder
-    from moe2gguf.heal import is_main
+    from moe2gguf.measure.report.heal import write_curves
+    from moe2gguf.measure.report.page import require_plotly
+    from moe2gguf.recipes.heal import heal as heal_folder
+    from moe2gguf.recipes.heal import is_main
 
     if report:
         require_plotly(report)

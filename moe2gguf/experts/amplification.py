@@ -8,16 +8,11 @@ expert gets with all on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.rows import chunks
-
-if TYPE_CHECKING:
-    from moe2gguf.experts.carve import Carved
-    from moe2gguf.experts.rows import Rows
+from moe2gguf.experts.hidden_states import Rows, chunks
+from moe2gguf.experts.mlp import Carved
 
 FITTED_RIDGE = 1e-3
 """Relative to the mean diagonal."""

@@ -9,17 +9,13 @@ token. In an expert that always runs, its down column is then a bias: FLAP's com
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moe2gguf.experts.hidden_states import Rows, chunks
 from moe2gguf.experts.layer import GAIN
-from moe2gguf.experts.rows import chunks
-
-if TYPE_CHECKING:
-    from moe2gguf.experts.carve import MLP, Carved
-    from moe2gguf.experts.rows import Rows
+from moe2gguf.experts.mlp import MLP, Carved
 
 
 def placed(carved: Carved, neuron: int, v: Tensor) -> Carved:

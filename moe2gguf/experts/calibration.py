@@ -20,17 +20,18 @@ import torch
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.carve import MLP, Carved, Contributions, Inputs, carve, observe
 from moe2gguf.experts.forward import Layers, choose_device
+from moe2gguf.experts.hidden_states import Made, Rows, Shelf, Store, chunks, first
 from moe2gguf.experts.layer import BiasNeuron, LayerExperts
-from moe2gguf.experts.rows import Made, Rows, Shelf, Store, chunks, first
+from moe2gguf.experts.mlp import MLP, Carved, Inputs
 from moe2gguf.experts.search import WINDOWS, Judge, variants
+from moe2gguf.experts.slice_layer import Contributions, carve, observe
 from moe2gguf.experts.slicing import PADDING
 from moe2gguf.experts.text import Text
 from moe2gguf.spec import Slicing
 
 Carver = Callable[[MLP, Inputs, Slicing, Contributions], Carved]
-"""Makes one layer's experts, see `moe2gguf.experts.carve.carve`."""
+"""Makes one layer's experts, see `moe2gguf.experts.slice_layer.carve`."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe2gguf.experts.forward import Layers
-from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.heal.moe_layer import Layer, Stored
 
 RIDGE = 1e-6
 """Relative to the mean diagonal: an expert that is never active keeps a factor near zero."""

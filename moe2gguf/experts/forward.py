@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.carve import MLP
-from moe2gguf.experts.rows import Made, Rows, Store, chunks
-from moe2gguf.hf_config import hf_config
+from moe2gguf.experts.hidden_states import Made, Rows, Store, chunks
+from moe2gguf.experts.mlp import MLP
+from moe2gguf.hf.write_config import hf_config
 from moe2gguf.spec import Model
 
 BATCH = 8

@@ -41,7 +41,7 @@ class LayerExperts:
     router         (n_expert, d_model) float32
     amplification  (n_expert,) float32, multiplies each expert's down projection
     down           (d_model, d_ff) float32 in place of the checkpoint's down projection, or None
-    report         figures for the user, see `moe2gguf.experts.carve.carve`
+    report         figures for the user, see `moe2gguf.experts.slice_layer.carve`
     bias           the neuron whose gate and up rows are not the checkpoint's, or None
     """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.rows import chunks
+from moe2gguf.experts.hidden_states import chunks
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Ridge strengths, relative to the mean diagonal; the held-out tokens choose."""

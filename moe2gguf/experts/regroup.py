@@ -8,17 +8,12 @@ are those that lose most by being routed, not those with the most energy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from moe2gguf.experts.grouping import Groups, balanced_assign
-from moe2gguf.experts.rows import chunks
-
-if TYPE_CHECKING:
-    from moe2gguf.experts.carve import MLP
-    from moe2gguf.experts.rows import Rows
+from moe2gguf.experts.hidden_states import Rows, chunks
+from moe2gguf.experts.mlp import MLP
 
 ROUNDS = 2
 """The first brings most of it, a third next to nothing (docs/experts.md)."""

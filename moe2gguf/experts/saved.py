@@ -161,7 +161,7 @@ class Saved:
 
 
 def _rescaled(made: LayerExperts, job: Job, slicing: Slicing) -> LayerExperts:
-    """The same experts for another count or mode; what `moe2gguf.experts.carve` would give with these groups."""
+    """The same experts for another count or mode; what `moe2gguf.experts.slice_layer` would give with these groups."""
     amplify = slicing.recipe.amplify
     if (job.amplify, job.n_expert_used) == (amplify, slicing.n_expert_used):
         return made

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe2gguf.experts.carve import Carved
 from moe2gguf.experts.forward import Layers
-from moe2gguf.experts.rows import chunks
+from moe2gguf.experts.hidden_states import chunks
+from moe2gguf.experts.mlp import Carved
 from moe2gguf.experts.slicing import default_always_on
 from moe2gguf.spec import Slicing
 

@@ -12,7 +12,7 @@ from moe2gguf.experts.heal.head import TOKENS, summed
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.student import routers, use
 from moe2gguf.experts.heal.teacher import Teacher
-from moe2gguf.experts.rows import chunks
+from moe2gguf.experts.hidden_states import chunks
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed

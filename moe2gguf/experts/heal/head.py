@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.rows import chunks
+from moe2gguf.experts.hidden_states import chunks
 
 TOKENS = 128
 """Tokens of a piece: enough for fast products, few enough that memory is used again and not asked for anew."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe2gguf.experts.forward import Layers
 from moe2gguf.experts.heal import losses
-from moe2gguf.experts.heal.layer import Layer, Stored
+from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for, require_finite, trained
 from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
 from moe2gguf.experts.heal.router import scale_of
@@ -143,8 +143,8 @@ def _save(work: Path, i: int, stored: Stored, dense: Tensor, sliced: Tensor) -> 
 class Data:
     """x and target (n_window, n_context, d_model) of one layer, and how much each token counts.
 
-    No token may own the fit: the weight of massive ones is cut, as in `moe2gguf.experts.carve`. Nor may a count: few
-    experts leave many times the error of many, so each window is divided by what `layer` leaves at its count.
+    No token may own the fit: the weight of massive ones is cut, as in `moe2gguf.experts.slice_layer`. Nor may a count:
+    few experts leave many times the error of many, so each window is divided by what `layer` leaves at its count.
     """
 
     def __init__(self, x: Tensor, target: Tensor, job: Job, layer: Layer) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe2gguf.experts.heal import masked
-from moe2gguf.experts.heal.layer import Stored
+from moe2gguf.experts.heal.moe_layer import Stored
 from moe2gguf.experts.heal.optimize import part_of
 from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.router import Router, scale_of

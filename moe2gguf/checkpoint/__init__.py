@@ -1,1 +1,0 @@
-"""What comes in: a Hugging Face folder becomes hyper-parameters, a vocabulary and lazy, checked tensors."""

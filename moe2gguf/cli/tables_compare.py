@@ -1,0 +1,213 @@
+"""What a person sees of comparisons and benchmarks: tables on stdout, one line per finished row on stderr."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from moe2gguf.cli import tables as display
+from moe2gguf.errors import OutputError
+
+if TYPE_CHECKING:
+    from moe2gguf.measure.bench import Bench
+    from moe2gguf.measure.candidates import Candidate
+    from moe2gguf.measure.metrics import Summary
+    from moe2gguf.measure.results import Comparison, Row
+    from moe2gguf.measure.speed import Run, Speed, Spread
+
+
+def row_done(row: Row) -> None:
+    """One line on stderr when it is a terminal: the sweep is alive, and this is how far it got."""
+    console = display.err()
+    if not console.is_terminal:
+        return
+    if row.quality:
+        summary = row.quality.summary
+        what = f"perplexity {summary.perplexity:.3f}, KL {summary.kl_mean:.3g}"
+        what += " (journal)" if row.resumed else f" ({row.quality.seconds:.1f} s)"
+    else:
+        what = row.reason.splitlines()[0]
+    console.print(f"{escape(row.candidate.label)}: {row.status}, {escape(what)}")
+
+
+def comparison(found: Comparison) -> None:
+    """The reference, one line per row, the reasons of those that did not run, and what cannot be told apart."""
+    console = display.out()
+    _heading(found)
+    columns = ("file", "type", "used", "device", "perplexity", "KL mean", "99 %", "top-1", "top-5", "RMS dp", "corr")
+    table = Table(*columns, "max dlogit", "NaN", box=None, pad_edge=False)
+    for column in table.columns[4:]:
+        column.justify = "right"
+    if found.noise:
+        names = ("noise floor (1 window)", found.reference.type, "dense", found.reference.device)
+        table.add_row(*names, *_scores_of(found.noise.summary, ""))
+    for row in found.rows:
+        table.add_row(*_names(row), *_scores(row))
+    display.lines(table)
+    console.print()
+    _reasons(found)
+    _devices(found)
+    _verdicts(found)
+    _workers(found)
+    _choice(found)
+
+
+def _heading(found: Comparison) -> None:
+    base = found.base
+    console = display.out()
+    if base:
+        console.print(
+            f"reference {escape(str(found.reference.path))}: perplexity {base.perplexity_base:.4f} "
+            f"+- {base.perplexity_base_error:.4f} over {base.n_token} tokens"
+        )
+    console.print(f"KL divergence in nats per token; mean above {found.kl_limit:.2g} is more than noise")
+    console.print()
+
+
+def _names(row: Row) -> tuple[str, str, str, str]:
+    c = row.candidate
+    used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"
+    return escape(c.name or c.path.name), c.type, used, c.device
+
+
+def _scores(row: Row) -> tuple[str, ...]:
+    if row.quality is None:
+        return (row.status,)
+    return _scores_of(row.quality.summary, "=" if row.above_noise is False else "")
+
+
+def _scores_of(s: Summary, mark: str) -> tuple[str, ...]:
+    return (
+        f"{s.perplexity:.5g} +- {s.perplexity_error:.2g}",
+        f"{s.kl_mean:.3g}{mark}",
+        f"{s.kl_percentiles['99']:.3g}",
+        f"{s.top1:.2%}",
+        f"{s.top5:.2%}",
+        f"{s.p_change_rms:.2%}",
+        f"{s.correlation:.4f}",
+        f"{s.max_difference:.3g}",
+        str(s.n_bad),
+    )
+
+
+def _reasons(found: Comparison) -> None:
+    for name, origin in found.settings.get("made", {}).items():
+        display.out().print(f"{escape(name)}: {escape(origin)}")
+    for row in found.rows:
+        if row.reason:
+            display.out().print(f"{escape(row.candidate.label)} {row.status}: {escape(row.reason)}")
+
+
+def _devices(found: Comparison) -> None:
+    for pair in found.agreements:
+        what = escape(pair.reason)
+        if pair.quality:
+            s = pair.quality.summary
+            what = f"mean KL {s.kl_mean:.3g}, top-1 {s.top1:.2%}, largest logit difference {s.max_difference:.3g}"
+        display.out().print(f"{escape(pair.second)} against {escape(pair.first)}, first window: {what}")
+
+
+def _workers(found: Comparison) -> None:
+    """Who of a cluster measured how many rows."""
+    counts = Counter(row.quality.worker for row in found.rows if row.quality and row.quality.worker)
+    if counts:
+        words = ", ".join(f"{escape(name)} {n}" for name, n in counts.items())
+        display.out().print(f"rows measured by workers: {words}")
+
+
+def _verdicts(found: Comparison) -> None:
+    console = display.out()
+    if any(row.above_noise is False for row in found.rows):
+        console.print("= the reference itself, as far as the noise floor can tell")
+    for name, others in found.not_told_apart.items():
+        console.print(f"not told apart from {escape(name)}: {escape(', '.join(others))}")
+    resumed = sum(row.resumed for row in found.rows)
+    if resumed:
+        console.print(
+            f"{resumed} of {len(found.rows)} rows from {escape(found.settings['journal'])} (--fresh measures)"
+        )
+
+
+def _choice(found: Comparison) -> None:
+    if found.choice is None:
+        return
+    console = display.out()
+    console.print()
+    table = _speed_table()
+    if found.reference_speed:
+        table.add_row(escape(found.reference.label), *_speed_cells(found.reference_speed), "reference")
+    for row in found.rows:
+        if row.speed:
+            mark = "front" if row.candidate.label in found.choice.front else ""
+            table.add_row(escape(row.candidate.label), *_speed_cells(row.speed), mark)
+    display.lines(table)
+    console.print()
+    console.print(f"take {escape(found.choice.label)}: {escape(found.choice.reason)}")
+
+
+def run_done(one: Candidate, run: Run) -> None:
+    """One line on stderr for every timed run when it is a terminal."""
+    console = display.err()
+    if console.is_terminal:
+        console.print(
+            f"{escape(one.label)}: prompt {run.prompt_speed:.1f}, generation {run.generation_speed:.1f} tokens/s"
+        )
+
+
+def speeds(found: Bench) -> None:
+    """One line per row with medians and ranges, then the bandwidth behind the bound."""
+    console = display.out()
+    table = _speed_table()
+    for row in found.rows:
+        cells = _speed_cells(row.speed) if row.speed else ("refused" if row.candidate.refusal else "failed",)
+        table.add_row(escape(row.candidate.label), *cells)
+    display.lines(table)
+    console.print()
+    for row in found.rows:
+        if row.reason:
+            console.print(f"{escape(row.candidate.label)}: {escape(row.reason)}")
+    given = found.settings
+    console.print(
+        f"median (lowest - highest) of {given['repeat']} rounds; prompt of {given['prompt']}, generation of "
+        f"{given['generate']} tokens, {given['threads']} threads"
+    )
+    console.print(f"bound: what {found.bandwidth / 1e9:.1f} GB/s, measured here, allow for the weights a token reads")
+
+
+def _speed_table() -> Table:
+    columns = ("", "prompt tokens/s", "generation tokens/s", "bound", "x reference", "first token", "memory", "")
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[1:7]:
+        column.justify = "right"
+    return table
+
+
+def _speed_cells(speed: Speed) -> tuple[str, ...]:
+    def words(spread: Spread) -> str:
+        return f"{spread.median:.1f} ({spread.low:.1f} - {spread.high:.1f})"
+
+    return (
+        words(speed.prompt),
+        words(speed.generation),
+        "" if speed.bound is None else f"{speed.bound:.0f}",
+        "" if speed.ratio is None else f"{speed.ratio:.2f}",
+        f"{speed.first_token.median:.2f} s",
+        f"{speed.peak_memory / 2**20:.0f} MiB",
+    )
+
+
+def write_csv(found: Comparison, path: Path) -> None:
+    """Write one line per row, numbers unrounded. Raises OutputError if the file cannot be written."""
+    lines = [row.flat() for row in found.rows]
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,51 @@
+"""What a person sees of experts at work: one line per layer, then the words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from moe2gguf.cli import tables as display
+
+if TYPE_CHECKING:
+    from moe2gguf.measure.expert_usage import ExpertUse, LayerUse
+
+_COLUMNS = ("layer", "effective", "router entropy", "lowest", "highest", "always on", "dead", "overloaded")
+_SHOWN = 6
+
+
+def experts(found: ExpertUse) -> None:
+    """One line per layer: how evenly its experts are used, which stand out, and which come together."""
+    from moe2gguf.measure.report.experts import summary
+
+    moved = any(one.moved is not None for one in found.layers)
+    table = Table(*_COLUMNS, "together", *(["moved"] if moved else []), box=None, pad_edge=False)
+    for column in (*table.columns[:5], *table.columns[9:]):
+        column.justify = "right"
+    for one in found.layers:
+        table.add_row(*_cells(one), *([f"{one.moved:.1%}"] if one.moved is not None else []))
+    display.lines(table)
+    console = display.out()
+    console.print()
+    for line in summary(found):
+        console.print(escape(line))
+
+
+def _cells(one: LayerUse) -> tuple[str, ...]:
+    pair = f"{one.pair[0]} {one.pair[1]} ({one.correlation:.2f})" if one.pair else ""
+    return (
+        str(one.layer),
+        f"{one.effective:.1f}",
+        f"{one.router_entropy:.3f}",
+        f"{min(one.load):.1%}",
+        f"{max(one.load):.1%}",
+        *(_names(kind) for kind in (one.always_on, one.dead, one.overloaded)),
+        pair,
+    )
+
+
+def _names(numbers: tuple[int, ...]) -> str:
+    more = f" +{len(numbers) - _SHOWN}" if len(numbers) > _SHOWN else ""
+    return " ".join(map(str, numbers[:_SHOWN])) + more

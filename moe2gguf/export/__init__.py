@@ -1,1 +1,0 @@
-"""What goes out: a plan becomes a GGUF file, verified and atomic."""

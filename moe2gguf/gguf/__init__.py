@@ -1,0 +1,1 @@
+"""The file format: GGUF files read, laid out, written, verified and inspected."""

@@ -1,0 +1,276 @@
+"""A dense GGUF file as the model that a conversion starts from.
+
+Arch `llama` is taken as it is. Arch `qwen2` computes the same but for the rotary layout, in which element j of a head
+is rotated with j + d_head / 2 instead of its neighbor; whole rows of q and k change places, so that arch `llama`'s
+layout results: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L3052-L3117
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType as Kind
+from numpy.typing import NDArray
+
+from moe2gguf.errors import PlanError
+from moe2gguf.gguf import types
+from moe2gguf.gguf.expected import Dimensions, check_architecture, llama_dimensions
+from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.gguf.findings import Findings
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.spec import MetadataValue, Model, Rope
+
+Array = NDArray[np.generic]
+Seen = Callable[[memoryview], object]
+
+ARCHITECTURES = {"llama": False, "qwen2": True}
+"""The architectures that arch `llama` can compute, and whether they rotate halves of a head instead of pairs."""
+
+MAX_ALIGNMENT = 1 << 20
+_MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)")
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the file: rows as they are stored, numbers or (block types) bytes."""
+
+    file: GGUFFile
+    info: TensorInfo
+
+    @property
+    def name(self) -> str:
+        """As in the file."""
+        return self.info.name
+
+    @property
+    def dtype(self) -> str:
+        """The name of its type."""
+        return self.info.type.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In numpy order; of the numbers, also where they are stored as blocks."""
+        return self.info.shape
+
+    @property
+    def block(self) -> int:
+        """Elements that are stored together."""
+        return types.block_size(self.info.type)
+
+    def read(self, seen: Seen = lambda _: None) -> Array:
+        """The whole tensor: an array of its shape, or for block types the blocks as uint8 (n_row, row_bytes).
+
+        `seen` is given its bytes.
+
+        Raises:
+            GGUFError: the file became shorter.
+        """
+        array = self.file.read_tensor(self.info)
+        seen(array.reshape(-1).view(np.uint8).data)
+        return array
+
+    def blocks(self, max_bytes: int, seen: Seen = lambda _: None) -> Iterator[Array]:
+        """The same in pieces of whole rows, at most about `max_bytes` each; use each before asking for the next."""
+        width = self.shape[-1] if self.shape else 1
+        row_bytes = max(self.info.row_bytes, 1)
+        for piece in self.file.chunks(self.info, max(max_bytes // row_bytes, 1) * row_bytes):
+            seen(piece.data)
+            if self.info.type in types.FLOATS:
+                yield piece.view(types.FLOATS[self.info.type]).reshape(-1, width)
+            else:
+                yield piece.reshape(-1, row_bytes)
+
+
+@dataclass(frozen=True)
+class DenseFile:
+    """A dense GGUF file (or set of shards) whose description is complete; no tensor has been read.
+
+    `file` has the keys and names of arch `llama`; `rotates_halves` where q and k still have arch `qwen2`'s rows.
+    """
+
+    file: GGUFFile
+    model: Model
+    rotates_halves: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file, or the first shard."""
+        return self.file.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return self.file.files
+
+    @property
+    def own_files(self) -> tuple[Path, ...]:
+        """The files that must not be written over."""
+        return self.file.files
+
+    @cached_property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Every tensor, by name, in the file's order."""
+        return {name: SourceTensor(self.file, info) for name, info in self.file.tensors.items()}
+
+    def row_order(self, name: str) -> NDArray[np.int64] | None:
+        """Which row of the stored tensor stands in each row of arch `llama`'s; None where they are the same."""
+        part = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)", name)
+        if not self.rotates_halves or not part:
+            return None
+        m = self.model
+        q, k = _rotary_pairs(m.n_head, m.d_head), _rotary_pairs(m.n_head_kv, m.d_head)
+        if part[1] != "qkv":
+            return q if part[1] == "q" else k
+        v = np.arange(m.n_head_kv * m.d_head) + len(q) + len(k)
+        return np.concatenate([q, k + len(q), v])
+
+
+def _rotary_pairs(n_head: int, d_head: int) -> NDArray[np.int64]:
+    """The order of rows in which the halves of every head are interleaved."""
+    return np.arange(n_head * d_head).reshape(n_head, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
+    """Open the dense GGUF file `path`, or the set of shards that it belongs to; `name` replaces the model's name.
+
+    Raises:
+        GGUFError: not a sound GGUF file, or a set of shards that is not whole.
+        PlanError: every reason why its model cannot be converted.
+    """
+    file = read_model(path)
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        what = shown(architecture) if isinstance(architecture, str) else "none"
+        raise PlanError(
+            [
+                f"{path}: its architecture is {what}; of GGUF files, those of {' and '.join(ARCHITECTURES)} can be "
+                "converted, as llama.cpp computes others in another way"
+            ]
+        )
+    file = _renamed(_as_llama(file, architecture), name)
+    if problems := _refusals(file):
+        raise PlanError(problems)
+    found = Findings()
+    check_architecture(file, found)
+    dimensions = llama_dimensions(file, [])
+    if dimensions.d_head % 2:
+        found.problems.append(f"heads of {dimensions.d_head}: the rotary embedding needs pairs")
+    model = _model(file, dimensions, architecture, found.problems)
+    if found.problems:
+        raise PlanError([f"{path}: {problem}" for problem in found.problems])
+    return DenseFile(file, model, ARCHITECTURES[architecture], tuple(found.notes))
+
+
+def _as_llama(file: GGUFFile, architecture: str) -> GGUFFile:
+    """The same file with the keys of arch `llama`."""
+    prefix = architecture + "."
+
+    def key(name: str) -> str:
+        return "llama." + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+    metadata: dict[str, MetadataValue] = {key(name): value for name, value in file.metadata.items()}
+    kinds = {key(name): kind for name, kind in file.types.items()}
+    return replace(file, metadata={**metadata, "general.architecture": "llama"}, types=kinds)
+
+
+def _renamed(file: GGUFFile, name: str | None) -> GGUFFile:
+    if name is None:
+        return file
+    kinds = {**file.types, "general.name": ValueType(Kind.STRING)}
+    return replace(file, metadata={**file.metadata, "general.name": name}, types=kinds)
+
+
+def _refusals(file: GGUFFile) -> list[str]:
+    """What makes the file no dense model that can be cut."""
+    found = []
+    if (kind := file.metadata.get("general.type", "model")) != "model":
+        found.append(f"{file.path}: its general.type is {shown(str(kind))}; only a model can be cut")
+    if file.metadata.get("llama.expert_count"):
+        found.append(f"{file.path}: has experts already; `moe2gguf quantize` and `set-used` change such a file")
+    if extra := [name for name in file.tensors if _MLP_EXTRA.fullmatch(name)]:
+        found.append(f"{file.path}: experts have no place for {len(extra)} tensors of its MLPs, such as {extra[0]}")
+    odd = [t.name for t in file.tensors.values() if t.type not in (*types.FLOATS, *types.BLOCKS)]
+    if odd:
+        kinds = ", ".join(sorted({file.tensors[name].type.name for name in odd}))
+        found.append(f"{file.path}: {kinds} is no type of weights, but that of {shown(odd[0])}")
+    if file.alignment > MAX_ALIGNMENT:
+        found.append(f"{file.path}: aligns tensors to {file.alignment} bytes; at most {MAX_ALIGNMENT} make sense")
+    return found
+
+
+def _model(file: GGUFFile, it: Dimensions, architecture: str, problems: list[str]) -> Model:
+    """The hyper-parameters, of which `check_architecture` has reported those that are missing or wrong."""
+    context = file.metadata.get("llama.context_length")
+    epsilon = file.metadata.get("llama.attention.layer_norm_rms_epsilon")
+    n_context = context if isinstance(context, int) else 0
+
+    def biased(*names: str) -> bool:
+        return any(name.endswith(names) for name in file.tensors)
+
+    return Model(
+        architecture=architecture,
+        n_layer=it.n_layer,
+        d_model=it.d_model,
+        d_ff=it.d_ff,
+        n_head=it.n_head,
+        n_head_kv=it.n_head_kv,
+        d_head=it.d_head,
+        n_vocab=it.n_vocab,
+        n_context=n_context,
+        rms_epsilon=epsilon if isinstance(epsilon, float) else 0.0,
+        rope=_rope(file, n_context, problems),
+        tied_embeddings="output.weight" not in file.tensors,
+        bias_qkv=biased("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias"),
+        bias_output=biased("attn_output.bias"),
+    )
+
+
+def _rope(file: GGUFFile, n_context: int, problems: list[str]) -> Rope:
+    """Rotary settings as arch `llama` reads them: no type means linear, no factor (or 0) that nothing is scaled.
+
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1410-L1431 and, for yarn's attn_factor, to
+    which llama.cpp adds its own, https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-context.cpp#L177-L214
+    """
+
+    def number(key: str, default: float) -> float:
+        value = file.metadata.get(f"llama.rope.{key}", default)
+        if isinstance(value, float) and math.isfinite(value) and (value > 0 or value == default):
+            return value
+        problems.append(f"metadata llama.rope.{key}: expected a finite number above zero, found {shown(str(value))}")
+        return 1.0
+
+    theta, kind = number("freq_base", 10000.0), file.metadata.get("llama.rope.scaling.type", "linear")
+    factor = number("scaling.factor", number("scale_linear", 0.0)) or 1.0
+    own = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    attention = number("scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        original = file.metadata.get("llama.rope.scaling.original_context_length")
+        whole = original if isinstance(original, int) and original > 0 else n_context
+        return Rope(theta, "yarn", factor, whole, attention_factor=own * attention if attention != 1 else None)
+    return Rope(theta, "linear", factor) if kind == "linear" and factor != 1 else Rope(theta)
+
+
+def carried_metadata(
+    dense: DenseFile, changes: Mapping[str, MetadataValue]
+) -> tuple[dict[str, MetadataValue], dict[str, ValueType]]:
+    """The file's metadata in its order with `changes`, and how what is unchanged was stored."""
+    metadata = {**dense.file.metadata, **changes}
+    kept = {key: kind for key, kind in dense.file.types.items() if metadata[key] is dense.file.metadata[key]}
+    return metadata, kept
+
+
+def largest_block(dense: DenseFile, d_expert: int, n_expert: int) -> int:
+    """How many neurons must stay together so that as many down projections as possible keep their blocks.
+
+    1 where no expert of `d_expert` neurons holds whole blocks, or there are fewer blocks than experts.
+    """
+    downs = (tensor for name, tensor in dense.tensors.items() if name.endswith(".ffn_down.weight"))
+    sizes = sorted({tensor.block for tensor in downs}, reverse=True)
+    return next((n for n in sizes if d_expert % n == 0 and dense.model.d_ff // n >= n_expert), 1)

@@ -1,0 +1,266 @@
+"""What a file's metadata promises: the keys llama.cpp reads for arch `llama`, and the tensors that must follow."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from gguf import GGMLQuantizationType as GGMLType
+from gguf import GGUFValueType as Kind
+
+from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.gguf.findings import Findings
+from moe2gguf.limits import MAX_EXPERTS, max_experts_used
+
+MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
+Shape = tuple[int, ...]
+
+
+class Dimensions(NamedTuple):
+    """What the shapes of arch `llama` depend on; names as in the glossary of `moe2gguf.spec`."""
+
+    n_layer: int
+    d_model: int
+    d_ff: int  # of one expert, if there are experts
+    n_head: int
+    n_head_kv: int
+    d_head: int
+    n_vocab: int
+    n_expert: int
+
+
+def check_architecture(file: GGUFFile, found: Findings) -> None:
+    """Compare the tensors of an arch `llama` file with its keys; another architecture is noted, not judged."""
+    architecture = file.metadata.get("general.architecture")
+    kind = file.metadata.get("general.type", "model")
+    if architecture is None:
+        found.problems.append("metadata 'general.architecture' is missing")
+    elif architecture != "llama" or kind != "model":
+        words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
+        found.notes.append(f"{words}: shapes are only checked for llama models")
+    else:
+        _check_llama(file, found)
+
+
+def _shown(value: object) -> str:
+    """A metadata value for a message: escaped and short."""
+    return shown(value) if isinstance(value, str) else repr(value)[:80]
+
+
+def _check_llama(file: GGUFFile, found: Findings) -> None:
+    before = len(found.problems)
+    dimensions = llama_dimensions(file, found.problems)
+    _check_vocabulary(file, found)
+    if len(found.problems) > before and 0 in dimensions[:-1]:
+        found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
+        return
+    required, optional = _llama_tensors(dimensions, fused_qkv="blk.0.attn_qkv.weight" in file.tensors)
+    _check_tensor_set(file.tensors, required, optional, found.problems)
+    for tensor in file.tensors.values():
+        if re.search(r"(ffn_gate_inp\.weight|rope_\w+\.weight|scale)$", tensor.name) and tensor.type != GGMLType.F32:
+            found.problems.append(f"tensor {shown(tensor.name)} must be F32, found {tensor.type.name}")
+    n_used = file.metadata.get("llama.expert_used_count")
+    n_scale = sum(re.fullmatch(r"blk\.0\.\w+_exps\.scale", name) is not None for name in file.tensors)
+    limit = max_experts_used(n_layer=dimensions.n_layer, n_tensor=len(file.tensors), n_scale=n_scale)
+    if dimensions.n_expert and isinstance(n_used, int) and limit < n_used <= dimensions.n_expert:
+        found.problems.append(
+            f"metadata llama.expert_used_count: llama.cpp can run {limit} experts per token in a file of this many "
+            f"layers and tensors, found {n_used}; it would abort"
+        )
+
+
+def _check_tensor_set(
+    tensors: dict[str, TensorInfo], required: dict[str, Shape], optional: dict[str, Shape], problems: list[str]
+) -> None:
+    """Every required tensor is there, no other than these, and each has its shape."""
+    expected = required | optional
+    missing = [name for name in required if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_names(missing)}")
+    if unexpected:
+        names = _names([shown(name) for name in unexpected])
+        problems.append(f"{len(unexpected)} tensors are unexpected, llama.cpp refuses a file with such: {names}")
+    problems += [
+        f"tensor {name}: expected the shape {expected[name]}, found {tensor.shape}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+
+
+def _names(names: list[str], limit: int = 1000) -> str:
+    """All of them, but not the hundred thousand of a hostile file."""
+    return ", ".join(names[:limit] + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
+
+
+def _llama_tensors(m: Dimensions, fused_qkv: bool) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """The required and the optional tensors of arch `llama` with their shapes.
+
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39 and, for the scales,
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1635
+    """
+    q, kv = m.n_head * m.d_head, m.n_head_kv * m.d_head
+    attention = {"attn_qkv": q + 2 * kv} if fused_qkv else {"attn_q": q, "attn_k": kv, "attn_v": kv}
+    matrices: dict[str, Shape] = {name: (width, m.d_model) for name, width in attention.items()}
+    matrices["attn_output"] = (m.d_model, q)
+    biases: dict[str, Shape] = {"attn_q": (q,), "attn_k": (kv,), "attn_v": (kv,)}
+    biases |= {name: shape[:1] for name, shape in matrices.items()}
+    if m.n_expert:
+        experts = {"ffn_gate_exps": (m.d_ff, m.d_model), "ffn_up_exps": (m.d_ff, m.d_model)}
+        experts["ffn_down_exps"] = (m.d_model, m.d_ff)
+        matrices |= {name: (m.n_expert, *shape) for name, shape in experts.items()}
+    else:
+        dense: dict[str, Shape] = {"ffn_gate": (m.d_ff, m.d_model), "ffn_up": (m.d_ff, m.d_model)}
+        dense["ffn_down"] = (m.d_model, m.d_ff)
+        matrices |= dense
+        biases |= {name: shape[:1] for name, shape in dense.items()}
+
+    layer: dict[str, Shape] = {f"{name}.weight": shape for name, shape in matrices.items()}
+    layer |= {"attn_norm.weight": (m.d_model,), "ffn_norm.weight": (m.d_model,)}
+    if m.n_expert:
+        layer["ffn_gate_inp.weight"] = (m.n_expert, m.d_model)
+    extra: dict[str, Shape] = {f"{name}.bias": shape for name, shape in biases.items()}
+    for name, shape in matrices.items():
+        extra |= {f"{name}.{end}": (shape[0] if len(shape) == 3 else 1,) for end in ("scale", "input_scale")}
+
+    required: dict[str, Shape] = {"token_embd.weight": (m.n_vocab, m.d_model), "output_norm.weight": (m.d_model,)}
+    optional: dict[str, Shape] = {"output.weight": (m.n_vocab, m.d_model)}
+    optional |= {f"rope_{kind}.weight": (m.d_head // 2,) for kind in ("freqs", "factors_long", "factors_short")}
+    optional |= {f"output.{end}": (1,) for end in ("scale", "input_scale")}
+    for i in range(m.n_layer):
+        required |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+        optional |= {f"blk.{i}.{name}": shape for name, shape in extra.items()}
+    return required, optional
+
+
+# The values with which keys that arch `llama` does not read mean what it does anyway.
+# https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L203
+_UNREAD: dict[str, tuple[object, ...]] = {
+    "expert_weights_scale": (0, 1),
+    "expert_weights_norm": (True,),
+    "expert_gating_func": (0, 1),
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "expert_group_count": (0,),
+}
+
+
+class _Keys:
+    """Reads `llama.*` the way llama.cpp does: a value of another type than it wants is a problem."""
+
+    def __init__(self, file: GGUFFile, problems: list[str]) -> None:
+        self.file, self.problems = file, problems
+        self.n_layer = 0  # set as soon as it is known
+
+    def count(self, key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
+        """A UINT32 from 1 to `limit` (0 only by default); 0 stands for a problem that is now listed."""
+        key = f"llama.{key}"
+        value = self.file.metadata.get(key)
+        if value is None:
+            if default is None:
+                self.problems.append(f"metadata {key} is missing")
+            return default or 0
+        kind = self.file.types[key]
+        if kind != ValueType(Kind.UINT32):
+            self.problems.append(f"metadata {key}: expected a UINT32, found {kind}")
+        elif not isinstance(value, int) or not (1 if default != 0 else 0) <= value <= limit:
+            self.problems.append(f"metadata {key}: expected 1 to {limit}, found {value}")
+        else:
+            return value
+        return 0
+
+    def alike(self, key: str, default: int | None = None) -> int:
+        """A count, or an array that gives every layer the same one."""
+        value = self.file.metadata.get(f"llama.{key}")
+        if not isinstance(value, list):
+            return self.count(key, default)
+        if len(value) == self.n_layer and len(set(value)) == 1 and isinstance(value[0], int) and value[0] > 0:
+            return value[0]
+        self.problems.append(
+            f"metadata llama.{key}: {len(value)} values for {self.n_layer} layers, where llama.cpp uses one for all"
+        )
+        return 0
+
+
+def llama_dimensions(file: GGUFFile, problems: list[str]) -> Dimensions:
+    """The dimensions that the metadata promises; a 0 stands for one that is missing or wrong, and is listed."""
+    keys = _Keys(file, problems)
+    keys.n_layer = n_layer = keys.count("block_count", limit=MAX_LAYERS)
+    keys.count("context_length")
+    d_model, d_ff = keys.count("embedding_length"), keys.alike("feed_forward_length")
+    n_head = keys.alike("attention.head_count")
+    n_head_kv = keys.alike("attention.head_count_kv", n_head)
+    if n_head_kv and n_head % n_head_kv:
+        problems.append(f"llama.attention.head_count {n_head} is not a multiple of head_count_kv {n_head_kv}")
+    d_head = keys.count("attention.key_length", d_model // n_head if n_head else 0)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if d_head and (other := keys.count(key, d_model // n_head if key.startswith("a") else d_head)) != d_head:
+            problems.append(f"metadata llama.{key}: arch llama wants the length of a key, {d_head}, found {other}")
+    epsilon = file.metadata.get("llama.attention.layer_norm_rms_epsilon")
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        problems.append(f"metadata llama.attention.layer_norm_rms_epsilon: expected 0 to 1, found {_shown(epsilon)}")
+    scaling = file.metadata.get("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear", "yarn", "longrope"):
+        problems.append(f"metadata llama.rope.scaling.type: llama.cpp does not know {_shown(scaling)} and would abort")
+    return Dimensions(
+        n_layer, d_model, d_ff, n_head, n_head_kv, d_head, _n_vocab(file, keys), _n_expert(file, keys, d_ff)
+    )
+
+
+def _n_expert(file: GGUFFile, keys: _Keys, d_ff: int) -> int:
+    """The number of experts, 0 for a dense model; a used count that llama.cpp misreads or aborts at is a problem."""
+    n_expert = keys.count("expert_count", 0, MAX_EXPERTS)
+    if isinstance(file.metadata.get("llama.expert_used_count"), list):
+        keys.problems.append(
+            "metadata llama.expert_used_count: one count per layer, which llama.cpp only half follows; write one number"
+        )
+        return n_expert
+    n_used = keys.count("expert_used_count", 0)
+    if (n_used == 0) != (n_expert == 0) or n_used > n_expert:
+        keys.problems.append(
+            f"metadata llama.expert_used_count: expected 1 to llama.expert_count ({n_expert}), found {n_used}; "
+            "llama.cpp would abort"
+        )
+    for name, harmless in {**_UNREAD, "expert_feed_forward_length": (d_ff,)}.items():
+        value = file.metadata.get(f"llama.{name}")
+        if n_expert and value is not None and value not in harmless:
+            keys.problems.append(f"metadata llama.{name}: arch llama does not read it; {_shown(value)} has no effect")
+    return n_expert
+
+
+def _n_vocab(file: GGUFFile, keys: _Keys) -> int:
+    """Rows of the embedding: the length of the token list, without one `llama.vocab_size`, or else what is there."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list):
+        return len(tokens)
+    embedding = file.tensors.get("token_embd.weight")
+    return keys.count("vocab_size", embedding.shape[0] if embedding and embedding.shape else 0)
+
+
+def _check_vocabulary(file: GGUFFile, found: Findings) -> None:
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        found.notes.append("no token list: the file can be loaded only without its vocabulary")
+        return
+    kind = file.types["tokenizer.ggml.tokens"]
+    if kind != ValueType(Kind.ARRAY, Kind.STRING) or not isinstance(tokens, list) or not tokens:
+        found.problems.append(f"metadata tokenizer.ggml.tokens: expected an ARRAY of STRING with entries, found {kind}")
+        return
+    for name in ("scores", "token_type"):
+        values = file.metadata.get(f"tokenizer.ggml.{name}", tokens)
+        if not isinstance(values, list) or len(values) != len(tokens):
+            length = len(values) if isinstance(values, list) else "no list"
+            found.problems.append(f"metadata tokenizer.ggml.{name}: expected {len(tokens)} entries, found {length}")
+
+
+def check_experts_alike(file: GGUFFile, found: Findings) -> None:
+    """A kind of expert tensor usually has one shape and one type in all layers; others are noted."""
+    kinds: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for tensor in file.tensors.values():
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+_exps\.weight)", tensor.name):
+            kinds[match[2]][f"{tensor.type.name} {tensor.shape}"].append(match[1])
+    for name, groups in kinds.items():
+        if len(groups) > 1:
+            parts = "; ".join(f"{group} in layers {', '.join(layers)}" for group, layers in groups.items())
+            found.notes.append(f"{name} differs between layers: {parts}")

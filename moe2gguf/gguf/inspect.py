@@ -1,0 +1,259 @@
+"""What a GGUF file contains, from its header alone: as a record for programs and as tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe2gguf.gguf.file import BLOCK_SIZES, GGUFFile, TensorInfo
+from moe2gguf.gguf.layout import mean_bits_per_weight
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.spec import MetadataValue
+
+FIRST = 8  # elements shown of an array
+LONGEST = 120  # characters shown of a value in a table
+_NOT_A_TERMINAL = 100_000  # columns: nothing wraps in a file or a pipe
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a file; `used` is None where the file gives no single number."""
+
+    count: int
+    used: int | None
+    d_expert: int | None  # width of one, padding included
+
+
+@dataclass(frozen=True)
+class TypeUse:
+    """What one tensor type is used for."""
+
+    type: str
+    n_tensors: int
+    n_parameters: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor; `shape` in numpy order, `offset` in bytes from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+    offset: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class MetadataRow:
+    """One key; of an array, `value` holds the first elements and `length` the number of all."""
+
+    key: str
+    type: str
+    value: MetadataValue
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `inspect` tells about a file.
+
+    `n_active` counts the parameters a token passes through: all but the experts that are not used (embedding and
+    output included, as is the habit), None where the used count is unknown. `bits_per_weight` is of the tensors'
+    bytes; None in a file without tensors.
+    """
+
+    path: Path
+    file_size: int
+    version: int
+    alignment: int
+    architecture: str | None
+    name: str | None
+    n_layer: int | None
+    d_model: int | None
+    experts: Experts | None
+    provenance: dict[str, MetadataValue]  # the `moe2gguf.*` keys
+    n_parameters: int
+    n_active: int | None
+    bits_per_weight: float | None
+    types: tuple[TypeUse, ...]  # largest first
+    metadata: tuple[MetadataRow, ...]
+    tensors: tuple[TensorRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record for JSON: bytes that are not UTF-8 are written `\\xff`, numbers that JSON lacks as strings."""
+        plain = _plain(asdict(self) | {"path": str(self.path)})
+        return dict(plain)
+
+
+def inspect(path: Path) -> Inspection:
+    """Read the header of a file, or of all shards of a set; no tensor byte. Raises GGUFError as `read_model` does."""
+    file = read_model(path)
+    tensors = list(file.tensors.values())
+    architecture = _as(str, file.metadata.get("general.architecture"))
+    experts = _experts(file, architecture)
+    n_parameters = sum(tensor.n_elements for tensor in tensors)
+    return Inspection(
+        path=file.path,
+        file_size=file.file_size,
+        version=file.version,
+        alignment=file.alignment,
+        architecture=architecture,
+        name=_as(str, file.metadata.get("general.name")),
+        n_layer=_as(int, file.metadata.get(f"{architecture}.block_count")),
+        d_model=_as(int, file.metadata.get(f"{architecture}.embedding_length")),
+        experts=experts,
+        provenance={key: value for key, value in file.metadata.items() if key.startswith("moe2gguf.")},
+        n_parameters=n_parameters,
+        n_active=_n_active(tensors, n_parameters, experts),
+        bits_per_weight=mean_bits_per_weight(tensors) if n_parameters else None,
+        types=_types(tensors),
+        metadata=tuple(_metadata_row(file, key) for key in file.metadata),
+        tensors=tuple(_tensor_row(tensor) for tensor in tensors),
+    )
+
+
+def _as(kind: type, value: MetadataValue | None) -> Any:
+    return value if type(value) is kind else None
+
+
+def _experts(file: GGUFFile, architecture: str | None) -> Experts | None:
+    count = _as(int, file.metadata.get(f"{architecture}.expert_count"))
+    if not count:
+        return None
+    stacks = (t.shape for t in file.tensors.values() if t.name.endswith(".ffn_up_exps.weight") and len(t.shape) == 3)
+    d_expert = next((shape[1] for shape in stacks), None)
+    return Experts(count, _as(int, file.metadata.get(f"{architecture}.expert_used_count")), d_expert)
+
+
+def _n_active(tensors: Sequence[TensorInfo], n_parameters: int, experts: Experts | None) -> int | None:
+    if experts is None:
+        return n_parameters
+    if experts.used is None or not 0 <= experts.used <= experts.count:
+        return None
+    in_experts = sum(tensor.n_elements for tensor in tensors if "_exps." in tensor.name)
+    return n_parameters - in_experts * (experts.count - experts.used) // experts.count
+
+
+def _types(tensors: Sequence[TensorInfo]) -> tuple[TypeUse, ...]:
+    groups: dict[str, list[TensorInfo]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.type.name].append(tensor)
+    uses = [
+        TypeUse(name, len(group), sum(t.n_elements for t in group), sum(t.n_bytes for t in group))
+        for name, group in groups.items()
+    ]
+    return tuple(sorted(uses, key=lambda use: (-use.n_bytes, use.type)))
+
+
+def _metadata_row(file: GGUFFile, key: str) -> MetadataRow:
+    value, kind = file.metadata[key], str(file.types[key])
+    if isinstance(value, list):
+        return MetadataRow(key, kind, value[:FIRST], len(value))
+    return MetadataRow(key, kind, value)
+
+
+def _tensor_row(tensor: TensorInfo) -> TensorRow:
+    n, n_bytes = BLOCK_SIZES[tensor.type]
+    return TensorRow(tensor.name, tensor.shape, tensor.type.name, tensor.n_bytes, tensor.offset, 8 * n_bytes / n)
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON: every string valid Unicode, every number finite, tuples as lists."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def print_inspection(inspection: Inspection, console: Console, *, tensors: bool = False) -> None:
+    """Print tables: summary, metadata, tensor types, and with `tensors` every tensor.
+
+    Whatever the file holds, only printable characters reach the console. Nothing is cut off in a file or a pipe;
+    a terminal folds what is too wide.
+    """
+    _print(console, "", ("", ""), _summary(inspection))
+    rows = [(row.key, row.type, _value_text(row)) for row in inspection.metadata]
+    _print(console, "Metadata", ("key", "type", "value"), rows)
+    uses = [(use.type, f"{use.n_tensors:,}", f"{use.n_parameters:,}", f"{use.n_bytes:,}") for use in inspection.types]
+    _print(console, "Tensor types", ("type", "tensors", "parameters", "bytes"), uses)
+    if tensors:
+        lines = [
+            (t.name, " x ".join(map(str, t.shape)), t.type, f"{t.n_bytes:,}", f"{t.bits_per_weight:g}")
+            for t in inspection.tensors
+        ]
+        _print(console, "Tensors", ("name", "shape", "type", "bytes", "bits per weight"), lines)
+
+
+def _summary(it: Inspection) -> list[tuple[str, str]]:
+    rows = [("file", str(it.path)), ("size", f"{it.file_size:,} bytes"), ("GGUF version", str(it.version))]
+    rows += [("architecture", _short(it.architecture or "not given")), ("name", _short(it.name or "not given"))]
+    rows += [("layers", f"{it.n_layer:,}")] if it.n_layer is not None else []
+    rows += [("width", f"{it.d_model:,}")] if it.d_model is not None else []
+    if it.experts:
+        used = "an unclear number" if it.experts.used is None else str(it.experts.used)
+        width = f", each {it.experts.d_expert:,} wide" if it.experts.d_expert else ""
+        rows.append(("experts", f"{it.experts.count}, of which a token uses {used}{width}"))
+    rows.append(("parameters", f"{it.n_parameters:,}"))
+    if it.experts and it.n_active is not None:
+        rows.append(("active per token", f"{it.n_active:,} ({it.n_active / max(it.n_parameters, 1):.1%})"))
+    if it.bits_per_weight is not None:
+        rows.append(("bits per weight", f"{it.bits_per_weight:.3f}"))
+    return rows
+
+
+def _value_text(row: MetadataRow) -> str:
+    if not isinstance(row.value, list):
+        return _short(_item_text(row.value))
+    more = ", ..." if row.length is not None and row.length > len(row.value) else ""
+    return f"{row.length:,}: [{', '.join(_short(_item_text(item), 24) for item in row.value)}{more}]"
+
+
+def _item_text(item: str | bool | int | float) -> str:
+    return f"{item:.7g}" if isinstance(item, float) else str(item)
+
+
+def _short(text: str, limit: int = LONGEST) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table; numbers of bytes and the like are right-aligned."""
+    table = Table(title=title or None, box=None, title_justify="left", show_header=any(columns), pad_edge=False)
+    for column in columns:
+        right = column in ("tensors", "parameters", "bytes", "bits per weight")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_printable(cell, console.encoding)) for cell in row))
+    if console.is_terminal:
+        console.print(table)
+    else:
+        wide = Console(file=StringIO(), width=_NOT_A_TERMINAL, color_system=None)
+        with wide.capture() as captured:
+            wide.print(table)
+        lines = [line.rstrip() for line in captured.get().rstrip().split("\n")]
+        console.print("\n".join(lines), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console.print()
+
+
+def _printable(text: str, encoding: str) -> str:
+    """Control characters, line ends, direction marks and what the encoding lacks, as backslash escapes."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,78 @@
+"""Changing one count in a finished file, in place."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+from gguf import GGUFValueType as Kind
+
+from moe2gguf.errors import GGUFError
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.metadata import BIAS_NEURON
+from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
+from moe2gguf.limits import check_expert_counts
+
+USED = "llama.expert_used_count"
+USED_HERE = "moe2gguf.slicing.expert_used_count"
+
+
+def set_used(path: Path, n_expert_used: int) -> None:
+    """Make `n_expert_used` the number of experts that run per token when the program that runs the file says nothing.
+
+    Four bytes are overwritten, so the file is whole at every moment.
+
+    Raises:
+        GGUFError: not an expert file of arch `llama`, a count llama.cpp cannot run, or experts that were amplified or
+            refitted for another count (the reason and the way out are named).
+    """
+    file = read_gguf(path)
+    n_expert = file.metadata.get("llama.expert_count")
+    if not isinstance(n_expert, int) or USED not in file.metadata:
+        raise GGUFError(f"{path}: has no experts; only a file with llama.expert_count has a count to change")
+    n_layer = file.metadata.get("llama.block_count")
+    refusals = check_expert_counts(
+        n_expert, n_expert_used, n_layer=n_layer if isinstance(n_layer, int) else 1, n_tensor=len(file.tensors)
+    )
+    if refusals:
+        raise GGUFError(f"{path}: " + " ".join(refusals))
+    _require_free(file, n_expert_used)
+    with path.open("r+b", buffering=0) as stream:
+        header = stream.read(min(file.data_offset, MAX_HEADER))
+        for key in (USED_HERE, USED):
+            if key in file.metadata:
+                os.pwrite(stream.fileno(), struct.pack("<I", n_expert_used), _value_offset(header, key, path))
+        os.fsync(stream.fileno())
+
+
+def _require_free(file: GGUFFile, n_expert_used: int) -> None:
+    """Only the modes `exact` and `any`, experts not sliced by us, and healed ones mean the same at several counts."""
+    made_for, mode = file.metadata.get(USED), file.metadata.get("moe2gguf.slicing.amplify", "exact")
+    low, high = (file.metadata.get(f"moe2gguf.heal.used_{end}") for end in ("min", "max"))
+    healed = isinstance(low, int) and isinstance(high, int) and low <= n_expert_used <= high
+    if n_expert_used == made_for or healed:
+        return
+    if mode in ("used", "fitted"):
+        raise GGUFError(
+            f"{file.path}: its experts are amplified for {made_for} of them (--amplify {mode}); with {n_expert_used} "
+            f"the MLP would be too loud or too quiet. Convert again with --used {n_expert_used}, or with --amplify any"
+        )
+    if file.metadata.get("moe2gguf.slicing.refit") is True:
+        raise GGUFError(
+            f"{file.path}: its experts are refitted for {made_for} of them. Convert again with --used {n_expert_used}"
+        )
+    if file.metadata.get(BIAS_NEURON) is True:
+        raise GGUFError(
+            f"{file.path}: its bias neurons stand for what does not run at {made_for} experts. Convert again with "
+            f"--used {n_expert_used}, or with --no-bias-neuron"
+        )
+
+
+def _value_offset(header: bytes, key: str, path: Path) -> int:
+    """Where the UINT32 value of `key` stands."""
+    name = key.encode()
+    prefix = struct.pack("<Q", len(name)) + name + struct.pack("<I", Kind.UINT32)
+    if header.count(prefix) != 1:
+        raise GGUFError(f"{path}: {key} is not one UINT32; convert the model again")
+    return header.index(prefix) + len(prefix)

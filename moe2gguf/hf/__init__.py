@@ -1,0 +1,1 @@
+"""The folder format: Hugging Face checkpoints read and written."""

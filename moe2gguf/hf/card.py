@@ -1,0 +1,120 @@
+"""The model card: who made the model, under which licence -> `general.*` metadata.
+
+The reading of README.md's front matter and of names such as "org/Model-7B-Instruct" is the gguf package's, as in
+llama.cpp's own converter. Two differences, both so that the same model gives the same bytes everywhere: the
+folder's name is never used, and a path in config.json's `_name_or_path` never reaches the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import yaml
+
+from moe2gguf.errors import CheckpointError
+from moe2gguf.hf.json_file import is_number, read_bytes, read_json
+from moe2gguf.hf.paths import inside
+from moe2gguf.hf.safetensors import StoredTensor
+from moe2gguf.spec import Metadata, MetadataValue, Model
+
+_MAX_CARD_BYTES = 4 << 20
+_MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
+
+
+def read_card(
+    folder: Path, values: Mapping[str, Any], model: Model, tensors: Mapping[str, StoredTensor], name: str | None
+) -> Metadata:
+    """`general.*` keys (name, basename, size label, licence, languages, base models ...) for `model`.
+
+    `values` is config.json, `tensors` those of the model (their parameters make the size label), `name` an override.
+
+    Raises:
+        CheckpointError: README.md or generation_config.json is not readable as such.
+    """
+    n_parameter = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    readme = _front_matter(folder)
+    config = dict(values)
+    if not isinstance(model_id := config.get("_name_or_path"), str) or not _MODEL_ID.fullmatch(model_id):
+        config.pop("_name_or_path", None)
+    try:
+        found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), readme, config, None, n_parameter)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the front matter of README.md makes no sense ({error!r}); mend it") from error
+    found.name = name or found.name or model.architecture.removesuffix("ForCausalLM")
+    found.size_label = found.size_label or gguf.size_label(n_parameter, 0, 0, 0)
+    return {**_sampling(folder), **_general(found)}
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # no stubs
+    """Safe YAML without aliases, which a card has no use for and which can make a small text enormous."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """The YAML block at the head of README.md; {} where there is none."""
+    path = inside(folder, "README.md")
+    if not path.is_file():
+        return {}
+    text = read_bytes(path, max_bytes=_MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", text, re.DOTALL)
+    if not match:
+        return {}
+    try:
+        values = yaml.load(match[1].replace("\t", "  ").replace("- no\n", '- "no"\n'), _Loader)  # noqa: S506
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path}: the front matter is not valid YAML ({error})") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _sampling(folder: Path) -> dict[str, MetadataValue]:
+    """Recommended sampling settings from generation_config.json, under llama.cpp's `general.sampling.*` keys."""
+    path = inside(folder, "generation_config.json")
+    values = read_json(path) if path.is_file() else {}
+    result: dict[str, MetadataValue] = {}
+    for source, target in _SAMPLING.items():
+        value = values.get(source)
+        if is_number(value):
+            result[f"general.sampling.{target}"] = max(int(value), 0) if source == "top_k" else float(value)
+    return result
+
+
+_PLAIN = (
+    "name", "author", "version", "organization", "finetune", "basename", "description", "size_label", "license",
+    "license_name", "license_link", "source_url", "source_doi", "source_uuid", "source_repo_url",
+)  # fmt: skip
+_KEYS = {field: field.replace("_", ".", 1) for field in _PLAIN if field.startswith(("license_", "source_"))}
+
+
+def _general(found: gguf.Metadata) -> dict[str, MetadataValue]:
+    """gguf.Metadata -> keys, as `set_gguf_meta_model` of the gguf package writes them."""
+    result: dict[str, MetadataValue] = {}
+    for field in _PLAIN:
+        if text := _text(getattr(found, field)):
+            result[f"general.{_KEYS.get(field, field)}"] = text
+    for kind, entries in (("base_model", found.base_models), ("dataset", found.datasets)):
+        named = [entry for entry in entries or [] if isinstance(entry, dict) and entry]
+        if named:
+            result[f"general.{kind}.count"] = len(named)
+        for i, entry in enumerate(named):
+            result |= {f"general.{kind}.{i}.{k}": text for k, v in sorted(entry.items()) if (text := _text(v))}
+    for key in ("tags", "languages"):
+        if texts := [text for value in getattr(found, key) or [] if (text := _text(value))]:
+            result[f"general.{key}"] = texts
+    return result
+
+
+def _text(value: object) -> str:
+    """A metadata string; lists are joined as llama.cpp's converter joins several licences."""
+    if isinstance(value, list):
+        return ",".join(item for item in value if isinstance(item, str) and item)
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""

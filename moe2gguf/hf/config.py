@@ -1,0 +1,222 @@
+"""config.json -> hyper-parameters, with typed reads that collect every problem instead of stopping at the first."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moe2gguf.hf.families import FAMILIES, REFUSED, Family
+from moe2gguf.hf.json_file import is_number
+from moe2gguf.spec import Metadata, Model, Rope
+
+_LARGEST = 2**31 - 1  # GGUF stores these as 32-bit counts, and llama.cpp reads them into int
+_LONGEST = 1 << 16  # numbers in a list of the provenance: layers times experts
+_MOST = {"num_hidden_layers": 512, "num_local_experts": 1024, "vocab_size": 1 << 24}
+"""Bounds on what multiplies: llama.cpp's LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
+(https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11-L12), and 60 times the largest vocabulary
+in use, so that a hostile number costs no memory."""
+
+
+class Config:
+    """A JSON object read by type; what is missing or wrong is appended to `problems` and read as a default."""
+
+    def __init__(self, values: Mapping[str, Any], problems: list[str], where: str = "config.json") -> None:
+        self.values = values
+        self.problems = problems
+        self.where = where
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is present and not null."""
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer; `default` where the key is absent, a problem where there is no default."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        most = _MOST.get(key, _LARGEST)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            return int(self._wrong(key, f"an integer from 1 to {most:,}", 1))
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if not is_number(value) or value <= 0:
+            return float(self._wrong(key, "a finite number above zero", 1.0))
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """true or false; absent is false."""
+        value = self.values.get(key, False)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        return bool(self._wrong(key, "true or false", 0))
+
+    def _wrong(self, key: str, kind: str, default: float) -> float:
+        found = "is missing" if key not in self.values else f"is {self.values[key]!r}"
+        self.problems.append(f"{self.where}: {key} {found}; expected {kind}")
+        return default
+
+
+def read_family(values: Mapping[str, Any], problems: list[str]) -> Family | None:
+    """The family named by `architectures`, or None with the reason appended to `problems`."""
+    names = values.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        problems.append(
+            f"config.json: architectures is {names!r}; expected a list with one name such as LlamaForCausalLM"
+        )
+        return None
+    name = names[0]
+    if name not in FAMILIES:
+        reason = REFUSED.get(name, "moe2gguf does not know it")
+        problems.append(f"config.json: {name} is not supported: {reason}. Supported: {', '.join(FAMILIES)}")
+        return None
+    return FAMILIES[name]
+
+
+_PROVENANCE = re.compile(r"moe2gguf(\.[a-z0-9_]{1,40}){1,4}")
+
+
+def read_provenance(values: Mapping[str, Any]) -> Metadata:
+    """The `moe2gguf.*` metadata that a folder of ours carries in config.json; what is not plain is left out."""
+    found = values.get("moe2gguf")
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if _PROVENANCE.fullmatch(key) and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """A short text, a flag, a count, a finite number, or a list of such numbers."""
+    if isinstance(value, list):
+        return len(value) <= _LONGEST and all(isinstance(one, float) and math.isfinite(one) for one in value)
+    if isinstance(value, str):
+        return len(value) <= 256
+    if isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= _LARGEST):
+        return True
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def read_model(values: Mapping[str, Any], family: Family, problems: list[str], warnings: list[str]) -> Model:
+    """Hyper-parameters of `family` from config.json. Appends every refusal to `problems`, every note to `warnings`."""
+    config = Config(values, problems)
+    _refuse(config)
+    d_model, n_head = config.integer("hidden_size"), config.integer("num_attention_heads")
+    n_head_kv = config.integer("num_key_value_heads", n_head)
+    d_head = config.integer("head_dim", max(d_model // n_head, 1))
+    if not config.has("head_dim") and d_model % n_head:
+        problems.append(f"config.json: hidden_size {d_model} is not a multiple of num_attention_heads {n_head}")
+    if n_head % n_head_kv:
+        problems.append(
+            f"config.json: num_attention_heads {n_head} is not a multiple of num_key_value_heads {n_head_kv}"
+        )
+    if d_head % 2:
+        problems.append(f"config.json: head_dim {d_head} is odd; the rotary embedding needs pairs")
+    experts = "num_local_experts" in values
+    flags = {field: config.flag(key) for field, key in family.config_flags} | dict.fromkeys(family.always, True)
+    n_context = config.integer("max_position_embeddings")
+    _warn(config, n_context, warnings)
+    return Model(
+        architecture=family.architecture,
+        n_layer=config.integer("num_hidden_layers"),
+        d_model=d_model,
+        d_ff=config.integer("intermediate_size"),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        d_head=d_head,
+        n_vocab=config.integer("vocab_size"),
+        n_context=n_context,
+        rms_epsilon=config.number("rms_norm_eps"),
+        rope=read_rope(config, family),
+        tied_embeddings=config.flag("tie_word_embeddings"),
+        n_expert=config.integer("num_local_experts") if experts else 0,
+        n_expert_used=config.integer("num_experts_per_tok") if experts else 0,
+        **flags,
+    )
+
+
+def _refuse(config: Config) -> None:
+    """Settings that the target graph cannot express."""
+    values, problems = config.values, config.problems
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        problems.append(f"config.json: hidden_act is {activation!r}; llama.cpp's expert graph has SiLU only")
+    if config.flag("mlp_bias"):
+        problems.append("config.json: mlp_bias is true; llama.cpp's expert graph has no MLP biases")
+    if config.has("quantization_config"):
+        problems.append(
+            "config.json: quantization_config is set; convert the original f32, f16 or bf16 checkpoint instead"
+        )
+    partial = values.get("partial_rotary_factor", 1.0)
+    if partial not in (1, None):
+        problems.append(f"config.json: partial_rotary_factor is {partial!r}; arch `llama` rotates whole heads")
+    if config.flag("use_qk_norm") or config.flag("qk_layernorm"):
+        problems.append("config.json: q/k norms are on; llama.cpp's arch `llama` has no tensors for them")
+
+
+def _warn(config: Config, n_context: int, warnings: list[str]) -> None:
+    window = config.values.get("sliding_window")
+    off = config.values.get("use_sliding_window") is False
+    if isinstance(window, int) and window < n_context and not off:
+        warnings.append(
+            f"config.json: sliding_window is {window}: llama.cpp's arch `llama` attends to the whole context, "
+            f"so answers differ from the original beyond {window} tokens"
+        )
+
+
+def read_rope(config: Config, family: Family) -> Rope:
+    """Rotary settings from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (transformers 5)."""
+    values, problems = config.values, config.problems
+    found = [key for key in ("rope_parameters", "rope_scaling") if config.has(key)]
+    scaling: Any = values[found[0]] if found else {}
+    where = f"config.json: {found[0]}" if found else "config.json"
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        problems.append(f"{where} is {scaling!r}; expected one flat object for all layers")
+        return Rope()
+    rope = Config(scaling, problems, where)
+    theta = rope.number("rope_theta", config.number("rope_theta", family.rope_theta))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("partial_rotary_factor", 1.0) not in (1, None):
+        problems.append(f"{where}: partial_rotary_factor is not 1; arch `llama` rotates whole heads")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", rope.number("factor"))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            "llama3",
+            rope.number("factor"),
+            rope.integer("original_max_position_embeddings"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
+    if kind == "yarn":
+        return _read_yarn(rope, theta, config)
+    problems.append(
+        f"{where}: rope type {kind!r} is not supported; llama.cpp's arch `llama` has linear, yarn and llama3"
+    )
+    return Rope(theta)
+
+
+def _read_yarn(rope: Config, theta: float, config: Config) -> Rope:
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.has(key):
+            rope.problems.append(f"{rope.where}: {key} is not supported: arch `llama` reads no such key")
+    for key, fixed in (("beta_fast", 32), ("beta_slow", 1)):
+        if rope.values.get(key) not in (None, fixed):
+            rope.problems.append(f"{rope.where}: {key} is not {fixed}, which is what arch `llama` always uses")
+    if rope.values.get("truncate", True) is not True:
+        rope.problems.append(f"{rope.where}: truncate is off; llama.cpp always truncates the correction range")
+
+    return Rope(
+        theta,
+        "yarn",
+        rope.number("factor"),
+        rope.integer("original_max_position_embeddings", config.integer("max_position_embeddings")),
+        attention_factor=rope.number("attention_factor") if rope.has("attention_factor") else None,
+    )

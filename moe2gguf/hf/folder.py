@@ -1,0 +1,127 @@
+"""A Hugging Face folder, opened: hyper-parameters, vocabulary, and lazy tensors, with every problem found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.errors import CheckpointError, PlanError, VocabularyError
+from moe2gguf.hf import card, config
+from moe2gguf.hf.families import MLP, Family, expected, ignored
+from moe2gguf.hf.json_file import read_json
+from moe2gguf.hf.paths import inside
+from moe2gguf.hf.safetensors import DTYPES, StoredTensor, read_headers
+from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
+from moe2gguf.spec import Metadata, Model, Vocabulary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose description is complete and consistent; no tensor data has been read."""
+
+    folder: Path
+    model: Model
+    mlp: MLP
+    tensors: Mapping[str, StoredTensor]
+    vocabulary: Vocabulary
+    card: Metadata
+    warnings: tuple[str, ...] = field(default=())
+    provenance: Metadata = field(default_factory=dict)  # the `moe2gguf.*` keys of a folder that we wrote
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.folder
+
+    @property
+    def own_files(self) -> tuple[Path, ...]:
+        """The files that must not be written over: all of the folder."""
+        return (*self.files, *(path for path in self.folder.iterdir() if path.is_file()))
+
+    def read(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.generic]:
+        """A tensor in its storage type, or only these of its rows."""
+        whole = self.tensors[name].read()
+        return whole if rows is None else whole[rows]
+
+
+def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
+    """Open the Hugging Face folder `folder`; `name` overrides the model's name in the metadata.
+
+    Raises:
+        CheckpointError: there is no such folder or no config.json in it.
+        PlanError: everything else that is wrong, all of it in one list.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
+    values = read_json(inside(folder, "config.json"))
+    problems: list[str] = []
+    warnings: list[str] = []
+    family = config.read_family(values, problems)
+    model = config.read_model(values, family, problems, warnings) if family else None
+    tensors = _attempt(lambda: read_headers(folder), problems)
+    if model is None or family is None:
+        raise PlanError(problems)
+    mlp = family.mlp[0]
+    if tensors is not None:
+        mlp = _layout(family, model, tensors)
+        tensors = _compare(model, mlp, tensors, problems, warnings)
+    vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
+    metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name), problems)
+    if problems or tensors is None or vocabulary is None or metadata is None:
+        raise PlanError(problems)
+    made_by = config.read_provenance(values)
+    return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
+
+
+def _attempt(step: Callable[[], T], problems: list[str]) -> T | None:
+    try:
+        return step()
+    except (CheckpointError, VocabularyError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _layout(family: Family, model: Model, tensors: Mapping[str, Any]) -> MLP:
+    """The layout of the family's MLP tensors that the checkpoint has the most names of."""
+    return max(family.mlp, key=lambda mlp: len(expected(model, mlp).keys() & tensors.keys()))
+
+
+def _compare(
+    model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], problems: list[str], warnings: list[str]
+) -> dict[str, StoredTensor]:
+    """The tensors the model needs; missing, unexpected and mis-shaped ones are all appended to `problems`."""
+    wanted = expected(model, mlp)
+    for name in wanted.keys() - tensors.keys():
+        hint = " (config.json does not say tie_word_embeddings: true)" if name == "lm_head.weight" else ""
+        problems.append(f"missing tensor: {name} {wanted[name]}{hint}")
+    for name in tensors.keys() - wanted.keys():
+        if name == "lm_head.weight" and model.tied_embeddings:
+            warnings.append("lm_head.weight is ignored: config.json says that it is tied to the embedding")
+        elif not ignored(name):
+            problems.append(f"unexpected tensor: {name} {tensors[name].shape} has no place in a {model.architecture}")
+    found = {name: tensors[name] for name in wanted if name in tensors}
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name]:
+            problems.append(f"wrong shape: {name} is {tensor.shape}, config.json says {wanted[name]}")
+        if tensor.dtype not in DTYPES:
+            problems.append(f"wrong type: {name} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
+    problems.sort(key=_kind)
+    return found
+
+
+def _kind(problem: str) -> tuple[bool, str]:
+    """Sorts tensor problems by kind and name, after all others, which keep their order."""
+    kinds = ("missing tensor", "unexpected tensor", "wrong shape", "wrong type")
+    return (True, problem) if problem.startswith(kinds) else (False, "")

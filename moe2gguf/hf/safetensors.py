@@ -1,0 +1,278 @@
+"""Lazy, checked tensors of a folder of safetensors files: names and shapes first, bytes when asked.
+
+Headers are checked by the safetensors library itself (sizes, gaps, overlaps, unknown types); our part is the set of
+files (index, shards) and reading: by `readinto`, not by a memory map, so that a process's memory is what it works on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from moe2gguf.errors import CheckpointError
+from moe2gguf.hf.json_file import read_json
+from moe2gguf.hf.paths import inside
+
+Array = NDArray[np.generic]
+Seen = Callable[[memoryview], object]
+
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The storage types we read, by their safetensors name."""
+
+PIECE = 1 << 20
+"""Bytes that are read at once: they stay in the cache while they are hashed."""
+
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint; `offset` and `n_bytes` place it in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    n_bytes: int
+
+    def read(self, seen: Seen = lambda _: None) -> Array:
+        """The whole tensor, in its storage type (bf16 as `ml_dtypes.bfloat16`)."""
+        return next(self.blocks(max(self.n_bytes, 1), seen))
+
+    def blocks(self, max_bytes: int, seen: Seen = lambda _: None) -> Iterator[Array]:
+        """Consecutive row blocks of at most `max_bytes` (at least one row each), shape (n_row, *shape[1:]).
+
+        `seen` is given the bytes piece by piece, as they are read.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        row_bytes = max(self.n_bytes // max(self.shape[0] if self.shape else 1, 1), 1)
+        step = max(max_bytes // row_bytes, 1)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            n_row = self.shape[0] if self.shape else 1
+            for start in range(0, n_row, step):
+                shape = (min(step, n_row - start), *self.shape[1:]) if self.shape else ()
+                block = np.empty(shape, DTYPES[self.dtype])
+                _read_into(file, block, self, seen)
+                yield block
+
+    def is_zero(self, max_bytes: int = 1 << 24) -> bool:
+        """Whether every element is zero."""
+        return not any(block.any() for block in self.blocks(max_bytes))
+
+
+def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> None:
+    view = _bytes_of(block)
+    while view:
+        count = file.readinto(view[:PIECE])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{tensor.file}: ends inside {tensor.name}; fetch a sound copy of the file")
+        seen(view[:count])
+        view = view[count:]
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint in `folder`, by name; reads headers only.
+
+    Raises:
+        CheckpointError: no safetensors files, a missing or surplus shard, a name outside the folder, a broken
+            header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
+    """
+    index = folder / INDEX
+    files = _indexed_files(folder, index) if index.exists() else [_single_file(folder)]
+    tensors: dict[str, StoredTensor] = {}
+    twice = []
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                twice.append(f"{tensor.name} (in {tensors[tensor.name].file.name} and {file.name})")
+            tensors[tensor.name] = tensor
+    if twice:
+        raise CheckpointError(f"{folder}: tensors stored twice: {_listed(twice)}")
+    if index.exists():
+        _compare_with_index(index, tensors)
+    return tensors
+
+
+def _single_file(folder: Path) -> Path:
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if "model.safetensors" in found:
+        return inside(folder, "model.safetensors")
+    if len(found) == 1 and not _SHARD.fullmatch(found[0]):
+        return inside(folder, found[0])
+    if found:
+        raise CheckpointError(f"{folder}: {len(found)} safetensors files but no {INDEX}; fetch the index too")
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder}: holds pickled weights ({_listed(pickles)}), which can run code when they are read; "
+            "save the model as safetensors first"
+        )
+    raise CheckpointError(f"{folder}: no *.safetensors file; is this a Hugging Face model folder?")
+
+
+def _indexed_files(folder: Path, index: Path) -> list[Path]:
+    names = sorted(set(_weight_map(index).values()))
+    files = [inside(folder, name) for name in names]
+    if missing := [name for name, file in zip(names, files, strict=True) if not file.is_file()]:
+        raise CheckpointError(f"{folder}: shards named in {INDEX} are missing: {_listed(missing)}")
+    stems = {match[1] for name in names if (match := _SHARD.fullmatch(name))}
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    if surplus := [name for name in present if name not in names and (m := _SHARD.fullmatch(name)) and m[1] in stems]:
+        raise CheckpointError(f"{folder}: shards that {INDEX} does not name: {_listed(surplus)}; fetch one whole set")
+    return files
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing or empty; expected an object: tensor -> file")
+    if wrong := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+        raise CheckpointError(f"{index}: weight_map names no file for {_listed(wrong)}")
+    return weight_map
+
+
+def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    weight_map = _weight_map(index)
+    absent = sorted(name for name in weight_map if name not in tensors)
+    unnamed = sorted(name for name in tensors if name not in weight_map)
+    elsewhere = sorted(
+        name
+        for name, file in weight_map.items()
+        if name in tensors and tensors[name].file != inside(index.parent, file)
+    )
+    problems = [
+        f"{what}: {_listed(names)}"
+        for what, names in (
+            ("named in the index, stored nowhere", absent),
+            ("stored, not named in the index", unnamed),
+            ("stored in another file than the index says", elsewhere),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{index}: the index and the shards disagree; " + "; ".join(problems))
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one file, after the safetensors library has checked the whole header against the file."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a sound safetensors file ({error}); fetch it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors.append(StoredTensor(name, entry["dtype"], shape, path, 8 + length + start, end - start))
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise SafetensorError(f"names twice: {_listed(twice)}")
+    return dict(pairs)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class Readable(Protocol):
+    """A tensor of any kind of source, whose numbers or bytes can be read whole or in pieces of rows."""
+
+    @property
+    def name(self) -> str:
+        """As stored."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of its type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In numpy order."""
+
+    def read(self, seen: Seen) -> Array:
+        """All of it; `seen` is given its bytes."""
+
+    def blocks(self, max_bytes: int, seen: Seen) -> Iterator[Array]:
+        """Consecutive pieces of whole rows; `seen` is given their bytes."""
+
+
+class SourceDigest:
+    """One SHA-256 over a checkpoint's tensors that does not depend on how they are sharded.
+
+    Every tensor is hashed as it is read; the digest covers name, type, shape and hash of each, in name order. `parts`
+    are the hashes by name, in hexadecimal.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[str, str] = {}
+
+    def read(self, tensor: Readable) -> Array:
+        """The whole tensor, hashed."""
+        sha = hashlib.sha256()
+        array = tensor.read(sha.update)
+        self.parts[tensor.name] = sha.hexdigest()
+        return array
+
+    def blocks(self, tensor: Readable, max_bytes: int) -> Iterator[Array]:
+        """The tensor in row blocks, hashed when the last block is taken."""
+        sha = hashlib.sha256()
+        yield from tensor.blocks(max_bytes, sha.update)
+        self.parts[tensor.name] = sha.hexdigest()
+
+    def hexdigest(self, tensors: Mapping[str, Readable]) -> str:
+        """The digest over `tensors`, each of which must have been read."""
+        sha = hashlib.sha256()
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            sha.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode() + bytes.fromhex(self.parts[name]))
+        return sha.hexdigest()
+
+
+def source_digest(tensors: Mapping[str, Readable]) -> str:
+    """The digest over `tensors`, all of which are read for it."""
+    digest = SourceDigest()
+    for tensor in tensors.values():
+        for _ in digest.blocks(tensor, PIECE):
+            pass
+    return digest.hexdigest(tensors)
+
+
+def _bytes_of(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def n_elements(shape: tuple[int, ...]) -> int:
+    """The number of elements of a tensor of this shape."""
+    return math.prod(shape)

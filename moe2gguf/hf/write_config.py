@@ -1,0 +1,60 @@
+"""A model's hyper-parameters in the words of config.json, the inverse of `moe2gguf.hf.config.read_model`.
+
+Both generations of readers find their keys: `rope_theta` and `rope_scaling` are understood by transformers 4 and 5 and
+by vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe2gguf.spec import Model, Rope
+
+
+def hf_config(model: Model) -> dict[str, Any]:
+    """config.json of `model`, under the class that has its tensors, whatever class it came from.
+
+    Mixtral where there are experts, Qwen2 where q, k and v alone have biases, else LLaMA, which computes what Mistral
+    does.
+    """
+    return {
+        **_class(model),
+        "hidden_act": "silu",
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.n_layer,
+        "num_attention_heads": model.n_head,
+        "num_key_value_heads": model.n_head_kv,
+        "head_dim": model.d_head,
+        "max_position_embeddings": model.n_context,
+        "rms_norm_eps": model.rms_epsilon,
+        "rope_theta": model.rope.theta,
+        "rope_scaling": _rope_scaling(model.rope),
+        "tie_word_embeddings": model.tied_embeddings,
+        "vocab_size": model.n_vocab,
+        "use_cache": True,
+    }
+
+
+def _class(model: Model) -> dict[str, Any]:
+    """The class, and the settings that only it has."""
+    if model.n_expert:
+        counts = {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_used}
+        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **counts}
+    if model.bias_qkv and not model.bias_output:
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    biases = {"attention_bias": model.bias_output, "mlp_bias": False}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **biases}
+
+
+def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.kind == "none":
+        return None
+    values: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.original_context:
+        values["original_max_position_embeddings"] = rope.original_context
+    if rope.kind == "llama3":
+        values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.attention_factor is not None:
+        values["attention_factor"] = rope.attention_factor
+    return values

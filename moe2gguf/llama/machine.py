@@ -1,0 +1,39 @@
+"""What numbers depend on besides the files: the versions and the machine they were measured with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.llama.library import processors
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and machine as JSON types."""
+    return {
+        "moe2gguf": package_version("moe2gguf"),
+        "llama-cpp-python": package_version("llama-cpp-python"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "processors": processors(),
+        "system": platform.platform(),
+    }
+
+
+def package_version(package: str) -> str:
+    """Return the version of an installed package, or that it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,133 @@
+"""Text of a model's own making, many texts side by side, out of a child process.
+
+Each text starts with a token drawn evenly from the vocabulary, so that texts differ, and goes on with tokens drawn from
+the model's own probabilities, as in data-free calibration (LLM-QAT, https://arxiv.org/abs/2305.17888, section 2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.errors import HarnessError
+from moe2gguf.llama.child import stream_from_child
+from moe2gguf.llama.model import Llama, Logits, Setup, open_model
+
+MIN_CONTEXT = 8
+"""Tokens that a text must be allowed, the model's BOS included."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn: `n_token` tokens in all, texts of at most `n_context`, `n_sequence` of them side by side."""
+
+    n_token: int
+    n_context: int = 512
+    n_sequence: int = 16
+    temperature: float = 1.0
+    seed: int = 0
+
+
+def sample(
+    path: Path, draw: Draw, *, gpu: bool = False, threads: int | None = None
+) -> Generator[tuple[str, int], None, None]:
+    """Yield (text, its tokens) as texts end: at the model's own end of text, or at `n_context`.
+
+    The last ones are cut off where all tokens are drawn. The same file, draw and threads give the same texts on one
+    machine.
+
+    Raises:
+        HarnessError: numbers out of range, llama.cpp cannot run the file, or its logits are not finite.
+    """
+    if (
+        draw.n_token < 1
+        or draw.n_context < MIN_CONTEXT
+        or draw.n_sequence < 1
+        or not draw.temperature > 0
+        or draw.seed < 0
+    ):
+        needed = f"1 token and 1 text, a context of {MIN_CONTEXT}, a temperature above 0, a seed of 0"
+        raise HarnessError(f"{draw}: needed are at least {needed}")
+    setup = Setup(
+        n_context=0,
+        n_batch=draw.n_sequence,
+        n_sequence=draw.n_sequence,
+        n_threads=threads,
+        n_gpu_layers=-1 if gpu else 0,
+        kv_type="f16",
+        repack=True,
+    )
+    yield from stream_from_child(_sample, path, setup, draw, what=f"running {path}")
+
+
+@dataclass
+class _Text:
+    """One text: its tokens, of which the first `n_fed` are in llama.cpp's memory."""
+
+    tokens: list[int]
+    n_fed: int = 0
+
+
+def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], None, None]:
+    with open_model(path, setup) as model:
+        n_context = min(draw.n_context, model.facts.n_context_train or draw.n_context)
+        model.start(n_context)
+        rng = np.random.default_rng(draw.seed)
+        first, bos = beginnings(model), model.bos()
+        prefix = [] if bos is None else [bos]
+
+        def fresh() -> _Text:
+            return _Text([*prefix, int(rng.choice(first))])
+
+        def spelled(text: _Text) -> tuple[str, int]:
+            own = text.tokens[len(prefix) :]
+            return b"".join(map(model.piece, own)).decode("utf-8", "ignore"), len(own)
+
+        texts = [fresh() for _ in range(draw.n_sequence)]
+        n_left = draw.n_token - draw.n_sequence
+        while n_left > 0:
+            logits = model.step([text.tokens[text.n_fed] for text in texts], [text.n_fed for text in texts])
+            drawn = draws(logits, draw.temperature, rng)
+            for i, text in enumerate(texts):
+                text.n_fed += 1
+                if text.n_fed < len(text.tokens):
+                    continue  # a BOS went in, the text's own first token is next
+                ended = model.ends(int(drawn[i]))
+                if not ended:
+                    text.tokens.append(int(drawn[i]))
+                    n_left -= 1
+                if ended or len(text.tokens) >= n_context:
+                    yield spelled(text)
+                    model.forget(i)
+                    texts[i] = fresh()
+                    n_left -= 1
+        for text in texts:
+            yield spelled(text)
+
+
+def beginnings(model: Llama) -> NDArray[np.int64]:
+    """The tokens a text may start with: those that are text, not control tokens, single bytes or unused ones."""
+    lib = model.lib
+    attributes = [lib.llama_vocab_get_attr(model.vocab, token) for token in range(model.facts.n_vocab)]
+    found = np.flatnonzero(np.array(attributes) & lib.LLAMA_TOKEN_ATTR_NORMAL)
+    if not len(found):
+        raise HarnessError(f"{model.facts.path}: its vocabulary has no token of plain text to start from")
+    return found
+
+
+def draws(logits: Logits, temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """One token per row of logits (n_row, n_vocab), by their softmax at this temperature: (n_row,).
+
+    Raises:
+        HarnessError: a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise HarnessError("the logits are not finite: check the file with `moe2gguf verify`")
+    weights = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
+    sums = weights.cumsum(axis=1)
+    marks = rng.random(len(logits)) * sums[:, -1]
+    return np.array([row.searchsorted(mark) for row, mark in zip(sums, marks, strict=True)])

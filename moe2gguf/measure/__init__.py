@@ -1,0 +1,1 @@
+"""What a file is worth: comparisons, speed, expert usage."""

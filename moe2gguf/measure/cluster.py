@@ -1,0 +1,129 @@
+"""Measurements on the workers of a Dask cluster that somebody runs already: `dask scheduler`, `dask worker ADDRESS`.
+
+A worker takes one job at a time and computes the reference's logits itself, once: nothing large crosses the network,
+and a job whose worker is lost can be done by any other. Files are found by path, on a folder that all machines share.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import HarnessError, Moe2GgufError
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.llama.devices import require_devices
+from moe2gguf.llama.machine import environment
+from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.results import Quality
+from moe2gguf.measure.sweep import identity
+from moe2gguf.measure.workbench import Answer, Job, Settings, Workbench
+
+_CONNECT_SECONDS = 10
+_SAME = ("moe2gguf", "llama-cpp-python")
+
+
+def require_workers(address: str, wanted: Iterable[Candidate], devices: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return versions and machine of every worker of the scheduler at `address`, by the worker's name.
+
+    Raises HarnessError, with everything that is amiss on any worker, unless all of them can measure all of `wanted`.
+    """
+    files = {one.path: one.identity for one in wanted}
+    with _client(address) as client:
+        found = client.run(_inspected, files, list(devices), on_error="return")
+    if not found:
+        raise HarnessError(f"the cluster at {address} has no worker: start some with `dask worker {address}`")
+    problems = [f"  - {worker}: {line}" for worker, facts in found.items() for line in _problems(facts)]
+    if problems:
+        raise HarnessError("\n".join(["not every worker of the cluster can measure this:", *problems]))
+    return {facts["name"]: facts["environment"] for facts in found.values()}
+
+
+def measured_by_workers(jobs: Sequence[Job], settings: Settings) -> Iterator[tuple[Job, Answer]]:
+    """Yield every job with its answer, as they come. A job whose worker is lost goes to another one.
+
+    Raises HarnessError if the scheduler is not there.
+    """
+    from distributed import KilledWorker, as_completed
+
+    with _client(str(settings.scheduler)) as client:
+        futures = {client.submit(_answer, job, settings, pure=False): job for job in jobs}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except KilledWorker as error:
+                yield futures[future], HarnessError(f"the workers that tried it were lost: {error}")
+
+
+@contextmanager
+def _client(address: str) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ModuleNotFoundError as error:
+        raise HarnessError("a cluster needs Dask: pip install 'moe2gguf[cluster]'") from error
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        raise HarnessError(
+            f"no Dask scheduler answers at {address} ({error}): start one with `dask scheduler`"
+        ) from error
+    with client:
+        yield client
+
+
+def _problems(facts: Any) -> list[str]:
+    """Return what keeps a worker from measuring; `facts` is what `_inspected` returned or raised there."""
+    if isinstance(facts, BaseException):
+        return [f"{facts!r}: install there what is installed here, moe2gguf included"]
+    here, there = environment(), facts["environment"]
+    differing = [f"{name} {there[name]}, here {here[name]}" for name in _SAME if there[name] != here[name]]
+    return [*(f"{line}: install the same version" for line in differing), *facts["problems"]]
+
+
+# --- the worker's side ---
+
+_lock = threading.Lock()
+_kept: dict[Settings, tuple[Workbench, tempfile.TemporaryDirectory[str]]] = {}
+
+
+def _inspected(files: dict[Path, str], devices: Sequence[str], dask_worker: Any) -> dict[str, Any]:
+    """Return the name, versions and problems of this worker, which Dask gives as `dask_worker`."""
+    problems = _unseen(files)
+    try:
+        require_devices(devices)
+    except HarnessError as error:
+        problems.append(str(error))
+    return {"name": str(dask_worker.name), "environment": environment(), "problems": problems}
+
+
+def _answer(job: Job, settings: Settings) -> Answer:
+    """Return what a job comes to on this worker; the reference's logits stay for the next job of the same sweep."""
+    from distributed import get_worker
+
+    name = str(get_worker().name)
+    problems = _unseen({one.path: one.identity for one in (job.base, job.one)})
+    if problems:
+        return HarnessError(f"worker {name}: {'; '.join(problems)}")
+    with _lock:
+        if settings not in _kept:
+            _kept.clear()  # and their folders with them
+            folder = tempfile.TemporaryDirectory(prefix="moe2gguf-")
+            _kept[settings] = Workbench(settings, Path(folder.name)), folder
+        answer = _kept[settings][0].answer(job)
+    return replace(answer, worker=name) if isinstance(answer, Quality) else answer
+
+
+def _unseen(files: dict[Path, str]) -> list[str]:
+    """Return which files are not here, or are others than those of the machine that asks."""
+    problems = []
+    for path, expected in files.items():
+        try:
+            if identity(read_model(path)) != expected:
+                problems.append(f"{path} is another file here (header, size or time of change): use one shared folder")
+        except Moe2GgufError as error:
+            problems.append(f"{error}; all machines must see the files under the same path: use a shared folder")
+    return problems

@@ -1,0 +1,191 @@
+"""Experts at work: how much each one does, with which others, for which tokens, and whether that was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.model import Setup
+from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.watch_routing import LayerTally, Tally, watch
+
+Floats = NDArray[np.float64]
+
+ALWAYS = 0.99
+"""Share of tokens from which on an expert counts as always on."""
+
+DEAD = 0.01
+"""An expert is dead below this part of its fair share: what the always-on experts leave, divided by the others."""
+
+OVERLOADED = 2.0
+"""An expert is overloaded above this many fair shares."""
+
+N_WORD = 8
+"""Tokens named per expert."""
+
+MIN_COUNT = 3
+"""Times that a token must occur to be named."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A token that runs an expert more often than others do: its text, how often it occurs, the share that runs it."""
+
+    text: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One layer; arrays over experts are tuples of n_expert.
+
+    load            share of tokens that run the expert; sums to n_expert_used
+    probability     mean of the router's softmax
+    router_entropy  mean entropy of that softmax, nats; ln n_expert for a router that only orders
+    effective       exp of the entropy of the load: as many equally busy experts would be as evenly used
+    together        share of tokens that run both, one tuple per expert
+    always_on, dead, overloaded   experts, by the limits of this module
+    pair            the two chosen experts that most often come together, beyond chance; None where nothing is chosen
+    correlation     theirs, over tokens: 1 if always together
+    moved           share of choices that fell elsewhere in calibration; None if unknown
+    words           the tokens typical of each expert
+    """
+
+    layer: int
+    load: tuple[float, ...]
+    probability: tuple[float, ...]
+    router_entropy: float
+    effective: float
+    together: tuple[tuple[float, ...], ...]
+    always_on: tuple[int, ...]
+    dead: tuple[int, ...]
+    overloaded: tuple[int, ...]
+    pair: tuple[int, int] | None
+    correlation: float | None
+    moved: float | None
+    words: tuple[tuple[Word, ...], ...]
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """What `observe` returns. `calibration` says what the load was compared with, or why it was not."""
+
+    candidate: Candidate
+    n_token: int
+    layers: tuple[LayerUse, ...]
+    calibration: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    def named(self, kind: str) -> list[str]:
+        """Return the experts of a kind ("always_on", "dead", "overloaded") as LAYER.EXPERT."""
+        return [f"{one.layer}.{expert}" for one in self.layers for expert in getattr(one, kind)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        return {
+            **self.candidate.to_dict(),
+            "tokens": self.n_token,
+            "calibration": self.calibration,
+            "settings": self.settings,
+            "environment": self.environment,
+            "always_on": self.named("always_on"),
+            "dead": self.named("dead"),
+            "overloaded": self.named("overloaded"),
+            "layers": [asdict(one) for one in self.layers],
+        }
+
+
+def count(path: Path, setup: Setup, text: str, n_token: int | None, timeout: float | None = None) -> Tally:
+    """Count in a child process which experts run; see `experts_trace.watch`. `timeout` in seconds for all of it."""
+    return run_in_child(watch, path, setup, text, n_token, what=f"running {path}", timeout=timeout)
+
+
+def layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]:
+    """Return what the sums say; `expected` (n_layer, n_expert) is the load in calibration."""
+    return tuple(
+        _layer(i, one, tally, None if expected is None else expected[i]) for i, one in sorted(tally.layers.items())
+    )
+
+
+def _layer(i: int, one: LayerTally, tally: Tally, expected: Floats | None) -> LayerUse:
+    together = one.together / tally.n_token
+    load = np.diagonal(together)
+    always_on, dead, overloaded = roles(load, tally.n_expert_used)
+    pair = closest(together, always_on)
+    return LayerUse(
+        layer=i,
+        load=_tuple(load),
+        probability=_tuple(one.probability / tally.n_token),
+        router_entropy=one.entropy / tally.n_token,
+        effective=effective_experts(load),
+        together=tuple(_tuple(row) for row in together),
+        always_on=always_on,
+        dead=dead,
+        overloaded=overloaded,
+        pair=pair[:2] if pair else None,
+        correlation=pair[2] if pair else None,
+        moved=None if expected is None else float(np.abs(load - expected).sum() / 2 / tally.n_expert_used),
+        words=tuple(typical_words(one.words[:, e], tally.counts, load[e], tally.texts) for e in range(len(load))),
+    )
+
+
+def roles(load: Floats, n_expert_used: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the experts (always on, dead, overloaded) of a layer with this load (n_expert,); none where all run."""
+    n_expert = len(load)
+    if n_expert_used >= n_expert:
+        return (), (), ()
+    on = load >= ALWAYS
+    fair = (n_expert_used - int(on.sum())) / max(1, n_expert - int(on.sum()))
+    dead, busy = (load < DEAD * fair) | (load == 0), (load > OVERLOADED * fair) & ~on
+    if fair <= 0:  # the always-on experts take every place: nothing is left to be chosen
+        busy = np.zeros_like(on)
+    return tuple(tuple(int(e) for e in np.flatnonzero(mask)) for mask in (on, dead, busy))  # type: ignore[return-value]
+
+
+def effective_experts(load: Floats) -> float:
+    """Return exp of the entropy of the load (n_expert,): from 1 to n_expert."""
+    share = load[load > 0] / load.sum()
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def closest(together: Floats, always_on: Sequence[int]) -> tuple[int, int, float] | None:
+    """Return the two experts, of those not always on, with the largest correlation over tokens (phi coefficient)."""
+    load = np.diagonal(together)
+    spread = np.sqrt(load * (1 - load))
+    chosen = spread > 0
+    chosen[[*always_on]] = False
+    if chosen.sum() < 2:
+        return None
+    phi = np.full_like(together, -math.inf)
+    some = np.ix_(chosen, chosen)
+    phi[some] = (together[some] - np.outer(load, load)[some]) / np.outer(spread, spread)[some]
+    phi[np.tril_indices(len(load))] = -math.inf
+    i, j = np.unravel_index(int(np.argmax(phi)), phi.shape)
+    return int(i), int(j), float(phi[i, j])
+
+
+def typical_words(ran: NDArray[Any], counts: NDArray[np.int64], load: float, texts: Sequence[str]) -> tuple[Word, ...]:
+    """Return the words that say most about an expert: the largest n ln(share / load) of n uses, all above chance.
+
+    That is a word's part of the mutual information between words and expert. `ran` and `counts` are (n_word,).
+    """
+    if not 0 < load < 1:
+        return ()
+    n = ran.astype(np.float64)
+    share = n / counts
+    score = n * np.log(np.where(n > 0, share, load) / load) * (counts >= MIN_COUNT)
+    best = np.argsort(-score, kind="stable")[:N_WORD]
+    return tuple(Word(texts[w], int(counts[w]), float(share[w])) for w in best if score[w] > 0)
+
+
+def _tuple(values: Floats) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)

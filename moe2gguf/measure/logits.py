@@ -1,0 +1,212 @@
+"""The logits of one text under two files: the reference's go to disk once, every other file is compared with them.
+
+Only scored positions are computed to logits, a batch at a time, so memory is at most four blocks of n_batch * n_vocab
+* 4 bytes (two of llama.cpp's, the reference's, and work) for any text and any vocabulary; disk space is
+n_token * n_vocab * 4 bytes, or what `record` is given: see `compact`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.errors import HarnessError
+from moe2gguf.llama.child import run_in_child, stream_from_child
+from moe2gguf.llama.model import Facts, Llama, Logits, Setup, open_model
+from moe2gguf.measure import metrics
+from moe2gguf.measure import top_logits as compact
+from moe2gguf.measure.metrics import TokenScores
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into windows that are computed independently of each other.
+
+    tokens  (n_window, n_context) int32; each starts with BOS where the file asks for it
+    first   the first scored position: logits at first ... n_context - 2 are scored on the token that follows
+    """
+
+    tokens: NDArray[np.int32]
+    first: int
+
+    @property
+    def n_scored(self) -> int:
+        """Scored positions of one window."""
+        return int(self.tokens.shape[1]) - 1 - self.first
+
+    @property
+    def n_token(self) -> int:
+        """Scored positions of all windows."""
+        return len(self.tokens) * self.n_scored
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What `record` leaves: logits (n_token, n_vocab) float32, row after row, in the file `logits`.
+
+    With `n_kept` the file holds records of `compact.row_type(n_kept)` instead.
+    """
+
+    logits: Path
+    windows: Windows
+    text: str
+    facts: Facts
+    vocabulary: str  # digest
+    n_kept: int | None = None
+
+
+def cut(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, bos: int | None) -> Windows:
+    """Cut tokens (n,) into as many windows as `n_token` scored positions need, rounded up.
+
+    As in llama.cpp's perplexity tool the windows follow each other without overlap, and BOS takes the place of
+    the first token of each: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/perplexity/perplexity.cpp#L569
+    Raises HarnessError if the text is too short or the numbers do not fit each other.
+    """
+    if n_token < 1 or not 0 <= first < n_context - 1:
+        raise HarnessError(
+            f"cannot score {n_token} tokens from position {first} of windows of {n_context}: "
+            "ask for at least 1 token and a context of at least 3"
+        )
+    n_window = -(-n_token // (n_context - 1 - first))
+    if len(tokens) < n_window * n_context:
+        raise HarnessError(
+            f"scoring {n_token} tokens takes {n_window * n_context} tokens of text, this one has {len(tokens)}: "
+            "give a longer text, or lower the number of tokens"
+        )
+    cut = tokens[: n_window * n_context].reshape(n_window, n_context).copy()
+    if bos is not None:
+        cut[:, 0] = bos
+    return Windows(cut, first)
+
+
+def record(
+    path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None = None
+) -> Reference:
+    """Compute the reference's logits in a child process and keep them in the file `target`.
+
+    At least `n_token` positions are scored (None: the whole text), windows being whole; see `cut`. `room` is how many
+    bytes the file may have before it takes the compact form. Raises HarnessError if llama.cpp cannot run the file, the
+    text is too short, or the disk has no room.
+    """
+    return run_in_child(record_here, path, setup, text, n_token, first, target, room, what=f"running {path}")
+
+
+def measure(
+    path: Path,
+    setup: Setup,
+    reference: Reference,
+    tail: float = metrics.TAIL,
+    *,
+    timeout: float | None = None,
+    memory_limit: int | None = None,
+) -> Generator[TokenScores, None, None]:
+    """Compare a file with the reference in a child process; yields the scores of one window after the other.
+
+    `timeout` is in seconds per window, the first with the load; `memory_limit` in bytes: see `run_in_child`. A compact
+    reference has a tail of its own, `metrics.TAIL`.
+
+    Raises HarnessError if llama.cpp cannot run the file or its vocabulary is not the reference's.
+    """
+    limits: dict[str, Any] = {"timeout": timeout, "memory_limit": memory_limit}
+    yield from stream_from_child(_measure, path, setup, reference, tail, what=f"running {path}", **limits)
+
+
+def record_here(
+    path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None
+) -> Reference:
+    """Do what `record` does in the process that calls it: a child process, or a benchmark's own."""
+    with open_model(path, setup) as model:
+        tokens, n = text_tokens(model, text), setup.n_context
+        n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
+        windows = cut(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
+        n_vocab = model.facts.n_vocab
+        n_kept = None if room is None else compact.entries_to_keep(windows.n_token, n_vocab, room)
+        row_bytes = n_vocab * 4 if n_kept is None else compact.row_type(n_kept).itemsize
+        _require_room(target.parent, windows.n_token * row_bytes)
+        try:
+            with target.open("wb") as file:
+                for window in windows.tokens:
+                    for block, targets in _scored(model, window, first):
+                        rows = block if n_kept is None else compact.shrink(block, targets, n_kept)
+                        file.write(rows.data)
+        except OSError as error:
+            raise HarnessError(f"cannot keep the reference's logits: {error}; set TMPDIR to a larger disk") from error
+        return Reference(target, windows, text, model.facts, model.vocabulary_digest(), n_kept)
+
+
+def _measure(path: Path, setup: Setup, reference: Reference, tail: float) -> Iterator[TokenScores]:
+    windows = reference.windows
+    setup = replace(setup, n_context=windows.tokens.shape[1])
+    with open_model(path, setup) as model, reference.logits.open("rb") as file:
+        _require_same_vocabulary(model, reference)
+        for window in windows.tokens:
+            yield metrics.join(compare_window(model, window, reference, file, tail))
+
+
+def compare_window(
+    model: Llama, window: NDArray[np.int32], reference: Reference, file: IO[bytes], tail: float
+) -> Iterator[TokenScores]:
+    """Yield the scores of a window (n_context,), a batch at a time; `file` stands where the window's logits begin."""
+    for block, targets in _scored(model, window, reference.windows.first):
+        if reference.n_kept is None:
+            base = np.fromfile(file, np.float32, block.size).reshape(block.shape)
+            yield metrics.compare(base, block, targets, tail)
+        else:
+            rows = np.fromfile(file, compact.row_type(reference.n_kept), len(block))
+            yield compact.compare(rows, block, targets)
+
+
+def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
+    """Yield blocks of logits of the scored positions, and the tokens that follow these."""
+    row = first
+    for block in model.blocks(window, first, len(window) - 1):
+        yield block, window[row + 1 : row + 1 + len(block)]
+        row += len(block)
+
+
+def text_tokens(model: Llama, text: str) -> NDArray[np.int32]:
+    """Return the tokens (n,) of a text; an EOS that the file appends is not part of it."""
+    tokens = model.tokenize(text)
+    ended = len(tokens) > 0 and model.lib.llama_vocab_get_add_eos(model.vocab)
+    return tokens[:-1] if ended else tokens
+
+
+def _require_room(folder: Path, n_byte: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_byte:
+        raise HarnessError(
+            f"the reference's logits take {n_byte / 2**20:.0f} MiB, {folder} has {free / 2**20:.0f} MiB free: "
+            "set TMPDIR to a larger disk, or score fewer tokens"
+        )
+
+
+def _require_same_vocabulary(model: Llama, reference: Reference) -> None:
+    """Raise HarnessError unless both files give every token and the text the same ids."""
+    ours, base = model.facts, reference.facts
+    if ours.n_vocab != base.n_vocab:
+        difference = f"{ours.n_vocab} tokens against {base.n_vocab}"
+    elif model.vocabulary_digest() != reference.vocabulary:
+        difference = "as many tokens, but other texts or kinds of token"
+    elif not _same_cut(text_tokens(model, reference.text), reference.windows, model.bos()):
+        difference = "the same tokens, but the text is split differently (tokenizer.ggml.pre or flags)"
+    else:
+        return
+    raise HarnessError(
+        f"{ours.path} and {base.path} have different vocabularies ({difference}): "
+        "compare files made from the same checkpoint"
+    )
+
+
+def _same_cut(tokens: NDArray[np.int32], windows: Windows, bos: int | None) -> bool:
+    if len(tokens) < windows.tokens.size:
+        return False
+    n_window, n_context = windows.tokens.shape
+    n_token = n_window * windows.n_scored
+    again = cut(tokens, n_token=n_token, n_context=n_context, first=windows.first, bos=bos)
+    return np.array_equal(again.tokens, windows.tokens)

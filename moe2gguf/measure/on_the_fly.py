@@ -1,0 +1,159 @@
+"""The recipe: a comparison whose files are also quantized on the fly, and removed when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import PlanError
+from moe2gguf.gguf import types
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.measure.compare import Settings, cache_folder, compare
+from moe2gguf.measure.expert_usage import ExpertUse
+from moe2gguf.measure.observe import observe
+from moe2gguf.measure.results import Comparison
+from moe2gguf.measure.sweep import candidate
+from moe2gguf.progress import Progress, silent
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import QuantizationPlan, plan_quantization, write_quantization
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file to be: `plan` says everything about it, `path` is where it stands while it is needed."""
+
+    plan: QuantizationPlan
+    path: Path
+
+    @property
+    def origin(self) -> str:
+        """How to make it again, and which types are not the one that was asked for."""
+        options, counts = self.plan.options, self.plan.assigned.fallbacks
+        words = f"moe2gguf quantize {self.plan.source.path.name} OUT {options.type} --allow-fallback"
+        if options.imatrix:
+            words += f" --imatrix {options.imatrix.name}"
+        return f"{words} ({len(counts)} tensors took a substitute)" if counts else words
+
+
+def compare_types(
+    files: Sequence[Path],
+    reference: Path,
+    *,
+    kinds: Sequence[str] = (),
+    imatrix: Path | None = None,
+    experts: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Comparison:
+    """Compare `files`, and each of them that is f32, f16 or bf16 in every type of `kinds` too.
+
+    All types take the importance matrix `imatrix`; `options` are those of `compare`. A type that does not fit a tensor
+    takes llama.cpp's substitute; the result's settings say how many did, and how to make each file again. With
+    `experts` every sound row that leaves experts out is watched too, on the same text: see `observe`.
+
+    Raises:
+        PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
+        and what `quantize` and `compare` raise.
+    """
+    wanted = variants(files, kinds, cache_folder() / "types", imatrix)
+    with made(wanted, progress) as paths:
+        found = compare([*files, *paths], reference, **options)
+        if experts:
+            found = replace(found, experts=_watched(found, options.get("settings") or Settings()))
+    if not wanted:
+        return found
+    return replace(found, settings=found.settings | {"made": {one.path.name: one.origin for one in wanted}})
+
+
+def _watched(found: Comparison, settings: Settings) -> tuple[ExpertUse, ...]:
+    """Count the experts of every sound row that does not run all."""
+    return tuple(
+        observe(
+            one.path,
+            used=one.n_expert_used,
+            text=settings.text,
+            n_token=settings.n_token,
+            n_context=settings.n_context,
+            device=one.device,
+            threads=settings.threads,
+        )
+        for one in (row.candidate for row in found.rows if row.status == "ok")
+        if one.n_expert_used < one.n_expert
+    )
+
+
+def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path, imatrix: Path | None = None) -> list[Variant]:
+    """Plan every type for every file whose weights are in a float type; nothing is written.
+
+    A variant's place in `folder` depends on the source, the type and the importance matrix only. Files that are
+    quantized already are left out. Raises PlanError with every reason.
+    """
+    refusals, out = [], []
+    if imatrix and not kinds:
+        refusals.append(f"{imatrix}: an importance matrix guides files made on the fly: name --types, too")
+    sources = [path for path in dict.fromkeys(files) if _is_float(path)]
+    if kinds and not sources:
+        refusals.append("no file is f32, f16 or bf16: name the one that the others were quantized from")
+    for path in sources:
+        for kind in dict.fromkeys(kinds):
+            try:
+                plan = plan_quantization(path, TypeOptions(kind.lower(), allow_fallback=True, imatrix=imatrix))
+            except PlanError as error:
+                refusals += [f"{path.name} as {kind}: {line}" for line in error.refusals]
+                continue
+            place = folder / _place(plan)
+            out.append(Variant(plan, place / f"{path.stem}-{kind.upper()}.gguf"))
+    if refusals:
+        raise PlanError(refusals)
+    return out
+
+
+@contextlib.contextmanager
+def made(wanted: Sequence[Variant], progress: Progress = silent) -> Iterator[list[Path]]:
+    """Make the files, hand out their paths, and remove them.
+
+    An interrupt (or a kill) leaves the finished ones for the next time. A file's time is that of the newest thing it is
+    made from, so that the same file made again is the same to a journal, and another is not.
+    """
+    try:
+        for one in wanted:
+            if not _is_made(one):
+                one.path.parent.mkdir(parents=True, exist_ok=True)
+                write_quantization(one.plan, one.path, force=True, progress=progress)
+            newest = max(path.stat().st_mtime_ns for path in (*one.plan.source.files, one.plan.options.imatrix) if path)
+            os.utime(one.path, ns=(newest, newest))
+        yield [one.path for one in wanted]
+    except Exception:
+        _remove(wanted)
+        raise
+    _remove(wanted)
+
+
+def _place(plan: QuantizationPlan) -> str:
+    """What tells the files of one source and importance matrix from those of others."""
+    source, imatrix = candidate(plan.source, 1).identity, plan.options.imatrix
+    return source if imatrix is None else hashlib.sha256(source.encode() + imatrix.read_bytes()).hexdigest()[:32]
+
+
+def _is_float(path: Path) -> bool:
+    return all(tensor.type in types.FLOATS for tensor in read_model(path).tensors.values())
+
+
+def _is_made(one: Variant) -> bool:
+    """Whether an interrupted run left the file: it is whole if it is there, but a version of ours may be older."""
+    header = one.plan.layout.header
+    with contextlib.suppress(OSError), one.path.open("rb") as file:
+        return file.read(len(header)) == header
+    return False
+
+
+def _remove(wanted: Sequence[Variant]) -> None:
+    for one in wanted:
+        one.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another comparison's files are in it
+            one.path.parent.rmdir()

@@ -1,0 +1,62 @@
+"""Quality against speed: which candidates nothing beats in both, and which one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moe2gguf.measure.results import Choice, Row
+
+TOLERANCE = 0.05
+"""Mean KL divergence, nats per token, that a recommended file may have: about 5 % of perplexity, and a limit on every
+other change too, which a perplexity that happens to be equal is not."""
+
+Point = tuple[str, float, float]
+"""A label, a KL divergence in nats per token, and tokens per second."""
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """Return the points that no other point beats or equals in both, fastest first.
+
+    Of points equal in both the first one stays.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p[2], p[1])):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def choose(rows: Sequence[Row]) -> Choice | None:
+    """Return the front and the recommended row; None unless a row has both sound quality and speed.
+
+    Recommended is the fastest row whose KL divergence is at most TOLERANCE. Where none is, it is the row closest to the
+    reference, and the reason says so.
+    """
+    sound = {row.candidate.label: row for row in rows if row.status == "ok" and row.quality and row.speed}
+    points = [
+        (label, row.quality.summary.kl_mean, row.speed.generation.median)
+        for label, row in sound.items()
+        if row.quality and row.speed
+    ]
+    if not points:
+        return None
+    front = pareto_front(points)
+    label = next((label for label, kl, _ in front if kl <= TOLERANCE), front[-1][0])
+    return Choice(tuple(point[0] for point in front), label, _reason(sound[label], len(sound)))
+
+
+def _reason(row: Row, n: int) -> str:
+    if not row.quality or not row.speed:
+        return ""
+    speed = f"{row.speed.generation.median:.1f} tokens/s"
+    if row.speed.ratio is not None:
+        speed += f" ({row.speed.ratio:.2f} x the reference)"
+    summary = row.quality.summary
+    cost = summary.perplexity / summary.perplexity_base - 1
+    quality = f"KL divergence {summary.kl_mean:.2g}, perplexity {cost:+.1%}"
+    if summary.kl_mean <= TOLERANCE:
+        return f"the fastest of {n} within {TOLERANCE:g} nats per token of the reference: {quality}, {speed}"
+    return (
+        f"the closest of {n} to the reference: {quality}, {speed}; none is within {TOLERANCE:g} nats per token, "
+        "so for quality the reference itself is the better choice"
+    )

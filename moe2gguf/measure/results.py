@@ -1,0 +1,287 @@
+"""Results of a sweep: one row per candidate, and what the rows say about each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from moe2gguf.errors import HarnessError
+from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.expert_usage import ExpertUse
+from moe2gguf.measure.intervals import Interval, interval, paired
+from moe2gguf.measure.metrics import Summary, TokenScores, join, summarize
+from moe2gguf.measure.speed import Speed
+
+Status = Literal["ok", "failed", "refused"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The scores of one candidate against the reference.
+
+    window_*     means of every window, in order: KL divergence and losses (the reference's is `nll_base`) in nats per
+                 token, share of equal top tokens
+    position_*   the same over all windows, by position: up to N_POSITION equal spans of the scored part
+    seconds                              wall time, load included
+    worker                               who of a cluster measured it; empty: this machine
+    """
+
+    summary: Summary
+    window_kl: tuple[float, ...]
+    window_nll: tuple[float, ...]
+    window_top1: tuple[float, ...]
+    seconds: float
+    window_nll_base: tuple[float, ...] = ()
+    position_kl: tuple[float, ...] = ()
+    position_nll: tuple[float, ...] = ()
+    position_nll_base: tuple[float, ...] = ()
+    worker: str = ""
+
+    @property
+    def kl_interval(self) -> Interval:
+        """The mean KL divergence with its confidence interval over windows."""
+        return interval(self.window_kl)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; numbers that are not finite become None."""
+        windows = {name: [_finite(x) for x in getattr(self, name)] for name in _SERIES}
+        return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds, "worker": self.worker}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Quality:
+        """Return what `to_dict` was made of. Raises KeyError or TypeError for anything else."""
+        windows = {name: tuple(math.nan if x is None else float(x) for x in values[name]) for name in _SERIES}
+        worker = str(values.get("worker", ""))
+        return cls(Summary.from_dict(values["summary"]), **windows, seconds=float(values["seconds"]), worker=worker)
+
+
+_SERIES = tuple(name for name in Quality.__dataclass_fields__ if name.startswith(("window_", "position_")))
+
+N_POSITION = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result; `quality` is there unless the status is "refused" or the run failed.
+
+    reason   why it was refused or failed, empty otherwise
+    above_noise   whether the KL divergence is more than the noise floor explains; None without quality
+    resumed  taken from the journal of an earlier run
+    speed    what `bench` found, if it was asked
+    """
+
+    candidate: Candidate
+    status: Status
+    reason: str = ""
+    quality: Quality | None = None
+    above_noise: bool | None = None
+    resumed: bool = False
+    speed: Speed | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON types."""
+        return {
+            **self.candidate.to_dict(),
+            "status": self.status,
+            "reason": self.reason,
+            "above_noise": self.above_noise,
+            "resumed": self.resumed,
+            "quality": self.quality.to_dict() if self.quality else None,
+            "speed": self.speed.to_dict() if self.speed else None,
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Return the row as one level of names and plain values, for tables."""
+        values = {**self.candidate.to_dict(), "status": self.status, "reason": self.reason}
+        values["above_noise"] = self.above_noise
+        if self.quality:
+            summary = self.quality.summary.to_dict()
+            percentiles = summary.pop("kl_percentiles")
+            values |= summary | {f"kl_{name}%": value for name, value in percentiles.items()}
+            values |= {"seconds": self.quality.seconds, "worker": self.quality.worker}
+        if self.speed:
+            values |= {
+                "prompt_speed": self.speed.prompt.median,
+                "generation_speed": self.speed.generation.median,
+                "first_token": self.speed.first_token.median,
+                "peak_memory": self.speed.peak_memory,
+                "speed_bound": self.speed.bound,
+                "speed_ratio": self.speed.ratio,
+            }
+        return values
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows on the same windows: differences first - second with confidence intervals.
+
+    kl          of the mean KL divergence, nats per token
+    log_ratio   of ln perplexity
+    different   whether the KL divergences differ by more than chance and more than the noise floor, or one row is the
+                reference as far as the noise floor can tell and the other is not
+    """
+
+    first: str
+    second: str
+    kl: Interval
+    log_ratio: Interval
+    different: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; numbers that are not finite become None."""
+        values = asdict(self)
+        for name in ("kl", "log_ratio"):
+            values[name] = {key: _finite(value) for key, value in values[name].items()}
+        return values
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One file and k on two devices: the logits on `second` against those on `first`, over the first window.
+
+    first, second   labels of the two rows
+    quality   None if it could not be measured, for `reason`
+    """
+
+    first: str
+    second: str
+    quality: Quality | None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, first: Candidate, second: Candidate, answer: Quality | HarnessError) -> Agreement:
+        """Return what the answer says."""
+        if isinstance(answer, HarnessError):
+            return cls(first.label, second.label, None, str(answer))
+        return cls(first.label, second.label, answer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        quality = self.quality.to_dict() if self.quality else None
+        return {"first": self.first, "second": self.second, "quality": quality, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows nothing else beats in both quality and speed, by label, fastest first, and the one to take."""
+
+    front: tuple[str, ...]
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns.
+
+    perplexity   of the reference over the same tokens, None if no row ran
+    noise        the reference against itself, computed in another order, over the first window; None if nothing ran
+    kl_limit     mean KL divergence in nats per token that the noise explains
+    agreements   of the same file and k on several devices
+    settings, environment   JSON-ready facts: what was asked for; versions and machine
+    reference_speed, choice   with speed measured: the reference's, and which row to take
+    experts      where it was asked for: which experts run, of every sound row that does not run all
+    """
+
+    reference: Candidate
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    noise: Quality | None
+    kl_limit: float
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    agreements: tuple[Agreement, ...] = ()
+    reference_speed: Speed | None = None
+    choice: Choice | None = None
+    experts: tuple[ExpertUse, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no row failed; a refused one is an answer, not a failure."""
+        return all(row.status != "failed" for row in self.rows)
+
+    @property
+    def base(self) -> Summary | None:
+        """The summary of the first sound row, which holds the reference's perplexity too."""
+        return next((row.quality.summary for row in self.rows if row.status == "ok" and row.quality), None)
+
+    @property
+    def not_told_apart(self) -> dict[str, list[str]]:
+        """By label of a row, the labels of all later rows that this text does not tell apart from it."""
+        found: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            if not pair.different:
+                found.setdefault(pair.first, []).append(pair.second)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        return {
+            "ok": self.ok,
+            "reference": {
+                **self.reference.to_dict(),
+                "perplexity": self.base.perplexity_base if self.base else None,
+                "perplexity_error": _finite(self.base.perplexity_base_error) if self.base else None,
+            },
+            "reference_speed": self.reference_speed.to_dict() if self.reference_speed else None,
+            "choice": asdict(self.choice) if self.choice else None,
+            "settings": self.settings,
+            "environment": self.environment,
+            "noise": self.noise.to_dict() if self.noise else None,
+            "kl_limit": self.kl_limit,
+            "rows": [row.to_dict() for row in self.rows],
+            "pairs": [pair.to_dict() for pair in self.pairs],
+            "devices": [agreement.to_dict() for agreement in self.agreements],
+            "experts": [one.to_dict() for one in self.experts],
+        }
+
+
+def quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
+    """Return the scores of all windows, at least one, as one record."""
+    parts = list(windows)
+    spans = np.array_split(np.arange(len(parts[0])), min(N_POSITION, len(parts[0])))
+
+    def by_position(name: str) -> tuple[float, ...]:
+        mean = np.mean([getattr(part, name) for part in parts], axis=0)
+        return tuple(float(mean[span].mean()) for span in spans)
+
+    return Quality(
+        summary=summarize(join(parts)),
+        window_kl=tuple(float(np.mean(part.kl)) for part in parts),
+        window_nll=tuple(float(np.mean(part.nll)) for part in parts),
+        window_top1=tuple(float(np.mean(part.same_top)) for part in parts),
+        seconds=seconds,
+        window_nll_base=tuple(float(np.mean(part.nll_base)) for part in parts),
+        position_kl=by_position("kl"),
+        position_nll=by_position("nll"),
+        position_nll_base=by_position("nll_base"),
+    )
+
+
+def is_above_noise(measured: Quality, kl_limit: float) -> bool:
+    """Return whether the mean KL divergence lies above `kl_limit`: its confidence interval as a whole, or every window.
+
+    Over a few windows the interval is wide, however large all of them are; over one there is none.
+    """
+    low = measured.kl_interval.low
+    return min(measured.window_kl) > kl_limit or (math.isfinite(low) and low > kl_limit)
+
+
+def pair_up(rows: Iterable[Row], kl_limit: float) -> list[Pair]:
+    """Return every pair of rows that ran soundly, in the order of the rows."""
+    sound = [(row.candidate.label, row.quality, row.above_noise) for row in rows if row.status == "ok" and row.quality]
+    pairs = []
+    for i, (first, a, a_above) in enumerate(sound):
+        for second, b, b_above in sound[i + 1 :]:
+            kl = paired(a.window_kl, b.window_kl)
+            different = a_above is not b_above or (kl.excludes_zero and abs(kl.mean) > kl_limit)
+            pairs.append(Pair(first, second, kl, paired(a.window_nll, b.window_nll), different))
+    return pairs
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,188 @@
+"""How fast a file runs, and how fast this machine could run it at most; all of it measured in child processes.
+
+Prompt and generation are llama-bench's tests `pp` and `tg`: random tokens after BOS where the file wants it, an empty
+cache before each, one warm-up of each, whole batches timed:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/llama-bench/llama-bench.cpp#L2168
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.library import processors
+from moe2gguf.llama.model import Llama, Setup, open_model
+
+N_BATCH = 512
+_READ_BYTES = 2**30  # several times the largest caches
+_READS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one file in a process of its own.
+
+    prompt_speed, generation_speed   tokens per second; 0 where no token was asked for
+    first_token   seconds from the prompt to the most likely next token, the model being loaded
+    load          seconds to load the file and make a context
+    peak_memory   bytes; the largest resident set of the process, memory-mapped weights included
+    """
+
+    prompt_speed: float
+    generation_speed: float
+    first_token: float
+    load: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeated runs, and the lowest and highest of them."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The runs of one candidate, as spreads; units as in `Run`. bound and ratio are None where they are not known.
+
+    bound   tokens per second of generation if reading the active weights from memory were the only cost
+    ratio   generation speed over the reference's
+    """
+
+    prompt: Spread
+    generation: Spread
+    first_token: Spread
+    load: Spread
+    peak_memory: int
+    n_run: int
+    bound: float | None = None
+    ratio: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return asdict(self)
+
+
+def fast(n_threads: int | None, n_expert_used: int | None) -> Setup:
+    """Return the settings people run with: f16 cache, flash attention, weights rearranged for the processor."""
+    return Setup(
+        n_expert_used=n_expert_used,
+        n_context=0,
+        n_batch=N_BATCH,
+        n_threads=n_threads,
+        kv_type="f16",
+        flash_attention=True,
+        repack=True,
+    )
+
+
+def run_once(
+    path: Path, setup: Setup, n_prompt: int, n_generate: int, *, seed: int = 0, timeout: float | None = None
+) -> Run:
+    """Load a file, warm it up, and time one prompt and one generation; `seed` draws the tokens.
+
+    Raises HarnessError if llama.cpp cannot run it, or took longer than `timeout` seconds for all of it.
+    """
+    return run_in_child(_run_once, path, setup, n_prompt, n_generate, seed, what=f"running {path}", timeout=timeout)
+
+
+def memory_bandwidth() -> float:
+    """Return the bytes per second that all processors together read from memory, the best of several readings."""
+    return run_in_child(_memory_bandwidth, what="measuring the memory bandwidth")
+
+
+def collect(runs: list[Run]) -> Speed:
+    """Return the spreads of at least one run."""
+    return Speed(
+        prompt=spread([run.prompt_speed for run in runs]),
+        generation=spread([run.generation_speed for run in runs]),
+        first_token=spread([run.first_token for run in runs]),
+        load=spread([run.load for run in runs]),
+        peak_memory=max(run.peak_memory for run in runs),
+        n_run=len(runs),
+    )
+
+
+def spread(values: list[float]) -> Spread:
+    """Return median, lowest and highest of at least one value."""
+    return Spread(median(values), min(values), max(values))
+
+
+def _run_once(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: int) -> Run:
+    began = time.perf_counter()
+    with open_model(path, setup) as model:
+        model.start(max(n_prompt, n_generate, 1))
+        load = time.perf_counter() - began
+        rng = np.random.default_rng(seed)
+        for n, test in ((n_prompt, _prompt), (min(n_generate, 1), _generate)):
+            if n:
+                test(model, _random_tokens(model, n, rng))
+        prompt = _prompt(model, _random_tokens(model, n_prompt, rng)) if n_prompt else 0.0
+        generation = _generate(model, _random_tokens(model, n_generate, rng)) if n_generate else 0.0
+    return Run(
+        prompt_speed=n_prompt / prompt if prompt else 0.0,
+        generation_speed=n_generate / generation if generation else 0.0,
+        first_token=prompt,
+        load=load,
+        peak_memory=_peak_memory(),
+    )
+
+
+def _prompt(model: Llama, tokens: NDArray[np.int32]) -> float:
+    """Return the seconds from an empty cache to the most likely token after `tokens`."""
+    model.clear()
+    began = time.perf_counter()
+    for start in range(0, len(tokens), N_BATCH):
+        piece = tokens[start : start + N_BATCH]
+        logits = model.feed(piece, [start + i == len(tokens) - 1 for i in range(len(piece))])
+    logits[0].argmax()  # the first answer is there when it has been read
+    return time.perf_counter() - began
+
+
+def _generate(model: Llama, tokens: NDArray[np.int32]) -> float:
+    """Return the seconds that `tokens` take one after the other, each with its logits."""
+    model.clear()
+    began = time.perf_counter()
+    for token in tokens:
+        model.feed([int(token)], [True])
+    return time.perf_counter() - began
+
+
+def _random_tokens(model: Llama, n: int, rng: np.random.Generator) -> NDArray[np.int32]:
+    tokens = rng.integers(0, model.facts.n_vocab, n, dtype=np.int32)
+    bos = model.bos()
+    if bos is not None:
+        tokens[0] = bos
+    return tokens
+
+
+def _peak_memory() -> int:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _memory_bandwidth() -> float:
+    """Look for the largest of equal bytes, one thread per processor: they read it once and do little else."""
+    n = processors()
+    parts = np.array_split(np.ones(_READ_BYTES, np.uint8), n)
+    best = 0.0
+    with ThreadPoolExecutor(n) as pool:
+        for _ in range(_READS):
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, _READ_BYTES / (time.perf_counter() - began))
+    return best

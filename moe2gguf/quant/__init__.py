@@ -1,0 +1,1 @@
+"""Which type each tensor gets: presets, rules, target sizes and importance matrices."""

@@ -1,0 +1,241 @@
+"""The outcome of a recipe: a type for every tensor, and everything that does not fit, said before it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from moe2gguf.gguf import types
+from moe2gguf.gguf.file import TensorType
+from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
+from moe2gguf.gguf.layout import Entry
+from moe2gguf.quant.presets import FILE_TYPE_NAMES, Network
+from moe2gguf.quant.rules import VOCABULARY, Rule, TypeOptions, base_rules, own_rules
+
+FALLBACKS: dict[str, str] = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+"""What stands in for a type whose blocks do not fit, and F16 where that does not fit either:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L390"""
+
+UNGUIDED_GARBAGE = ("IQ3_XXS", "IQ2_S", "IQ1_M")
+
+
+T = TypeVar("T", bound=Entry)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor whose rows do not fit the `wanted` type and that is `used` instead."""
+
+    tensor: str
+    wanted: TensorType
+    used: TensorType
+
+    @property
+    def extra_bits(self) -> float:
+        """Bits per weight that it costs (negative: saves)."""
+        return types.bits_per_weight(self.used) - types.bits_per_weight(self.wanted)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A type for every tensor, how many tensors each rule decided, and what does not fit.
+
+    `file_type` is the number for `general.file_type`: a preset's, else that of most of the bytes.
+    """
+
+    types: Mapping[str, TensorType]
+    counts: tuple[tuple[Rule, int], ...]
+    fallbacks: tuple[Fallback, ...]
+    refusals: tuple[str, ...]
+    file_type: int
+
+    def typed(self, tensors: Sequence[T]) -> tuple[T, ...]:
+        """The same tensors with their types."""
+        return tuple(dataclasses.replace(tensor, type=self.types[tensor.name]) for tensor in tensors)
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence per kind of fallback, with its cost."""
+        groups: dict[tuple[TensorType, TensorType], list[str]] = {}
+        for one in self.fallbacks:
+            groups.setdefault((one.wanted, one.used), []).append(one.tensor)
+        return [
+            f"{wanted.name} does not fit {_listed(names)}: {used.name} instead, {types.bits_per_weight(used):g} bits "
+            f"per weight for {types.bits_per_weight(wanted):g}"
+            for (wanted, used), names in groups.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rules and fallbacks as JSON-ready values."""
+        return {
+            "rules": [
+                {"pattern": rule.pattern, "type": rule.type.name, "origin": rule.origin, "tensors": count}
+                for rule, count in self.counts
+            ],
+            "fallbacks": [
+                {
+                    "tensor": one.tensor,
+                    "wanted": one.wanted.name,
+                    "used": one.used.name,
+                    "extra_bits_per_weight": one.extra_bits,
+                }
+                for one in self.fallbacks
+            ],
+        }
+
+
+def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor may have another type than the one it is stored in: a matrix, and no norm or router.
+
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L287
+    """
+    n_dims = len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape))
+    kept = "_norm.weight" in name or "ffn_gate_inp.weight" in name
+    return n_dims >= 2 and name.endswith("weight") and not kept
+
+
+def as_stored(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorType:
+    """The type that keeps a checkpoint's tensor as it is; F32 for vectors and routers, which llama.cpp wants so."""
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+        return types.named("F32")
+    return types.of_dtype(dtype)
+
+
+def assign(
+    tensors: Sequence[Entry],
+    options: TypeOptions,
+    network: Network,
+    guided: Container[str] = (),
+    base: Sequence[Rule] | None = None,
+) -> Assignment:
+    """The type of every tensor; `tensors` come with the type in which they are stored, `guided` have an importance.
+
+    `base` are rules in place of those that `--type` stands for.
+
+    Raises:
+        PlanError: the options name unknown types, broken patterns or an unreadable file.
+    """
+    own = own_rules(options)
+    base = base_rules(options, network) if base is None else base
+    rules = (*own, *base)
+    counts = dict.fromkeys(range(len(rules)), 0)
+    chosen: dict[str, TensorType] = {}
+    for tensor in tensors:
+        kind = tensor.type
+        if may_quantize(tensor.name, tensor.shape):
+            decided = next((i for i, rule in enumerate(rules) if rule.matches(tensor.name)), None)
+            if decided is not None:
+                counts[decided] += 1
+                kind = rules[decided].type
+        chosen[tensor.name] = kind
+    refusals = _unused([(rule, counts[i]) for i, rule in enumerate(own)], tensors)
+    fallbacks, misfits = _fit(tensors, chosen, allow=options.allow_fallback)
+    refusals += [*misfits, *_unguided(tensors, chosen, options, guided)]
+    used = tuple((rule, counts[i]) for i, rule in enumerate(rules) if counts[i])
+    preset = FILE_TYPE_NAMES.get(options.type.upper())
+    file_type = types.file_type(preset) if preset else _most_common(tensors, chosen)
+    return Assignment(chosen, used, tuple(fallbacks), tuple(refusals), file_type)
+
+
+def _unused(counts: Sequence[tuple[Rule, int]], tensors: Sequence[Entry]) -> list[str]:
+    """A sentence per rule of the user's that decides nothing, and why."""
+    refusals = []
+    for rule, count in counts:
+        if count:
+            continue
+        names = [tensor for tensor in tensors if rule.matches(tensor.name)]
+        if any(may_quantize(tensor.name, tensor.shape) for tensor in names):
+            why = "every tensor that it matches is decided by an earlier pattern"
+        elif names:
+            why = f"it matches only tensors that are never quantized ({_listed([t.name for t in names])})"
+        else:
+            why = "no tensor's whole name matches it; `--plan` lists the names"
+        refusals.append(f"{rule.origin}: pattern {rule.pattern!r} decides nothing: {why}")
+    return refusals
+
+
+def _fit(tensors: Sequence[Entry], chosen: dict[str, TensorType], *, allow: bool) -> tuple[list[Fallback], list[str]]:
+    """Substitutes, written into `chosen`, or refusals, for the types whose blocks do not fit their rows."""
+    fallbacks, misfits = [], dict[tuple[TensorType, int], list[str]]()
+    for tensor in tensors:
+        kind, width = chosen[tensor.name], tensor.shape[-1] if tensor.shape else 1
+        if width % types.block_size(kind) == 0:
+            continue
+        substitute = _substitute(kind, width)
+        if allow and substitute:
+            fallbacks.append(Fallback(tensor.name, kind, substitute))
+            chosen[tensor.name] = substitute
+        else:
+            misfits.setdefault((kind, width), []).append(tensor.name)
+    return fallbacks, [_misfit(kind, width, names) for (kind, width), names in misfits.items()]
+
+
+def _substitute(kind: TensorType, width: int) -> TensorType | None:
+    """What llama.cpp writes instead of `kind`; None where it gives up."""
+    if kind.name not in FALLBACKS and types.block_size(kind) > 32:
+        return None
+    substitute = types.named(FALLBACKS.get(kind.name, kind.name))
+    return types.named("F16") if width % types.block_size(substitute) else substitute
+
+
+def _misfit(kind: TensorType, width: int, names: Sequence[str]) -> str:
+    block, substitute = types.block_size(kind), _substitute(kind, width)
+    ways = [f"pad the experts with --align {block}", "choose another --experts"] if _are_experts(names) else []
+    if substitute:
+        bits = f"{types.bits_per_weight(substitute):g} bits per weight for {types.bits_per_weight(kind):g}"
+        ways.append(f"take {substitute.name} there with --allow-fallback ({bits})")
+    ways.append("give them another type with --tensor-type, or all with --type")
+    return (
+        f"{kind.name} needs rows whose width is a multiple of {block}, but {width} is the width of {_listed(names)}; "
+        + " or ".join(ways)
+    )
+
+
+def _unguided(
+    tensors: Sequence[Entry], chosen: Mapping[str, TensorType], options: TypeOptions, guided: Container[str]
+) -> list[str]:
+    """Types that are garbage without an importance matrix, or abort llama.cpp's kernels:
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L856
+    """
+    groups: dict[TensorType, list[str]] = {}
+    for tensor in tensors:
+        kind = chosen[tensor.name]
+        if kind == tensor.type or tensor.name in guided:
+            continue
+        bad = kind.name in UNGUIDED_GARBAGE or (kind.name == "Q2_K" and options.type.upper() == "Q2_K_S")
+        if kind in NEEDS_IMPORTANCE or (bad and not re.fullmatch(VOCABULARY, tensor.name)):
+            groups.setdefault(kind, []).append(tensor.name)
+    return [
+        f"{kind.name} needs an importance matrix, for {_listed(names)}; make one with `moe2gguf imatrix` and "
+        "give it with --imatrix; the smallest types that do without are q2_k, iq3_s and q3_k_m"
+        for kind, names in groups.items()
+    ]
+
+
+def _most_common(tensors: Sequence[Entry], chosen: Mapping[str, TensorType]) -> int:
+    """The file type named after the tensor type that takes the most bytes; GUESSED where none is."""
+    size: dict[TensorType, int] = {}
+    for tensor in tensors:
+        kind = chosen[tensor.name]
+        size[kind] = size.get(kind, 0) + types.n_bytes(tensor.shape, kind)
+    largest = max(size, key=lambda kind: size[kind], default=types.named("F32"))
+    return types.FILE_TYPES.get(largest, types.file_type("GUESSED"))
+
+
+def _are_experts(names: Sequence[str]) -> bool:
+    return "_exps." in names[0]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

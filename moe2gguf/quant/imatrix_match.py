@@ -1,0 +1,242 @@
+"""Which importance each tensor of a file to come gets, and everything about an importance matrix that does not fit it.
+
+A tensor's importance is one vector of mean squared inputs per matrix: one, or one per expert. A matrix collected from
+the dense model serves experts as well. Every expert's gate and up projection sees what the dense one sees, and the
+columns of a down projection are neurons, which are picked in the order in which the experts hold them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.writer import Importance, OutputTensor
+from moe2gguf.quant.assign import may_quantize
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
+from moe2gguf.quant.repairs import REPAIRS
+from moe2gguf.quant.rules import VOCABULARY
+
+FEW = 64
+"""Tokens below which an expert's mean squares are mostly noise: a relative error of sqrt(2 / 64), 18 %, or more."""
+
+Means = NDArray[np.float32]  # (n_mat, width); a row of NaN has no data
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """How the experts hold a dense MLP: `d_ff` neurons, and per layer the `order` (n_expert, d_expert), -1 for zero.
+
+    `changed` has, per layer, the mean squares of neurons that are not the dense MLP's any more.
+    """
+
+    d_ff: int
+    order: Callable[[int], NDArray[np.int64]]
+    changed: Callable[[int], Mapping[int, float]] = lambda _: {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a tensor lacks importance, the same words for all tensors alike, and what is particular to this one."""
+
+    why: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The importance of tensors by name, and the problems of those that lack some or all of it.
+
+    `complete` are the tensors all of whose matrices have an importance; `few` the fewest tokens of barely seen experts.
+    """
+
+    importance: Mapping[str, Importance] = field(default_factory=dict)
+    problems: Mapping[str, Problem] = field(default_factory=dict)
+    complete: frozenset[str] = frozenset()
+    few: Mapping[str, int] = field(default_factory=dict)
+
+    def attached(self, tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
+        """The same tensors, with their importance."""
+        return tuple(dataclasses.replace(t, importance=self.importance.get(t.name)) for t in tensors)
+
+    def refusals(self, quantized: Iterable[str]) -> list[str]:
+        """A sentence per kind of problem with the tensors `quantized`."""
+        groups: dict[str, list[str]] = {}
+        for name in quantized:
+            if problem := self.problems.get(name):
+                groups.setdefault(problem.why, []).append(name + problem.detail)
+        return [f"--imatrix: {why}: {_listed(names)}" for why, names in groups.items()]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where experts have seen too little for their numbers to mean much."""
+        if not self.few:
+            return []
+        worst = min(self.few, key=lambda name: self.few[name])
+        return [
+            f"--imatrix: {len(self.few)} tensors have experts that saw fewer than {FEW} tokens ({worst}: "
+            f"{self.few[worst]}); their numbers are used as they are. Collect from more text, or with --used all"
+        ]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a matrix has for one tensor: `means`, the numbers of the matrices without data and `why` they have none.
+
+    `pool` (width,) is what "pooled" gives those, None where there is nothing to pool.
+    """
+
+    means: Callable[[], Means]
+    empty: tuple[int, ...] = ()
+    why: str = ""
+    pool: NDArray[np.float32] | None = None
+    fewest: int = FEW
+
+
+def guide(
+    matrix: ImportanceMatrix, tensors: Sequence[Entry], neurons: Neurons | None = None, repair: str = "none"
+) -> Guidance:
+    """Look up every tensor that may be quantized; `neurons` tells how a dense matrix maps to the experts, if known."""
+    importance: dict[str, Importance] = {}
+    problems, complete, few = dict[str, Problem](), set[str](), dict[str, int]()
+    for tensor in tensors:
+        if not may_quantize(tensor.name, tensor.shape):
+            continue
+        try:
+            found = _found(matrix, tensor, neurons)
+        except _UnfitError as error:
+            problems[tensor.name] = Problem(*error.args)
+            continue
+        if found is None:  # the vocabulary: llama.cpp's tool leaves it out
+            continue
+        if found.empty and (repair == "none" or (repair == "pooled" and found.pool is None)):
+            problems[tensor.name] = _no_data(found, tensor, repair)
+            continue
+        importance[tensor.name] = _repaired(found, repair)
+        if not (found.empty and repair == "plain"):
+            complete.add(tensor.name)
+        if found.fewest < FEW:
+            few[tensor.name] = found.fewest
+    return Guidance(importance, problems, frozenset(complete), few)
+
+
+class _UnfitError(Exception):
+    """The arguments are those of `Problem`."""
+
+
+def _found(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None) -> _Found | None:
+    """Raises _UnfitError for an entry that belongs to another model."""
+    name, width = tensor.name, tensor.shape[-1]
+    n_mat = math.prod(tensor.shape[:-2])
+    if entry := matrix.entries.get(name):
+        return _own(entry, n_mat, width, down="ffn_down" in name, legacy=matrix.legacy)
+    dense = matrix.entries.get(name.replace("_exps.", "."))
+    if "_exps." not in name or dense is None:
+        if re.fullmatch(VOCABULARY, name):
+            return None
+        return _Found(lambda: _nothing(n_mat, width), (*range(n_mat),), "has no entry for tensors of this file")
+    if "ffn_down" in name:
+        return _down(dense, tensor, neurons)
+    means = _dense_means(dense, width)
+    if np.isnan(means).any():
+        return _Found(lambda: _nothing(n_mat, width), (*range(n_mat),), "no token was seen by tensors of this file")
+    return _Found(lambda: np.broadcast_to(means, (n_mat, width)))
+
+
+def _own(entry: Activity, n_mat: int, width: int, *, down: bool, legacy: bool) -> _Found:
+    """From an entry of the tensor's own name."""
+    if len(entry.counts) not in (1, n_mat):
+        raise _UnfitError("is of another number of experts", f" ({len(entry.counts)}, the tensor has {n_mat})")
+    if entry.sums.size != n_mat * width:
+        raise _UnfitError(
+            "is of another model", f" ({entry.sums.size} columns, the tensor has {n_mat} x {width} = {n_mat * width})"
+        )
+    means = entry.means().reshape(n_mat, width)
+    if legacy and n_mat > 1:  # a .dat says 1.0 where an expert has no data
+        means = np.where((means == 1).all(axis=1, keepdims=True), np.float32(np.nan), means)
+    empty = tuple(int(i) for i in np.flatnonzero(np.isnan(means).any(axis=1)))
+    seen = entry.counts[entry.counts > 0]
+    fewest = int(seen.min()) if len(seen) and n_mat > 1 and not legacy else FEW
+    if not empty:
+        return _Found(lambda: means, fewest=fewest)
+    return _Found(lambda: means, empty, "no token reached some experts", _pool(means, entry.counts, down), fewest)
+
+
+def _pool(means: Means, counts: NDArray[np.int64], down: bool) -> NDArray[np.float32] | None:
+    """The mean over the experts that have data, by their tokens; one number for a down projection's columns."""
+    rows = ~np.isnan(means).any(axis=1)
+    if not rows.any():
+        return None
+    pool = np.average(means[rows].astype(np.float64), axis=0, weights=np.broadcast_to(counts, len(means))[rows])
+    return np.full(pool.shape, pool.mean(), np.float32) if down else pool.astype(np.float32)
+
+
+def _dense_means(dense: Activity, width: int) -> NDArray[np.float32]:
+    """(width,) from the entry of the dense tensor."""
+    if len(dense.counts) != 1 or dense.sums.size != width:
+        raise _UnfitError("is of another model", f" ({dense.sums.size} columns of the dense matrix, expected {width})")
+    means: NDArray[np.float32] = dense.means()[0]
+    return means
+
+
+def _down(dense: Activity, tensor: Entry, neurons: Neurons | None) -> _Found:
+    """Columns of the dense down projection in the order in which the experts hold its neurons; zero neurons get 0."""
+    n_mat, width = math.prod(tensor.shape[:-2]), tensor.shape[-1]
+    means = _dense_means(dense, dense.sums.size if neurons is None else neurons.d_ff)
+    everything = tuple(range(n_mat))
+    if np.isnan(means).any():
+        return _Found(lambda: _nothing(n_mat, width), everything, "no token was seen by tensors of this file")
+    layer = re.match(r"blk\.(\d{1,9})\.", tensor.name)
+    if neurons is None or layer is None:
+        why = "is of the dense model, and which neurons the experts hold is not known"
+        pool = np.full(width, means.mean(), np.float32)
+        return _Found(lambda: _nothing(n_mat, width), everything, why, pool)
+
+    def sliced() -> Means:
+        i, now = int(layer[1]), means.copy()
+        for neuron, square in neurons.changed(i).items():
+            now[neuron] = square
+        order = neurons.order(i)
+        return np.where(order >= 0, now[np.maximum(order, 0)], np.float32(0))
+
+    return _Found(sliced)
+
+
+def _nothing(n_mat: int, width: int) -> Means:
+    return np.full((n_mat, width), np.nan, np.float32)
+
+
+def _repaired(found: _Found, repair: str) -> Importance:
+    def vectors() -> list[NDArray[np.float32] | None]:
+        means = found.means()
+        rows: list[NDArray[np.float32] | None] = [*np.ascontiguousarray(means, np.float32)]
+        for i in found.empty:
+            ones = np.ones(means.shape[1], np.float32)
+            rows[i] = None if repair == "plain" else found.pool if repair == "pooled" else ones
+        return rows
+
+    return vectors
+
+
+def _no_data(found: _Found, tensor: Entry, repair: str) -> Problem:
+    n_mat = math.prod(tensor.shape[:-2])
+    numbers = ", ".join([*map(str, found.empty[:8]), *(["..."] if len(found.empty) > 8 else [])])
+    detail = f" (experts {numbers})" if 0 < len(found.empty) < n_mat else ""
+    choices = [name for name in REPAIRS if name not in ("none", repair)]
+    nothing = "there is nothing to pool; " if repair == "pooled" else ""
+    ways = [f"--imatrix-repair {'|'.join(choices)}"]
+    if "neurons" in found.why:
+        ways.insert(0, "collect one from this file, or convert the checkpoint with --imatrix")
+    elif "experts" in found.why:
+        ways.insert(0, "collect it from more text or with --used all")
+    return Problem(f"{found.why}; {nothing}{', or '.join(ways)}", detail)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

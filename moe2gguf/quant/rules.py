@@ -1,0 +1,220 @@
+"""Which type each tensor gets: an ordered list of (pattern, type), from presets, files and the command line.
+
+A pattern is a regular expression that must match a tensor's whole name; the first that matches decides. Patterns are
+tried on the tensors that may be quantized at all, the matrices; norms, biases and routers stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import PlanError
+from moe2gguf.gguf import types
+from moe2gguf.gguf.file import TensorType
+from moe2gguf.quant.presets import ARCHITECTURES, PRESETS, Network, Preset
+
+AUTO = "auto"
+VOCABULARY = r"(token_embd|output)\.weight"
+MAX_FILE = 1 << 20  # bytes of a recipe file
+
+
+@dataclass(frozen=True)
+class TypeOptions:
+    """What the user says about types.
+
+    type            "auto" (as stored), a preset (q4_k_m) or a tensor type (q4_k); upper or lower case
+    tensor_types    "PATTERN=TYPE", tried first, in this order
+    recipe_file     a TOML or JSON file of rules, tried next
+    pure            `type` for every matrix, those of the vocabulary included
+    allow_fallback  where a type's blocks do not fit the rows, take llama.cpp's substitute instead of refusing
+    llama_cpp_mix   treat a file with experts as llama.cpp does, instead of like its dense parent
+    imatrix         an importance matrix: which columns' errors matter
+    target_size     bytes of the file, target_bpw bits per weight: choose the types with the least error under it
+    imatrix_repair  what to do about what it has no data for, one of `moe2gguf.quant.imatrix_match.REPAIRS`
+    """
+
+    type: str = AUTO
+    tensor_types: tuple[str, ...] = ()
+    recipe_file: Path | None = None
+    pure: bool = False
+    allow_fallback: bool = False
+    llama_cpp_mix: bool = False
+    imatrix: Path | None = None
+    imatrix_repair: str = "none"
+    target_size: int | None = None
+    target_bpw: float | None = None
+
+    @property
+    def has_target(self) -> bool:
+        """Whether types are to be chosen for a size."""
+        return self.target_size is not None or self.target_bpw is not None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose whole name matches `pattern` get `type`; `origin` is the option or file that says so."""
+
+    pattern: str
+    type: TensorType
+    origin: str
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule is about the tensor `name`."""
+        return re.fullmatch(self.pattern, name) is not None
+
+
+def preset_rules(name: str, network: Network, *, mix: bool = False) -> tuple[Rule, ...]:
+    """The rules of llama.cpp's file type `name` (upper case) for `network`; the last decides all that remains.
+
+    Experts get the types of the dense parent's MLP; `mix` gives what llama.cpp itself would choose for them.
+    """
+    preset = PRESETS[name]
+    kind = types.named(preset.type)
+    if kind in types.FLOATS:
+        return (Rule(".*", kind, name),)
+    seen = network if mix or name == "MXFP4_MOE" else dataclasses.replace(network, n_expert=0)
+    rules = [Rule(*_head(preset, seen), name)]
+    taken: dict[str, set[int]] = {}
+    for row in preset.rows:
+        if not row.when(seen):
+            continue
+        done = taken.setdefault(row.role, set())
+        layers = [i for i in range(seen.n_layer) if i not in done and row.layers(i, seen.n_layer)]
+        done.update(layers)
+        if layers:
+            rules.append(
+                Rule(_pattern(row.role, layers, seen.n_layer), _bumped(row.role, row.type, preset, seen), name)
+            )
+    if _bumped("attn_v", preset.type, preset, seen) != kind:
+        rules.append(Rule(_pattern("attn_v", range(seen.n_layer), seen.n_layer), types.named("Q5_K"), name))
+    return (*rules, Rule(".*", kind, name))
+
+
+def _head(preset: Preset, network: Network) -> tuple[str, TensorType]:
+    """The rule of the matrix that makes logits; Q8_0 where the preset's own blocks do not fit the model's width."""
+    pattern = r"token_embd\.weight" if network.tied_embeddings else r"output\.weight"
+    fits = network.d_model % types.block_size(types.named(preset.type)) == 0
+    return pattern, types.named(preset.head if fits else "Q8_0")
+
+
+def _bumped(role: str, name: str, preset: Preset, network: Network) -> TensorType:
+    """A 70B model shares each value matrix among eight heads, so llama.cpp gives it more bits."""
+    raised = role == "attn_v" and network.is_70b and not preset.tiny and name in ("Q3_K", "Q4_K")
+    return types.named("Q5_K" if raised else name)
+
+
+def _pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
+    """A regular expression for the weight of a role in these layers, experts included."""
+    if role == "token_embd":
+        return r"token_embd\.weight"
+    listed = [*layers]
+    numbers = r"\d+" if len(listed) == n_layer else f"({'|'.join(map(str, listed))})"
+    named = "attn_(v|qkv)" if role == "attn_v" else f"{role}(_exps)?" if role.startswith("ffn_") else role
+    return rf"blk\.{numbers}\.{named}\.weight"
+
+
+def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
+    """The rules that `--type` stands for; none for "auto"."""
+    name = options.type.upper()
+    if name == AUTO.upper():
+        return ()
+    if options.pure:
+        main = "MXFP4" if name == "MXFP4_MOE" else PRESETS[name].type if name in PRESETS else name
+        return (Rule(".*", types.named(main), "--type"),)
+    if name in PRESETS:
+        if network.architecture not in ARCHITECTURES and types.named(PRESETS[name].type) not in types.FLOATS:
+            raise PlanError(
+                [
+                    f"--type {options.type}: llama.cpp's choice of types is known here for the architectures "
+                    f"{' and '.join(ARCHITECTURES)}, not for {network.architecture}; use --pure, or --recipe-file"
+                ]
+            )
+        return preset_rules(name, network, mix=options.llama_cpp_mix)
+    kind = types.named(name)
+    return (Rule(VOCABULARY, types.named("Q8_0"), "--type"), Rule(".*", kind, "--type"))
+
+
+MIXES = tuple(preset.lower() for preset in PRESETS)
+"""What `--type` takes for llama.cpp's choice of types, large to small."""
+
+PLAIN = tuple(kind for kind in types.NAMES if kind not in MIXES)
+"""What it takes besides: one type for all matrices alike."""
+
+
+def refuse_type(name: str) -> list[str]:
+    """Why `--type NAME` cannot be: a sentence, or nothing."""
+    if name.lower() in (AUTO, *MIXES, *PLAIN):
+        return []
+    return [f"--type {name}: unknown; choose auto, {', '.join(MIXES)}, or for all matrices alike {', '.join(PLAIN)}"]
+
+
+def own_rules(options: TypeOptions) -> tuple[Rule, ...]:
+    """The user's rules. Raises PlanError with everything that is wrong with them, and with `--type`."""
+    pairs = [(*text.rpartition("=")[::2], f"--tensor-type {text}") for text in options.tensor_types]
+    refusals = refuse_type(options.type)
+    if options.recipe_file is not None:
+        try:
+            pairs += [(pattern, kind, str(options.recipe_file)) for pattern, kind in read_recipe(options.recipe_file)]
+        except PlanError as error:
+            refusals += error.refusals
+    rules = []
+    for pattern, kind, origin in pairs:
+        if problem := _wrong_rule(pattern, kind):
+            refusals.append(f"{origin}: {problem}")
+        else:
+            rules.append(Rule(pattern, types.named(kind), origin))
+    if refusals:
+        raise PlanError(refusals)
+    return tuple(rules)
+
+
+def _wrong_rule(pattern: str, kind: str) -> str | None:
+    if not pattern:
+        return r"write PATTERN=TYPE, such as blk\..*\.attn_v\.weight=q6_k"
+    if kind.lower() not in types.NAMES:
+        return f"{kind!r} is not a type; choose one of {', '.join(types.NAMES)}"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"{pattern!r} is not a regular expression ({error})"
+    return None
+
+
+def read_recipe(path: Path) -> list[tuple[str, str]]:
+    """The (pattern, type) pairs of a recipe file: a list `rules` of tables with `pattern` and `type`, nothing else.
+
+    Raises:
+        PlanError: it cannot be read, is neither TOML nor JSON (by its suffix), or has another content.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise PlanError([f"{path}: a recipe of more than {MAX_FILE} bytes"])
+        content = _parse(path, data.decode())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, TOML or JSON
+        raise PlanError([f"{path}: cannot be read as a recipe ({error})"]) from error
+    rules = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
+    if not isinstance(rules, list) or not all(
+        isinstance(rule, dict) and set(rule) == {"pattern", "type"} and all(isinstance(v, str) for v in rule.values())
+        for rule in rules
+    ):
+        raise PlanError([f'{path}: must hold "rules", a list of tables with "pattern" and "type", and nothing else'])
+    return [(rule["pattern"], rule["type"]) for rule in rules]
+
+
+def _parse(path: Path, text: str) -> Any:
+    if path.suffix.lower() != ".toml":
+        return json.loads(text)
+    if sys.version_info < (3, 11):
+        raise ValueError("TOML needs Python 3.11; write the recipe as JSON")
+    import tomllib
+
+    return tomllib.loads(text)

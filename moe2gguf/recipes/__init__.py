@@ -1,0 +1,1 @@
+"""What a command makes: each recipe is one function, read top to bottom."""

@@ -1,0 +1,151 @@
+"""The experts of a plan: from a saved calibration, or by running the dense model on text, whatever it is kept in."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.saved import Job
+from moe2gguf.experts.saved import save as save_calibration
+from moe2gguf.experts.text import Text, spread, windows
+from moe2gguf.hf.folder import Checkpoint
+from moe2gguf.hf.safetensors import Readable, SourceDigest, source_digest
+from moe2gguf.llama.tokens import read_tokens
+from moe2gguf.progress import Progress
+from moe2gguf.recipes.gguf_as_hf import Weights
+from moe2gguf.recipes.plan import Plan, window
+from moe2gguf.recipes.source import Source
+from moe2gguf.spec import Slicing
+
+if TYPE_CHECKING:
+    from moe2gguf.experts.calibration import Subject
+
+
+def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
+    """Find the experts of every layer, if they need text; the reports of the layers.
+
+    They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
+
+    Raises:
+        CalibrationError: the text or the activations cannot be used, or torch is missing.
+        HarnessError: the model is a GGUF file, whose tokenizer is llama.cpp's, and that is not installed.
+    """
+    text, saved, slicing = plan.text, plan.saved, plan.slicing
+    if slicing is None:
+        return ()
+    if saved:
+        plan.experts.load = lambda i: saved.layer(i, slicing)
+        return saved.reports
+    if text is None:
+        return ()
+    model = subject(plan.checkpoint)
+    reports = _calibrate_on_text(plan, model, text, slicing, work, progress)
+    plan.experts.load = functools.partial(LayerExperts.load, work)
+    if target := plan.options.save_calibration:
+        save_calibration(target, _job(plan, text, slicing, model.identity), plan.experts.load)
+    return tuple(reports)
+
+
+def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
+    """Compare a folder with the checkpoint of its loaded calibration, if any, once `digest` has seen all tensors.
+
+    The plan warns that the weights of GGUF files are not compared.
+
+    Raises:
+        CalibrationError: they differ.
+    """
+    checkpoint, saved = plan.checkpoint, plan.saved
+    if not saved or not isinstance(checkpoint, Checkpoint):
+        return
+    if digest.hexdigest(_calibrated(checkpoint)) != saved.job.checkpoint:
+        raise CalibrationError(
+            f"{saved.path}: made from another checkpoint than {checkpoint.folder} (other weights, or those of a GGUF "
+            "file); calibrate again without --load-calibration"
+        )
+
+
+def subject(source: Source) -> Subject:
+    """What a calibration runs on: blocks with the weights of `source`, windows from its tokenizer.
+
+    Raises:
+        CalibrationError: torch or transformers is missing.
+    """
+    try:
+        from moe2gguf.experts.calibration import Subject
+        from moe2gguf.experts.forward import Layers
+    except ImportError as error:
+        raise CalibrationError(
+            f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
+            "or take --recipe seed"
+        ) from error
+    if isinstance(source, Checkpoint):
+        bos = source.vocabulary.first_id
+        return Subject(
+            lambda device: Layers(source.model, source.read, device),
+            lambda text, n_token, n_context, spare: windows(source.folder, text, n_token, n_context, bos, spare),
+            identity(source),
+        )
+    weights = Weights(source)
+    return Subject(
+        lambda device: Layers(source.model, weights.read, device, weights.rope_divisors()),
+        functools.partial(_gguf_windows, source.path),
+        identity(source),
+    )
+
+
+def _gguf_windows(path: Path, text: Text, n_token: int, n_context: int, spare: int) -> NDArray[np.int64]:
+    ids, bos = read_tokens(path, text.text)
+    return spread(text, ids, n_token, n_context, bos, spare)
+
+
+def identity(source: Source) -> str:
+    """A digest of everything that a calibration depends on, which is read for it."""
+    return source_digest(_calibrated(source))
+
+
+def _calibrated(source: Source) -> dict[str, Readable]:
+    """The embedding and all layers."""
+    parts = ("model.layers.", "model.embed") if isinstance(source, Checkpoint) else ("blk.", "token_embd.", "rope_")
+    return {name: tensor for name, tensor in source.tensors.items() if name.startswith(parts)}
+
+
+def _calibrate_on_text(
+    plan: Plan, model: Subject, text: Text, slicing: Slicing, work: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """Make the experts of every layer in `work`."""
+    from moe2gguf.experts.calibration import Settings, calibrate
+
+    options, dense = plan.options, plan.checkpoint.model
+    n_token, n_context = options.tokens_for(dense), window(dense)
+    settings = Settings(n_token, n_context, options.device, options.calibration_memory)
+    total = n_token // n_context * n_context * dense.n_layer
+    try:
+        with progress("calibrate", total) as advance:
+            return calibrate(model, text, slicing, settings, work, advance)
+    except OSError as error:
+        raise CalibrationError(
+            f"{work}: cannot be written ({error.strerror or error}); calibration keeps its finished layers there: "
+            "remove what is in the way, make room, or write to another folder"
+        ) from error
+
+
+def _job(plan: Plan, text: Text, slicing: Slicing, made_from: str) -> Job:
+    model = plan.checkpoint.model
+    return Job(
+        checkpoint=made_from,
+        text=text.digest,
+        label=text.label,
+        n_token=plan.options.tokens_for(model),
+        n_layer=model.n_layer,
+        d_model=model.d_model,
+        d_ff=model.d_ff,
+        n_expert=slicing.n_expert,
+        n_expert_used=slicing.n_expert_used,
+        **vars(slicing.recipe),
+    )

@@ -1,0 +1,150 @@
+"""A Hugging Face folder on disk: safetensors shards and small files, written beside its final name, then renamed.
+
+Nothing ever stands under the final name that is not complete: a crash leaves at most `NAME.partial`, which the next
+run replaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from moe2gguf.errors import OutputError
+from moe2gguf.gguf import types
+from moe2gguf.gguf.writer import OutputTensor
+
+SHARD_BYTES = 1 << 30
+"""The size above which a shard is closed: as much of the model is in memory at once."""
+
+MARK = "moe2gguf"
+"""The key of config.json that says what made the folder; only folders with it are ever replaced."""
+
+
+def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> None:
+    """Refuse a target that must not be replaced or cannot be written.
+
+    Raises:
+        OutputError: it is one of the `sources`, exists and `force` is off, is no folder that this program wrote, or
+            its parent is missing or read-only.
+    """
+    if out.exists() or out.is_symlink():
+        if any(source.exists() and out.exists() and out.samefile(source) for source in sources):
+            raise OutputError(f"{out}: is the model itself; choose another name")
+        if not force:
+            raise OutputError(f"{out}: exists; choose another name, or replace it with --force")
+        if out.is_symlink() or not _ours(out):
+            raise OutputError(f"{out}: exists and was not written by moe2gguf; choose another name")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out.parent}: no such folder; create it first")
+    if not os.access(out.parent, os.W_OK):
+        raise OutputError(f"{out.parent}: not writable; choose another folder")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether config.json of `folder` has our mark."""
+    try:
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and MARK in values
+
+
+@contextlib.contextmanager
+def replacing_folder(out: Path) -> Iterator[Path]:
+    """An empty `OUT.partial`; it gets the final name if the block succeeds, and is removed if it does not.
+
+    Raises:
+        OutputError: a disk error.
+    """
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _sync(partial)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        partial.rename(out)
+        _sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists() and old.exists():
+            old.rename(out)
+        if isinstance(error, OSError):
+            raise OutputError(f"{out}: cannot be written ({error.strerror or error}); nothing was kept") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable, where folders can be opened."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_shards(
+    folder: Path, tensors: Sequence[OutputTensor], advance: Callable[[int], None], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `tensors` (float types) as one model.safetensors, or as shards with an index.
+
+    One shard is in memory at a time. `advance` is told the bytes of each tensor as it is made.
+
+    Raises:
+        CorruptWeightError: a value is NaN, infinite, or too large for its type.
+    """
+    shards = _shards(tensors, shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        many = len(shards) > 1
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
+        arrays = {}
+        for tensor in shard:
+            arrays[tensor.name] = _array(tensor)
+            weight_map[tensor.name] = name
+            advance(tensor.n_bytes)
+        save_file(arrays, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.n_bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
+    """The tensors in order, cut where a shard would grow above `shard_bytes`."""
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.n_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.n_bytes
+    return shards
+
+
+def _array(tensor: OutputTensor) -> NDArray[np.generic]:
+    """The whole tensor in its own type."""
+    data = b"".join(bytes(types.encode(block, tensor.type, tensor.name)) for block in tensor.blocks())
+    return np.frombuffer(data, types.FLOATS[tensor.type]).reshape(tensor.shape)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, indented, keys as they come."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
