@@ -129,31 +129,16 @@ def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
 
 
 def _active(console: Console, plan: Plan) -> None:
-    """Bytes per token, the bandwidth bound and the expected quality at each count."""
+    """Bytes per token and the bandwidth bound at each count."""
     console.print()
-    expected = {row.n_expert_used: row for row in plan.outlook}
-    columns = (
-        "experts used",
-        "bytes per token",
-        "speed-up, at most",
-        *(["perplexity / dense, about", ""] * bool(expected)),
-    )
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[:4]:
+    table = Table("experts used", "bytes per token", "speed-up, at most", box=None, pad_edge=False)
+    for column in table.columns:
         column.justify = "right"
     for k in range(1, plan.n_expert + 1):
         mark = " (file)" if k == plan.n_expert_used else ""
-        cells = [f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x"]
-        if row := expected.get(k):
-            about = "" if row.perplexity is None else f"{row.perplexity:.2f}"
-            cells += [about, "recommended" if row.recommended else ""]
-        table.add_row(*cells)
+        table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
     console.print(table)
     console.print("The bound is what memory bandwidth alone would allow against the dense model; measure to know.")
-    if expected:
-        from moe2gguf.recipes.outlook import words
-
-        console.print(f"Perplexity: of a file converted for that count. {words(plan.outlook)}")
 
 
 def conversion(done: Conversion, checked: Check | None) -> None:
@@ -274,9 +259,7 @@ def layers(reports: Sequence[dict[str, Any]]) -> None:
 
 
 def _energy(done: Conversion) -> None:
-    """Energy kept at each count, over the layers, beside the speed bound; then the recommendation."""
-    from moe2gguf.recipes.outlook import words
-
+    """Energy kept at each count, over the layers, beside the speed bound."""
     console, plan = out(), done.plan
     columns = ("experts used", "energy kept, mean", "worst layer", "speed-up, at most")
     table = Table(*columns, box=None, pad_edge=False)
@@ -289,7 +272,7 @@ def _energy(done: Conversion) -> None:
             f"{k} of {plan.n_expert}{mark}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"
         )
     console.print(table)
-    console.print(f"energy kept: here of all experts, always-on ones included. {words(plan.outlook)}")
+    console.print("energy kept: here of all experts, always-on ones included.")
 
 
 def _share(report: dict[str, Any], key: str) -> str:

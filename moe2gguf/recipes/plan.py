@@ -13,7 +13,7 @@ from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.saved import Saved
 from moe2gguf.experts.saved import read as read_calibration
 from moe2gguf.experts.slicing import expert_width
-from moe2gguf.experts.text import EMBEDDED, Text, read_text
+from moe2gguf.experts.text import Text, read_text
 from moe2gguf.gguf import types
 from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.gguf.shards import lay_out_shards
@@ -24,8 +24,6 @@ from moe2gguf.limits import check_expert_counts, expert_count_warnings
 from moe2gguf.quant.assign import Assignment
 from moe2gguf.recipes import gguf_as_hf as weights_gguf
 from moe2gguf.recipes.options import Options, adopted, refusals
-from moe2gguf.recipes.outlook import Outlook, outlook
-from moe2gguf.recipes.outlook import to_dict as outlook_dict
 from moe2gguf.recipes.source import Source, draft, fitted, open_source
 from moe2gguf.recipes.tensors_hf import Experts
 from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
@@ -102,16 +100,10 @@ class Plan:
         return self._always_read() + active_experts
 
     def speed_bound(self, n_expert_used: int) -> float:
-        """Most that generation can gain over the dense model, were memory bandwidth the only limit."""
+        """Upper bound of the generation speed-up over the dense model, from the bytes read per token."""
         routers = sum(tensor.n_bytes for tensor in self.tensors if tensor.name.endswith("ffn_gate_inp.weight"))
         dense = self._always_read() - routers + self.expert_bytes - self.padding_bytes
         return dense / self.active_bytes(n_expert_used)
-
-    @property
-    def outlook(self) -> list[Outlook]:
-        """What to expect of each count of used experts; empty for a file that is not sliced."""
-        own_text = self.saved.job.label != EMBEDDED if self.saved else self.options.calibration is not None
-        return outlook(self.options, self.speed_bound, own_text=own_text) if self.slicing else []
 
     def _always_read(self) -> int:
         skipped = set() if self.checkpoint.model.tied_embeddings else {"token_embd.weight"}
@@ -132,7 +124,6 @@ class Plan:
             "expert_used_count": self.n_expert_used,
             "active_bytes_per_token": {k: self.active_bytes(k) for k in k_range or (0,)},
             "speed_bound": {k: round(self.speed_bound(k), 4) for k in k_range},
-            "outlook": outlook_dict(self.outlook) if self.slicing else None,
             "metadata": {key: _short(value) for key, value in self.metadata.items()},
             "tensors": [
                 {

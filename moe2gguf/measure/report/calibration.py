@@ -12,7 +12,6 @@ from typing import Any
 from moe2gguf.experts.methods import AMPLIFICATIONS, CORRECTIONS, GROUPS, ROUTERS
 from moe2gguf.measure.report import page
 from moe2gguf.recipes.convert import Conversion
-from moe2gguf.recipes.outlook import words
 from moe2gguf.recipes.plan import Plan
 
 _COLUMNS = (
@@ -79,16 +78,12 @@ def summary(done: Conversion) -> list[str]:
     n, k = plan.n_expert, plan.n_expert_used
     kept = [layer["energy_by_used"][k - 1] for layer in layers]
     weakest = kept.index(min(kept))
-    lines = [
+    return [
         f"{k} of {n} experts per token in {len(layers)} layers. On the calibration text they hold {fmean(kept):.1%} of "
         f"all experts' output energy on average, {kept[weakest]:.1%} in layer {weakest}, the least.",
         "Energy is what the choice of experts can be judged by, layer by layer; what the whole model loses is for "
         "`moe2gguf compare` to say.",
     ]
-    if plan.outlook:
-        text = words(plan.outlook)
-        lines.append(text[0].upper() + text[1:] + ".")
-    return lines
 
 
 def pictures(layers: Sequence[dict[str, Any]], n_expert_used: int) -> list[tuple[str, dict[str, Any]]]:
