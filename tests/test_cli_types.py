@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from moe2gguf.cli.shared import Size
+from moe2gguf.cli.options import Size
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tiny_gguf
 from gpu import gpu_is_missing
 from llama_logits import llama_logits
 
-from moe2gguf.cli.shared import devices_from
+from moe2gguf.cli.options import devices_from
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import placed, reference_device, require_devices, rpc_device

@@ -16,7 +16,7 @@ from test_report import Page
 
 from moe2gguf import Options, convert
 from moe2gguf.cli import cli
-from moe2gguf.cli.tables_experts import experts as show
+from moe2gguf.cli.tables_expert_usage import experts as show
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.reader import read_gguf

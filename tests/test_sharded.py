@@ -17,7 +17,7 @@ from llama_logits import llama_logits_of
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
-from moe2gguf.cli.shared import Size
+from moe2gguf.cli.options import Size
 from moe2gguf.errors import GGUFError, OutputError, PlanError
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.reader import read_gguf

@@ -16,11 +16,19 @@ import cloup
 from click.shell_completion import get_completion_class
 from cloup import HelpTheme, Style
 
-from moe2gguf.cli.collecting import imatrix, sample
-from moe2gguf.cli.looking import inspect, run, verify
-from moe2gguf.cli.making import convert, densify, quantize, set_used
-from moe2gguf.cli.measuring import bench, compare, experts
-from moe2gguf.cli.training import heal
+from moe2gguf.cli.bench import bench
+from moe2gguf.cli.compare import compare
+from moe2gguf.cli.convert import convert
+from moe2gguf.cli.densify import densify
+from moe2gguf.cli.expert_usage import experts
+from moe2gguf.cli.heal import heal
+from moe2gguf.cli.imatrix import imatrix
+from moe2gguf.cli.inspect import inspect
+from moe2gguf.cli.quantize import quantize
+from moe2gguf.cli.run import run
+from moe2gguf.cli.sample import sample
+from moe2gguf.cli.set_used import set_used
+from moe2gguf.cli.verify import verify
 from moe2gguf.errors import Moe2GgufError
 
 SETTINGS = cloup.Context.settings(

@@ -1,4 +1,4 @@
-"""Commands that make or change a file: convert, quantize, densify, set-used."""
+"""The command convert: a dense model becomes a GGUF file (or a folder) with experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.shared import (
+from moe2gguf.cli import tables_convert
+from moe2gguf.cli.options import (
     FILE,
     PATH,
     AlwaysOn,
@@ -160,134 +161,19 @@ def convert(
         raise click.UsageError("--report shows a calibration, and these options need none; add --used below --experts.")
     display.warnings(plan.warnings)
     if plan_only or out is None:
-        emit(plan.to_dict(), as_json, lambda: display.plan(plan))
+        emit(plan.to_dict(), as_json, lambda: tables_convert.plan(plan))
         return
     if report:
         require_plotly(report)
     if form == "hf":
         done = write_folder(plan, out, force=force, progress=display.progress)
-        emit(done.to_dict(), as_json, lambda: display.folder(done))
+        emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
         return
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     if report:
         write_report(done, report, sys.argv)
     checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
-    emit(result, as_json, lambda: display.conversion(done, checked))
+    emit(result, as_json, lambda: tables_convert.conversion(done, checked))
     if checked and not checked.ok:
         raise SystemExit(1)
-
-
-@cloup.command()
-@cloup.argument("source", type=FILE, help="The GGUF file to quantize (f32, f16 or bf16).")
-@cloup.argument("out", type=click.Path(path_type=Path), help="The GGUF file to write.")
-@cloup.argument(
-    "type", required=False, help="A type of llama.cpp, such as q4_k_m, iq4_xs or q8_0; auto keeps what no rule names."
-)
-@type_options
-@option_group(
-    "Output",
-    option("--allow-requantize", is_flag=True, help="Also change tensors that are quantized already."),
-    shard_size_option,
-    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
-    resume_option,
-    option("--threads", type=click.IntRange(1), help="Threads that quantize.  [default: one per core]"),
-)
-@option_group(
-    "Looking first",
-    option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop."),
-    json_option,
-)
-def quantize(
-    source: Path,
-    out: Path,
-    plan_only: bool,
-    as_json: bool,
-    allow_requantize: bool,
-    shard_size: int | None,
-    force: bool,
-    resume: bool,
-    threads: int | None,
-    **options: Any,
-) -> None:
-    """Write a GGUF file again with smaller types.
-
-    With llama.cpp's own kernels, and the choice of types of its quantizer for the dense model. A type that does not
-    fit a tensor is an error that lists the ways out, never a silent substitute.
-
-    \b
-    Example:
-      moe2gguf quantize moe.gguf moe-q4.gguf q4_k_m --allow-fallback
-      moe2gguf quantize moe.gguf moe-q8.gguf q8_0 --shard-size 2GB
-      moe2gguf quantize moe.gguf moe-q5.gguf q5_k --tensor-type 'blk\\..*\\.ffn_down_exps\\.weight=q6_k' --plan
-    """
-    from moe2gguf.quant.rules import TypeOptions
-    from moe2gguf.recipes.quantize import plan_quantization, write_quantization
-
-    if options["type"] is None:
-        if options["target_size"] is None and options["target_bpw"] is None:
-            raise click.UsageError("Missing argument 'TYPE' (only --target-size and --target-bpw work without).")
-        options["type"] = "auto"
-    try:
-        plan = plan_quantization(
-            source, TypeOptions(**options), allow_requantize=allow_requantize, shard_size=shard_size
-        )
-    except PlanError as error:
-        if as_json and plan_only:
-            emit({"refusals": error.refusals}, as_json, lambda: None)
-        raise
-    display.warnings(plan.warnings)
-    if plan_only:
-        emit(plan.to_dict(), as_json, lambda: display.quantization_plan(plan))
-        return
-    done = write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
-    emit(done.to_dict(), as_json, lambda: display.quantization(done))
-
-
-@cloup.command()
-@cloup.argument("source", type=click.Path(exists=True, path_type=Path), help="A folder or a GGUF file with experts.")
-@cloup.argument("out", type=click.Path(path_type=Path), help="The folder or GGUF file to write.")
-@option_group(
-    "Experts whose weights depend on the input (healed, --amplify any or fitted)",
-    option("--text", type=FILE, help="Fit one factor per expert on this text, by least squares."),
-    option("-k", "--used", type=click.IntRange(1), help="At this count.  [default: what the folder says]"),
-    option("--tokens", "n_token", default=8192, show_default=True, type=click.IntRange(1024), help="Of the text."),
-)
-@option_group(
-    "Output",
-    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
-    json_option,
-)
-def densify(source: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write a model with experts as a dense one.
-
-    Slices fold back exactly; where the routers weigh experts by the input, one factor per expert is fitted.
-
-    \b
-    Example:
-      moe2gguf densify half dense-again
-      moe2gguf densify healed dense-healed --text text.txt --used 8
-      moe2gguf densify moe.gguf dense.gguf
-    """
-    from moe2gguf.recipes.densify import densify as fold
-
-    done = fold(source, out, progress=display.progress, **options)
-    emit(done.to_dict(), as_json, lambda: display.densified(done))
-
-
-@cloup.command("set-used")
-@cloup.argument("file", type=FILE, help="The GGUF file to change.")
-@cloup.argument("count", type=int, help="Experts that run per token.")
-def set_used(file: Path, count: int) -> None:
-    """Change how many experts run per token, in place.
-
-    Refused where the experts were amplified or refitted for one count (see convert --amplify).
-
-    \b
-    Example:
-      moe2gguf set-used moe.gguf 6
-    """
-    from moe2gguf.gguf.set_used import set_used as change
-
-    change(file, count)
-    display.out().print(f"{file}: {count} experts per token from now on", markup=False)

@@ -1,4 +1,4 @@
-"""Commands that measure files: compare, bench, experts."""
+"""The command compare: measure the quality of files against the dense model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.shared import (
+from moe2gguf.cli.options import (
     FILE,
     devices_from,
     devices_option,
@@ -130,105 +130,3 @@ def compare(
     emit(found.to_dict(), as_json, lambda: display_compare.comparison(found))
     if not found.ok:
         raise SystemExit(1)
-
-
-@cloup.command()
-@cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to time.")
-@option_group(
-    "What",
-    option("--reference", type=FILE, metavar="DENSE", help="A dense file that speeds are divided by."),
-    used_list_option,
-    devices_option,
-    rpc_option,
-)
-@option_group(
-    "Running",
-    llama_threads_option,
-    option("--prompt", "n_prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of a prompt."),
-    option("--generate", "n_generate", default=128, show_default=True, type=click.IntRange(1), help="Tokens after it."),
-    option("--repeat", default=5, show_default=True, type=click.IntRange(1), help="Runs of each."),
-    option("--timeout", default=1800.0, show_default=True, help="Seconds that a run may take."),
-)
-@json_option
-def bench(
-    files: tuple[Path, ...],
-    reference: Path | None,
-    used: list[int],
-    device: str | None,
-    rpc: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Measure how fast files run, and how fast memory would let them.
-
-    Prompt and generation speed are those of llama-bench. Every file at every K runs once in each round, so that a
-    busy machine slows all of them alike; shown are the median and the lowest and highest of all rounds.
-
-    \b
-    Example:
-      moe2gguf bench moe.gguf --reference dense.gguf --used 8,4,2
-      moe2gguf bench moe-q4.gguf moe-q8.gguf --prompt 64 --generate 32 --repeat 3 --json
-    """
-    from moe2gguf.cli import tables_compare as display_compare
-    from moe2gguf.measure.bench import Timing
-    from moe2gguf.measure.bench import bench as bench_files
-
-    found = bench_files(
-        files,
-        used=used,
-        devices=devices_from(device, rpc),
-        reference=reference,
-        timing=Timing(**options),
-        on_run=display_compare.run_done,
-    )
-    emit(found.to_dict(), as_json, lambda: display_compare.speeds(found))
-    if not found.ok:
-        raise SystemExit(1)
-
-
-@cloup.command()
-@cloup.argument("file", type=FILE, help="A GGUF file with experts.")
-@option("-k", "--used", type=int, help="Experts that run per token.  [default: what the file says]")
-@option("--device", default="cpu", show_default=True, help="One of cpu, gpu and gpu:experts-on-cpu.")
-@option_group(
-    "Text",
-    option("--text", type=FILE, help="A text file.  [default: Python's own documentation]"),
-    option("--tokens", default=4096, show_default=True, type=click.IntRange(0), help="Tokens to run; 0 is all."),
-    option("--context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."),
-)
-@option_group(
-    "Running",
-    llama_threads_option,
-    option("--timeout", default=3600.0, show_default=True, help="Seconds that the run may take."),
-)
-@option_group(
-    "Results",
-    json_option,
-    option("--report", type=click.Path(path_type=Path), help="Also write one HTML file with heat maps."),
-)
-def experts(
-    file: Path, text: Path | None, tokens: int, context: int, as_json: bool, report: Path | None, **options: Any
-) -> None:
-    """Show which experts run, layer by layer, and for which tokens.
-
-    From llama.cpp's own routing tensors while it reads a text: how evenly the experts are used, which are always on,
-    dead or overloaded, which run together, and how far that is from what calibration saw. JSON and report also have the
-    tokens typical of each expert.
-
-    \b
-    Example:
-      moe2gguf experts moe.gguf --text wiki.test.raw
-      moe2gguf experts moe.gguf --used 4 --tokens 16384 --report experts.html
-    """
-    from moe2gguf.cli import tables_experts as display_experts
-    from moe2gguf.measure.compare import read_text
-    from moe2gguf.measure.observe import observe
-    from moe2gguf.measure.report.experts import write_report
-    from moe2gguf.measure.report.page import require_plotly
-
-    if report:
-        require_plotly(report)
-    found = observe(file, text=read_text(text), n_token=tokens or None, n_context=context, **options)
-    if report:
-        write_report(found, report, sys.argv)
-    emit(found.to_dict(), as_json, lambda: display_experts.experts(found))

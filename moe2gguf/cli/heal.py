@@ -1,4 +1,4 @@
-"""Commands that train: heal."""
+"""The command heal: train a sliced model to need fewer experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.shared import FILE, emit, json_option, whole_numbers
+from moe2gguf.cli import tables_heal
+from moe2gguf.cli.options import FILE, emit, json_option, whole_numbers
 from moe2gguf.experts import methods
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -154,10 +155,10 @@ def heal(
         n_context=n_context,
         force=force,
         progress=display.progress,
-        on_line=display.heal_line,
+        on_line=tables_heal.heal_line,
     )
     if not is_main():
         return
     if report:
         write_curves(done.log, report)
-    emit(done.to_dict(), as_json, lambda: display.healing(done))
+    emit(done.to_dict(), as_json, lambda: tables_heal.healing(done))

@@ -1,0 +1,46 @@
+"""The command verify: check a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cloup
+from cloup import option
+
+from moe2gguf.cli import tables as display
+from moe2gguf.cli.options import FILE, emit, json_option, threads_option
+
+
+@cloup.command()
+@cloup.argument("file", type=FILE, help="The GGUF file to verify.")
+@option("--check", "dense", type=FILE, metavar="DENSE", help="Also compare with this dense file in llama.cpp.")
+@threads_option
+@json_option
+def verify(file: Path, dense: Path | None, threads: int | None, as_json: bool) -> None:
+    """Re-read a GGUF file and check everything in it.
+
+    The header, every tensor inside the file, shapes against the metadata, no NaN or infinity.
+
+    \b
+    Example:
+      moe2gguf verify moe.gguf
+      moe2gguf verify moe.gguf --check dense.gguf
+    """
+    from moe2gguf.gguf.verify import verify as verify_file
+    from moe2gguf.measure.check import check
+
+    with display.progress("verify", file.stat().st_size) as advance:
+        found = verify_file(file, threads=threads, progress=advance)
+    checked = check(file, dense, threads=threads) if dense and not found.problems else None
+    result = {
+        "path": str(file),
+        "ok": not found.problems,
+        "problems": list(found.problems),
+        "notes": list(found.notes),
+        "tensors": found.n_tensors,
+        "bytes": found.n_bytes,
+        "check": checked.to_dict() if checked else None,
+    }
+    emit(result, as_json, lambda: display.verification(found, checked))
+    if found.problems or (checked and not checked.ok):
+        raise SystemExit(1)
