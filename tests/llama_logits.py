@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import open_model
 
 
 def _all_logits(path: Path, tokens: list[int], counts: list[int | None]) -> list[np.ndarray]:

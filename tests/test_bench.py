@@ -13,7 +13,7 @@ from moe2gguf.cli import cli
 from moe2gguf.cli.tables_compare import speeds
 from moe2gguf.errors import HarnessError
 from moe2gguf.measure.bench import Bench, Timing, bench
-from moe2gguf.measure.sweep import candidates
+from moe2gguf.measure.candidates import candidates
 
 TIMING = Timing(n_prompt=8, n_generate=4, repeat=2, threads=1)
 

@@ -22,8 +22,8 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.measure import cluster
 from moe2gguf.measure.bench import Timing
+from moe2gguf.measure.candidates import candidate
 from moe2gguf.measure.compare import compare
-from moe2gguf.measure.sweep import candidate
 
 psutil = pytest.importorskip("psutil", reason="comes with Dask: pip install 'moe2gguf[cluster]'")
 Client = pytest.importorskip("distributed", reason="needs Dask: pip install 'moe2gguf[cluster]'").Client

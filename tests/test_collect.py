@@ -17,9 +17,10 @@ import tiny_gguf
 
 from moe2gguf.errors import CalibrationError, HarnessError, ImportanceError, OutputError
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import open_model
 from moe2gguf.llama.watch_inputs import Sums, Watcher
-from moe2gguf.measure import imatrix_collect as harness
+from moe2gguf.measure import imatrix as harness
 from moe2gguf.measure.imatrix import collect_imatrix
 from moe2gguf.quant.imatrix import read_imatrix
 
@@ -148,8 +149,8 @@ def test_a_killed_collection_is_continued_to_the_same_bytes(files, tmp_path):
         from test_collect import interrupted, WORDS
         from moe2gguf.experts.text import read_text
         from moe2gguf.gguf.reader import read_gguf
-        from moe2gguf.measure.imatrix_collect import Job
-        from moe2gguf.measure.sweep import identity
+        from moe2gguf.measure.imatrix import Job
+        from moe2gguf.measure.candidates import identity
         model, text = Path({str(files["routed"])!r}), read_text(Path({str(files["text"])!r}))
         job = Job(identity(read_gguf(model)), text.digest, {4 * CONTEXT}, {CONTEXT})
         interrupted(model, text.text, job, {str(work)!r})

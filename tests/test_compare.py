@@ -187,7 +187,8 @@ def test_the_same_file_on_two_devices_is_compared_with_itself(
 
 
 def _f16_cache_logits(path: Path, tokens: list[int]) -> np.ndarray:
-    from moe2gguf.llama.model import Setup, open_model
+    from moe2gguf.llama.devices import Setup
+    from moe2gguf.llama.model import open_model
 
     with open_model(path, Setup(n_expert_used=2, n_context=len(tokens), n_threads=1, kv_type="f16")) as model:
         return np.array(model.logits(np.array(tokens, np.int32)), np.float64)
@@ -263,7 +264,8 @@ def llama_tokens(path: Path) -> list[int]:
 
 
 def _tokens(path: Path) -> list[int]:
-    from moe2gguf.llama.model import Setup, open_model
+    from moe2gguf.llama.devices import Setup
+    from moe2gguf.llama.model import open_model
 
     with open_model(path, Setup(n_threads=1)) as model:
         return [int(token) for token in model.tokenize(TEXT)]

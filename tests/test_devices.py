@@ -13,9 +13,9 @@ from llama_logits import llama_logits
 from moe2gguf.cli.options import devices_from
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import placed, reference_device, require_devices, rpc_device
+from moe2gguf.llama.devices import Setup, placed, reference_device, require_devices, rpc_device
 from moe2gguf.llama.library import import_llama
-from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.model import open_model
 
 
 def has_rpc() -> bool:

@@ -21,9 +21,17 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.model import Setup, open_model
-from moe2gguf.measure.expert_usage import ExpertUse, closest, effective_experts, roles, typical_words
-from moe2gguf.measure.observe import calibration_load, observe
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import open_model
+from moe2gguf.measure.expert_usage import (
+    ExpertUse,
+    calibration_load,
+    closest,
+    effective_experts,
+    observe,
+    roles,
+    typical_words,
+)
 from moe2gguf.measure.report.experts import pictures, render, write_report
 from moe2gguf.measure.watch_routing import Observer
 

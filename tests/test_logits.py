@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import import_llama
-from moe2gguf.llama.model import Facts, Setup, open_model, read_facts
+from moe2gguf.llama.model import Facts, open_model, read_facts
 from moe2gguf.measure import logits, metrics
 from moe2gguf.measure.logits import Reference, cut, measure, record, record_here
 

@@ -13,9 +13,9 @@ from test_compare import settings
 from test_devices import has_rpc
 
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import placed, rpc_device
+from moe2gguf.llama.devices import Setup, placed, rpc_device
 from moe2gguf.llama.generate import generate
-from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.model import open_model
 from moe2gguf.measure.bench import Timing, bench
 from moe2gguf.measure.compare import compare
 from moe2gguf.measure.results import Comparison

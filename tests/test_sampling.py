@@ -17,7 +17,8 @@ from moe2gguf.cli import cli
 from moe2gguf.errors import CheckpointError, HarnessError, OutputError
 from moe2gguf.experts.text import read_text
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import open_model
 from moe2gguf.llama.sampling import Draw, draws, sample
 from moe2gguf.measure.sample import DENSE, sample_text
 

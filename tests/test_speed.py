@@ -10,7 +10,8 @@ import tiny_gguf
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.model import Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import open_model
 from moe2gguf.measure import speed
 from moe2gguf.measure.speed import Run, collect, fast, memory_bandwidth, run_once, spread
 

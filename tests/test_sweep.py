@@ -11,7 +11,7 @@ import tiny_gguf
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.shards import read_shards
-from moe2gguf.measure.sweep import active_bytes, candidate, candidates
+from moe2gguf.measure.candidates import active_bytes, candidate, candidates
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 

@@ -54,7 +54,7 @@ def experts(
     """
     from moe2gguf.cli import tables_expert_usage as display_experts
     from moe2gguf.measure.compare import read_text
-    from moe2gguf.measure.observe import observe
+    from moe2gguf.measure.expert_usage import observe
     from moe2gguf.measure.report.experts import write_report
     from moe2gguf.measure.report.page import require_plotly
 

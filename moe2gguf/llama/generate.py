@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import stream_from_child
-from moe2gguf.llama.model import Llama, Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import Llama, open_model
 
 _N_BATCH = 512
 

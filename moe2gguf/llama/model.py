@@ -19,39 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.llama.devices import Setup, cpu_experts, offload_devices
 from moe2gguf.llama.library import import_llama, int_overrides, last_lines, load_model, processors
-from moe2gguf.llama.offload import cpu_experts, offload_devices
 
 Logits = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a file is run. The defaults are the ones for measuring: exact and repeatable before fast.
-
-    n_expert_used  experts per token (k); None: the file's own count; "all": every expert (k = n)
-    n_context      tokens of a window: positions in the key/value cache
-    n_batch        tokens computed at once; logits of at most so many positions are in memory
-    n_sequence     texts side by side, each with a window of its own (see `Llama.step`)
-    n_threads      None: all processors this process may use
-    n_gpu_layers   0: CPU only; negative: all layers
-    rpc_servers    addresses (host:port) of llama.cpp RPC servers that take the place of this machine's GPUs
-    experts_on_cpu keep the expert tensors in the processor's memory, whatever `n_gpu_layers` says
-    kv_type        element type of the key/value cache
-    flash_attention, repack   llama.cpp's faster attention, and weights rearranged at load for the processor
-    """
-
-    n_expert_used: int | Literal["all"] | None = None
-    n_context: int = 512
-    n_batch: int = 128
-    n_sequence: int = 1
-    n_threads: int | None = None
-    n_gpu_layers: int = 0
-    rpc_servers: tuple[str, ...] = ()
-    experts_on_cpu: bool = False
-    kv_type: Literal["f32", "f16"] = "f32"
-    flash_attention: bool = False
-    repack: bool = False
 
 
 @dataclass(frozen=True)

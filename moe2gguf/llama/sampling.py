@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import stream_from_child
-from moe2gguf.llama.model import Llama, Logits, Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import Llama, Logits, open_model
 
 MIN_CONTEXT = 8
 """Tokens that a text must be allowed, the model's BOS included."""

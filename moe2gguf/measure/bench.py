@@ -12,9 +12,8 @@ from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import placed, reference_device, require_devices
 from moe2gguf.llama.library import processors
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.candidates import Candidate, candidate, candidates
 from moe2gguf.measure.speed import Run, Speed, collect, fast, memory_bandwidth, run_once
-from moe2gguf.measure.sweep import candidate, candidates
 
 TIMEOUT = 1800.0
 """Seconds that one run may take, load and warm-up included."""

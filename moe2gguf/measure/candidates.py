@@ -1,10 +1,19 @@
-"""What is measured: one file at one number of experts on one device."""
+"""What is measured: one file at one number of experts on one device, each checked before anything runs."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.layout import mean_bits_per_weight
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.limits import check_expert_counts
 
 
 @dataclass(frozen=True)
@@ -43,3 +52,83 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
         return {**asdict(self), "path": str(self.path), "label": self.label}
+
+
+def candidates(files: Iterable[Path], used: Sequence[int] = (), devices: Sequence[str] = ("cpu",)) -> list[Candidate]:
+    """Return a candidate for every file, k and device, in that order; a dense file has one per device.
+
+    A file given twice counts once; of files with equal names the labels have the whole path. Without `used` each file
+    runs at its own count. What llama.cpp cannot run carries the refusal. Raises GGUFError
+    for a file whose header is not sound.
+    """
+    out = []
+    paths = list(dict.fromkeys(files))
+    names = Counter(path.name for path in paths)
+    for path in paths:
+        file = read_model(path)
+        name = "" if names[path.name] == 1 else str(path)
+        counts = list(dict.fromkeys(used)) or [_count(file, "expert_used_count")]
+        for k in counts if _count(file, "expert_count") else [0]:
+            out += [candidate(file, k, device, name) for device in devices]
+    return out
+
+
+def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str = "") -> Candidate:
+    """Return one combination; `n_expert_used` is ignored for a dense file."""
+    n_expert = _count(file, "expert_count")
+    k = n_expert_used if n_expert else 0
+    return Candidate(
+        path=file.path,
+        n_expert=n_expert,
+        n_expert_used=k,
+        device=device,
+        type=_main_type(file),
+        file_size=file.file_size,
+        active_bytes=active_bytes(file, k),
+        identity=identity(file),
+        refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
+        name=name,
+        bits_per_weight=mean_bits_per_weight(file.tensors.values()),
+    )
+
+
+def active_bytes(file: GGUFFile, n_expert_used: int) -> int:
+    """Return the bytes of weights read per generated token when `n_expert_used` experts run.
+
+    An embedding that is not also the output matrix is left out: one row of it is read.
+    """
+    n_expert = _count(file, "expert_count")
+    in_experts = sum(t.n_bytes for t in file.tensors.values() if "_exps." in t.name)
+    skipped = {"token_embd.weight"} if "output.weight" in file.tensors else set()
+    rest = sum(t.n_bytes for t in file.tensors.values() if "_exps." not in t.name and t.name not in skipped)
+    return rest + (in_experts * n_expert_used // n_expert if n_expert else 0)
+
+
+def _refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:
+    n_layer = max(1, _count(file, "block_count"))
+    n_scale = sum(name.startswith("blk.0.") and name.endswith("_exps.scale") for name in file.tensors)
+    return check_expert_counts(n_expert, k, n_layer=n_layer, n_tensor=len(file.tensors), n_scale=n_scale)
+
+
+def _count(file: GGUFFile, key: str) -> int:
+    """Return a whole number of the file's architecture, 0 if it has none."""
+    value = file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}", 0)
+    return value if type(value) is int else 0
+
+
+def _main_type(file: GGUFFile) -> str:
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[tensor.type.name] += tensor.n_bytes
+    return sizes.most_common(1)[0][0] if sizes else "none"
+
+
+def identity(file: GGUFFile) -> str:
+    """A digest of header, size and time of change: cheap, and new whenever the file, or a shard of it, is rewritten."""
+    digest = hashlib.sha256()
+    for path in file.files:
+        with path.open("rb") as stream:
+            digest.update(stream.read(file.data_offset))
+            status = os.fstat(stream.fileno())
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import processors
-from moe2gguf.llama.model import Facts, Setup, read_facts
+from moe2gguf.llama.model import Facts, read_facts
 from moe2gguf.measure import metrics
 from moe2gguf.measure.logits import Reference, measure, record
 from moe2gguf.measure.metrics import Summary

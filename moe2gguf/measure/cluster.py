@@ -18,9 +18,8 @@ from moe2gguf.errors import HarnessError, Moe2GgufError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import require_devices
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.candidates import Candidate, identity
 from moe2gguf.measure.results import Quality
-from moe2gguf.measure.sweep import identity
 from moe2gguf.measure.workbench import Answer, Job, Settings, Workbench
 
 _CONNECT_SECONDS = 10

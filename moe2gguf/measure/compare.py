@@ -14,14 +14,13 @@ from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import reference_device, require_devices
 from moe2gguf.llama.machine import environment, package_version
 from moe2gguf.measure.bench import Timing, time_candidates
-from moe2gguf.measure.candidates import Candidate
+from moe2gguf.measure.candidates import Candidate, candidate, candidates
 from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR
 from moe2gguf.measure.cluster import measured_by_workers, require_workers
 from moe2gguf.measure.journal import Journal, key
 from moe2gguf.measure.pareto import choose
 from moe2gguf.measure.results import Agreement, Comparison, Quality, Row, is_above_noise, pair_up
 from moe2gguf.measure.speed import Run, Speed
-from moe2gguf.measure.sweep import candidate, candidates
 from moe2gguf.measure.workbench import Answer, Job, Settings, measured_here
 
 __all__ = ["Settings", "compare", "settings_from"]

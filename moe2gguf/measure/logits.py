@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child, stream_from_child
-from moe2gguf.llama.model import Facts, Llama, Logits, Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import Facts, Llama, Logits, open_model
 from moe2gguf.measure import metrics
 from moe2gguf.measure import top_logits as compact
 from moe2gguf.measure.metrics import TokenScores

@@ -13,11 +13,10 @@ from typing import Any
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.measure.candidates import candidate
 from moe2gguf.measure.compare import Settings, cache_folder, compare
-from moe2gguf.measure.expert_usage import ExpertUse
-from moe2gguf.measure.observe import observe
+from moe2gguf.measure.expert_usage import ExpertUse, observe
 from moe2gguf.measure.results import Comparison
-from moe2gguf.measure.sweep import candidate
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import QuantizationPlan, plan_quantization, write_quantization

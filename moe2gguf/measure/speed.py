@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import processors
-from moe2gguf.llama.model import Llama, Setup, open_model
+from moe2gguf.llama.model import Llama, open_model
 
 N_BATCH = 512
 _READ_BYTES = 2**30  # several times the largest caches

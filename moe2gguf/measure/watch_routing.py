@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.llama.model import Llama, Setup, open_model
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.measure.logits import cut, text_tokens
 
 _CHOSEN, _PROBABILITIES = b"ffn_moe_topk", b"ffn_moe_probs"

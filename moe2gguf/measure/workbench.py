@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.llama.devices import placed
+from moe2gguf.llama.devices import Setup, placed
 from moe2gguf.llama.library import processors
-from moe2gguf.llama.model import Setup
 from moe2gguf.measure.candidates import Candidate
 from moe2gguf.measure.check import default_text, disturbed
 from moe2gguf.measure.logits import Reference, measure, record
