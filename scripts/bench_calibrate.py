@@ -161,7 +161,7 @@ def config(size: Size) -> dict[str, Any]:
 
 def tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer with LLaMA 3's splitting, trained on nothing: bytes alone."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from tiny_tokenizers import byte_level_bpe
 
     byte_level_bpe(folder, pre="llama-bpe")

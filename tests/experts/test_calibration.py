@@ -1,0 +1,348 @@
+"""Calibrated conversions end to end: experts from real activations, in llama.cpp, resumable and repeatable."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+import torch
+from chosen_experts import chosen_experts
+from interruptions import stop_in_third_layer
+from llama_logits import llama_logits, llama_logits_at, mean_kl
+from reference import reference_logits
+from safetensors.numpy import load_file, save_file
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.errors import CalibrationError, PlanError
+from moe2gguf.experts import calibration
+from moe2gguf.experts.layer import BiasNeuron, LayerExperts
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
+QUICK = {"experts": 8, "calibration_tokens": 2048}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaMA whose hidden states share a constant part, as those of trained models do."""
+    folder = checkpoints.make(tmp_path_factory.mktemp("calibration") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 6.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("group", "router", "always_on"),
+    [
+        ("activations", "least-squares", 2),
+        ("weights", "gate-mean", 3),
+        ("random", "least-squares", 0),
+        ("routed", "least-squares", 2),
+        ("routed", "gate-mean", 0),
+        ("contiguous", "gate-mean", 0),
+        ("activations", "least-squares", -1),
+    ],
+)
+def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group, router, always_on):
+    """Whatever the grouping and the router, in llama.cpp; and every k equals the numpy graph."""
+    options = Options(
+        **QUICK, used=4, group=group, router=router, always_on=always_on, refit=False, amplify="exact", recipe="seed"
+    )
+    convert(folder, tmp_path / "sliced.gguf", options)
+    expected = checkpoints.torch_logits(folder, TOKENS)
+
+    counts = [8, 5, 4]
+    logits = dict(zip(counts, llama_logits_at(tmp_path / "sliced.gguf", TOKENS, counts), strict=True))
+
+    assert mean_kl(expected, logits[8]) <= 2e-6
+    for k in counts:
+        difference = np.abs(reference_logits(tmp_path / "sliced.gguf", TOKENS, k) - logits[k]).max(axis=1)
+        assert (difference <= 2e-3).mean() >= 0.9, k  # float32 decides a near-tie otherwise once in a while
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_bias_neuron_in_llama_cpp(folder, tmp_path, refit):
+    """At every count llama.cpp gives what the numpy graph gives; all gate and up rows but one are the checkpoint's, and
+    that one is a constant: its gate row is four times its up row."""
+    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, refit=refit, bias_neuron=True))
+
+    counts = [8, 6, 5, 4, 3, 2, 1]
+    for k, logits in zip(counts, llama_logits_at(tmp_path / "x.gguf", TOKENS, counts), strict=True):
+        difference = np.abs(reference_logits(tmp_path / "x.gguf", TOKENS, k) - logits).max(axis=1)
+        assert (difference <= 2e-3).mean() >= 0.9, k
+    reader, weights = gguf.GGUFReader(tmp_path / "x.gguf"), load_file(folder / "model.safetensors")
+    assert reader.fields["moe2gguf.slicing.bias_neuron"].contents() is True
+    assert any("--bias-neuron" in warning or "--refit" in warning for warning in done.plan.warnings)
+    tensors = {t.name: t.data for t in reader.tensors}
+    for i in range(3):
+        gate, up = (tensors[f"blk.{i}.ffn_{role}_exps.weight"].reshape(96, 64) for role in ("gate", "up"))
+        known = {row.tobytes() for row in weights[f"model.layers.{i}.mlp.gate_proj.weight"]}
+        (changed,) = (n for n, row in enumerate(gate) if row.tobytes() not in known)
+        np.testing.assert_allclose(4 * up[changed], gate[changed], rtol=1e-6)
+        assert changed < 2 * 12  # in an always-on expert
+        down = tensors[f"blk.{i}.ffn_down_exps.weight"].swapaxes(1, 2).reshape(96, 64)
+        assert np.abs(down[changed]).max() > 0
+
+
+def test_a_bias_neuron_brings_the_layers_output_closer_on_average(folder, tmp_path):
+    """Without a refit: the mean error of every layer's output on the calibration tokens."""
+    means = {}
+    for on in (False, True):
+        found, carve = [], calibration.carve
+
+        def sees(mlp, inputs, *rest, carve=carve, found=found):
+            carved = carve(mlp, inputs, *rest)
+            found.append(float((carved(inputs.sliced, 4) - mlp(inputs.sliced)).mean(0).norm()))
+            return carved
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "carve", sees)
+            convert(folder, tmp_path / f"{on}.gguf", Options(**QUICK, used=4, bias_neuron=on, refit=False))
+        means[on] = found
+
+    assert 3 == len(means[True])
+    assert all(after < 0.5 * before for before, after in zip(means[False], means[True], strict=True))
+
+
+def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
+    """Read from llama.cpp's own routing tensors: experts 0 and 1 in every layer, for every token, at every k."""
+    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, group="activations", refit=False))
+
+    for k in (3, 4, 6):
+        chosen = chosen_experts(tmp_path / "x.gguf", TOKENS, k)
+
+        assert (3, len(TOKENS), k) == chosen.shape
+        assert [{0, 1}] == [set(np.unique(np.sort(chosen, axis=2)[:, :, :2]).tolist())]
+        assert len(np.unique(chosen[:, :, 2:] if k < 6 else chosen)) > 3  # the others differ from token to token
+
+
+def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(folder, tmp_path):
+    """On text it was not calibrated on (the tokens above): KL against the dense model, at half of the experts."""
+    done = convert(folder, tmp_path / "ours.gguf", Options(**QUICK, used=4))
+    assert all(layer["always_on_rate"] > 0.99 for layer in done.layers)
+    convert(folder, tmp_path / "seed.gguf", Options(experts=8, used=4, recipe="seed"))
+    expected = checkpoints.torch_logits(folder, TOKENS)
+
+    ours, seed = (mean_kl(expected, llama_logits(tmp_path / name, TOKENS)) for name in ("ours.gguf", "seed.gguf"))
+
+    assert ours < 0.75 * seed
+    fields = {key: f.contents() for key, f in gguf.GGUFReader(tmp_path / "ours.gguf").fields.items()}
+    expected_fields = {
+        "moe2gguf.slicing.group": "routed",
+        "moe2gguf.slicing.router": "least-squares",
+        "moe2gguf.slicing.refit": True,
+        "moe2gguf.slicing.amplify": "used",
+        "moe2gguf.calibration.text": "moe2gguf texts 1",
+        "moe2gguf.calibration.tokens": 2048,
+    }
+    assert expected_fields == {key: fields[key] for key in expected_fields}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "llama-bias", "llama3-rope", "yarn-rope"])
+def test_every_family_calibrates(tmp_path, family):
+    """The dense stream of the calibration is transformers' own forward pass: with all experts kept, nothing changes."""
+    folder = checkpoints.make(tmp_path / family, family)
+    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=8, group="activations", router="least-squares"))
+
+    assert 3 == len(done.layers)
+    assert mean_kl(checkpoints.torch_logits(folder, TOKENS), llama_logits(tmp_path / "x.gguf", TOKENS)) <= 2e-6
+
+
+def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
+    """Layer by layer, one layer's weights in memory, the same numbers as the whole model."""
+    import transformers
+
+    from moe2gguf.experts.forward import Layers
+    from moe2gguf.hf.folder import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    ids = np.array([TOKENS[:32], TOKENS[32:]])
+    with torch.inference_mode():
+        layers = Layers(checkpoint.model, checkpoint.read, torch.device("cpu"))
+        hidden = torch.zeros(ids.size, 64)
+        layers.embed(ids, hidden)
+        for i in range(len(layers)):
+            block = layers.block(i)
+            block.attend(hidden, 32)
+            hidden += block.mlp(block.mlp_input(hidden))
+            layers.release(i)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = model.model(torch.from_numpy(ids), output_hidden_states=True)
+
+    torch.testing.assert_close(
+        expected.last_hidden_state, model.model.norm(hidden.reshape(2, 32, -1)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
+    """Seed, text and machine being equal."""
+    for name in ("a", "b"):
+        convert(folder, tmp_path / name, Options(**QUICK, used=4, refit=True))
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(folder, tmp_path):
+    """With no memory allowed for them; the folder they were in is gone."""
+    convert(folder, tmp_path / "a", Options(**QUICK, used=4, refit=True))
+    convert(folder, tmp_path / "b", Options(**QUICK, used=4, refit=True, calibration_memory=0))
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there(folder, tmp_path):
+    """One error with the way out, for a name torch does not know and for one it knows but has not got."""
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(CalibrationError, match=f"--device {device}: torch cannot use it"):
+            convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, device=device))
+
+
+@pytest.mark.parametrize("correction", ["refit", "bias_neuron"])
+def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch, correction):
+    """Stopped after its second layer: the next run does the third only."""
+    options = Options(**QUICK, used=4, **{correction: True})
+    convert(folder, tmp_path / "whole.gguf", options)
+    done = stop_in_third_layer(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "x.gguf", options)
+    assert ["whole.gguf", "x.gguf.calibration"] == sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CalibrationError, match="holds another calibration"):
+        convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=5))
+
+    convert(folder, tmp_path / "x.gguf", options)
+
+    assert 4 == len(done)
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
+    assert not (tmp_path / "x.gguf.calibration").exists()
+
+
+def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder, tmp_path):
+    """A stopped calibration of the same name is still there after a plain conversion."""
+    (tmp_path / "x.gguf.calibration").mkdir()
+    (tmp_path / "x.gguf.calibration" / "job.json").write_text("{}")
+
+    convert(folder, tmp_path / "x.gguf", Options(experts=8))
+
+    assert (tmp_path / "x.gguf.calibration" / "job.json").exists()
+
+
+def test_without_transformers_the_error_says_what_to_install(folder, tmp_path, monkeypatch):
+    """Torch alone is not enough; the message names both ways out."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("moe2gguf.experts.calibration", "moe2gguf.experts.forward"):
+        monkeypatch.delitem(sys.modules, name)
+
+    with pytest.raises(CalibrationError, match=r"pip install 'moe2gguf\[calibrate\]'"):
+        convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4))
+
+
+def test_a_layers_file_is_read_back(tmp_path):
+    """With and without a corrected down projection and a bias neuron."""
+    rng = np.random.default_rng(0)
+    neuron = BiasNeuron(3, np.ones(4, np.float32), np.full(4, 2, np.float32))
+    for down, bias in ((None, None), (rng.standard_normal((4, 6)).astype(np.float32), neuron)):
+        layer = LayerExperts(
+            np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, {"a": 1}, bias
+        )
+        layer.save(tmp_path, 7)
+
+        again = LayerExperts.load(tmp_path, 7)
+
+        assert (down is None) == (again.down is None)
+        assert layer.order.tolist() == again.order.tolist()
+        assert {"a": 1} == again.report
+        assert (bias is None) == (again.bias is None)
+        if down is not None:
+            assert np.array_equal(down, again.down)
+            assert (3, [1] * 4, [2] * 4) == (again.bias.neuron, again.bias.gate.tolist(), again.bias.up.tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"used": 4, "always_on": 4}, "--always-on 4: must be below --used 4"),
+        ({"used": 4, "router": "zero", "always_on": 1}, "--router zero cannot"),
+        ({"used": 4, "group": "contiguous", "always_on": 1}, "--group contiguous has no important"),
+        ({"used": 8, "refit": True}, "--refit corrects for experts that do not run"),
+        ({"used": 8, "bias_neuron": True}, "--bias-neuron stands for experts that do not run, but all run"),
+        ({"used": 4, "bias_neuron": True, "always_on": 0}, "--bias-neuron needs an expert that always runs"),
+        ({"used": 4, "bias_neuron": True, "recipe": "seed"}, "--bias-neuron needs an expert that always runs"),
+        ({"used": 4, "bias_neuron": True, "amplify": "exact"}, "--bias-neuron and --amplify exact"),
+        ({"used": 4, "amplify": "any", "always_on": 0}, "--amplify any needs always-on"),
+        ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, gate-mean, least-squares"),
+        ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve of this width; at least 1024"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(folder, options, words):
+    """By the plan, with the way out."""
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(folder, Options(experts=8, **options))
+
+    assert words in str(caught.value)
+
+
+def test_a_wide_model_needs_more_tokens(tmp_path):
+    """A refit solves for d_ff weights per output, on four fifths of the tokens; without one two per input will do."""
+    wide = checkpoints.make(tmp_path / "wide", intermediate_size=1600, num_hidden_layers=1)
+    options = Options(**QUICK | {"calibration_tokens": 1536}, used=4)
+
+    with pytest.raises(PlanError, match="at least 2000, or --no-refit"):
+        plan_conversion(wide, dataclasses.replace(options, refit=True))
+
+    plain = plan_conversion(wide, dataclasses.replace(options, refit=False))
+    assert [] == [w for w in plain.warnings if "no longer" in w]
+    enough = dataclasses.replace(options, refit=True, calibration_tokens=2048)
+    assert any("no longer the dense model" in warning for warning in plan_conversion(wide, enough).warnings)
+
+
+def test_less_text_than_was_asked_for(folder, tmp_path):
+    """No silent half of it: the metadata says how many tokens were read."""
+    (tmp_path / "some.txt").write_text("some more words " * 400)
+
+    with pytest.raises(CalibrationError, match=r"some.txt: too few tokens, .* give more text or --calibration-tokens"):
+        convert(
+            folder,
+            tmp_path / "x.gguf",
+            Options(**QUICK | {"calibration_tokens": 8192}, used=4, calibration=tmp_path / "some.txt"),
+        )
+
+
+def test_unusable_text_is_refused_and_nothing_is_written(folder, tmp_path):
+    """Empty or too short; no file, no partial file."""
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("few words")
+    for name in ("empty.txt", "short.txt"):
+        with pytest.raises(CalibrationError):
+            convert(folder, tmp_path / "x.gguf", Options(experts=8, used=4, calibration=tmp_path / name))
+        assert not (tmp_path / "x.gguf").exists()
+        shutil.rmtree(tmp_path / "x.gguf.calibration", ignore_errors=True)
+
+
+def test_the_report_is_json_ready(folder, tmp_path):
+    """Per layer: what was kept, how well it was chosen, who works how much."""
+    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, refit=True))
+
+    layers = json.loads(json.dumps(done.to_dict()))["layers"]
+
+    assert 3 == len(layers)
+    for layer in layers:
+        assert 0 < layer["energy_kept"] <= layer["energy_oracle"] + 1e-6 <= 1 + 1e-5
+        assert 8 == len(layer["load"])
+        assert sorted(layer["energy_by_used"]) == layer["energy_by_used"]
+        assert 8 == len(layer["energy_by_used"])
+        assert abs(layer["energy_by_used"][-1] - 1) < 1e-6
+        assert {"hit_rate", "constant_min", "refit_error", "always_on"} <= layer.keys()
+
+
+def test_tokens_by_default(folder, tmp_path):
+    """16,384, or two per neuron where that is more and a refit is to come, so that a wide model needs no option."""
+    wide = checkpoints.make(tmp_path / "wide", intermediate_size=9000, num_hidden_layers=1)
+    plans = [plan_conversion(wide, Options(experts=8, used=4, refit=refit)) for refit in (True, False)]
+
+    assert [18000 // 128 * 128, 16384] == [plan.metadata["moe2gguf.calibration.tokens"] for plan in plans]

@@ -1,0 +1,188 @@
+"""The report: one sound HTML file, nothing from elsewhere, with the rows and the words in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comparisons import LIMIT, NASTY, candidate, measured
+from html_page import Page
+
+from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.measure import metrics
+from moe2gguf.measure.report import compare as report
+from moe2gguf.measure.report import page as pages
+from moe2gguf.measure.report.compare import pictures, render, summary, write_report
+from moe2gguf.measure.report.page import require_plotly
+from moe2gguf.measure.results import Comparison, Quality, is_above_noise, pair_up, quality
+
+
+def test_the_page_is_sound_and_complete(found: Comparison) -> None:
+    """Balanced tags, a line per row with its numbers, one place per picture, and hostile names as text only."""
+    page = Page(render(found, "/* plotly */", ["prog", "compare", "a b.gguf"]))
+    assert [] == page.open
+    assert 6 == page.tags["h2"] - 2 == len(pictures(found))
+    assert 2 == page.tags["script"]
+    assert page.tags["b"] == 1  # the recommendation's, none from the file's name
+    rows = [cells for cells in page.cells if "F16" in cells]
+    assert [["ok", "8"], ["ok", "4"], ["ok", "2"], ["refused", "9"], ["failed", "6"]] == [[c[5], c[2]] for c in rows]
+    assert f"{found.rows[1].quality.summary.kl_mean:.4g}" in rows[1]  # type: ignore[union-attr]
+    assert NASTY.replace("/", "_") == rows[0][0]
+
+
+def test_nothing_comes_from_elsewhere(found: Comparison) -> None:
+    """No address in any attribute, a policy that forbids the network, and with plotly inside still so."""
+    plotly = pages.plotly_script() if _has_plotly() else "/* plotly */"
+    page = Page(render(found, plotly, ["prog"]))
+    assert [] == page.addresses
+    assert page.policy.startswith("default-src 'none'")
+    assert "http" not in page.policy
+
+
+def test_data_cannot_end_the_script(found: Comparison) -> None:
+    """Figures are strict JSON in which no tag can be written."""
+    text = render(found, "", ["prog"])
+    data = re.search(r"const FIGURES = (.*);\n", text)
+    assert data is not None
+    assert "<" not in data[1]
+    assert len(pictures(found)) == len(json.loads(data[1]))
+
+
+def test_the_words_come_first(found: Comparison) -> None:
+    """How many ran, what is the reference itself, what to take, what failed and why."""
+    lines = summary(found)
+    text = "\n".join(lines)
+    assert lines[0].startswith("3 of 5 runs completed. The reference, <code>")
+    assert "the same model as the reference: <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=8/8</code>." in text
+    assert "<b>Take <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=4/8</code></b>: the fastest of 3 within" in text
+    assert "refused: only &lt;8&gt; &amp; no more" in text
+    page = render(found, "", ["prog"])
+    assert page.index("runs completed") < page.index('id="figure0"') < page.index('id="rows"')
+
+
+def test_pictures_hold_the_numbers(found: Comparison) -> None:
+    """Quality over speed with the front, divergence over k in order with the noise limit, a line of windows each."""
+    figures: dict[str, Any] = dict(pictures(found))
+    points, front = figures["Quality and generation speed"]["data"]
+    assert ([10.0, 20.0, 30.0], ["8", "4", "2"]) == (points["x"], points["text"])
+    assert [30.0, 20.0, 10.0] == front["x"]
+    (line,) = figures["KL divergence and experts used"]["data"]
+    kl = [row.quality.summary.kl_mean for row in found.rows[:3] if row.quality]
+    assert [2, 4, 8] == line["x"]
+    assert [kl[2], kl[1], LIMIT / 10] == pytest.approx(line["y"])
+    windows = figures["KL divergence window by window"]["data"]
+    assert [[1, 2, 3, 4]] * 3 == [trace["x"] for trace in windows]
+    assert list(found.rows[1].quality.window_kl) == pytest.approx(windows[1]["y"])  # type: ignore[union-attr]
+    reference, *losses = figures["Loss window by window"]["data"]
+    assert list(found.rows[0].quality.window_nll_base) == reference["y"]  # type: ignore[union-attr]
+    assert list(found.rows[2].quality.window_nll) == losses[2]["y"]  # type: ignore[union-attr]
+    by_position = figures["KL divergence by position in the window"]["data"][2]
+    assert list(found.rows[2].quality.position_kl) == by_position["y"]  # type: ignore[union-attr]
+    assert (256, 511) < (by_position["x"][0], by_position["x"][-1])
+    assert by_position["x"][-1] < 511
+    assert 10 == len(figures["Loss by position in the window"]["data"][0]["y"])
+
+
+def test_details_are_means_over_windows_and_over_positions() -> None:
+    """Spans of equal length; the mean over spans, over windows and over tokens is one number."""
+    rng = np.random.default_rng(1)
+    base, other = rng.standard_normal((2, 3 * 130, 12)).astype(np.float32)
+    scores = metrics.compare(base, other, rng.integers(0, 12, 390, dtype=np.int32))
+    parts = [metrics.compare(base[i : i + 130], other[i : i + 130], np.zeros(130, np.int32)) for i in (0, 130, 260)]
+    found = quality(parts, 0.0)
+    assert (64, 3) == (len(found.position_kl), len(found.window_kl))
+    table = scores.kl.reshape(3, 130)
+    np.testing.assert_allclose(found.window_kl, table.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.position_kl[0], table[:, :3].mean(), rtol=1e-12)  # 130 = 2 * 3 + 62 * 2
+    np.testing.assert_allclose(found.position_kl[-1], table[:, -2:].mean(), rtol=1e-12)
+    again = Quality.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
+
+
+def test_how_it_was_measured(found: Comparison) -> None:
+    """The command to repeat it, digests of the files, versions."""
+    text = render(found, "", ["/usr/bin/prog", "compare", "a b.gguf"])
+    assert "moe2gguf compare &#x27;a b.gguf&#x27;" in text
+    assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in text  # of "abc": FIPS 180-4
+    found.reference.path.unlink()
+    assert "not readable any more" in render(found, "", ["prog"])
+
+
+def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None:
+    """Fewer pictures, the same words, no empty columns."""
+    quiet = tuple(replace(row, speed=None) for row in found.rows)
+    silent = replace(found, rows=quiet, choice=None, reference_speed=None)
+    assert 5 == len(pictures(silent))
+    assert "generation t/s" not in render(silent, "", ["prog"])
+    nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
+    assert [] == pictures(nothing)
+    assert Page(render(nothing, "", ["prog"])).open == []
+    dense = replace(silent, rows=(replace(quiet[0], candidate=candidate(found.reference.path, 0)),), pairs=())
+    assert "KL divergence and experts used" not in [title for title, _ in pictures(dense)]
+
+
+def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> None:
+    """One window has no interval; a row with NaN has no picture and empty cells."""
+    first = found.rows[0]
+    assert first.quality is not None
+    one = replace(first, quality=replace(first.quality, window_kl=(0.5,), window_nll=(1.0,), window_top1=(1.0,)))
+    bad = replace(
+        first,
+        status="failed",
+        above_noise=None,
+        quality=replace(first.quality, summary=replace(first.quality.summary, kl_mean=math.nan)),
+    )
+    text = render(replace(found, rows=(one, bad), pairs=(), choice=None), "", ["prog"])
+    assert "NaN" not in text.split("const FIGURES")[1].split("\n")[0]
+    assert ">nan<" not in text
+
+
+def test_writing_is_all_or_nothing(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file appears whole; a folder that is not there is an error before and after measuring."""
+    monkeypatch.setattr(report, "plotly_script", lambda: "/* plotly */")
+    write_report(found, tmp_path / "out.html", ["prog"])
+    assert ["out.html"] == [path.name for path in tmp_path.glob("*out.html*")]
+    require_plotly(tmp_path / "new.html")
+    with pytest.raises(HarnessError, match="there is no folder"):
+        require_plotly(tmp_path / "no" / "out.html")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_report(found, tmp_path / "no" / "out.html", ["prog"])
+
+
+def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is measured."""
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(HarnessError, match=r"pip install 'moe2gguf\[report\]'"):
+        require_plotly(tmp_path / "out.html")
+
+
+def _has_plotly() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("plotly") is not None
+
+
+@pytest.mark.parametrize(
+    ("windows", "above"), [((8.0, 0.5), True), ((8.0,), True), ((0.0,), False), ((8.0, 0.0), False), ((1.0,) * 9, True)]
+)
+def test_two_windows_far_above_the_noise_are_above_it(windows: tuple[float, ...], above: bool) -> None:
+    """Their confidence interval holds zero, but no window is near it; one window in the noise is not told apart."""
+    assert above == is_above_noise(replace(measured(1.0), window_kl=windows), LIMIT)
+
+
+def test_a_row_in_the_noise_is_told_apart_from_one_above_it(found: Comparison) -> None:
+    """Two windows make a wide interval, yet one row is the reference and the other is not; two others stay open."""
+    far = replace(measured(1.0), window_kl=(7.0, 1.0))
+    rows = [
+        replace(found.rows[0], quality=replace(measured(0.0), window_kl=(0.0, 0.0)), above_noise=False),
+        replace(found.rows[1], quality=far, above_noise=True),
+        replace(found.rows[2], quality=replace(far, window_kl=(5.0, 2.0)), above_noise=True),
+    ]
+    assert [True, True, False] == [pair.different for pair in pair_up(rows, LIMIT)]
+    assert not any(pair.kl.excludes_zero for pair in pair_up(rows, LIMIT))

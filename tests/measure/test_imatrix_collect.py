@@ -1,0 +1,232 @@
+"""Collecting an importance matrix in llama.cpp: the right sums, unchanged logits, continued to the same bytes."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imatrix_files
+import numpy as np
+import pytest
+import reference
+import tiny_gguf
+
+from moe2gguf.errors import CalibrationError, HarnessError, ImportanceError, OutputError
+from moe2gguf.llama.child import run_in_child
+from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.model import open_model
+from moe2gguf.llama.watch_inputs import Sums, Watcher
+from moe2gguf.measure import imatrix as harness
+from moe2gguf.measure.imatrix import collect_imatrix
+from moe2gguf.quant.imatrix import read_imatrix
+
+WORDS = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    dense = tiny_gguf.dense_weights(n_layer=2)
+    routed = tiny_gguf.sliced_weights(dense, 4, router_seed=1)
+    (folder / "words.txt").write_text(WORDS * 8)
+    return {
+        "dense": tiny_gguf.write_gguf(folder / "dense.gguf", dense),
+        "routed": tiny_gguf.write_gguf(folder / "routed.gguf", routed, n_expert_used=2),
+        "text": folder / "words.txt",
+    }
+
+
+def collected(files, name, out, **options):
+    return collect_imatrix(files[name], out, files["text"], n_context=CONTEXT, threads=1, **options)
+
+
+def tokens_of(path, text):
+    """Runs in a child process."""
+    with open_model(path, Setup(n_context=8, n_threads=1)) as model:
+        return model.tokenize(text)
+
+
+def expected(path, windows, n_expert_used, monkeypatch):
+    """Sums and counts by the numpy graph in float64, whose matrix products are listened to."""
+    squares, counts = {}, {}
+
+    def add(name, x, expert=0, n_expert=1):
+        squares.setdefault(name, np.zeros((n_expert, x.shape[-1])))[expert] += (x * x).sum(axis=0)
+        counts.setdefault(name, np.zeros(n_expert, int))[expert] += len(x)
+
+    linear, mlp, swiglu = reference._Model.linear, reference._mlp, reference._swiglu
+    state = {}
+
+    def heard_linear(model, name, x):
+        add(name + ".weight", x)
+        return linear(model, name, x)
+
+    def heard_mlp(model, block, x, k):
+        routed = block + "ffn_gate_inp.weight" in model
+        if routed:
+            add(block + "ffn_gate_inp.weight", x)
+        state.update(block=block, suffix="_exps" if routed else "", experts=itertools.count())
+        return mlp(model, block, x, k)
+
+    def heard_swiglu(x, gate, up, down):
+        e, n = next(state["experts"]), 4 if state["suffix"] else 1
+        g = x @ gate.T
+        names = [f"{state['block']}ffn_{part}{state['suffix']}.weight" for part in ("gate", "up", "down")]
+        for name, value in zip(names, (x, x, g / (1 + np.exp(-g)) * (x @ up.T)), strict=True):
+            add(name, value, e, n)
+        return swiglu(x, gate, up, down)
+
+    monkeypatch.setattr(reference._Model, "linear", heard_linear)
+    monkeypatch.setattr(reference, "_mlp", heard_mlp)
+    monkeypatch.setattr(reference, "_swiglu", heard_swiglu)
+    for window in windows:
+        reference.reference_logits(path, window, n_expert_used)
+    return squares, counts
+
+
+@pytest.mark.parametrize(("name", "used"), [("dense", None), ("routed", None), ("routed", "all"), ("routed", 1)])
+def test_the_sums_are_the_numpy_graphs(files, tmp_path, monkeypatch, name, used):
+    """Every matrix of every layer, the last one too; per expert, the tokens that chose it and no others."""
+    done = collected(files, name, tmp_path / "m.gguf", n_token=3 * CONTEXT + 5, n_expert_used=used)
+    tokens = run_in_child(tokens_of, files[name], WORDS * 8)[: 3 * CONTEXT].reshape(3, CONTEXT)
+    tokens[:, 0] = tiny_gguf.BOS
+
+    squares, counts = expected(files[name], tokens, {None: None, "all": 4, 1: 1}[used], monkeypatch)
+
+    found = read_imatrix(tmp_path / "m.gguf")
+    assert squares.keys() == found.entries.keys()
+    for key, entry in found.entries.items():
+        assert counts[key].tolist() == entry.counts.tolist(), key
+        np.testing.assert_allclose(squares[key].reshape(-1), entry.sums, rtol=2e-3, atol=1e-3, err_msg=key)
+    assert (("words.txt",), 3, CONTEXT) == (found.datasets, found.chunk_count, found.chunk_size)
+    assert (3 * CONTEXT, 0) == (done.n_token, done.n_resumed)
+    assert str(tmp_path).encode() not in (tmp_path / "m.gguf").read_bytes()
+    assert ["m.gguf"] == [path.name for path in tmp_path.iterdir()]
+
+
+def logits_with_and_without(path, text):
+    """Runs in a child process."""
+    results = []
+    for watched in (False, True):
+        with open_model(path, Setup(n_context=0, n_batch=16, n_threads=1)) as model:
+            watcher = Watcher(model.lib, Sums(), vocabulary=True)
+            model.start(CONTEXT, watcher.callback if watched else None)
+            results.append(model.logits(model.tokenize(text)[:CONTEXT]))
+            watcher.finish()
+    return *results, sorted(watcher.sums.squares)
+
+
+@pytest.mark.parametrize("name", ["dense", "routed"])
+def test_collecting_does_not_change_the_logits(files, name):
+    """Bit for bit; and asked for, the output matrix is watched too."""
+    without, with_it, names = run_in_child(logits_with_and_without, files[name], WORDS)
+
+    np.testing.assert_array_equal(without, with_it)
+    assert "output.weight" in names
+
+
+def interrupted(path, text, job, work):
+    """Collects, saving after each window, until it is killed; runs in a process of its own."""
+    harness.SAVE_EVERY = 0
+    for done, _ in harness._collect(Path(path), text, job, Path(work), 1):
+        print(done, flush=True)
+        if done == 2:
+            time.sleep(60)
+
+
+def test_a_killed_collection_is_continued_to_the_same_bytes(files, tmp_path):
+    """Killed after two windows: nothing stands under the final name, the rest is collected, the bytes are equal."""
+    collected(files, "routed", tmp_path / "whole.gguf", n_token=4 * CONTEXT)
+    work = tmp_path / "out.gguf.work"
+    tests = Path(__file__).parents[1]
+    places = [str(place) for place in (tests.parent, tests / "support", tests / "measure")]
+    code = f"""if True:
+        import sys; sys.path[:0] = {places!r}
+        from pathlib import Path
+        from test_imatrix_collect import interrupted, WORDS
+        from moe2gguf.experts.text import read_text
+        from moe2gguf.gguf.reader import read_gguf
+        from moe2gguf.measure.imatrix import Job
+        from moe2gguf.measure.candidates import identity
+        model, text = Path({str(files["routed"])!r}), read_text(Path({str(files["text"])!r}))
+        job = Job(identity(read_gguf(model)), text.digest, {4 * CONTEXT}, {CONTEXT})
+        interrupted(model, text.text, job, {str(work)!r})
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert ["0", "1", "2"] == [process.stdout.readline().strip() for _ in range(3)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert work.exists()
+    assert not (tmp_path / "out.gguf").exists()
+    with pytest.raises(HarnessError, match=r"--tokens \(128, now 64\).*--fresh"):
+        collected(files, "routed", tmp_path / "out.gguf", n_token=2 * CONTEXT)
+
+    done = collected(files, "routed", tmp_path / "out.gguf", n_token=4 * CONTEXT)
+
+    assert 2 * CONTEXT == done.n_resumed
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+    assert not work.exists()
+
+
+def test_work_that_cannot_be_continued_is_refused(files, tmp_path):
+    """Damaged: said, with the way out; --fresh begins again."""
+    (tmp_path / "m.gguf.work").write_bytes(b"PK\x03\x04 but not a zip")
+    with pytest.raises(HarnessError, match=r"cannot be continued.*--fresh"):
+        collected(files, "dense", tmp_path / "m.gguf")
+
+    assert 0 == collected(files, "dense", tmp_path / "m.gguf", fresh=True, n_token=CONTEXT).n_resumed
+
+
+def test_matrices_merge(files, tmp_path):
+    """Collected in two parts and added, or merged without a text; one of another model is refused."""
+    once = collected(files, "dense", tmp_path / "a.gguf", n_token=2 * CONTEXT)
+    both = collected(files, "dense", tmp_path / "b.gguf", n_token=2 * CONTEXT, merged=[tmp_path / "a.gguf"])
+    plain = collect_imatrix(
+        files["dense"], tmp_path / "c.gguf", None, merged=[tmp_path / "a.gguf"] * 2, n_context=CONTEXT
+    )
+
+    for found in (both, plain):
+        assert (4, 1) == (found.matrix.chunk_count, len(found.matrix.datasets))
+        for name, entry in once.matrix.entries.items():
+            np.testing.assert_array_equal(2 * entry.sums, found.matrix.entries[name].sums)
+            np.testing.assert_array_equal(2 * entry.counts, found.matrix.entries[name].counts)
+    some = {name: (entry.sums, entry.counts) for name, entry in once.matrix.entries.items() if "attn" in name}
+    imatrix_files.write_gguf(tmp_path / "foreign.gguf", {**some, "x.weight": (np.ones((1, 4)), [1])})
+    with pytest.raises(ImportanceError, match=r"x\.weight has another width or is missing"):
+        collect_imatrix(files["routed"], tmp_path / "d.gguf", None, merged=[tmp_path / "foreign.gguf"])
+    with pytest.raises(ImportanceError, match="nothing to collect"):
+        collect_imatrix(files["dense"], tmp_path / "d.gguf", None)
+    assert not (tmp_path / "d.gguf").exists()
+
+
+def test_experts_without_tokens_are_named(files, tmp_path):
+    """One token of context in one window with one expert per token: most see nothing, and the advice says so."""
+    done = collected(files, "routed", tmp_path / "m.gguf", n_token=CONTEXT, n_expert_used=1)
+
+    counts = done.matrix.entries["blk.1.ffn_up_exps.weight"].counts
+    values = done.to_dict()
+    assert counts.tolist() == [one["tokens"] for one in values["scarce_experts"] if one["layer"] == "blk.1"]
+    assert "8 experts saw fewer than 64 tokens" in values["advice"]
+    assert "--imatrix-repair" in values["advice"]
+    json.dumps(values)
+
+
+def test_wrong_inputs(files, tmp_path):
+    """Too short a text, an empty one, an existing target: each before anything is written."""
+    (tmp_path / "short.txt").write_text("the")
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(HarnessError, match=r"the text has 2 tokens, fewer than a window of 512"):
+        collect_imatrix(files["dense"], tmp_path / "m", tmp_path / "short.txt")
+    with pytest.raises(CalibrationError, match="empty"):
+        collect_imatrix(files["dense"], tmp_path / "m", tmp_path / "empty.txt")
+    with pytest.raises(OutputError, match="file of the model itself"):
+        collect_imatrix(files["dense"], files["dense"], files["text"], force=True)
+    (tmp_path / "m").write_text("old")
+    with pytest.raises(OutputError, match="--force"):
+        collect_imatrix(files["dense"], tmp_path / "m", files["text"])

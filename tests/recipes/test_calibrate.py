@@ -1,0 +1,200 @@
+"""moe2gguf.recipes.calibrate: experts from a dense GGUF file are those from the checkpoint's folder."""
+
+import json
+import re
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from interruptions import stop_in_third_layer
+from qwen2_gguf import qwen2_gguf
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.cli import cli
+from moe2gguf.errors import CalibrationError, HarnessError
+from moe2gguf.experts import saved
+
+QUICK = {"experts": 8, "used": 4, "calibration_tokens": 1024}
+DOWN = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
+
+
+def tensors(path):
+    """Name -> array of a GGUF file, read by gguf's own reader."""
+    return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+
+
+def decoded(path):
+    """Name -> numbers, by the gguf package."""
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def assert_same(expected, found, tolerance=0.0):
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=tolerance, atol=tolerance / 100, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny LLaMA with GQA as a folder, as F32, and as Q8_0; experts of 32 neurons fill its blocks."""
+    place = tmp_path_factory.mktemp("calibrating")
+    checkpoints.make(place / "m", intermediate_size=256)
+    for kind in ("f32", "q8_0"):
+        convert(place / "m", place / f"{kind}.gguf", Options(dense=True, type=kind))
+    convert(place / "m", place / "experts.gguf", Options(**QUICK))
+    return place
+
+
+def test_only_the_default_text_comes_with_advice(place, tmp_path):
+    (tmp_path / "text.txt").write_text("some text of the kind the model is for " * 900)
+    advised, own = (Options(**QUICK), Options(**QUICK, calibration=tmp_path / "text.txt"))
+    assert any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", advised).warnings)
+    assert not any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", own).warnings)
+
+
+@pytest.mark.parametrize("changes", [{}, {"refit": True}], ids=["default", "refit"])
+def test_a_file_gives_the_experts_of_the_folder(place, tmp_path, changes):
+    """With nothing said but how many are used: every tensor, bit for bit, and the same figures by layer."""
+    expected = convert(place / "m", tmp_path / "a.gguf", Options(**QUICK, **changes))
+
+    done = convert(place / "f32.gguf", tmp_path / "b.gguf", Options(**QUICK, **changes))
+
+    assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
+    assert expected.layers == done.layers
+    assert ["a.gguf", "b.gguf"] == sorted(path.name for path in tmp_path.iterdir())
+    for key in ("slicing.group", "slicing.router", "calibration.text", "calibration.tokens", "calibration.load"):
+        assert expected.plan.metadata[f"moe2gguf.{key}"] == done.plan.metadata[f"moe2gguf.{key}"]
+
+
+def test_arch_qwen2_gives_the_experts_of_the_folder(tmp_path):
+    """With biases, and with q and k in Hugging Face's order; the experts' rows, bit for bit."""
+    folder = checkpoints.make(tmp_path / "m", "qwen2")
+    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
+    convert(folder, tmp_path / "a.gguf", Options(**QUICK))
+
+    convert(qwen2_gguf(folder, tmp_path / "dense.gguf", tmp_path / "in.gguf"), tmp_path / "b.gguf", Options(**QUICK))
+
+    assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
+
+
+def test_llama3_scaling_gives_the_experts_of_the_folder(tmp_path):
+    """Its divisors come from a tensor, rounded once: the same neurons in each expert, routers to float rounding."""
+    folder = checkpoints.make(tmp_path / "m", "llama3-rope")
+    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
+    convert(folder, tmp_path / "a.gguf", Options(**QUICK, refit=False))
+
+    convert(tmp_path / "dense.gguf", tmp_path / "b.gguf", Options(**QUICK, refit=False))
+
+    expected, found = tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf")
+    routers = {name: (expected.pop(name), found.pop(name)) for name in list(expected) if "ffn_gate_inp" in name}
+    assert_same(expected, found)
+    assert 3 == len(routers)
+    for name, (a, b) in routers.items():
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("q8_0", 256), ("q4_k", 1024)])
+def test_quantized_weights_move_and_only_down_projections_are_quantized_again(tmp_path, kind, width):
+    """The experts are those of the decoded model: gate and up bit for bit, the down projections rounded once more."""
+    shape = {"hidden_size": 256, "intermediate_size": width, "num_hidden_layers": 1}
+    folder, options = checkpoints.make(tmp_path / "m", **shape), Options(4, 2, calibration_tokens=1024, refit=False)
+    convert(folder, tmp_path / "in.gguf", Options(dense=True, type=kind, pure=True))
+    convert(tmp_path / "in.gguf", tmp_path / "decoded.gguf", Options(dense=True, type="f32"))
+    convert(tmp_path / "decoded.gguf", tmp_path / "expected.gguf", options)
+
+    done = convert(tmp_path / "in.gguf", tmp_path / "x.gguf", options)
+
+    assert f"1 tensors are decoded and quantized again, {kind.upper()} to {kind.upper()}" in "\n".join(
+        done.plan.warnings
+    )
+    fresh = [t.name for t in done.plan.tensors if t.type.name == kind.upper() and not t.copied]
+    assert fresh == ["blk.0.ffn_down_exps.weight"]
+    expected, found = (decoded(tmp_path / name) for name in ("expected.gguf", "x.gguf"))
+    down, rounded = expected.pop(fresh[0]), found.pop(fresh[0])
+    assert_same(expected, found)
+    assert 0 < np.abs(down - rounded).max() < 0.1 * np.abs(down).max()
+
+
+def test_types_are_those_that_were_asked_for(place):
+    """--tensor-type for the down projections, which are then not quantized to their own type."""
+    plan = plan_conversion(place / "q8_0.gguf", Options(**QUICK, tensor_types=(r".*ffn_down_exps\.weight=f16",)))
+
+    kinds = {tensor.name: tensor.type.name for tensor in plan.tensors}
+    assert {"F16"} == {kinds[name] for name in DOWN}
+    assert "3 tensors are decoded and quantized again, Q8_0 to F16" in "\n".join(plan.warnings)
+
+
+def test_a_set_of_shards(place, tmp_path):
+    """Weights and vocabulary of a model in several files, bit for bit."""
+    done = convert(place / "f32.gguf", tmp_path / "in.gguf", Options(dense=True, shard_size=200_000))
+
+    convert(done.path, tmp_path / "x.gguf", Options(**QUICK))
+
+    assert_same(tensors(place / "experts.gguf"), tensors(tmp_path / "x.gguf"))
+
+
+def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monkeypatch):
+    """Stopped in its third layer; another file of the same model is another job."""
+    options, done = Options(**QUICK), stop_in_third_layer(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        convert(place / "f32.gguf", tmp_path / "x.gguf", options)
+    with pytest.raises(CalibrationError, match=r"holds another calibration \(other .*checkpoint\)"):
+        convert(place / "q8_0.gguf", tmp_path / "x.gguf", options)
+
+    convert(place / "f32.gguf", tmp_path / "x.gguf", options)
+
+    assert 4 == len(done)
+    assert_same(tensors(place / "experts.gguf"), tensors(tmp_path / "x.gguf"))
+    assert ["x.gguf"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
+    """A file stands where the folder of finished layers would be; nothing is written, and the file stays."""
+    (tmp_path / "x.gguf.calibration").write_text("mine")
+
+    with pytest.raises(CalibrationError, match=r"x\.gguf\.calibration: cannot be written \(File exists\)"):
+        convert(place / "m", tmp_path / "x.gguf", Options(**QUICK))
+
+    assert ["x.gguf.calibration"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_calibration_is_kept_and_used_again(place, tmp_path):
+    """For the file it was made from: the same bytes. The folder's weights are other ones, as far as can be told."""
+    kept = tmp_path / "kept.calibration"
+    convert(place / "q8_0.gguf", tmp_path / "a.gguf", Options(**QUICK, save_calibration=kept))
+
+    convert(place / "q8_0.gguf", tmp_path / "b.gguf", Options(load_calibration=kept))
+
+    assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
+    assert (256, 8, 4) == tuple(getattr(saved.read(kept).job, name) for name in ("d_ff", "n_expert", "n_expert_used"))
+    with pytest.raises(CalibrationError, match="other weights, or those of a GGUF file"):
+        convert(place / "m", tmp_path / "c.gguf", Options(load_calibration=kept))
+
+
+def test_the_command_plans_and_reports(place, tmp_path):
+    """--plan writes nothing; --report and --json have the figures of every layer."""
+    arguments = ["convert", str(place / "f32.gguf"), "-n", "8", "-k", "4", "--calibration-tokens", "1024"]
+    plan = CliRunner().invoke(cli, [*arguments, "--plan"])
+    assert 0 == plan.exit_code, plan.output
+    assert [] == list(tmp_path.iterdir())
+
+    report = tmp_path / "r.html"
+    ran = CliRunner().invoke(cli, [*arguments, str(tmp_path / "x.gguf"), "--json", "--report", str(report)])
+
+    assert 0 == ran.exit_code, ran.output
+    figures = json.loads(re.search(r"const FIGURES = (.*);\n", report.read_text())[1])
+    assert [layer["load"] for layer in json.loads(ran.stdout)["layers"]] == figures[0]["data"][0]["z"]
+
+
+def test_without_llama_cpp_nothing_is_left(place, tmp_path, monkeypatch):
+    """The error says what the tokenizer of a file needs."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+
+    with pytest.raises(HarnessError, match=r"token ids come from llama.cpp .*pip install 'moe2gguf\[run\]'"):
+        convert(place / "f32.gguf", tmp_path / "x.gguf", Options(**QUICK))
+
+    assert ["broken"] == [path.name for path in tmp_path.iterdir()]

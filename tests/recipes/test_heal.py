@@ -1,0 +1,266 @@
+"""moe2gguf.recipes.heal on a two-layer model: heals, resumes, freezes, refuses; llama.cpp routes as torch does."""
+
+import json
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+import transformers
+from chosen_experts import chosen_experts
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+from moe2gguf import Options, convert, plan_conversion
+from moe2gguf.cli import cli
+from moe2gguf.errors import GGUFError, HealError
+from moe2gguf.experts.heal.moe_layer import Layer, Stored
+from moe2gguf.experts.heal.optimize import freeze
+from moe2gguf.experts.heal.plan import HealSettings, batch_at, used_at
+from moe2gguf.experts.text import read_text
+from moe2gguf.gguf.set_used import set_used
+from moe2gguf.recipes.heal import heal
+from moe2gguf.recipes.hf_output import write_folder
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 60)]
+SIZES = {"n_token": 2048, "n_held_out": 256, "n_context": 64}
+STEPS = HealSettings(
+    used_range=(4, 4), evaluate_at=(4,), layerwise=0, steps=30, evaluate_every=15, save_every=4, lr=2e-3, router_lr=2e-3
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(dense, sliced, text): a two-layer model whose hidden states share a constant part, and 8 experts of it."""
+    root = tmp_path_factory.mktemp("heal")
+    dense = checkpoints.make(root / "dense", num_hidden_layers=2)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 6.0
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    text = root / "text.txt"
+    text.write_text(read_text(None).text[:40000])
+    options = Options(experts=8, used=4, calibration_tokens=1024, refit=False)
+    return dense, write_folder(plan_conversion(dense, options), root / "sliced").path, text
+
+
+def run(models, out, settings, **changes):
+    """One healing run."""
+    dense, sliced, text = models
+    return heal(sliced, dense, [text], out, settings, **(SIZES | changes))
+
+
+@pytest.fixture(scope="module")
+def healed(models, tmp_path_factory):
+    """Thirty steps at k = 4 of 8, routers and experts."""
+    return run(models, tmp_path_factory.mktemp("healed") / "out", STEPS)
+
+
+ATTENTION = {f"{part}_proj.weight" for part in "qkvo"} | {"input_layernorm.weight", "post_attention_layernorm.weight"}
+ATTENTION |= {"norm.weight"}
+
+
+def replaced(settings, **changes):
+    return HealSettings(**{**settings.__dict__, **changes})
+
+
+def test_held_out_divergence_falls_by_half(healed):
+    """At k = n / 2, in a few seconds of training the whole model; the best is what is written."""
+    scores = [line["kl"]["4"] for line in healed.evaluations]
+
+    assert min(scores) <= scores[0] / 2
+    values = json.loads((healed.path / "config.json").read_text())["moe2gguf"]
+    assert min(scores) == values["moe2gguf.heal.kl"]
+    assert "| 30 |" in (healed.path / "README.md").read_text()
+
+
+def test_layer_by_layer_heals_every_count(models, tmp_path):
+    """One layer in memory, k drawn from 2 .. 8: the held-out error of each layer falls by half, and the divergence."""
+    settings = HealSettings(used_range=(2, 8), evaluate_at=(2, 4, 8), layerwise=2, steps=1, lr=1e-3, batch=2)
+    before = run(models, tmp_path / "as-it-was", replaced(settings, layerwise=0, steps=1)).evaluations[0]["kl"]
+
+    log = run(models, tmp_path / "out", settings).log
+    convert(tmp_path / "out", tmp_path / "out.gguf")
+    set_used(tmp_path / "out.gguf", 2)  # any count that it was healed for
+
+    layers = [line for line in log if line["stage"] == "layerwise"]
+    assert [0, 1] == [line["layer"] for line in layers]
+    assert all(line["error_after"] <= line["error_before"] / 2 for line in layers)
+    after = next(line for line in log if line["stage"] == "evaluation")["kl"]
+    assert all(after[k] <= before[k] / 2 for k in ("2", "4", "8"))
+
+
+def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models, tmp_path):
+    """Without whole-model steps, the held-out scores come layer by layer: those of transformers on the result."""
+    settings = replaced(STEPS, layerwise=1, steps=0, evaluate_at=(2, 8), used_range=(2, 8))
+    streamed = run(models, tmp_path / "out", settings).evaluations[0]
+
+    dense, _, text = models
+    again = replaced(settings, layerwise=0, steps=1)
+    whole = heal(tmp_path / "out", dense, [text], tmp_path / "again", again, **SIZES).evaluations[0]
+
+    for key in ("kl", "nll"):
+        for k in ("2", "8"):
+            assert whole[key][k] == pytest.approx(streamed[key][k], rel=1e-2), (key, k)
+    assert whole["nll_dense"] == pytest.approx(streamed["nll_dense"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [("steps", 10), ("layerwise", 1), ("evaluation", 8)])
+def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
+    """Stopped among the layers, the steps or the scores: continued, it writes what it would have written."""
+    settings = replaced(
+        STEPS, layerwise=1, used_range=(2, 8), evaluate_at=(2, 8), noise=0.3, steps=12, evaluate_every=8
+    )
+    whole = run(models, tmp_path / "whole", settings)
+
+    def fail(line):
+        if stop == (line["stage"], line.get("layer", line.get("step"))):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(models, tmp_path / "out", settings, on_line=fail)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(HealError, match="holds another run"):
+        run(models, tmp_path / "out", replaced(settings, lr=1.0))
+    again = run(models, tmp_path / "out", settings)
+
+    files = [path / "model.safetensors" for path in (whole.path, again.path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [line["kl"] for line in whole.evaluations] == [line["kl"] for line in again.evaluations]
+    assert ["out", "whole"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("train", "moving"),
+    [
+        (("router",), {"gate.weight"}),
+        (("down",), {"w2.weight"}),
+        (("experts",), {"w1.weight", "w2.weight", "w3.weight"}),
+        (("lora",), {"w1.weight", "w2.weight", "w3.weight"}),
+        (("attention",), ATTENTION),
+        (("lora", "attention"), {"w1.weight", "w2.weight", "w3.weight"} | ATTENTION),
+    ],
+)
+def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
+    """Only the tensors of the trained part differ from the source's, and they do."""
+    layerwise = 1 if train in (("router",), ("down",)) else 0
+    out = run(models, tmp_path / "out", replaced(STEPS, train=train, steps=3, layerwise=layerwise, lr=3e-4)).path
+
+    old, new = (load_file(folder / "model.safetensors") for folder in (models[1], out))
+    changed = {name for name in old if old[name].tobytes() != new[name].tobytes()}
+    assert moving == {".".join(name.split(".")[-2:]) for name in changed}
+
+
+def test_only_what_trains_has_gradients():
+    """`experts` includes the down projections, `down` nothing else; and a layer trains a copy, not what is stored."""
+    rng = np.random.default_rng(0)
+    shapes = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))
+    stored = Stored(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    layer = Layer(stored, 1.0)
+    names = {"router": ["router.weight"], "down": ["down"], "experts": ["down", "gate", "up"], "lora": []}
+
+    for part, expected in names.items():
+        freeze(layer, [part])
+        assert expected == sorted(name for name, p in layer.named_parameters() if p.requires_grad), part
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert all(getattr(stored, field).all() for field in ("router", "gate", "up", "down"))
+
+
+def test_llama_cpp_routes_as_torch_after_training(models, healed, tmp_path):
+    """Ordering-only rows stay so: the same sets of experts in both programs, other ones than before training."""
+    convert(healed.path, tmp_path / "healed.gguf")
+    convert(models[1], tmp_path / "before.gguf")
+    with pytest.raises(GGUFError, match="amplified for 4"):
+        set_used(tmp_path / "healed.gguf", 6)  # healed at 4 only
+    theirs = chosen_experts(tmp_path / "healed.gguf", TOKENS, 4)
+    before = chosen_experts(tmp_path / "before.gguf", TOKENS, 4)
+
+    ours, weights = torch_choices(healed.path)
+
+    assert (np.sort(theirs, -1) == np.sort(ours, -1)).all(-1).mean() >= 0.98  # a near-tie may fall either way
+    assert (np.sort(theirs, -1) != np.sort(before, -1)).any()
+    assert np.abs(weights - 0.25).max() <= 0.025
+
+
+def torch_choices(folder):
+    """(experts, weights) that transformers chooses, (n_layer, n_token, 4) each."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: found.append(out[1:]))
+    with torch.no_grad():
+        model(torch.tensor([TOKENS]))
+    return np.stack([f[1].numpy() for f in found]), np.stack([f[0].numpy() for f in found])
+
+
+def test_what_does_not_fit_is_refused_with_every_reason(models, tmp_path):
+    """Other sizes, another vocabulary, the wrong way round, counts out of range: one list, nothing left behind."""
+    dense, sliced, text = models
+    other = checkpoints.make(tmp_path / "other", num_hidden_layers=3, hidden_size=32)
+
+    with pytest.raises(HealError) as caught:
+        heal(sliced, other, [text], tmp_path / "out", replaced(STEPS, used_range=(1, 9)), **SIZES)
+    with pytest.raises(HealError, match="has no experts"):
+        heal(dense, sliced, [text], tmp_path / "out", STEPS, **SIZES)
+
+    for word in ("n_layer is 2 in the student, 3", "d_model is 64", "--used-range 1..9"):
+        assert word in str(caught.value)
+    assert ["other"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_teacher_that_the_student_was_not_cut_from_is_refused(models, tmp_path):
+    """The same sizes and other weights: the digest in config.json tells."""
+    _, sliced, text = models
+    stranger = checkpoints.make(tmp_path / "stranger", num_hidden_layers=2)
+
+    with pytest.raises(HealError, match="digest"):
+        heal(sliced, stranger, [text], tmp_path / "out", STEPS, **SIZES)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models, tmp_path):
+    """A learning rate that blows up: the step and the layer, or the parameter, are named; no folder appears."""
+    with pytest.raises(HealError, match=r"step \d+: .*(layer \d|experts|gate|logits)"):
+        run(models, tmp_path / "out", replaced(STEPS, lr=1e30, clip=1e30, router_lr=1e30))
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models, tmp_path):
+    """All terms at once; two parts of two windows give the loss of one part of four."""
+    weights = {"next_token": 0.1, "hidden": 0.1, "balance": 0.1, "z": 0.01, "few": 0.1}
+    settings = replaced(STEPS, steps=2, top=5, checkpointing=True, **weights)
+
+    whole = run(models, tmp_path / "whole", settings).log
+    parts = run(models, tmp_path / "parts", replaced(settings, accumulate=2)).log
+
+    first, other = (next(line for line in log if line["stage"] == "steps") for log in (whole, parts))
+    assert {"kl", *weights} <= first.keys()
+    assert first["kl"] == pytest.approx(other["kl"], rel=1e-4)
+    assert first["norm"] == pytest.approx(other["norm"], rel=2e-2)
+
+
+def test_counts_and_batches_follow_from_the_seed():
+    """Every count of the range occurs; a pass takes each window once; another seed gives another order."""
+    settings = HealSettings(used_range=(4, 16), batch=3)
+    seen = np.concatenate([batch_at(settings, 12, step) for step in range(4)])
+
+    assert set(range(4, 17)) == {used_at(settings, step) for step in range(200)}
+    assert list(range(12)) == sorted(seen.tolist())
+    other = np.concatenate([batch_at(replaced(settings, seed=1), 12, step) for step in range(4)])
+    assert seen.tolist() != other.tolist()
+
+
+def test_the_command_heals_and_draws(models, tmp_path):
+    """Options reach the run, the table has a row per count, and the report holds the curves and nothing foreign."""
+    dense, sliced, text = models
+    pytest.importorskip("plotly")
+    arguments = ["heal", sliced, "--teacher", dense, "--text", text, "-o", tmp_path / "out", "--used-range", "2..8"]
+    arguments += ["--layerwise", 1, "--steps", 2, "--tokens", 1024, "--context", 64, "--held-out-tokens", 128]
+
+    done = CliRunner().invoke(cli, list(map(str, [*arguments, "--report", tmp_path / "curves.html"])))
+
+    assert 0 == done.exit_code, done.output
+    assert "experts per token" in done.stdout
+    page = (tmp_path / "curves.html").read_text()
+    assert all(word in page for word in ("Held-out error of each layer", "k = 2", "k = 8", "default-src 'none'"))

@@ -1,0 +1,84 @@
+"""scripts/bench_heal.py: what each way starts from, the control it trains, and the table it prints."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe2gguf.cli import cli
+from moe2gguf.experts.text import read_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def test_every_way_starts_from_what_was_made_before():
+    """And no two have a name, or a folder, in common."""
+    import bench_heal as bench
+
+    made = [bench.START]
+    for way in bench.WAYS:
+        assert way.start in made
+        made.append(way.name)
+    assert len(made) == len(set(made))
+
+
+def test_the_table_has_perplexity_over_the_dense_model_s():
+    """A way that was scored at one count leaves the other cells empty."""
+    import bench_heal as bench
+
+    cost = {"seconds": 99.0, "processor_seconds": 120.0, "peak": 2_500_000_000, "perplexity_dense": 10.0}
+    rows = [
+        {"name": "a", "n_expert_used": 16, "perplexity": 10.3, **cost},
+        {"name": "a", "n_expert_used": 4, "perplexity": 24.0, **cost},
+        {"name": "dense, trained", "n_expert_used": 0, "perplexity": 9.0, **cost},
+    ]
+
+    printed = bench.report({"model": "m", "settings": {"tokens": 2048}, "rows": rows}).splitlines()
+
+    assert "| a | 1.03 |  |  | 2.40 | 2 | 2.5 |" in printed
+    assert "| dense, trained | 0.90 |  |  |  | 2 | 2.5 |" in printed
+    assert "m, tokens 2,048; dense perplexity 10.00." in printed
+
+
+def test_every_way_s_options_are_those_of_the_command(tmp_path):
+    """`moe2gguf heal` takes each of them."""
+    import bench_heal as bench
+
+    text = tmp_path / "text.txt"
+    text.touch()
+    given = [tmp_path, "--teacher", tmp_path, "--text", text, "-o", tmp_path / "out"]
+    for way in bench.WAYS:
+        options = way.options(Namespace(steps=1, long=2))
+        context = cli.commands["heal"].make_context("heal", [str(part) for part in (*given, *options)])
+        assert 0 in (context.params["layerwise"], context.params["steps"])
+
+
+def test_the_control_trains_the_layers_and_nothing_else(tmp_path, monkeypatch):
+    """Same names and shapes; all but the vocabulary's matrices moves, and the folder opens as a checkpoint."""
+    import sys
+
+    import train_dense
+
+    from moe2gguf.hf.folder import open_checkpoint
+
+    model = checkpoints.make(tmp_path / "dense", num_hidden_layers=2)
+    text = tmp_path / "text.txt"
+    text.write_text(read_text(None).text[:40000])
+    arguments = [model, tmp_path / "out", "--text", text, "--tokens", 2048, "--steps", 2]
+    monkeypatch.setattr(sys, "argv", ["train_dense.py", *map(str, arguments)])
+
+    train_dense.main()
+
+    open_checkpoint(tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor.float(), after[name].float())}
+    assert moved == {name for name in before if "embed_tokens" not in name and "lm_head" not in name}

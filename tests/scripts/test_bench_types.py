@@ -1,0 +1,107 @@
+"""scripts/bench_types.py and scripts/widen.py: a wider model that is the same, and the table of types."""
+
+import json
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+
+from moe2gguf.quant.rules import MIXES, PLAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = [1, 5, 9, 30, 2, 7, 7, 60, 11]
+
+
+@pytest.fixture(autouse=True)
+def _scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-mha"])
+def test_a_wider_model_is_the_same_model(tmp_path, family):
+    """transformers' logits of both, up to rounding; a model with other norms would be far off."""
+    import widen
+
+    before = checkpoints.make(tmp_path / "before", family)
+    heads = {"num_attention_heads": 6, "hidden_size": 96}
+
+    widen.write(before, tmp_path / "after", 96)
+
+    config = json.loads((tmp_path / "after" / "config.json").read_text())
+    assert heads == {key: config[key] for key in heads}
+    old, new = (checkpoints.torch_logits(folder, TOKENS) for folder in (before, tmp_path / "after"))
+    assert np.abs(old - new).max() < 1e-5 * np.abs(old).max()
+    with pytest.raises(SystemExit, match="do not grow to a whole number from 64 to 72"):
+        widen.write(before, tmp_path / "other", 72)
+
+
+def test_noise_moves_a_weight_by_at_most_half_a_step(tmp_path):
+    """Projections only, the same for the same seed; the grid of 16 levels per block is gone."""
+    import widen
+
+    levels = np.random.default_rng(0).integers(0, 16, (64, 8, 32)).astype(np.float32)
+    levels[..., :2] = 0, 15  # so that a step is one
+    weights = {"a.q_proj.weight": levels.reshape(64, 256), "embed_tokens.weight": levels.reshape(64, 256)}
+
+    found, again, other = (widen.noisy(weights, seed) for seed in (1, 1, 2))
+
+    moved = found["a.q_proj.weight"] - weights["a.q_proj.weight"]
+    assert 0.49 < np.abs(moved).max() <= 0.5
+    assert abs(moved.std() - 12**-0.5) < 0.01
+    assert np.array_equal(found["embed_tokens.weight"], weights["embed_tokens.weight"])
+    assert np.array_equal(found["a.q_proj.weight"], again["a.q_proj.weight"])
+    assert not np.array_equal(found["a.q_proj.weight"], other["a.q_proj.weight"])
+
+
+def row(file, kind, bits, kl):
+    return {
+        "file": file, "type": kind, "bits_per_weight": bits, "bytes": 10**7, "perplexity": 20.0, "kl_mean": kl,
+        "kl_error": 0.0, "top1": 0.9,
+    }  # fmt: skip
+
+
+def test_the_table_has_a_line_per_type_and_what_is_published():
+    """Large to small; a file that was not measured leaves its cells empty; below, how the divergences compare."""
+    import bench_types as bench
+
+    rows = [row("dense", "q4_0", 4.55, 0.14), row("dense", "q8_0", 8.5, 0.004), row("sliced", "q4_0", 4.6, 0.28)]
+    host = {"processor": "cpu"}
+
+    printed = bench.report({"model": "m", "machine": host, "settings": {"tokens": 9, "windows": 2}, "rows": rows})
+
+    lines = printed.splitlines()
+    assert "| q8_0 | 8.50 | 10 | 20.00 | 0.0040 | 90.0% | 0.0014 |  |  |  |  |  |" == lines[3]
+    assert lines[4].startswith("| q4_0 | 4.55 | 10 | 20.00 | 0.1400 | 90.0% | 0.0719 | 4.60 | 10 | 20.00 | 0.2800 |")
+    assert "m, importance matrix of 9 tokens, 510 scored tokens" in printed
+    assert "- divergence over that of Llama 3 8B: 1.95 (q4_0) to 2.95 (q8_0), median 2.45" in printed
+    assert "- divergence with experts over the dense file's: 2.00 (q4_0) to 2.00 (q4_0), median 2.00" in printed
+
+
+def test_published_names_are_types_that_are_offered():
+    """A misspelled one would never be compared."""
+    import bench_types as bench
+
+    assert set(bench.PUBLISHED) <= {*MIXES, *PLAIN}
+
+
+@pytest.mark.real
+def test_a_small_run_from_checkpoint_to_table(tmp_path, capsys):
+    """Dense and in experts, an importance matrix between; what was measured is not measured again."""
+    import bench_types as bench
+
+    model = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    (tmp_path / "text.txt").write_text(
+        "the man and an inner theme of it is to mend a thin and rather other thing. " * 500
+    )
+    arguments = ["--model", model, "--text", tmp_path / "text.txt", "--tokens", 1024, "--windows", 1, "--threads", 1]
+    arguments += ["--only", "q4_0", "iq2_xxs", "--work", tmp_path / "work", "--json", tmp_path / "result.json"]
+
+    bench.main([str(argument) for argument in arguments])
+
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    kinds = ["f16", "q4_0", "iq2_xxs"]
+    assert {(file, kind) for file in ("dense", "sliced") for kind in kinds} == {(r["file"], r["type"]) for r in rows}
+    assert "| iq2_xxs |" in capsys.readouterr().out
+    kl = {(r["file"], r["type"]): r["kl_mean"] for r in rows}
+    assert kl["dense", "q4_0"] < kl["dense", "iq2_xxs"]

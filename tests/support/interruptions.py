@@ -1,0 +1,17 @@
+"""Ways to stop a long job in the middle."""
+
+from moe2gguf.experts import calibration
+
+
+def stop_in_third_layer(monkeypatch):
+    """Interrupt the first calibration to come to its third layer; the list grows by one with every layer begun."""
+    real, done = calibration.carve, []
+
+    def stops(*args):
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(calibration, "carve", stops)
+    return done
