@@ -58,3 +58,9 @@ class ImportanceError(Moe2GgufError):
 
 class HarnessError(Moe2GgufError):
     """llama.cpp could not load or run a file, is not installed, or lacks the requested device."""
+
+
+def list_names(names: Sequence[str], most: int = 3) -> str:
+    """The first names for a message, and how many more there are: "a, b, c and 2 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,70 +21,18 @@ from numpy.typing import NDArray
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.expected import Dimensions, check_architecture, llama_dimensions
-from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.gguf.file import GGUFFile, ValueType, shown
 from moe2gguf.gguf.findings import Findings
+from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.spec import MetadataValue, Model, Rope
-
-Array = NDArray[np.generic]
-Seen = Callable[[memoryview], object]
 
 ARCHITECTURES = {"llama": False, "qwen2": True}
 """The architectures that arch `llama` can compute, and whether they rotate halves of a head instead of pairs."""
 
 MAX_ALIGNMENT = 1 << 20
 _MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)")
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the file: rows as they are stored, numbers or (block types) bytes."""
-
-    file: GGUFFile
-    info: TensorInfo
-
-    @property
-    def name(self) -> str:
-        """As in the file."""
-        return self.info.name
-
-    @property
-    def dtype(self) -> str:
-        """The name of its type."""
-        return self.info.type.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """In numpy order; of the numbers, also where they are stored as blocks."""
-        return self.info.shape
-
-    @property
-    def block(self) -> int:
-        """Elements that are stored together."""
-        return types.block_size(self.info.type)
-
-    def read(self, seen: Seen = lambda _: None) -> Array:
-        """The whole tensor: an array of its shape, or for block types the blocks as uint8 (n_row, row_bytes).
-
-        `seen` is given its bytes.
-
-        Raises:
-            GGUFError: the file became shorter.
-        """
-        array = self.file.read_tensor(self.info)
-        seen(array.reshape(-1).view(np.uint8).data)
-        return array
-
-    def blocks(self, max_bytes: int, seen: Seen = lambda _: None) -> Iterator[Array]:
-        """The same in pieces of whole rows, at most about `max_bytes` each; use each before asking for the next."""
-        width = self.shape[-1] if self.shape else 1
-        row_bytes = max(self.info.row_bytes, 1)
-        for piece in self.file.chunks(self.info, max(max_bytes // row_bytes, 1) * row_bytes):
-            seen(piece.data)
-            if self.info.type in types.FLOATS:
-                yield piece.view(types.FLOATS[self.info.type]).reshape(-1, width)
-            else:
-                yield piece.reshape(-1, row_bytes)
 
 
 @dataclass(frozen=True)
@@ -125,16 +73,11 @@ class DenseFile:
         if not self.rotates_halves or not part:
             return None
         m = self.model
-        q, k = _rotary_pairs(m.n_head, m.d_head), _rotary_pairs(m.n_head_kv, m.d_head)
+        q, k = halves_to_pairs(m.n_head, m.d_head), halves_to_pairs(m.n_head_kv, m.d_head)
         if part[1] != "qkv":
             return q if part[1] == "q" else k
         v = np.arange(m.n_head_kv * m.d_head) + len(q) + len(k)
         return np.concatenate([q, k + len(q), v])
-
-
-def _rotary_pairs(n_head: int, d_head: int) -> NDArray[np.int64]:
-    """The order of rows in which the halves of every head are interleaved."""
-    return np.arange(n_head * d_head).reshape(n_head, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def open_dense(path: Path, *, name: str | None = None) -> DenseFile:

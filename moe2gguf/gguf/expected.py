@@ -9,11 +9,15 @@ from typing import NamedTuple
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as Kind
 
+from moe2gguf.errors import list_names
 from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, shown
 from moe2gguf.gguf.findings import Findings
 from moe2gguf.limits import MAX_EXPERTS, max_experts_used
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
+MOST_NAMES = 1000
+"""Tensors that a message names: all of a real file, not the hundred thousand of a hostile one."""
+
 Shape = tuple[int, ...]
 
 
@@ -78,20 +82,15 @@ def _check_tensor_set(
     missing = [name for name in required if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
     if missing:
-        problems.append(f"{len(missing)} tensors are missing: {_names(missing)}")
+        problems.append(f"{len(missing)} tensors are missing: {list_names(missing, MOST_NAMES)}")
     if unexpected:
-        names = _names([shown(name) for name in unexpected])
+        names = list_names([shown(name) for name in unexpected], MOST_NAMES)
         problems.append(f"{len(unexpected)} tensors are unexpected, llama.cpp refuses a file with such: {names}")
     problems += [
         f"tensor {name}: expected the shape {expected[name]}, found {tensor.shape}"
         for name, tensor in tensors.items()
         if name in expected and tensor.shape != expected[name]
     ]
-
-
-def _names(names: list[str], limit: int = 1000) -> str:
-    """All of them, but not the hundred thousand of a hostile file."""
-    return ", ".join(names[:limit] + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
 
 
 def _llama_tensors(m: Dimensions, fused_qkv: bool) -> tuple[dict[str, Shape], dict[str, Shape]]:

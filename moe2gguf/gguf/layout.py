@@ -52,6 +52,17 @@ def mean_bits_per_weight(tensors: Collection[Entry | TensorInfo]) -> float:
     return 8 * sum(tensor.n_bytes for tensor in tensors) / max(n_weight, 1)
 
 
+def active_bytes(tensors: Collection[Entry | TensorInfo], n_expert: int, n_expert_used: int) -> int:
+    """Bytes of weights read per generated token when `n_expert_used` of `n_expert` experts run (0: a dense file).
+
+    An embedding that is not also the output matrix is left out: one row of it is read.
+    """
+    skipped = {"token_embd.weight"} if any(tensor.name == "output.weight" for tensor in tensors) else set()
+    in_experts = sum(tensor.n_bytes for tensor in tensors if "_exps." in tensor.name)
+    rest = sum(t.n_bytes for t in tensors if "_exps." not in t.name and t.name not in skipped)
+    return rest + (in_experts * n_expert_used // n_expert if n_expert else 0)
+
+
 def lay_out(
     metadata: Mapping[str, MetadataValue],
     tensors: Sequence[Entry],

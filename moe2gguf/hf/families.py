@@ -159,17 +159,28 @@ def dimensions(model: Model) -> dict[str, int]:
     }
 
 
-def rules(model: Model) -> list[tuple[Rule, int | None]]:
-    """The rules that apply to `model`, one entry per layer for per-layer rules, in file order."""
+@dataclass(frozen=True)
+class MLPPlace:
+    """Stands in `lay_out_tensors` where the tensors of layer `i`'s MLP belong."""
+
+    i: int
+
+
+def lay_out_tensors(model: Model) -> list[tuple[Rule, int | None] | MLPPlace]:
+    """What `model` has in file order: the rules that apply, per-layer ones once per layer, and each MLP's place."""
     applicable = [rule for rule in BASE if not rule.when or holds(model, rule.when)]
     before = [rule for rule in applicable if "{i}" not in rule.target and not rule.target.startswith("output")]
     layers = [rule for rule in applicable if "{i}" in rule.target]
     after = [rule for rule in applicable if rule.target.startswith("output")]
-    return [
-        *((rule, None) for rule in before),
-        *((rule, i) for i in range(model.n_layer) for rule in layers),
-        *((rule, None) for rule in after),
-    ]
+    places: list[tuple[Rule, int | None] | MLPPlace] = [(rule, None) for rule in before]
+    for i in range(model.n_layer):
+        places += [*((rule, i) for rule in layers), MLPPlace(i)]
+    return [*places, *((rule, None) for rule in after)]
+
+
+def rules(model: Model) -> list[tuple[Rule, int | None]]:
+    """The rules that apply to `model`, in file order, without the MLPs."""
+    return [place for place in lay_out_tensors(model) if not isinstance(place, MLPPlace)]
 
 
 def holds(model: Model, condition: str) -> bool:

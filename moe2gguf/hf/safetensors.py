@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from moe2gguf.errors import CheckpointError
+from moe2gguf.errors import CheckpointError, list_names
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside
 
@@ -35,6 +35,9 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """The storage types we read, by their safetensors name."""
+
+MOST_NAMES = 8
+"""Tensors or files that a message names; of the others it gives the number."""
 
 PIECE = 1 << 20
 """Bytes that are read at once: they stay in the cache while they are hashed."""
@@ -109,7 +112,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
                 twice.append(f"{tensor.name} (in {tensors[tensor.name].file.name} and {file.name})")
             tensors[tensor.name] = tensor
     if twice:
-        raise CheckpointError(f"{folder}: tensors stored twice: {_listed(twice)}")
+        raise CheckpointError(f"{folder}: tensors stored twice: {list_names(twice, MOST_NAMES)}")
     if index.exists():
         _compare_with_index(index, tensors)
     return tensors
@@ -125,8 +128,8 @@ def _single_file(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: {len(found)} safetensors files but no {INDEX}; fetch the index too")
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise CheckpointError(
-            f"{folder}: holds pickled weights ({_listed(pickles)}), which can run code when they are read; "
-            "save the model as safetensors first"
+            f"{folder}: holds pickled weights ({list_names(pickles, MOST_NAMES)}), which can run code when they are "
+            "read; save the model as safetensors first"
         )
     raise CheckpointError(f"{folder}: no *.safetensors file; is this a Hugging Face model folder?")
 
@@ -135,11 +138,13 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     names = sorted(set(_weight_map(index).values()))
     files = [inside(folder, name) for name in names]
     if missing := [name for name, file in zip(names, files, strict=True) if not file.is_file()]:
-        raise CheckpointError(f"{folder}: shards named in {INDEX} are missing: {_listed(missing)}")
+        raise CheckpointError(f"{folder}: shards named in {INDEX} are missing: {list_names(missing, MOST_NAMES)}")
     stems = {match[1] for name in names if (match := _SHARD.fullmatch(name))}
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     if surplus := [name for name in present if name not in names and (m := _SHARD.fullmatch(name)) and m[1] in stems]:
-        raise CheckpointError(f"{folder}: shards that {INDEX} does not name: {_listed(surplus)}; fetch one whole set")
+        raise CheckpointError(
+            f"{folder}: shards that {INDEX} does not name: {list_names(surplus, MOST_NAMES)}; fetch one whole set"
+        )
     return files
 
 
@@ -148,7 +153,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty; expected an object: tensor -> file")
     if wrong := [name for name, file in weight_map.items() if not isinstance(file, str)]:
-        raise CheckpointError(f"{index}: weight_map names no file for {_listed(wrong)}")
+        raise CheckpointError(f"{index}: weight_map names no file for {list_names(wrong, MOST_NAMES)}")
     return weight_map
 
 
@@ -162,7 +167,7 @@ def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor]) -> Non
         if name in tensors and tensors[name].file != inside(index.parent, file)
     )
     problems = [
-        f"{what}: {_listed(names)}"
+        f"{what}: {list_names(names, MOST_NAMES)}"
         for what, names in (
             ("named in the index, stored nowhere", absent),
             ("stored, not named in the index", unnamed),
@@ -197,13 +202,8 @@ def _read_header(path: Path) -> list[StoredTensor]:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise SafetensorError(f"names twice: {_listed(twice)}")
+        raise SafetensorError(f"names twice: {list_names(twice, MOST_NAMES)}")
     return dict(pairs)
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 class Readable(Protocol):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.gguf.file import GGUFFile
-from moe2gguf.gguf.layout import mean_bits_per_weight
+from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.limits import check_expert_counts
 
@@ -84,24 +84,12 @@ def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str
         device=device,
         type=_main_type(file),
         file_size=file.file_size,
-        active_bytes=active_bytes(file, k),
+        active_bytes=active_bytes(file.tensors.values(), n_expert, k),
         identity=identity(file),
         refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
         name=name,
         bits_per_weight=mean_bits_per_weight(file.tensors.values()),
     )
-
-
-def active_bytes(file: GGUFFile, n_expert_used: int) -> int:
-    """Return the bytes of weights read per generated token when `n_expert_used` experts run.
-
-    An embedding that is not also the output matrix is left out: one row of it is read.
-    """
-    n_expert = _count(file, "expert_count")
-    in_experts = sum(t.n_bytes for t in file.tensors.values() if "_exps." in t.name)
-    skipped = {"token_embd.weight"} if "output.weight" in file.tensors else set()
-    rest = sum(t.n_bytes for t in file.tensors.values() if "_exps." not in t.name and t.name not in skipped)
-    return rest + (in_experts * n_expert_used // n_expert if n_expert else 0)
 
 
 def _refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:

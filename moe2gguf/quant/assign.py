@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from moe2gguf.errors import list_names
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
@@ -71,8 +72,8 @@ class Assignment:
         for one in self.fallbacks:
             groups.setdefault((one.wanted, one.used), []).append(one.tensor)
         return [
-            f"{wanted.name} does not fit {_listed(names)}: {used.name} instead, {types.bits_per_weight(used):g} bits "
-            f"per weight for {types.bits_per_weight(wanted):g}"
+            f"{wanted.name} does not fit {list_names(names)}: {used.name} instead, {types.bits_per_weight(used):g} "
+            f"bits per weight for {types.bits_per_weight(wanted):g}"
             for (wanted, used), names in groups.items()
         ]
 
@@ -158,7 +159,7 @@ def _unused(counts: Sequence[tuple[Rule, int]], tensors: Sequence[Entry]) -> lis
         if any(may_quantize(tensor.name, tensor.shape) for tensor in names):
             why = "every tensor that it matches is decided by an earlier pattern"
         elif names:
-            why = f"it matches only tensors that are never quantized ({_listed([t.name for t in names])})"
+            why = f"it matches only tensors that are never quantized ({list_names([t.name for t in names])})"
         else:
             why = "no tensor's whole name matches it; `--plan` lists the names"
         refusals.append(f"{rule.origin}: pattern {rule.pattern!r} decides nothing: {why}")
@@ -197,8 +198,8 @@ def _misfit(kind: TensorType, width: int, names: Sequence[str]) -> str:
         ways.append(f"take {substitute.name} there with --allow-fallback ({bits})")
     ways.append("give them another type with --tensor-type, or all with --type")
     return (
-        f"{kind.name} needs rows whose width is a multiple of {block}, but {width} is the width of {_listed(names)}; "
-        + " or ".join(ways)
+        f"{kind.name} needs rows whose width is a multiple of {block}, but {width} is the width of "
+        f"{list_names(names)}; " + " or ".join(ways)
     )
 
 
@@ -217,7 +218,7 @@ def _unguided(
         if kind in NEEDS_IMPORTANCE or (bad and not re.fullmatch(VOCABULARY, tensor.name)):
             groups.setdefault(kind, []).append(tensor.name)
     return [
-        f"{kind.name} needs an importance matrix, for {_listed(names)}; make one with `moe2gguf imatrix` and "
+        f"{kind.name} needs an importance matrix, for {list_names(names)}; make one with `moe2gguf imatrix` and "
         "give it with --imatrix; the smallest types that do without are q2_k, iq3_s and q3_k_m"
         for kind, names in groups.items()
     ]
@@ -235,7 +236,3 @@ def _most_common(tensors: Sequence[Entry], chosen: Mapping[str, TensorType]) -> 
 
 def _are_experts(names: Sequence[str]) -> bool:
     return "_exps." in names[0]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from moe2gguf.errors import list_names
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.writer import Importance, OutputTensor
 from moe2gguf.quant.assign import may_quantize
@@ -71,7 +72,7 @@ class Guidance:
         for name in quantized:
             if problem := self.problems.get(name):
                 groups.setdefault(problem.why, []).append(name + problem.detail)
-        return [f"--imatrix: {why}: {_listed(names)}" for why, names in groups.items()]
+        return [f"--imatrix: {why}: {list_names(names)}" for why, names in groups.items()]
 
     @property
     def warnings(self) -> list[str]:
@@ -236,7 +237,3 @@ def _no_data(found: _Found, tensor: Entry, repair: str) -> Problem:
     elif "experts" in found.why:
         ways.insert(0, "collect it from more text or with --used all")
     return Problem(f"{found.why}; {nothing}{', or '.join(ways)}", detail)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.text import read_text, windows
-from moe2gguf.gguf import kernels, types
+from moe2gguf.gguf import types
 from moe2gguf.gguf.file import GGUFFile, TensorInfo
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.metadata import BIAS_NEURON
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, check_target
 from moe2gguf.gguf.writing import write_file
 from moe2gguf.hf.companions import copy_companions
-from moe2gguf.hf.families import DENSE, rules
+from moe2gguf.hf.families import DENSE, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside
@@ -205,17 +206,19 @@ def _folder_tensors(
     def blocks(i: int, role: str) -> Iterator[Array]:
         yield layer(i)[role]
 
-    for rule, i in rules(model):
-        source = checkpoint.tensors[rule.source.format(i=i)]
+    for place in lay_out_tensors(model):
+        if isinstance(place, MLPPlace):
+            for role in ROLES:
+                shape = (model.d_model, keep) if role == "down" else (keep, model.d_model)
+                name = DENSE.tensors[role][0].format(i=place.i)
+                yield OutputTensor(name, shape, kind, (), functools.partial(blocks, place.i, role))
+            continue
+        rule, number = place
+        source = checkpoint.tensors[rule.source.format(i=number)]
         stored = types.of_dtype(DTYPES[source.dtype])
         yield OutputTensor(
             source.name, source.shape, stored, (source.name,), functools.partial(source.blocks, BLOCK_BYTES)
         )
-        if i is not None and rule.target.endswith("ffn_norm.weight"):
-            for role in ROLES:
-                shape = (model.d_model, keep) if role == "down" else (keep, model.d_model)
-                name = DENSE.tensors[role][0].format(i=i)
-                yield OutputTensor(name, shape, kind, (), functools.partial(blocks, i, role))
 
 
 def joined(gate: Array, up: Array, down: Array, factors: NDArray[np.float32], keep: int) -> dict[str, Array]:
@@ -241,7 +244,9 @@ def _densify_file(file: GGUFFile, out: Path, force: bool, progress: Progress) ->
     if not isinstance(n, int) or n < 1:
         raise PlanError([f"{file.path}: has no llama.expert_count; only a file with experts can become dense"])
     names = [name for name in file.tensors if name.endswith("ffn_gate_inp.weight")]
-    known = known_factor(file.metadata, n, all(not _read(file, file.tensors[name]).any() for name in names))
+    known = known_factor(
+        file.metadata, n, all(not SourceTensor(file, file.tensors[name]).read_numbers().any() for name in names)
+    )
     if known is None:
         why = _no_factor(file.metadata)
         raise PlanError([f"{file.path}: {why}, and that needs the Hugging Face folder and a --text"])
@@ -265,7 +270,9 @@ def _densify_file(file: GGUFFile, out: Path, force: bool, progress: Progress) ->
 def _file_tensors(file: GGUFFile, factors: NDArray[np.float32], keep: int) -> Iterator[OutputTensor]:
     @functools.lru_cache(maxsize=1)
     def layer(i: int) -> dict[str, Array]:
-        gate, up, down = (_read(file, file.tensors[f"blk.{i}.ffn_{role}_exps.weight"]) for role in ROLES)
+        gate, up, down = (
+            SourceTensor(file, file.tensors[f"blk.{i}.ffn_{role}_exps.weight"]).read_numbers() for role in ROLES
+        )
         return joined(gate, up, down, factors, keep)
 
     def blocks(i: int, role: str) -> Iterator[Array]:
@@ -287,9 +294,3 @@ def _file_tensors(file: GGUFFile, factors: NDArray[np.float32], keep: int) -> It
 def _bytes(file: GGUFFile, info: TensorInfo) -> Iterator[Array]:
     """The tensor's bytes as they are."""
     yield from file.chunks(info, max(info.row_bytes, BLOCK_BYTES // max(info.row_bytes, 1) * info.row_bytes))
-
-
-def _read(file: GGUFFile, info: TensorInfo) -> Array:
-    """The whole tensor as numbers."""
-    data = file.read_tensor(info)
-    return data if info.type in types.FLOATS else kernels.dequantize(data.view(np.uint8), info.type).reshape(info.shape)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.gguf import types
-from moe2gguf.gguf.dense_model import DenseFile, SourceTensor
+from moe2gguf.gguf.dense_model import DenseFile
+from moe2gguf.gguf.rotary import pairs_to_halves
+from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.hf.families import DENSE, dimensions, rules
 from moe2gguf.spec import Model
 
@@ -46,11 +47,11 @@ class Weights:
         place, dense = self._places[name], self._dense
         order = np.arange(place.n_row) if rows is None else rows
         if place.n_head and not dense.rotates_halves:
-            order = _rotary_halves(place.n_head, dense.model.d_head)[order]
+            order = pairs_to_halves(place.n_head, dense.model.d_head)[order]
         if place.name in dense.tensors:
-            return _decoded(dense.tensors[place.name], order)
+            return _read_rows(dense.tensors[place.name], order)
         if (part := _QKV.fullmatch(place.name)) and (fused := dense.tensors.get(f"{part[1]}qkv{part[3]}")):
-            return _decoded(fused, order + _first_row(dense.model, part[2]))
+            return _read_rows(fused, order + _first_row(dense.model, part[2]))
         return np.zeros(len(order), np.float32)  # a bias: the plan misses every other tensor
 
     def rope_divisors(self) -> NDArray[np.float32] | None:
@@ -71,20 +72,14 @@ def _places(model: Model) -> dict[str, Place]:
     return places
 
 
-def _rotary_halves(n_head: int, d_head: int) -> NDArray[np.int64]:
-    """The order of rows in which the pairs of every head are taken apart: from llama.cpp's layout to Hugging Face's."""
-    return np.arange(n_head * d_head).reshape(n_head, -1, 2).swapaxes(1, 2).reshape(-1)
+def _read_rows(source: SourceTensor, rows: NDArray[np.int64]) -> Array:
+    return source.decode(source.read()[rows])
 
 
 def _first_row(model: Model, part: str) -> int:
     """Where q, k or v begins in a tensor that holds all three, one behind the other."""
     d_q, d_kv = model.n_head * model.d_head, model.n_head_kv * model.d_head
     return {"q": 0, "k": d_q, "v": d_q + d_kv}[part]
-
-
-def _decoded(source: SourceTensor, rows: NDArray[np.int64]) -> Array:
-    stored = source.read()[rows]
-    return stored if source.info.type in types.FLOATS else types.decode(stored.view(np.uint8), source.info.type)
 
 
 def refusals(dense: DenseFile) -> list[str]:

@@ -16,7 +16,7 @@ from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.hf.companions import copy_companions
-from moe2gguf.hf.families import MIXTRAL_PER_EXPERT, rules
+from moe2gguf.hf.families import MIXTRAL_PER_EXPERT, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside
@@ -99,14 +99,17 @@ def mixtral_tensors(
     make = Maker(digest)
     kind = None if plan.options.type.lower() == "auto" else types.named(plan.options.type)
     tensors = []
-    for rule, i in rules(checkpoint.model):
-        tensors.append(_plain(checkpoint.tensors[rule.source.format(i=i)], kind, digest))
-        if i is not None and rule.target.endswith("ffn_norm.weight"):
-            router, *stacks = sliced_tensors(checkpoint, slicing, plan.experts, make, i)
-            name = MIXTRAL_PER_EXPERT.tensors["router"][0].format(i=i)
-            tensors.append(OutputTensor(name, router.shape, router.type, (), router.blocks))
-            for role, stack in zip(("gate", "up", "down"), stacks, strict=True):
-                tensors += _experts(stack, MIXTRAL_PER_EXPERT.tensors[role][0], i, kind)
+    for place in lay_out_tensors(checkpoint.model):
+        if not isinstance(place, MLPPlace):
+            rule, layer = place
+            tensors.append(_plain(checkpoint.tensors[rule.source.format(i=layer)], kind, digest))
+            continue
+        i = place.i
+        router, *stacks = sliced_tensors(checkpoint, slicing, plan.experts, make, i)
+        name = MIXTRAL_PER_EXPERT.tensors["router"][0].format(i=i)
+        tensors.append(OutputTensor(name, router.shape, router.type, (), router.blocks))
+        for role, stack in zip(("gate", "up", "down"), stacks, strict=True):
+            tensors += _experts(stack, MIXTRAL_PER_EXPERT.tensors[role][0], i, kind)
     return tuple(tensors)
 
 

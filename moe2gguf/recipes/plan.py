@@ -15,7 +15,7 @@ from moe2gguf.experts.saved import read as read_calibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.gguf import types
-from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
+from moe2gguf.gguf.layout import Layout, active_bytes, lay_out, mean_bits_per_weight
 from moe2gguf.gguf.shards import lay_out_shards
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.hf.folder import Checkpoint
@@ -92,22 +92,14 @@ class Plan:
         return self.expert_bytes - self.expert_bytes * self.checkpoint.model.d_ff // places
 
     def active_bytes(self, n_expert_used: int) -> int:
-        """Bytes of weights read per generated token when `n_expert_used` experts run (ignored for a dense file).
-
-        An embedding that is not also the output matrix is left out: one row of it is read.
-        """
-        active_experts = self.expert_bytes * n_expert_used // self.n_expert if self.n_expert else 0
-        return self._always_read() + active_experts
+        """Bytes of weights read per generated token when `n_expert_used` experts run (ignored for a dense file)."""
+        return active_bytes(self.tensors, self.n_expert, n_expert_used)
 
     def speed_bound(self, n_expert_used: int) -> float:
         """Upper bound of the generation speed-up over the dense model, from the bytes read per token."""
         routers = sum(tensor.n_bytes for tensor in self.tensors if tensor.name.endswith("ffn_gate_inp.weight"))
-        dense = self._always_read() - routers + self.expert_bytes - self.padding_bytes
+        dense = self.active_bytes(self.n_expert) - routers - self.padding_bytes
         return dense / self.active_bytes(n_expert_used)
-
-    def _always_read(self) -> int:
-        skipped = set() if self.checkpoint.model.tied_embeddings else {"token_embd.weight"}
-        return sum(t.n_bytes for t in self.tensors if not _is_expert(t.name) and t.name not in skipped)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""

@@ -22,6 +22,7 @@ from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.gguf.resume import Journal, describe_job
 from moe2gguf.gguf.sharded import check_model_target, write_model
 from moe2gguf.gguf.shards import lay_out_shards, read_model
+from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
@@ -247,14 +248,9 @@ def _output(file: GGUFFile, info: TensorInfo, assigned: Assignment) -> OutputTen
 
 def _blocks(file: GGUFFile, info: TensorInfo, *, decode: bool) -> Iterator[NDArray[np.generic]]:
     """The tensor in pieces of whole rows (n, width): numbers, or (not `decode`) a block type's bytes as they are."""
-    width = info.shape[-1] if info.shape else 1
-    for piece in file.chunks(info, max(1, BLOCK // max(width, 1)) * info.row_bytes):
-        if info.type in types.FLOATS:
-            yield piece.view(types.FLOATS[info.type]).reshape(-1, width)
-        elif decode:
-            yield kernels.dequantize(piece, info.type).reshape(-1, width)
-        else:
-            yield piece
+    source, width = SourceTensor(file, info), info.shape[-1] if info.shape else 1
+    for rows in source.blocks(max(1, BLOCK // max(width, 1)) * info.row_bytes):
+        yield source.decode(rows) if decode else rows
 
 
 def _target(file: GGUFFile, options: TypeOptions, guided: Consulted) -> tuple[Rule, ...] | None:

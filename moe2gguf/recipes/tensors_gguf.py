@@ -13,13 +13,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moe2gguf.errors import list_names
 from moe2gguf.experts import slicing as cut
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.gguf import blocks, types
-from moe2gguf.gguf.dense_model import DenseFile, SourceTensor
+from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import Blocks, OutputTensor
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, Experts, made
@@ -116,9 +118,7 @@ def _rows(
 
 def _as(kind: TensorType, source: SourceTensor, rows: Array) -> Array:
     """Stored rows as the writer wants them: as they are, or decoded where blocks become another type."""
-    if kind == source.info.type or rows.dtype != np.uint8:
-        return rows
-    return types.decode(rows.view(np.uint8), source.info.type)
+    return rows if kind == source.info.type else source.decode(rows)
 
 
 def _down(
@@ -135,8 +135,7 @@ def _down(
         assert chosen is not None, "the plan keeps blocks only where the slices do"  # noqa: S101 -- ours, not the user's
         yield from blocks.slice_blocks(weight.view(np.uint8), kind, chosen, factors, source.name)
     else:
-        numbers = types.decode(weight.view(np.uint8), source.info.type)
-        yield from cut.slice_columns(numbers, layer.order, factors)
+        yield from cut.slice_columns(source.decode(weight), layer.order, factors)
 
 
 def moves_neurons(slicing: Slicing, block: int) -> bool:
@@ -177,7 +176,7 @@ def refusals(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, Ten
         found.append(_split_blocks(dense, slicing, again))
     if hopeless := [entry for entry in again if entry.type in NEEDS_IMPORTANCE]:
         found.append(
-            f"{hopeless[0].type.name} needs an importance matrix to be quantized again, for {_listed(hopeless)}; "
+            f"{hopeless[0].type.name} needs an importance matrix to be quantized again, for {_names(hopeless)}; "
             "give them another type with --tensor-type"
         )
     return found + _refuse_bias(dense, slicing, chosen)
@@ -195,7 +194,7 @@ def _refuse_bias(dense: DenseFile, slicing: Slicing, chosen: Mapping[str, Tensor
     if not slicing.recipe.bias_neuron or not copied:
         return []
     return [
-        f"--bias-neuron changes a row of every gate and up projection, and the blocks of {_listed(copied)} are copied "
+        f"--bias-neuron changes a row of every gate and up projection, and the blocks of {_names(copied)} are copied "
         "as they are; leave it out, convert an f16 or bf16 file, or give them another type, such as --tensor-type "
         r"'.*ffn_(gate|up)_exps\.weight=f16'"
     ]
@@ -212,10 +211,9 @@ def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[Entry]) ->
     ways.append("give them another type with --tensor-type")
     return (
         f"{slicing.n_expert} experts of {slicing.d_expert} neurons cut through the blocks of {block} in which "
-        f"{_listed(again)} are stored ({n_block} blocks); " + " or ".join(ways)
+        f"{_names(again)} are stored ({n_block} blocks); " + " or ".join(ways)
     )
 
 
-def _listed(entries: Sequence[Entry]) -> str:
-    more = f" and {len(entries) - 2} more" if len(entries) > 2 else ""
-    return ", ".join(entry.name for entry in entries[:2]) + more
+def _names(entries: Sequence[Entry]) -> str:
+    return list_names([entry.name for entry in entries], 2)

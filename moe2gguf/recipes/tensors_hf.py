@@ -19,8 +19,9 @@ from moe2gguf.errors import CalibrationError
 from moe2gguf.experts import slicing as cut
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.gguf.metadata import rope_frequencies
+from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.writer import OutputTensor
-from moe2gguf.hf.families import DENSE, MIXTRAL_FUSED, rules
+from moe2gguf.hf.families import DENSE, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.quant.assign import as_stored
@@ -105,29 +106,22 @@ def output_tensors(
     if model.rope.kind == "llama3":
         frequencies = rope_frequencies(model.rope, model.d_head)
         tensors.append(made("rope_freqs.weight", frequencies.shape, lambda: frequencies))
-    for rule, i in rules(model):
+    for place in lay_out_tensors(model):
+        if isinstance(place, MLPPlace):
+            tensors += _mlp(checkpoint, slicing, experts, make, place.i)
+            continue
+        rule, i = place
         name, source = rule.target.format(i=i), checkpoint.tensors[rule.source.format(i=i)]
         if rule.permute:
-            n_head = getattr(model, rule.permute)
-            tensors.append(make.mapped(name, source.shape, source, _rotary_pairs(n_head)))
+            order = halves_to_pairs(getattr(model, rule.permute), model.d_head)
+            tensors.append(make.mapped(name, source.shape, source, _reorder_rows(order)))
         else:
             tensors.append(make.row_wise(name, source))
-        if i is not None and rule.target.endswith("ffn_norm.weight"):
-            tensors += _mlp(checkpoint, slicing, experts, make, i)
     return tuple(tensors)
 
 
-def _rotary_pairs(n_head: int) -> Callable[[Array], Iterator[Array]]:
-    """Reorders the rows of a q or k projection (n_head * d_head, ...) or bias from rotary halves to rotary pairs.
-
-    Hugging Face rotates element j of a head with j + d_head / 2, llama.cpp's arch `llama` neighbors 2j and 2j + 1.
-    """
-
-    def permute(weight: Array) -> Iterator[Array]:
-        halves = weight.reshape(n_head, 2, -1, *weight.shape[1:])  # (n_head, 2, d_head / 2, ...)
-        yield np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-
-    return permute
+def _reorder_rows(order: NDArray[np.int64]) -> Callable[[Array], Iterator[Array]]:
+    return lambda weight: iter([weight[order]])
 
 
 def _mlp(checkpoint: Checkpoint, slicing: Slicing | None, experts: Experts, make: Maker, i: int) -> list[OutputTensor]:

@@ -9,9 +9,10 @@ import pytest
 import tiny_gguf
 
 from moe2gguf.errors import GGUFError
+from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.shards import read_shards
-from moe2gguf.measure.candidates import active_bytes, candidate, candidates
+from moe2gguf.measure.candidates import candidate, candidates
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
@@ -94,7 +95,9 @@ def test_active_bytes_are_what_a_token_reads(files: dict[str, Path]) -> None:
     rest = sum(w.nbytes for name, w in dense.items() if name != "token_embd.weight") - mlp
     router = 2 * 4 * 64 * 4
     file = read_gguf(files["moe"])
-    assert [rest + router + mlp * k // 4 for k in (1, 2, 4)] == [active_bytes(file, k) for k in (1, 2, 4)]
+    assert [rest + router + mlp * k // 4 for k in (1, 2, 4)] == [
+        active_bytes(file.tensors.values(), 4, k) for k in (1, 2, 4)
+    ]
     assert rest + mlp == candidate(read_gguf(files["dense"]), 0).active_bytes
 
 
@@ -103,7 +106,7 @@ def test_tied_embeddings_are_read(tmp_path: Path) -> None:
     weights = tiny_gguf.dense_weights()
     del weights["output.weight"]
     file = read_gguf(tiny_gguf.write_gguf(tmp_path / "tied.gguf", weights))
-    assert sum(w.nbytes for w in weights.values()) == active_bytes(file, 0)
+    assert sum(w.nbytes for w in weights.values()) == active_bytes(file.tensors.values(), 0, 0)
 
 
 def test_a_rewritten_file_is_another(files: dict[str, Path], tmp_path: Path) -> None:

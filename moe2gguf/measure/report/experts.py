@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from moe2gguf.errors import list_names
 from moe2gguf.measure.expert_usage import ExpertUse, LayerUse
 from moe2gguf.measure.report import page
 from moe2gguf.measure.report.page import plotly_script, write_page
@@ -53,7 +54,7 @@ def summary(found: ExpertUse) -> list[str]:
     ]
     for kind, words in _KINDS.items():
         names = found.named(kind)
-        shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+        shown = list_names(names, 12)
         lines.append(f"{words.capitalize()}: {shown} (layer.expert)." if names else f"No expert is {words}.")
     moved = [layer.moved for layer in found.layers if layer.moved is not None]
     text = found.calibration[0].upper() + found.calibration[1:]
