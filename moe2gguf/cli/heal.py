@@ -81,14 +81,6 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
         type=click.FloatRange(0),
         help="The text itself: fits its domain.",
     ),
-    option(
-        "--hidden", default=0.0, show_default=True, type=click.FloatRange(0), help="Hidden states after each layer."
-    ),
-    option("--balance", default=0.0, show_default=True, type=click.FloatRange(0), help="Even load (Switch)."),
-    option("--z", default=0.0, show_default=True, type=click.FloatRange(0), help="Small router logits (ST-MoE)."),
-    option("--few", default=0.0, show_default=True, type=click.FloatRange(0), help="Few experts per token."),
-    option("--noise", default=0.0, show_default=True, type=click.FloatRange(0), help="Noise on the router's logits."),
-    option("--threshold", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="For the reported count."),
 )
 @option_group(
     "Running",
@@ -104,7 +96,6 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
 )
 @option_group(
     "Output",
-    option("--report", type=click.Path(path_type=Path), help="Also write the curves as one HTML file."),
     option("-f", "--force", is_flag=True, help="Replace OUT if moe2gguf wrote it."),
     json_option,
 )
@@ -117,7 +108,6 @@ def heal(
     n_token: int,
     n_held_out: int,
     n_context: int,
-    report: Path | None,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -134,13 +124,9 @@ def heal(
       accelerate launch "$(which moe2gguf)" heal half --teacher dense --text a.txt -o out --used-range 8 --layerwise 0
     """
     from moe2gguf.experts.heal.plan import HealSettings
-    from moe2gguf.measure.report.heal import write_curves
-    from moe2gguf.measure.report.page import require_plotly
     from moe2gguf.recipes.heal import heal as heal_folder
     from moe2gguf.recipes.heal import is_main
 
-    if report:
-        require_plotly(report)
     options["train"] = options["train"] or HealSettings.train
     options["evaluate_at"] = tuple(options["evaluate_at"] or sorted(set(options["used_range"])))
     done = heal_folder(
@@ -157,8 +143,5 @@ def heal(
         progress=display.progress,
         on_line=tables_heal.heal_line,
     )
-    if not is_main():
-        return
-    if report:
-        write_curves(done.log, report)
-    emit(done.to_dict(), as_json, lambda: tables_heal.healing(done))
+    if is_main():
+        emit(done.to_dict(), as_json, lambda: tables_heal.healing(done))

@@ -42,9 +42,4 @@ def healing(done: Healing) -> None:
             values = (scores[0]["kl"][k], best["kl"][k], math.exp(best["nll"][k]), math.exp(best["nll_dense"]))
             table.add_row(k, *(f"{value:.4g}" for value in values))
         console.print(table)
-        if needed := best.get("needed"):
-            console.print(
-                f"A router with a threshold would run {needed['all']:.2f} experts per token: {needed['easy']:.2f} for "
-                f"the half the dense model predicts best, {needed['hard']:.2f} for the other."
-            )
     console.print(f"wrote {escape(str(done.path))}")

@@ -43,19 +43,3 @@ TRAINED = {
     "lora": "low-rank changes of the experts, folded in at the end (LoRA, https://arxiv.org/abs/2106.09685)",
 }
 """What `moe2gguf heal` can train; the rest stays bit for bit what it was."""
-
-LOSSES = {
-    "kl": "KL divergence from the dense model's next-token probabilities, all of them or its N likeliest and the rest "
-    "(distillation, https://arxiv.org/abs/1503.02531)",
-    "next_token": "cross-entropy of the text itself, which fits the model to its domain; a dense model gains as much "
-    "(hard targets beside soft ones, https://arxiv.org/abs/1503.02531)",
-    "hidden": "squared distance of the residual stream after every layer, relative to the dense model's "
-    "(FitNets, https://arxiv.org/abs/1412.6550)",
-    "balance": "n times the sum over experts of share of choices times mean probability "
-    "(Switch Transformers, eq. 4, https://arxiv.org/abs/2101.03961)",
-    "z": "squared log-sum-exp of the router's logits (ST-MoE, eq. 5, https://arxiv.org/abs/2202.08906)",
-    "few": "entropy of the router's probabilities, so that a threshold is reached with few experts "
-    "(Harder Tasks Need More Experts, https://arxiv.org/abs/2403.07652)",
-}
-"""The terms of the loss of `moe2gguf heal`; formulas: `moe2gguf.experts.heal.losses`. Noise on the router's logits in
-training is noisy top-k gating with a fixed deviation (https://arxiv.org/abs/1701.06538, section 2.1)."""

@@ -107,9 +107,7 @@ def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models, tm
 @pytest.mark.parametrize("stop", [("steps", 10), ("layerwise", 1), ("evaluation", 8)])
 def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
     """Stopped among the layers, the steps or the scores: continued, it writes what it would have written."""
-    settings = replaced(
-        STEPS, layerwise=1, used_range=(2, 8), evaluate_at=(2, 8), noise=0.3, steps=12, evaluate_every=8
-    )
+    settings = replaced(STEPS, layerwise=1, used_range=(2, 8), evaluate_at=(2, 8), steps=12, evaluate_every=8)
     whole = run(models, tmp_path / "whole", settings)
 
     def fail(line):
@@ -227,15 +225,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models, tmp_path)
 
 
 def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models, tmp_path):
-    """All terms at once; two parts of two windows give the loss of one part of four."""
-    weights = {"next_token": 0.1, "hidden": 0.1, "balance": 0.1, "z": 0.01, "few": 0.1}
-    settings = replaced(STEPS, steps=2, top=5, checkpointing=True, **weights)
+    """Both terms at once; two parts of two windows give the loss of one part of four."""
+    settings = replaced(STEPS, steps=2, top=5, checkpointing=True, next_token=0.1)
 
     whole = run(models, tmp_path / "whole", settings).log
     parts = run(models, tmp_path / "parts", replaced(settings, accumulate=2)).log
 
     first, other = (next(line for line in log if line["stage"] == "steps") for log in (whole, parts))
-    assert {"kl", *weights} <= first.keys()
+    assert first["kl"] + first["next_token"] == pytest.approx(first["loss"])
     assert first["kl"] == pytest.approx(other["kl"], rel=1e-4)
     assert first["norm"] == pytest.approx(other["norm"], rel=2e-2)
 
@@ -251,16 +248,14 @@ def test_counts_and_batches_follow_from_the_seed():
     assert seen.tolist() != other.tolist()
 
 
-def test_the_command_heals_and_draws(models, tmp_path):
-    """Options reach the run, the table has a row per count, and the report holds the curves and nothing foreign."""
+def test_the_command_heals(models, tmp_path):
+    """Options reach the run, and the table has a row per count."""
     dense, sliced, text = models
-    pytest.importorskip("plotly")
     arguments = ["heal", sliced, "--teacher", dense, "--text", text, "-o", tmp_path / "out", "--used-range", "2..8"]
     arguments += ["--layerwise", 1, "--steps", 2, "--tokens", 1024, "--context", 64, "--held-out-tokens", 128]
 
-    done = CliRunner().invoke(cli, list(map(str, [*arguments, "--report", tmp_path / "curves.html"])))
+    done = CliRunner().invoke(cli, list(map(str, arguments)))
 
     assert 0 == done.exit_code, done.output
-    assert "experts per token" in done.stdout
-    page = (tmp_path / "curves.html").read_text()
-    assert all(word in page for word in ("Held-out error of each layer", "k = 2", "k = 8", "default-src 'none'"))
+    assert "experts used" in done.stdout
+    assert ["2", "8"] == [line.split()[0] for line in done.stdout.splitlines()[1:3]]

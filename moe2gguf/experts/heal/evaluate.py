@@ -1,4 +1,4 @@
-"""Held-out text at every count of interest: divergence from the dense model, and how many experts tokens need."""
+"""Scores on held-out text at every count of interest: divergence from the dense model, and loss."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from torch import Tensor
 from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.head import TOKENS, summed
 from moe2gguf.experts.heal.plan import HealSettings, Windows
-from moe2gguf.experts.heal.student import routers, use
+from moe2gguf.experts.heal.student import use
 from moe2gguf.experts.heal.teacher import Teacher
 from moe2gguf.experts.hidden_states import chunks
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
 def evaluate(student: Any, teacher: Teacher, held_out: Windows, settings: HealSettings) -> dict[str, Any]:
-    """`kl` and `nll` (nats per token) by count, the dense model's `nll_dense`, the mean `kl_mean` that decides, and
-
-    `needed`: the average number of experts at which a router that stops at `settings.threshold` of the probability
-    would stop, for all tokens, for the half that the dense model predicts best, and for the other half.
-    """
+    """`kl` and `nll` (nats per token) by count, the dense model's `nll_dense`, and the mean `kl_mean` that decides."""
     student.eval()
     device, head = next(student.parameters()).device, student.get_output_embeddings()
     kl: dict[str, float] = dict.fromkeys(map(str, settings.evaluate_at), 0.0)
     nll = dict(kl)
-    counts, dense_nll = [], []
+    dense_nll = []
     for window in held_out:
         ids = torch.from_numpy(window[None]).to(device)
         base, following = teacher.last(window[None])[0, :-1], ids[0, 1:]
@@ -44,14 +40,5 @@ def evaluate(student: Any, teacher: Teacher, held_out: Windows, settings: HealSe
             scores = summed(last[0, :-1], measure) / (len(base) * len(held_out))
             kl[str(k)] += float(scores[0])
             nll[str(k)] += float(scores[1])
-        counts.append(_needed(student, settings.threshold)[:-1])
-    count, hardness = torch.cat(counts).float(), torch.cat(dense_nll)
-    easy = hardness <= hardness.median()
-    needed = {"all": float(count.mean()), "easy": float(count[easy].mean()), "hard": float(count[~easy].mean())}
-    means = {"nll_dense": float(hardness.mean()), "kl_mean": sum(kl.values()) / len(kl)}
-    return {"kl": kl, "nll": nll, **means, "needed": needed}
-
-
-def _needed(student: Any, threshold: float) -> Tensor:
-    """(n_token,): mean over layers, from the last forward pass."""
-    return torch.stack([losses.needed(r.logits, threshold).float() for r in routers(student)]).mean(0)
+    means = {"nll_dense": float(torch.cat(dense_nll).mean()), "kl_mean": sum(kl.values()) / len(kl)}
+    return {"kl": kl, "nll": nll, **means}

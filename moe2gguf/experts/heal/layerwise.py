@@ -189,8 +189,6 @@ def fit(layer: Layer, data: Data, settings: HealSettings, i: int) -> dict[str, A
 
 
 def _step(layer: Layer, data: Data, settings: HealSettings, optimizer: Any, step: int, i: int) -> None:
-    torch.manual_seed(hash((settings.seed, i, step)) & 0x7FFFFFFF)
-    layer.train().router.noise = settings.noise
     optimizer.zero_grad()
     batch = batch_at(settings, data.job.n_train, step)
     for w in batch:

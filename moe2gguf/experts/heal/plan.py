@@ -28,9 +28,7 @@ class HealSettings:
     layer_lr, lr, router_lr   rates of the layer-wise stage, of the steps, of the routers
     weight_decay, warmup (share of the steps), clip (largest norm of the gradient)
     top          compare the teacher's N likeliest tokens (0: all)
-    next_token, hidden, balance, z, few   weights of the losses of that name; `kl` has weight 1
-    noise        deviation of the noise on the router's logits in training
-    threshold    probability at which a threshold router would stop, for the reported count
+    next_token   weight of the cross-entropy of the text itself; the divergence has weight 1
     """
 
     train: tuple[str, ...] = ("router", "experts")
@@ -48,12 +46,6 @@ class HealSettings:
     clip: float = 1.0
     top: int = 0
     next_token: float = 0.0
-    hidden: float = 0.0
-    balance: float = 0.0
-    z: float = 0.0
-    few: float = 0.0
-    noise: float = 0.0
-    threshold: float = 0.5
     lora_rank: int = 16
     evaluate_every: int = 50
     save_every: int = 50

@@ -26,7 +26,7 @@ def scale_of(rows: Tensor, x: Tensor) -> float:
 
 
 class Router(nn.Module):  # type: ignore[misc]  # torch is not followed
-    """`weight` (n_expert, d_model), trained; `top_k` experts run. The last logits and choices stay for the losses.
+    """`weight` (n_expert, d_model), trained; `top_k` experts run.
 
     Called like transformers' own router: (logits, weights (n_token, k), indices (n_token, k)).
     """
@@ -34,9 +34,7 @@ class Router(nn.Module):  # type: ignore[misc]  # torch is not followed
     def __init__(self, rows: Tensor, scale: float, top_k: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(rows.float() / scale)
-        self.scale, self.top_k, self.noise = scale, top_k, 0.0
-        self.logits: Tensor = torch.empty(0)
-        self.chosen: Tensor = torch.empty(0)
+        self.scale, self.top_k = scale, top_k
 
     @property
     def stored(self) -> Tensor:
@@ -47,11 +45,9 @@ class Router(nn.Module):  # type: ignore[misc]  # torch is not followed
         """Route x (n_token, d_model) or (batch, n_context, d_model)."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
         with torch.autocast(x.device.type, enabled=False):
-            self.logits = logits = x @ self.weight.T
+            logits = x @ self.weight.T
             used = (x @ self.stored.T).detach() if self.scale != 1 else logits
-        if self.training and self.noise:
-            used = used + torch.randn_like(used) * (self.noise * self.scale)
         if self.scale != 1:
             used = used + (logits - logits.detach())
-        top, self.chosen = used.softmax(-1).topk(self.top_k, dim=-1)
-        return used, top / top.sum(-1, keepdim=True), self.chosen
+        top, chosen = used.softmax(-1).topk(self.top_k, dim=-1)
+        return used, top / top.sum(-1, keepdim=True), chosen

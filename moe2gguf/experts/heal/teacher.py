@@ -39,13 +39,6 @@ class Teacher:
         logits: Tensor = self._model.lm_head(last)
         return logits
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-    def states(self, windows: Windows) -> tuple[Tensor, ...]:
-        """The residual stream after every layer, (n_window, n_context, d_model) each; these are not kept."""
-        ids = torch.from_numpy(windows).to(self._device)
-        states: tuple[Tensor, ...] = self._model.model(ids, output_hidden_states=True).hidden_states
-        return states[1:]
-
     def _last(self, window: Windows) -> Tensor:
         key = window.tobytes()
         if (known := self._kept.get(key)) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import time
@@ -23,7 +22,7 @@ from moe2gguf.experts.heal.layerwise import Log
 from moe2gguf.experts.heal.moe_layer import Stored, save_arrays
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for
 from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
-from moe2gguf.experts.heal.student import add_lora, attention, load_student, routers, stored_layers, use
+from moe2gguf.experts.heal.student import add_lora, attention, load_student, stored_layers, use
 from moe2gguf.experts.heal.teacher import Teacher
 
 
@@ -99,11 +98,9 @@ class _Trainer:
         return self.accelerator.unwrap_model(self.student)
 
     def step(self, step: int) -> None:
-        """One optimizer step; the count, the windows and the noise follow from the seed and the step's number."""
+        """One optimizer step; the count and the windows follow from the seed and the step's number."""
         k, start = used_at(self.settings, step), time.perf_counter()
         use(self.model, k)
-        for router in routers(self.model):
-            router.noise = self.settings.noise
         self.student.train()
         torch.manual_seed(self.settings.seed * 1_000_003 + step)
         windows = batch_at(self.settings, len(self.ids), step)
@@ -130,22 +127,10 @@ class _Trainer:
 
     def _loss(self, windows: Windows) -> dict[str, Tensor]:
         """The weighted terms that are on."""
-        s = self.settings
         ids = torch.from_numpy(windows).to(self.accelerator.device)
         ours = self.student(ids, output_hidden_states=True, logits_to_keep=1)
         with self.accelerator.autocast():
-            terms = self._predictions(ours.hidden_states[-1], windows, ids)
-            if s.hidden:
-                states = self.teacher.states(windows)
-                terms["hidden"] = s.hidden * losses.hidden(ours.hidden_states[1:], states)
-        gates = list(routers(self.model))
-        if s.balance:
-            terms["balance"] = s.balance * _mean(losses.balance(r.logits, r.chosen) for r in gates)
-        if s.z:
-            terms["z"] = s.z * _mean(losses.z(r.logits) for r in gates)
-        if s.few:
-            terms["few"] = s.few * _mean(losses.few(r.logits) for r in gates)
-        return terms
+            return self._predictions(ours.hidden_states[-1], windows, ids)
 
     def _predictions(self, last: Tensor, windows: Windows, ids: Tensor) -> dict[str, Tensor]:
         """The terms of the next-token probabilities, from the last hidden states (n_window, n_context, d_model)."""
@@ -217,7 +202,3 @@ class _Trainer:
         self.accelerator.load_state(str(found[-1]))
         self.best = float((found[-1] / "best.txt").read_text())
         return int(found[-1].name.split("-")[1])
-
-
-def _mean(values: Any) -> Tensor:
-    return torch.stack(list(itertools.chain(values))).mean()

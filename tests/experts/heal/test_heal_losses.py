@@ -43,45 +43,6 @@ def test_next_token_by_hand():
     assert [-math.log(0.75), LOG2, 0] == pytest.approx(losses.next_token(logits, following).tolist(), abs=1e-6)
 
 
-def test_hidden_by_hand():
-    """Layer 1: |(1, 0) - (0, 0)|^2 / 1 for one token and 0 for the other; layer 2 equal: (1/2 + 0) / 2."""
-    teacher = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2, 2)]
-    student = [torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.ones(2, 2)]
-
-    assert 0.25 == pytest.approx(float(losses.hidden(student, teacher)))
-
-
-def test_balance_by_hand():
-    """Two experts, both tokens choose the first with p = 3/4: 2 * (1 * 3/4 + 0) = 1.5; an even choice gives 1."""
-    logits = torch.tensor([[LOG3, 0.0], [LOG3, 0.0]])
-
-    assert 1.5 == pytest.approx(float(losses.balance(logits, torch.tensor([[0], [0]]))))
-    assert 1.0 == pytest.approx(float(losses.balance(torch.zeros(2, 2), torch.tensor([[0], [1]]))))
-
-
-def test_z_by_hand():
-    """Logits (0, 0): (ln 2)^2; logits (ln 3, 0): (ln 4)^2; their mean."""
-    logits = torch.tensor([[0.0, 0.0], [LOG3, 0.0]])
-
-    assert (LOG2**2 + math.log(4) ** 2) / 2 == pytest.approx(float(losses.z(logits)))
-
-
-def test_few_is_the_entropy():
-    """Two equal experts: ln 2; a sure one: 0; p = (3/4, 1/4) by the formula."""
-    assert pytest.approx(LOG2) == float(losses.few(torch.zeros(3, 2)))
-    assert 0 == pytest.approx(float(losses.few(torch.tensor([[100.0, 0.0]]))), abs=1e-6)
-    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert expected == pytest.approx(float(losses.few(torch.tensor([[LOG3, 0.0]]))))
-
-
-def test_needed_counts_experts_up_to_the_threshold():
-    """p = (1/2, 1/4, 1/4): one expert reaches 0.5, two 0.7, three 0.9; no threshold needs more than all."""
-    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
-
-    assert [1, 2, 3, 3] == [int(losses.needed(logits, t)) for t in (0.4, 0.7, 0.9, 1.0)]
-    assert 2 == int(losses.needed(torch.zeros(1, 4), 0.5))  # two quarters reach it exactly
-
-
 def test_an_ordering_only_router_runs_as_stored_and_learns_as_if_it_were_not():
     """Forward: the plain softmax of the tiny rows, 1/k each; backward: the gradient of logits of order one."""
     torch.manual_seed(0)
@@ -112,16 +73,3 @@ def test_a_router_with_a_real_softmax_keeps_its_scale():
 
     assert 1.0 == scale_of(rows, x)
     assert 1.0 == scale_of(torch.zeros(4, 8), x)
-
-
-def test_noise_changes_choices_in_training_only():
-    """Noisy top-k: other experts at times while training, none while evaluating."""
-    torch.manual_seed(0)
-    router, x = Router(torch.randn(8, 8) * 0.1, 1.0, 2), torch.randn(64, 8)
-    router.noise = 1.0
-
-    chosen = router.train()(x)[2]
-    calm = router.eval()(x)[2]
-
-    assert not torch.equal(chosen, calm)
-    assert torch.equal(calm, router.eval()(x)[2])
