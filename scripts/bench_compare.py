@@ -73,12 +73,12 @@ def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int |
     from moe2gguf.llama.library import processors
     from moe2gguf.llama.model import open_model
     from moe2gguf.measure.check import default_text
-    from moe2gguf.measure.logits import record_here
+    from moe2gguf.measure.logits import record_in_process
 
     setup = Setup(n_context=N_CONTEXT, n_threads=threads or processors())
     first = N_CONTEXT // 2
     n_token = n_window * (N_CONTEXT - 1 - first)
-    reference = record_here(
+    reference = record_in_process(
         file, setup, default_text(64 * N_CONTEXT * n_window), n_token, first, folder / "logits", None
     )
     with open_model(file, setup) as model:
@@ -89,7 +89,7 @@ def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int |
 def one_repeat(model: Llama, reference: Reference) -> Result:
     """All windows once, with a clock around every call of llama.cpp."""
     from moe2gguf.measure import metrics
-    from moe2gguf.measure.logits import compare_window
+    from moe2gguf.measure.logits import score_window
 
     windows, feed = reference.windows, model.feed
     inside = [0.0, 0.0]
@@ -105,7 +105,7 @@ def one_repeat(model: Llama, reference: Reference) -> Result:
     began = time.perf_counter(), time.process_time()
     with reference.logits.open("rb") as file:
         for window in windows.tokens:
-            metrics.join(compare_window(model, window, reference, file, metrics.TAIL))
+            metrics.join_scores(score_window(model, window, reference, file, metrics.TAIL))
     n = len(windows.tokens)
     total = (time.perf_counter() - began[0]) / n, (time.process_time() - began[1]) / n
     model.feed = feed

@@ -29,9 +29,9 @@ from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.mlp import Carved, Inputs
 from moe2gguf.experts.slice_layer import Contributions, carve
 from moe2gguf.experts.text import read_text
-from moe2gguf.measure.compare import Settings as CompareSettings
+from moe2gguf.measure.compare import CompareSettings as CompareSettings
 from moe2gguf.measure.compare import compare
-from moe2gguf.measure.logits import cut
+from moe2gguf.measure.logits import cut_windows
 from moe2gguf.recipes.calibrate import subject
 from moe2gguf.recipes.convert import convert, write_plan
 from moe2gguf.recipes.options import Options
@@ -318,7 +318,7 @@ def held_out_ids(run: Run, bos: int | None) -> np.ndarray:
     tokens = Tokenizer.from_file(str(run.model / "tokenizer.json")).encode(run.held_out, add_special_tokens=False).ids
     first = N_CONTEXT // 2
     n_token = run.n_window * (N_CONTEXT - 1 - first)
-    return cut(np.array(tokens, np.int32), n_token=n_token, n_context=N_CONTEXT, first=first, bos=bos).tokens
+    return cut_windows(np.array(tokens, np.int32), n_token=n_token, n_context=N_CONTEXT, first=first, bos=bos).tokens
 
 
 @torch.inference_mode()

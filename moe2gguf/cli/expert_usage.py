@@ -54,13 +54,13 @@ def experts(
     """
     from moe2gguf.cli import tables_expert_usage as display_experts
     from moe2gguf.measure.compare import read_text
-    from moe2gguf.measure.expert_usage import observe
+    from moe2gguf.measure.expert_usage import measure_expert_usage
     from moe2gguf.measure.report.experts import write_report
     from moe2gguf.measure.report.page import require_plotly
 
     if report:
         require_plotly(report)
-    found = observe(file, text=read_text(text), n_token=tokens or None, n_context=context, **options)
+    found = measure_expert_usage(file, text=read_text(text), n_token=tokens or None, n_context=context, **options)
     if report:
         write_report(found, report, sys.argv)
     emit(found.to_dict(), as_json, lambda: display_experts.experts(found))

@@ -15,13 +15,13 @@ from moe2gguf.errors import OutputError
 
 if TYPE_CHECKING:
     from moe2gguf.measure.bench import Bench
-    from moe2gguf.measure.candidates import Candidate
+    from moe2gguf.measure.grid import RunConfig
     from moe2gguf.measure.metrics import Summary
-    from moe2gguf.measure.results import Comparison, Row
+    from moe2gguf.measure.results import Comparison, ResultRow
     from moe2gguf.measure.speed import Run, Speed, Spread
 
 
-def row_done(row: Row) -> None:
+def row_done(row: ResultRow) -> None:
     """One line on stderr when it is a terminal: the sweep is alive, and this is how far it got."""
     console = display.err()
     if not console.is_terminal:
@@ -32,7 +32,7 @@ def row_done(row: Row) -> None:
         what += " (journal)" if row.resumed else f" ({row.quality.seconds:.1f} s)"
     else:
         what = row.reason.splitlines()[0]
-    console.print(f"{escape(row.candidate.label)}: {row.status}, {escape(what)}")
+    console.print(f"{escape(row.config.label)}: {row.status}, {escape(what)}")
 
 
 def comparison(found: Comparison) -> None:
@@ -69,13 +69,13 @@ def _heading(found: Comparison) -> None:
     console.print()
 
 
-def _names(row: Row) -> tuple[str, str, str, str]:
-    c = row.candidate
+def _names(row: ResultRow) -> tuple[str, str, str, str]:
+    c = row.config
     used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"
     return escape(c.name or c.path.name), c.type, used, c.device
 
 
-def _scores(row: Row) -> tuple[str, ...]:
+def _scores(row: ResultRow) -> tuple[str, ...]:
     if row.quality is None:
         return (row.status,)
     return _scores_of(row.quality.summary, "=" if row.above_noise is False else "")
@@ -100,7 +100,7 @@ def _reasons(found: Comparison) -> None:
         display.out().print(f"{escape(name)}: {escape(origin)}")
     for row in found.rows:
         if row.reason:
-            display.out().print(f"{escape(row.candidate.label)} {row.status}: {escape(row.reason)}")
+            display.out().print(f"{escape(row.config.label)} {row.status}: {escape(row.reason)}")
 
 
 def _devices(found: Comparison) -> None:
@@ -134,7 +134,7 @@ def _verdicts(found: Comparison) -> None:
 
 
 def _choice(found: Comparison) -> None:
-    if found.choice is None:
+    if found.recommendation is None:
         return
     console = display.out()
     console.print()
@@ -143,14 +143,14 @@ def _choice(found: Comparison) -> None:
         table.add_row(escape(found.reference.label), *_speed_cells(found.reference_speed), "reference")
     for row in found.rows:
         if row.speed:
-            mark = "front" if row.candidate.label in found.choice.front else ""
-            table.add_row(escape(row.candidate.label), *_speed_cells(row.speed), mark)
+            mark = "front" if row.config.label in found.recommendation.front else ""
+            table.add_row(escape(row.config.label), *_speed_cells(row.speed), mark)
     display.lines(table)
     console.print()
-    console.print(f"take {escape(found.choice.label)}: {escape(found.choice.reason)}")
+    console.print(f"take {escape(found.recommendation.label)}: {escape(found.recommendation.reason)}")
 
 
-def run_done(one: Candidate, run: Run) -> None:
+def run_done(one: RunConfig, run: Run) -> None:
     """One line on stderr for every timed run when it is a terminal."""
     console = display.err()
     if console.is_terminal:
@@ -164,13 +164,13 @@ def speeds(found: Bench) -> None:
     console = display.out()
     table = _speed_table()
     for row in found.rows:
-        cells = _speed_cells(row.speed) if row.speed else ("refused" if row.candidate.refusal else "failed",)
-        table.add_row(escape(row.candidate.label), *cells)
+        cells = _speed_cells(row.speed) if row.speed else ("refused" if row.config.refusal else "failed",)
+        table.add_row(escape(row.config.label), *cells)
     display.lines(table)
     console.print()
     for row in found.rows:
         if row.reason:
-            console.print(f"{escape(row.candidate.label)}: {escape(row.reason)}")
+            console.print(f"{escape(row.config.label)}: {escape(row.reason)}")
     given = found.settings
     console.print(
         f"median (lowest - highest) of {given['repeat']} rounds; prompt of {given['prompt']}, generation of "

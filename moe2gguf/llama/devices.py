@@ -70,7 +70,7 @@ def reference_device(devices: Sequence[str]) -> str:
     return devices[0] if devices and all(name.startswith(_RPC) for name in devices) else "cpu"
 
 
-def placed(setup: Setup, device: str) -> Setup:
+def place_on_device(setup: Setup, device: str) -> Setup:
     """Return `setup` on a device of DEVICES or of `rpc_device`."""
     if device.startswith(_RPC):
         return replace(setup, n_gpu_layers=-1, rpc_servers=tuple(device.removeprefix(_RPC).split("+")))
@@ -83,7 +83,7 @@ def require_devices(devices: Iterable[str]) -> None:
     unknown = [name for name in wanted if name not in DEVICES and not name.startswith(_RPC)]
     if unknown:
         raise HarnessError(f"no such device: {', '.join(unknown)}; choose from {', '.join(DEVICES)}")
-    setups = [setup for name in wanted if (setup := placed(Setup(), name)).n_gpu_layers]
+    setups = [setup for name in wanted if (setup := place_on_device(Setup(), name)).n_gpu_layers]
     if setups:
         run_in_child(_require, setups, what="looking for the devices")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.llama.devices import placed, reference_device, require_devices
+from moe2gguf.llama.devices import place_on_device, reference_device, require_devices
 from moe2gguf.llama.library import processors
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.candidates import Candidate, candidate, candidates
-from moe2gguf.measure.speed import Run, Speed, collect, fast, memory_bandwidth, run_once
+from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
+from moe2gguf.measure.speed import Run, Speed, benchmark_setup, memory_bandwidth, run_once, summarize_runs
 
 TIMEOUT = 1800.0
 """Seconds that one run may take, load and warm-up included."""
@@ -34,14 +34,14 @@ class Timing:
 class BenchRow:
     """One line: a candidate and its speed, or the reason why there is none."""
 
-    candidate: Candidate
+    config: RunConfig
     speed: Speed | None
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON types."""
         speed = self.speed.to_dict() if self.speed else None
-        return {**self.candidate.to_dict(), "reason": self.reason, "speed": speed}
+        return {**self.config.to_dict(), "reason": self.reason, "speed": speed}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Bench:
     @property
     def ok(self) -> bool:
         """Whether every candidate that can run did."""
-        return all(row.speed or row.candidate.refusal for row in self.rows)
+        return all(row.speed or row.config.refusal for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
@@ -76,7 +76,7 @@ def bench(
     devices: Sequence[str] = ("cpu",),
     reference: Path | None = None,
     timing: Timing | None = None,
-    on_run: Callable[[Candidate, Run], None] = lambda *_: None,
+    on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
 ) -> Bench:
     """Time every file at every `used` count on every device, and the dense `reference` on the CPU (on RPC
     servers where all devices are such).
@@ -89,15 +89,15 @@ def bench(
     """
     timing = timing or Timing()
     require_devices(devices)
-    base = candidate(read_model(reference), 0, reference_device(devices)) if reference else None
-    return time_candidates(candidates(files, used, devices), base, timing, on_run)
+    base = plan_run(read_model(reference), 0, reference_device(devices)) if reference else None
+    return time_grid(plan_grid(files, used, devices), base, timing, on_run)
 
 
-def time_candidates(
-    others: Sequence[Candidate],
-    base: Candidate | None,
+def time_grid(
+    others: Sequence[RunConfig],
+    base: RunConfig | None,
     timing: Timing,
-    on_run: Callable[[Candidate, Run], None] = lambda *_: None,
+    on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
 ) -> Bench:
     """Time candidates, and `base` before them, round by round; see `bench`."""
     wanted = ([base] if base else []) + list(others)
@@ -114,7 +114,7 @@ def time_candidates(
             except HarnessError as error:
                 reasons[i] = str(error)
         bandwidth = max(bandwidth, memory_bandwidth())
-    speeds = {i: collect(done) for i, done in runs.items() if done and i not in reasons}
+    speeds = {i: summarize_runs(done) for i, done in runs.items() if done and i not in reasons}
     normal = speeds[0].generation.median if base and 0 in speeds else None
     return Bench(
         rows=tuple(
@@ -132,12 +132,12 @@ def time_candidates(
     )
 
 
-def _run(one: Candidate, timing: Timing, seed: int) -> Run:
-    setup = placed(fast(timing.threads, one.n_expert_used if one.n_expert else None), one.device)
+def _run(one: RunConfig, timing: Timing, seed: int) -> Run:
+    setup = place_on_device(benchmark_setup(timing.threads, one.n_expert_used if one.n_expert else None), one.device)
     return run_once(one.path, setup, timing.n_prompt, timing.n_generate, seed=seed, timeout=timing.timeout)
 
 
-def _rated(speed: Speed | None, one: Candidate, bandwidth: float, normal: float | None) -> Speed | None:
+def _rated(speed: Speed | None, one: RunConfig, bandwidth: float, normal: float | None) -> Speed | None:
     """Return a speed with its bound, which is the CPU's and so only known there, and its ratio to the reference."""
     if speed is None:
         return None

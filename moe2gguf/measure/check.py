@@ -17,7 +17,7 @@ from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import processors
 from moe2gguf.llama.model import Facts, read_facts
 from moe2gguf.measure import metrics
-from moe2gguf.measure.logits import Reference, measure, record
+from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.metrics import Summary
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import may_quantize
@@ -94,9 +94,9 @@ def check(
     wanted: int | Literal["all"] = "all" if n_expert_used is None else n_expert_used
     text = default_text(16 * (n_token + n_context)) if text is None else text
     with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
-        reference = record(dense, setup, text, n_token, 0, Path(folder) / "logits")
+        reference = record_reference(dense, setup, text, n_token, 0, Path(folder) / "logits")
         ours = _compare(sliced, replace(setup, n_expert_used=wanted), reference)
-        noise = _compare(dense, disturbed(setup), reference, n_window=1)
+        noise = _compare(dense, reorder_sums(setup), reference, n_window=1)
     return _judged(dense, facts, n_expert_used, ours, noise)
 
 
@@ -108,11 +108,11 @@ def default_text(n_character: int) -> str:
 
 
 def _compare(path: Path, setup: Setup, reference: Reference, n_window: int | None = None) -> Summary:
-    with closing(measure(path, setup, reference, tail=-np.inf)) as scores:
-        return metrics.summarize(metrics.join(islice(scores, n_window)))
+    with closing(score_file(path, setup, reference, tail=-np.inf)) as scores:
+        return metrics.summarize(metrics.join_scores(islice(scores, n_window)))
 
 
-def disturbed(setup: Setup) -> Setup:
+def reorder_sums(setup: Setup) -> Setup:
     """Return the same computation in another order.
 
     On CPUs only single tokens meet other kernels (dot products instead of matrix products), and the kernels of

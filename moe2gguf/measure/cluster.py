@@ -18,15 +18,15 @@ from moe2gguf.errors import HarnessError, Moe2GgufError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import require_devices
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.candidates import Candidate, identity
+from moe2gguf.measure.grid import RunConfig, digest_identity
 from moe2gguf.measure.results import Quality
-from moe2gguf.measure.workbench import Answer, Job, Settings, Workbench
+from moe2gguf.measure.workbench import Answer, CompareSettings, Measurement, Runner
 
 _CONNECT_SECONDS = 10
 _SAME = ("moe2gguf", "llama-cpp-python")
 
 
-def require_workers(address: str, wanted: Iterable[Candidate], devices: Sequence[str]) -> dict[str, dict[str, Any]]:
+def require_workers(address: str, wanted: Iterable[RunConfig], devices: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return versions and machine of every worker of the scheduler at `address`, by the worker's name.
 
     Raises HarnessError, with everything that is amiss on any worker, unless all of them can measure all of `wanted`.
@@ -42,7 +42,7 @@ def require_workers(address: str, wanted: Iterable[Candidate], devices: Sequence
     return {facts["name"]: facts["environment"] for facts in found.values()}
 
 
-def measured_by_workers(jobs: Sequence[Job], settings: Settings) -> Iterator[tuple[Job, Answer]]:
+def measure_on_workers(jobs: Sequence[Measurement], settings: CompareSettings) -> Iterator[tuple[Measurement, Answer]]:
     """Yield every job with its answer, as they come. A job whose worker is lost goes to another one.
 
     Raises HarnessError if the scheduler is not there.
@@ -86,7 +86,7 @@ def _problems(facts: Any) -> list[str]:
 # --- the worker's side ---
 
 _lock = threading.Lock()
-_kept: dict[Settings, tuple[Workbench, tempfile.TemporaryDirectory[str]]] = {}
+_kept: dict[CompareSettings, tuple[Runner, tempfile.TemporaryDirectory[str]]] = {}
 
 
 def _inspected(files: dict[Path, str], devices: Sequence[str], dask_worker: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _inspected(files: dict[Path, str], devices: Sequence[str], dask_worker: Any)
     return {"name": str(dask_worker.name), "environment": environment(), "problems": problems}
 
 
-def _answer(job: Job, settings: Settings) -> Answer:
+def _answer(job: Measurement, settings: CompareSettings) -> Answer:
     """Return what a job comes to on this worker; the reference's logits stay for the next job of the same sweep."""
     from distributed import get_worker
 
@@ -111,7 +111,7 @@ def _answer(job: Job, settings: Settings) -> Answer:
         if settings not in _kept:
             _kept.clear()  # and their folders with them
             folder = tempfile.TemporaryDirectory(prefix="moe2gguf-")
-            _kept[settings] = Workbench(settings, Path(folder.name)), folder
+            _kept[settings] = Runner(settings, Path(folder.name)), folder
         answer = _kept[settings][0].answer(job)
     return replace(answer, worker=name) if isinstance(answer, Quality) else answer
 
@@ -121,7 +121,7 @@ def _unseen(files: dict[Path, str]) -> list[str]:
     problems = []
     for path, expected in files.items():
         try:
-            if identity(read_model(path)) != expected:
+            if digest_identity(read_model(path)) != expected:
                 problems.append(f"{path} is another file here (header, size or time of change): use one shared folder")
         except Moe2GgufError as error:
             problems.append(f"{error}; all machines must see the files under the same path: use a shared folder")

@@ -17,15 +17,15 @@ from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import Setup, placed, require_devices
+from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.library import processors
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.candidates import Candidate, candidate, candidates
 from moe2gguf.measure.check import default_text
-from moe2gguf.measure.watch_routing import LayerTally, Tally, watch
+from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
+from moe2gguf.measure.watch_routing import LayerTally, Tally, tally_routing
 
 
-def observe(
+def measure_expert_usage(
     path: Path,
     *,
     used: int | None = None,
@@ -54,26 +54,26 @@ def observe(
     """
     require_devices([device])
     file = read_model(path)
-    (one,) = candidates([path], [] if used is None else [used], [device])
+    (one,) = plan_grid([path], [] if used is None else [used], [device])
     if not one.n_expert:
         raise HarnessError(f"{path}: is dense, it has no experts to watch; name a file that `moe2gguf convert` made")
     if one.refusal:
         raise HarnessError(f"{path}: {one.refusal}")
     text = default_text(16 * ((n_token or 0) + 4096)) if text is None else text
     setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads or processors())
-    tally = count(path, placed(setup, device), text, n_token, timeout)
-    expected, why = calibration_load(file, one.n_expert, one.n_expert_used)
+    tally = tally_in_child(path, place_on_device(setup, device), text, n_token, timeout)
+    expected, why = read_calibration_load(file, one.n_expert, one.n_expert_used)
     return ExpertUse(
-        candidate=candidate(file, one.n_expert_used, device),
+        config=plan_run(file, one.n_expert_used, device),
         n_token=tally.n_token,
-        layers=layers(tally, expected),
+        layers=summarize_layers(tally, expected),
         calibration=why,
         settings={"text_sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), "context": n_context},
         environment=environment(),
     )
 
 
-def calibration_load(file: GGUFFile, n_expert: int, n_expert_used: int) -> tuple[NDArray[np.float64] | None, str]:
+def read_calibration_load(file: GGUFFile, n_expert: int, n_expert_used: int) -> tuple[NDArray[np.float64] | None, str]:
     """Return the load (n_layer, n_expert) that calibration saw at this count, or None; and a sentence about it."""
     values = file.metadata.get(CALIBRATION_LOAD)
     n_layer = file.metadata.get("llama.block_count")
@@ -98,7 +98,7 @@ DEAD = 0.01
 OVERLOADED = 2.0
 """An expert is overloaded above this many fair shares."""
 
-N_WORD = 8
+N_TYPICAL = 8
 """Tokens named per expert."""
 
 MIN_COUNT = 3
@@ -106,7 +106,7 @@ MIN_COUNT = 3
 
 
 @dataclass(frozen=True)
-class Word:
+class TypicalToken:
     """A token that runs an expert more often than others do: its text, how often it occurs, the share that runs it."""
 
     text: str
@@ -142,14 +142,14 @@ class LayerUse:
     pair: tuple[int, int] | None
     correlation: float | None
     moved: float | None
-    words: tuple[tuple[Word, ...], ...]
+    words: tuple[tuple[TypicalToken, ...], ...]
 
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What `observe` returns. `calibration` says what the load was compared with, or why it was not."""
+    """What `measure_expert_usage` returns. `calibration` says what the load was compared with, or why it was not."""
 
-    candidate: Candidate
+    config: RunConfig
     n_token: int
     layers: tuple[LayerUse, ...]
     calibration: str
@@ -163,7 +163,7 @@ class ExpertUse:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
         return {
-            **self.candidate.to_dict(),
+            **self.config.to_dict(),
             "tokens": self.n_token,
             "calibration": self.calibration,
             "settings": self.settings,
@@ -175,12 +175,12 @@ class ExpertUse:
         }
 
 
-def count(path: Path, setup: Setup, text: str, n_token: int | None, timeout: float | None = None) -> Tally:
+def tally_in_child(path: Path, setup: Setup, text: str, n_token: int | None, timeout: float | None = None) -> Tally:
     """Count in a child process which experts run; see `experts_trace.watch`. `timeout` in seconds for all of it."""
-    return run_in_child(watch, path, setup, text, n_token, what=f"running {path}", timeout=timeout)
+    return run_in_child(tally_routing, path, setup, text, n_token, what=f"running {path}", timeout=timeout)
 
 
-def layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]:
+def summarize_layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]:
     """Return what the sums say; `expected` (n_layer, n_expert) is the load in calibration."""
     return tuple(
         _layer(i, one, tally, None if expected is None else expected[i]) for i, one in sorted(tally.layers.items())
@@ -190,14 +190,14 @@ def layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]
 def _layer(i: int, one: LayerTally, tally: Tally, expected: Floats | None) -> LayerUse:
     together = one.together / tally.n_token
     load = np.diagonal(together)
-    always_on, dead, overloaded = roles(load, tally.n_expert_used)
-    pair = closest(together, always_on)
+    always_on, dead, overloaded = classify_experts(load, tally.n_expert_used)
+    pair = find_closest_pair(together, always_on)
     return LayerUse(
         layer=i,
         load=_tuple(load),
         probability=_tuple(one.probability / tally.n_token),
         router_entropy=one.entropy / tally.n_token,
-        effective=effective_experts(load),
+        effective=count_effective_experts(load),
         together=tuple(_tuple(row) for row in together),
         always_on=always_on,
         dead=dead,
@@ -205,11 +205,11 @@ def _layer(i: int, one: LayerTally, tally: Tally, expected: Floats | None) -> La
         pair=pair[:2] if pair else None,
         correlation=pair[2] if pair else None,
         moved=None if expected is None else float(np.abs(load - expected).sum() / 2 / tally.n_expert_used),
-        words=tuple(typical_words(one.words[:, e], tally.counts, load[e], tally.texts) for e in range(len(load))),
+        words=tuple(find_typical_tokens(one.words[:, e], tally.counts, load[e], tally.texts) for e in range(len(load))),
     )
 
 
-def roles(load: Floats, n_expert_used: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def classify_experts(load: Floats, n_expert_used: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the experts (always on, dead, overloaded) of a layer with this load (n_expert,); none where all run."""
     n_expert = len(load)
     if n_expert_used >= n_expert:
@@ -222,13 +222,13 @@ def roles(load: Floats, n_expert_used: int) -> tuple[tuple[int, ...], tuple[int,
     return tuple(tuple(int(e) for e in np.flatnonzero(mask)) for mask in (on, dead, busy))  # type: ignore[return-value]
 
 
-def effective_experts(load: Floats) -> float:
+def count_effective_experts(load: Floats) -> float:
     """Return exp of the entropy of the load (n_expert,): from 1 to n_expert."""
     share = load[load > 0] / load.sum()
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
-def closest(together: Floats, always_on: Sequence[int]) -> tuple[int, int, float] | None:
+def find_closest_pair(together: Floats, always_on: Sequence[int]) -> tuple[int, int, float] | None:
     """Return the two experts, of those not always on, with the largest correlation over tokens (phi coefficient)."""
     load = np.diagonal(together)
     spread = np.sqrt(load * (1 - load))
@@ -244,7 +244,9 @@ def closest(together: Floats, always_on: Sequence[int]) -> tuple[int, int, float
     return int(i), int(j), float(phi[i, j])
 
 
-def typical_words(ran: NDArray[Any], counts: NDArray[np.int64], load: float, texts: Sequence[str]) -> tuple[Word, ...]:
+def find_typical_tokens(
+    ran: NDArray[Any], counts: NDArray[np.int64], load: float, texts: Sequence[str]
+) -> tuple[TypicalToken, ...]:
     """Return the words that say most about an expert: the largest n ln(share / load) of n uses, all above chance.
 
     That is a word's part of the mutual information between words and expert. `ran` and `counts` are (n_word,).
@@ -254,8 +256,8 @@ def typical_words(ran: NDArray[Any], counts: NDArray[np.int64], load: float, tex
     n = ran.astype(np.float64)
     share = n / counts
     score = n * np.log(np.where(n > 0, share, load) / load) * (counts >= MIN_COUNT)
-    best = np.argsort(-score, kind="stable")[:N_WORD]
-    return tuple(Word(texts[w], int(counts[w]), float(share[w])) for w in best if score[w] > 0)
+    best = np.argsort(-score, kind="stable")[:N_TYPICAL]
+    return tuple(TypicalToken(texts[w], int(counts[w]), float(share[w])) for w in best if score[w] > 0)
 
 
 def _tuple(values: Floats) -> tuple[float, ...]:

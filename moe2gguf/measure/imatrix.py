@@ -26,8 +26,8 @@ from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.watch_inputs import Sums, Watcher
-from moe2gguf.measure.candidates import identity
-from moe2gguf.measure.logits import Windows, cut
+from moe2gguf.measure.grid import digest_identity
+from moe2gguf.measure.logits import Windows, cut_windows
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, merge, read_imatrix, write_imatrix
 from moe2gguf.quant.imatrix_match import FEW
@@ -44,7 +44,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Collection:
-    """What `collect_imatrix` did; `scarce` are the experts that fewer than `FEW` tokens reached."""
+    """What `collect_imatrix` did; `find_scarce_experts` are the experts that fewer than `FEW` tokens reached."""
 
     path: Path
     matrix: ImportanceMatrix
@@ -130,7 +130,9 @@ def collect_imatrix(
     collected, parts = None, others
     if text is not None:
         words = read_text(text)
-        job = Job(identity(read_model(model)), words.digest, n_token, n_context, n_expert_used, vocabulary)
+        job = CollectionKey(
+            digest_identity(read_model(model)), words.digest, n_token, n_context, n_expert_used, vocabulary
+        )
         collected = _run(model, words, job, work, threads, progress)
         parts = [_matrix(collected, words, n_context), *others]
     matrix = merge(parts, n_context)
@@ -138,11 +140,11 @@ def collect_imatrix(
     write_imatrix(matrix, out, [model, *merged], force=force)
     work.unlink(missing_ok=True)
     done, resumed = (collected.n_window, collected.n_resumed) if collected else (0, 0)
-    return Collection(out, matrix, done * n_context, resumed * n_context, len(others), scarce(matrix))
+    return Collection(out, matrix, done * n_context, resumed * n_context, len(others), find_scarce_experts(matrix))
 
 
-def _run(model: Path, text: Text, job: Job, work: Path, threads: int | None, progress: Progress) -> Collected:
-    stream = collect(model, text.text, job, work, threads=threads)
+def _run(model: Path, text: Text, job: CollectionKey, work: Path, threads: int | None, progress: Progress) -> Collected:
+    stream = collect_sums(model, text.text, job, work, threads=threads)
     done, total = next(stream)
     with progress("collect", total * job.n_context) as advance:
         advance(done * job.n_context)
@@ -178,7 +180,7 @@ def _require_this_model(matrix: ImportanceMatrix, model: Path) -> None:
         raise ImportanceError(f"a merged importance matrix is not of {model}: {named} has another width or is missing")
 
 
-def scarce(matrix: ImportanceMatrix) -> tuple[Coverage, ...]:
+def find_scarce_experts(matrix: ImportanceMatrix) -> tuple[Coverage, ...]:
     """The experts of each layer that fewer than `FEW` tokens reached."""
     layers = {name.rpartition(".ffn_")[0]: entry.counts for name, entry in matrix.entries.items() if "_exps." in name}
     return tuple(
@@ -196,7 +198,7 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class Job:
+class CollectionKey:
     """What is collected; two jobs are the same work if all fields are equal.
 
     model           identity of the file
@@ -225,8 +227,8 @@ class Collected:
     n_expert_used: int
 
 
-def collect(
-    path: Path, text: str, job: Job, work: Path, *, threads: int | None = None
+def collect_sums(
+    path: Path, text: str, job: CollectionKey, work: Path, *, threads: int | None = None
 ) -> Generator[tuple[int, int], None, Collected]:
     """Run `text` through the file in a child process; yields (windows done, windows in all); returns the sums.
 
@@ -243,7 +245,7 @@ def collect(
 
 
 def _collect(
-    path: Path, text: str, job: Job, work: Path, threads: int | None
+    path: Path, text: str, job: CollectionKey, work: Path, threads: int | None
 ) -> Generator[tuple[int, int], None, Collected]:
     done, sums = _resume(job, work)
     n_batch = min(BATCH, job.n_context)
@@ -265,16 +267,16 @@ def _collect(
         return Collected(sums, done, n_resumed, model.n_expert_used)
 
 
-def _windows(model: Llama, text: str, job: Job) -> Windows:
+def _windows(model: Llama, text: str, job: CollectionKey) -> Windows:
     tokens, n = model.tokenize(text), job.n_context
     available = len(tokens) // n
     if not available:
         raise HarnessError(f"the text has {len(tokens)} tokens, fewer than a window of {n}: give a longer text")
     n_window = available if job.n_token is None else min(available, max(1, job.n_token // n))
-    return cut(tokens, n_token=n_window * (n - 1), n_context=n, first=0, bos=model.bos())
+    return cut_windows(tokens, n_token=n_window * (n - 1), n_context=n, first=0, bos=model.bos())
 
 
-def _save(job: Job, work: Path, done: int, sums: Sums) -> None:
+def _save(job: CollectionKey, work: Path, done: int, sums: Sums) -> None:
     """By rename, so that there is always a whole one."""
     unfinished = work.with_name(work.name + ".tmp")
     arrays: dict[str, Any] = {f"squares/{name}": value for name, value in sums.squares.items()}
@@ -289,7 +291,7 @@ def _save(job: Job, work: Path, done: int, sums: Sums) -> None:
         raise HarnessError(f"{work}: cannot keep what was collected so far ({error.strerror})") from error
 
 
-def _resume(job: Job, work: Path) -> tuple[int, Sums]:
+def _resume(job: CollectionKey, work: Path) -> tuple[int, Sums]:
     """Windows done and their sums: of `work`, or none. Raises HarnessError for one of another job."""
     if not work.exists():
         return 0, Sums()

@@ -29,7 +29,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def interval(samples: Sequence[float]) -> Interval:
+def mean_interval(samples: Sequence[float]) -> Interval:
     """Return the t interval of the mean of `samples`. Raises ValueError without any."""
     n = len(samples)
     if n == 0:
@@ -42,9 +42,9 @@ def interval(samples: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     """Return the interval of the mean of `first - second`, window by window. Raises ValueError for unequal lengths."""
-    return interval([a - b for a, b in zip(first, second, strict=True)])
+    return mean_interval([a - b for a, b in zip(first, second, strict=True)])
 
 
 def t_quantile(probability: float, n_free: int) -> float:

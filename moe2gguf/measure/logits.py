@@ -2,7 +2,7 @@
 
 Only scored positions are computed to logits, a batch at a time, so memory is at most four blocks of n_batch * n_vocab
 * 4 bytes (two of llama.cpp's, the reference's, and work) for any text and any vocabulary; disk space is
-n_token * n_vocab * 4 bytes, or what `record` is given: see `compact`.
+n_token * n_vocab * 4 bytes, or what `record_reference` is given: see `compact`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Reference:
-    """What `record` leaves: logits (n_token, n_vocab) float32, row after row, in the file `logits`.
+    """What `record_reference` leaves: logits (n_token, n_vocab) float32, row after row, in the file `logits`.
 
     With `n_kept` the file holds records of `compact.row_type(n_kept)` instead.
     """
@@ -62,7 +62,7 @@ class Reference:
     n_kept: int | None = None
 
 
-def cut(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, bos: int | None) -> Windows:
+def cut_windows(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, bos: int | None) -> Windows:
     """Cut tokens (n,) into as many windows as `n_token` scored positions need, rounded up.
 
     As in llama.cpp's perplexity tool the windows follow each other without overlap, and BOS takes the place of
@@ -86,19 +86,20 @@ def cut(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, 
     return Windows(cut, first)
 
 
-def record(
+def record_reference(
     path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None = None
 ) -> Reference:
     """Compute the reference's logits in a child process and keep them in the file `target`.
 
-    At least `n_token` positions are scored (None: the whole text), windows being whole; see `cut`. `room` is how many
-    bytes the file may have before it takes the compact form. Raises HarnessError if llama.cpp cannot run the file, the
-    text is too short, or the disk has no room.
+    At least `n_token` positions are scored (None: the whole text), windows being whole; see `cut_windows`. `room` is
+    how many bytes the file may have before it takes the compact form.
+
+    Raises HarnessError if llama.cpp cannot run the file, the text is too short, or the disk has no room.
     """
-    return run_in_child(record_here, path, setup, text, n_token, first, target, room, what=f"running {path}")
+    return run_in_child(record_in_process, path, setup, text, n_token, first, target, room, what=f"running {path}")
 
 
-def measure(
+def score_file(
     path: Path,
     setup: Setup,
     reference: Reference,
@@ -118,14 +119,14 @@ def measure(
     yield from stream_from_child(_measure, path, setup, reference, tail, what=f"running {path}", **limits)
 
 
-def record_here(
+def record_in_process(
     path: Path, setup: Setup, text: str, n_token: int | None, first: int, target: Path, room: int | None
 ) -> Reference:
-    """Do what `record` does in the process that calls it: a child process, or a benchmark's own."""
+    """Do what `record_reference` does in the process that calls it: a child process, or a benchmark's own."""
     with open_model(path, setup) as model:
-        tokens, n = text_tokens(model, text), setup.n_context
+        tokens, n = tokenize_text(model, text), setup.n_context
         n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
-        windows = cut(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
+        windows = cut_windows(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
         n_vocab = model.facts.n_vocab
         n_kept = None if room is None else compact.entries_to_keep(windows.n_token, n_vocab, room)
         row_bytes = n_vocab * 4 if n_kept is None else compact.row_type(n_kept).itemsize
@@ -134,7 +135,7 @@ def record_here(
             with target.open("wb") as file:
                 for window in windows.tokens:
                     for block, targets in _scored(model, window, first):
-                        rows = block if n_kept is None else compact.shrink(block, targets, n_kept)
+                        rows = block if n_kept is None else compact.keep_top(block, targets, n_kept)
                         file.write(rows.data)
         except OSError as error:
             raise HarnessError(f"cannot keep the reference's logits: {error}; set TMPDIR to a larger disk") from error
@@ -147,20 +148,20 @@ def _measure(path: Path, setup: Setup, reference: Reference, tail: float) -> Ite
     with open_model(path, setup) as model, reference.logits.open("rb") as file:
         _require_same_vocabulary(model, reference)
         for window in windows.tokens:
-            yield metrics.join(compare_window(model, window, reference, file, tail))
+            yield metrics.join_scores(score_window(model, window, reference, file, tail))
 
 
-def compare_window(
+def score_window(
     model: Llama, window: NDArray[np.int32], reference: Reference, file: IO[bytes], tail: float
 ) -> Iterator[TokenScores]:
     """Yield the scores of a window (n_context,), a batch at a time; `file` stands where the window's logits begin."""
     for block, targets in _scored(model, window, reference.windows.first):
         if reference.n_kept is None:
             base = np.fromfile(file, np.float32, block.size).reshape(block.shape)
-            yield metrics.compare(base, block, targets, tail)
+            yield metrics.score_block(base, block, targets, tail)
         else:
             rows = np.fromfile(file, compact.row_type(reference.n_kept), len(block))
-            yield compact.compare(rows, block, targets)
+            yield compact.score_block(rows, block, targets)
 
 
 def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
@@ -171,7 +172,7 @@ def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tup
         row += len(block)
 
 
-def text_tokens(model: Llama, text: str) -> NDArray[np.int32]:
+def tokenize_text(model: Llama, text: str) -> NDArray[np.int32]:
     """Return the tokens (n,) of a text; an EOS that the file appends is not part of it."""
     tokens = model.tokenize(text)
     ended = len(tokens) > 0 and model.lib.llama_vocab_get_add_eos(model.vocab)
@@ -194,7 +195,7 @@ def _require_same_vocabulary(model: Llama, reference: Reference) -> None:
         difference = f"{ours.n_vocab} tokens against {base.n_vocab}"
     elif model.vocabulary_digest() != reference.vocabulary:
         difference = "as many tokens, but other texts or kinds of token"
-    elif not _same_cut(text_tokens(model, reference.text), reference.windows, model.bos()):
+    elif not _same_cut(tokenize_text(model, reference.text), reference.windows, model.bos()):
         difference = "the same tokens, but the text is split differently (tokenizer.ggml.pre or flags)"
     else:
         return
@@ -209,5 +210,5 @@ def _same_cut(tokens: NDArray[np.int32], windows: Windows, bos: int | None) -> b
         return False
     n_window, n_context = windows.tokens.shape
     n_token = n_window * windows.n_scored
-    again = cut(tokens, n_token=n_token, n_context=n_context, first=windows.first, bos=bos)
+    again = cut_windows(tokens, n_token=n_token, n_context=n_context, first=windows.first, bos=bos)
     return np.array_equal(again.tokens, windows.tokens)

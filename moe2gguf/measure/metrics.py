@@ -95,7 +95,7 @@ class Summary:
         return cls(**{key: _number(value) for key, value in values.items()})
 
 
-def compare(
+def score_block(
     base: NDArray[np.float32], other: NDArray[np.float32], targets: NDArray[np.int32], tail: float = TAIL
 ) -> TokenScores:
     """Score a block of tokens; `base` and `other` are logits (n_token, n_vocab), `targets` (n_token,) token ids.
@@ -105,7 +105,7 @@ def compare(
     step = max(1, CHUNK_ENTRIES // base.shape[1])
     chunks = [slice(i, i + step) for i in range(0, len(base), step)]
     with np.errstate(all="ignore"):  # bad numbers are counted, not warned about
-        return join(_compare_chunk(base[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
+        return join_scores(_compare_chunk(base[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
 
 
 def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> Floats:
@@ -120,7 +120,7 @@ def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> Floats
     return out
 
 
-def join(parts: Iterable[TokenScores]) -> TokenScores:
+def join_scores(parts: Iterable[TokenScores]) -> TokenScores:
     """Concatenate the scores of consecutive tokens, at least one part."""
     columns = zip(*([getattr(part, f.name) for f in fields(TokenScores)] for part in parts), strict=True)
     return TokenScores(*(np.concatenate(column) for column in columns))

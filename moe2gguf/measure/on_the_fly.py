@@ -13,9 +13,9 @@ from typing import Any
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.measure.candidates import candidate
-from moe2gguf.measure.compare import Settings, cache_folder, compare
-from moe2gguf.measure.expert_usage import ExpertUse, observe
+from moe2gguf.measure.compare import CompareSettings, cache_folder, compare
+from moe2gguf.measure.expert_usage import ExpertUse, measure_expert_usage
+from moe2gguf.measure.grid import plan_run
 from moe2gguf.measure.results import Comparison
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions
@@ -23,7 +23,7 @@ from moe2gguf.recipes.quantize import QuantizationPlan, plan_quantization, write
 
 
 @dataclass(frozen=True)
-class Variant:
+class QuantizedCopy:
     """A file to be: `plan` says everything about it, `path` is where it stands while it is needed."""
 
     plan: QuantizationPlan
@@ -53,26 +53,26 @@ def compare_types(
 
     All types take the importance matrix `imatrix`; `options` are those of `compare`. A type that does not fit a tensor
     takes llama.cpp's substitute; the result's settings say how many did, and how to make each file again. With
-    `experts` every sound row that leaves experts out is watched too, on the same text: see `observe`.
+    `experts` every sound row that leaves experts out is watched too, on the same text: see `measure_expert_usage`.
 
     Raises:
         PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
         and what `quantize` and `compare` raise.
     """
-    wanted = variants(files, kinds, cache_folder() / "types", imatrix)
-    with made(wanted, progress) as paths:
+    wanted = plan_copies(files, kinds, cache_folder() / "types", imatrix)
+    with write_copies(wanted, progress) as paths:
         found = compare([*files, *paths], reference, **options)
         if experts:
-            found = replace(found, experts=_watched(found, options.get("settings") or Settings()))
+            found = replace(found, experts=_watched(found, options.get("settings") or CompareSettings()))
     if not wanted:
         return found
     return replace(found, settings=found.settings | {"made": {one.path.name: one.origin for one in wanted}})
 
 
-def _watched(found: Comparison, settings: Settings) -> tuple[ExpertUse, ...]:
+def _watched(found: Comparison, settings: CompareSettings) -> tuple[ExpertUse, ...]:
     """Count the experts of every sound row that does not run all."""
     return tuple(
-        observe(
+        measure_expert_usage(
             one.path,
             used=one.n_expert_used,
             text=settings.text,
@@ -81,12 +81,14 @@ def _watched(found: Comparison, settings: Settings) -> tuple[ExpertUse, ...]:
             device=one.device,
             threads=settings.threads,
         )
-        for one in (row.candidate for row in found.rows if row.status == "ok")
+        for one in (row.config for row in found.rows if row.status == "ok")
         if one.n_expert_used < one.n_expert
     )
 
 
-def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path, imatrix: Path | None = None) -> list[Variant]:
+def plan_copies(
+    files: Sequence[Path], kinds: Sequence[str], folder: Path, imatrix: Path | None = None
+) -> list[QuantizedCopy]:
     """Plan every type for every file whose weights are in a float type; nothing is written.
 
     A variant's place in `folder` depends on the source, the type and the importance matrix only. Files that are
@@ -106,14 +108,14 @@ def variants(files: Sequence[Path], kinds: Sequence[str], folder: Path, imatrix:
                 refusals += [f"{path.name} as {kind}: {line}" for line in error.refusals]
                 continue
             place = folder / _place(plan)
-            out.append(Variant(plan, place / f"{path.stem}-{kind.upper()}.gguf"))
+            out.append(QuantizedCopy(plan, place / f"{path.stem}-{kind.upper()}.gguf"))
     if refusals:
         raise PlanError(refusals)
     return out
 
 
 @contextlib.contextmanager
-def made(wanted: Sequence[Variant], progress: Progress = silent) -> Iterator[list[Path]]:
+def write_copies(wanted: Sequence[QuantizedCopy], progress: Progress = silent) -> Iterator[list[Path]]:
     """Make the files, hand out their paths, and remove them.
 
     An interrupt (or a kill) leaves the finished ones for the next time. A file's time is that of the newest thing it is
@@ -135,7 +137,7 @@ def made(wanted: Sequence[Variant], progress: Progress = silent) -> Iterator[lis
 
 def _place(plan: QuantizationPlan) -> str:
     """What tells the files of one source and importance matrix from those of others."""
-    source, imatrix = candidate(plan.source, 1).identity, plan.options.imatrix
+    source, imatrix = plan_run(plan.source, 1).identity, plan.options.imatrix
     return source if imatrix is None else hashlib.sha256(source.encode() + imatrix.read_bytes()).hexdigest()[:32]
 
 
@@ -143,7 +145,7 @@ def _is_float(path: Path) -> bool:
     return all(tensor.type in types.FLOATS for tensor in read_model(path).tensors.values())
 
 
-def _is_made(one: Variant) -> bool:
+def _is_made(one: QuantizedCopy) -> bool:
     """Whether an interrupted run left the file: it is whole if it is there, but a version of ours may be older."""
     header = one.plan.layout.header
     with contextlib.suppress(OSError), one.path.open("rb") as file:
@@ -151,7 +153,7 @@ def _is_made(one: Variant) -> bool:
     return False
 
 
-def _remove(wanted: Sequence[Variant]) -> None:
+def _remove(wanted: Sequence[QuantizedCopy]) -> None:
     for one in wanted:
         one.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another comparison's files are in it

@@ -1,10 +1,10 @@
-"""Quality against speed: which candidates nothing beats in both, and which one to take."""
+"""Quality against speed: which runs nothing beats in both, and which one is recommended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moe2gguf.measure.results import Choice, Row
+from moe2gguf.measure.results import Recommendation, ResultRow
 
 TOLERANCE = 0.05
 """Mean KL divergence, nats per token, that a recommended file may have: about 5 % of perplexity, and a limit on every
@@ -26,13 +26,13 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
     return front
 
 
-def choose(rows: Sequence[Row]) -> Choice | None:
+def recommend(rows: Sequence[ResultRow]) -> Recommendation | None:
     """Return the front and the recommended row; None unless a row has both sound quality and speed.
 
     Recommended is the fastest row whose KL divergence is at most TOLERANCE. Where none is, it is the row closest to the
     reference, and the reason says so.
     """
-    sound = {row.candidate.label: row for row in rows if row.status == "ok" and row.quality and row.speed}
+    sound = {row.config.label: row for row in rows if row.status == "ok" and row.quality and row.speed}
     points = [
         (label, row.quality.summary.kl_mean, row.speed.generation.median)
         for label, row in sound.items()
@@ -42,10 +42,10 @@ def choose(rows: Sequence[Row]) -> Choice | None:
         return None
     front = pareto_front(points)
     label = next((label for label, kl, _ in front if kl <= TOLERANCE), front[-1][0])
-    return Choice(tuple(point[0] for point in front), label, _reason(sound[label], len(sound)))
+    return Recommendation(tuple(point[0] for point in front), label, _reason(sound[label], len(sound)))
 
 
-def _reason(row: Row, n: int) -> str:
+def _reason(row: ResultRow, n: int) -> str:
     if not row.quality or not row.speed:
         return ""
     speed = f"{row.speed.generation.median:.1f} tokens/s"

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.measure.candidates import Candidate
 from moe2gguf.measure.expert_usage import ExpertUse
-from moe2gguf.measure.intervals import Interval, interval, paired
-from moe2gguf.measure.metrics import Summary, TokenScores, join, summarize
+from moe2gguf.measure.grid import RunConfig
+from moe2gguf.measure.intervals import Interval, mean_interval, paired_interval
+from moe2gguf.measure.metrics import Summary, TokenScores, join_scores, summarize
 from moe2gguf.measure.speed import Speed
 
 Status = Literal["ok", "failed", "refused"]
@@ -44,7 +44,7 @@ class Quality:
     @property
     def kl_interval(self) -> Interval:
         """The mean KL divergence with its confidence interval over windows."""
-        return interval(self.window_kl)
+        return mean_interval(self.window_kl)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
@@ -65,8 +65,8 @@ N_POSITION = 64
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the result; `quality` is there unless the status is "refused" or the run failed.
+class ResultRow:
+    """One line of the result; `summarize_quality` is there unless the status is "refused" or the run failed.
 
     reason   why it was refused or failed, empty otherwise
     above_noise   whether the KL divergence is more than the noise floor explains; None without quality
@@ -74,7 +74,7 @@ class Row:
     speed    what `bench` found, if it was asked
     """
 
-    candidate: Candidate
+    config: RunConfig
     status: Status
     reason: str = ""
     quality: Quality | None = None
@@ -85,7 +85,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON types."""
         return {
-            **self.candidate.to_dict(),
+            **self.config.to_dict(),
             "status": self.status,
             "reason": self.reason,
             "above_noise": self.above_noise,
@@ -96,7 +96,7 @@ class Row:
 
     def flat(self) -> dict[str, Any]:
         """Return the row as one level of names and plain values, for tables."""
-        values = {**self.candidate.to_dict(), "status": self.status, "reason": self.reason}
+        values = {**self.config.to_dict(), "status": self.status, "reason": self.reason}
         values["above_noise"] = self.above_noise
         if self.quality:
             summary = self.quality.summary.to_dict()
@@ -153,7 +153,7 @@ class Agreement:
     reason: str = ""
 
     @classmethod
-    def of(cls, first: Candidate, second: Candidate, answer: Quality | HarnessError) -> Agreement:
+    def of(cls, first: RunConfig, second: RunConfig, answer: Quality | HarnessError) -> Agreement:
         """Return what the answer says."""
         if isinstance(answer, HarnessError):
             return cls(first.label, second.label, None, str(answer))
@@ -166,7 +166,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """The rows nothing else beats in both quality and speed, by label, fastest first, and the one to take."""
 
     front: tuple[str, ...]
@@ -183,12 +183,12 @@ class Comparison:
     kl_limit     mean KL divergence in nats per token that the noise explains
     agreements   of the same file and k on several devices
     settings, environment   JSON-ready facts: what was asked for; versions and machine
-    reference_speed, choice   with speed measured: the reference's, and which row to take
+    reference_speed, recommendation   with speed measured: the reference's, and which row to take
     experts      where it was asked for: which experts run, of every sound row that does not run all
     """
 
-    reference: Candidate
-    rows: tuple[Row, ...]
+    reference: RunConfig
+    rows: tuple[ResultRow, ...]
     pairs: tuple[Pair, ...]
     noise: Quality | None
     kl_limit: float
@@ -196,7 +196,7 @@ class Comparison:
     environment: dict[str, Any]
     agreements: tuple[Agreement, ...] = ()
     reference_speed: Speed | None = None
-    choice: Choice | None = None
+    recommendation: Recommendation | None = None
     experts: tuple[ExpertUse, ...] = ()
 
     @property
@@ -228,7 +228,7 @@ class Comparison:
                 "perplexity_error": _finite(self.base.perplexity_base_error) if self.base else None,
             },
             "reference_speed": self.reference_speed.to_dict() if self.reference_speed else None,
-            "choice": asdict(self.choice) if self.choice else None,
+            "recommendation": asdict(self.recommendation) if self.recommendation else None,
             "settings": self.settings,
             "environment": self.environment,
             "noise": self.noise.to_dict() if self.noise else None,
@@ -240,7 +240,7 @@ class Comparison:
         }
 
 
-def quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
+def summarize_quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
     """Return the scores of all windows, at least one, as one record."""
     parts = list(windows)
     spans = np.array_split(np.arange(len(parts[0])), min(N_POSITION, len(parts[0])))
@@ -250,7 +250,7 @@ def quality(windows: Iterable[TokenScores], seconds: float) -> Quality:
         return tuple(float(mean[span].mean()) for span in spans)
 
     return Quality(
-        summary=summarize(join(parts)),
+        summary=summarize(join_scores(parts)),
         window_kl=tuple(float(np.mean(part.kl)) for part in parts),
         window_nll=tuple(float(np.mean(part.nll)) for part in parts),
         window_top1=tuple(float(np.mean(part.same_top)) for part in parts),
@@ -271,15 +271,15 @@ def is_above_noise(measured: Quality, kl_limit: float) -> bool:
     return min(measured.window_kl) > kl_limit or (math.isfinite(low) and low > kl_limit)
 
 
-def pair_up(rows: Iterable[Row], kl_limit: float) -> list[Pair]:
+def compare_pairs(rows: Iterable[ResultRow], kl_limit: float) -> list[Pair]:
     """Return every pair of rows that ran soundly, in the order of the rows."""
-    sound = [(row.candidate.label, row.quality, row.above_noise) for row in rows if row.status == "ok" and row.quality]
+    sound = [(row.config.label, row.quality, row.above_noise) for row in rows if row.status == "ok" and row.quality]
     pairs = []
     for i, (first, a, a_above) in enumerate(sound):
         for second, b, b_above in sound[i + 1 :]:
-            kl = paired(a.window_kl, b.window_kl)
+            kl = paired_interval(a.window_kl, b.window_kl)
             different = a_above is not b_above or (kl.excludes_zero and abs(kl.mean) > kl_limit)
-            pairs.append(Pair(first, second, kl, paired(a.window_nll, b.window_nll), different))
+            pairs.append(Pair(first, second, kl, paired_interval(a.window_nll, b.window_nll), different))
     return pairs
 
 

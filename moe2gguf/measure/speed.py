@@ -76,7 +76,7 @@ class Speed:
         return asdict(self)
 
 
-def fast(n_threads: int | None, n_expert_used: int | None) -> Setup:
+def benchmark_setup(n_threads: int | None, n_expert_used: int | None) -> Setup:
     """Return the settings people run with: f16 cache, flash attention, weights rearranged for the processor."""
     return Setup(
         n_expert_used=n_expert_used,
@@ -104,19 +104,19 @@ def memory_bandwidth() -> float:
     return run_in_child(_memory_bandwidth, what="measuring the memory bandwidth")
 
 
-def collect(runs: list[Run]) -> Speed:
+def summarize_runs(runs: list[Run]) -> Speed:
     """Return the spreads of at least one run."""
     return Speed(
-        prompt=spread([run.prompt_speed for run in runs]),
-        generation=spread([run.generation_speed for run in runs]),
-        first_token=spread([run.first_token for run in runs]),
-        load=spread([run.load for run in runs]),
+        prompt=spread_of([run.prompt_speed for run in runs]),
+        generation=spread_of([run.generation_speed for run in runs]),
+        first_token=spread_of([run.first_token for run in runs]),
+        load=spread_of([run.load for run in runs]),
         peak_memory=max(run.peak_memory for run in runs),
         n_run=len(runs),
     )
 
 
-def spread(values: list[float]) -> Spread:
+def spread_of(values: list[float]) -> Spread:
     """Return median, lowest and highest of at least one value."""
     return Spread(median(values), min(values), max(values))
 

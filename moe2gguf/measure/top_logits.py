@@ -64,7 +64,7 @@ def entries_to_keep(n_token: int, n_vocab: int, n_byte: int) -> int | None:
     return min(n_kept, n_vocab)
 
 
-def shrink(logits: NDArray[np.float32], targets: NDArray[np.int32], n_kept: int, tail: float = metrics.TAIL) -> Rows:
+def keep_top(logits: NDArray[np.float32], targets: NDArray[np.int32], n_kept: int, tail: float = metrics.TAIL) -> Rows:
     """Return the records of a block of tokens; `logits` (n_token, n_vocab), `targets` (n_token,) token ids."""
     rows = np.zeros(len(logits), row_type(n_kept))
     step = max(1, CHUNK_ENTRIES // logits.shape[1])
@@ -74,17 +74,17 @@ def shrink(logits: NDArray[np.float32], targets: NDArray[np.int32], n_kept: int,
     return rows
 
 
-def compare(
+def score_block(
     rows: Rows, other: NDArray[np.float32], targets: NDArray[np.int32], tail: float = metrics.TAIL
 ) -> TokenScores:
-    """Score a block of tokens like `metrics.compare`, with the reference's records in place of its logits.
+    """Score a block of tokens like `metrics.score_block`, with the reference's records in place of its logits.
 
     The largest logit difference is over the kept entries only. `tail` is the one the rows were made with.
     """
     step = max(1, CHUNK_ENTRIES // other.shape[1])
     chunks = [slice(i, i + step) for i in range(0, len(other), step)]
     with np.errstate(all="ignore"):
-        return metrics.join(_compare_chunk(rows[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
+        return metrics.join_scores(_compare_chunk(rows[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
 
 
 def _shrink_chunk(logits: NDArray[np.float32], targets: NDArray[np.int32], tail: float, rows: Rows) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import Llama, open_model
-from moe2gguf.measure.logits import cut, text_tokens
+from moe2gguf.measure.logits import cut_windows, tokenize_text
 
 _CHOSEN, _PROBABILITIES = b"ffn_moe_topk", b"ffn_moe_probs"
 
@@ -44,7 +44,7 @@ class LayerTally:
 
 @dataclass
 class Tally:
-    """What `watch` returns: layers by number, and the words' texts (n_word,) and counts (n_word,)."""
+    """What `tally_routing` returns: layers by number, and the words' texts (n_word,) and counts (n_word,)."""
 
     n_token: int
     n_expert_used: int
@@ -53,7 +53,7 @@ class Tally:
     layers: dict[int, LayerTally] = field(default_factory=dict)
 
 
-class Observer:
+class RoutingWatcher:
     """The callback and its sums. It lives as long as the context that calls it."""
 
     def __init__(self, lib: ModuleType, n_expert: int, n_expert_used: int, n_word: int) -> None:
@@ -81,7 +81,7 @@ class Observer:
         if not ask:
             try:
                 self._take(tensor, kind, int(layer))
-            except Exception as error:  # noqa: BLE001 - C code is above us: `watch` raises it
+            except Exception as error:  # noqa: BLE001 - C code is above us: `tally_routing` raises it
                 self.problem = f"{kind.decode()}-{int(layer)}: {error}"
         return True
 
@@ -113,8 +113,8 @@ class Observer:
         np.add.at(tally.words, self._words, ran.astype(np.uint32))
 
 
-def watch(path: Path, setup: Setup, text: str, n_token: int | None) -> Tally:
-    """Run at least `n_token` tokens of `text` in windows, as `logits.cut` makes them, and count what every layer ran.
+def tally_routing(path: Path, setup: Setup, text: str, n_token: int | None) -> Tally:
+    """Run at least `n_token` tokens of `text` in the windows of `logits.cut_windows`; count which experts ran.
 
     None is the whole text. Every position counts, the first of each window too. Memory is n_word * n_layer * n_expert
     * 4 bytes and one batch of logits.
@@ -122,12 +122,12 @@ def watch(path: Path, setup: Setup, text: str, n_token: int | None) -> Tally:
     Raises HarnessError if llama.cpp cannot run the file, the text is too short, or the graph is not the one we know.
     """
     with open_model(path, replace(setup, n_context=0)) as model:
-        tokens = text_tokens(model, text)
+        tokens = tokenize_text(model, text)
         n_window = max(1, len(tokens) // setup.n_context if n_token is None else -(-n_token // setup.n_context))
         n_scored = n_window * (setup.n_context - 1)
-        windows = cut(tokens, n_token=n_scored, n_context=setup.n_context, first=0, bos=model.bos()).tokens
+        windows = cut_windows(tokens, n_token=n_scored, n_context=setup.n_context, first=0, bos=model.bos()).tokens
         ids, places, counts = np.unique(windows, return_inverse=True, return_counts=True)
-        observer = Observer(model.lib, model.facts.n_expert, model.n_expert_used, len(ids))
+        observer = RoutingWatcher(model.lib, model.facts.n_expert, model.n_expert_used, len(ids))
         model.start(setup.n_context, observer.callback)
         for window, words in zip(windows, places.reshape(windows.shape), strict=True):
             _run(model, window, words, observer)
@@ -135,7 +135,7 @@ def watch(path: Path, setup: Setup, text: str, n_token: int | None) -> Tally:
         return Tally(windows.size, model.n_expert_used, texts, counts, observer.layers)
 
 
-def _run(model: Llama, window: NDArray[np.int32], words: NDArray[np.int64], observer: Observer) -> None:
+def _run(model: Llama, window: NDArray[np.int32], words: NDArray[np.int64], observer: RoutingWatcher) -> None:
     """Compute a window; all positions ask for logits, or the last layer would run for the scored ones only."""
     model.clear()
     for start in range(0, len(window), model.setup.n_batch):

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.llama.devices import Setup, placed
+from moe2gguf.llama.devices import Setup, place_on_device
 from moe2gguf.llama.library import processors
-from moe2gguf.measure.candidates import Candidate
-from moe2gguf.measure.check import default_text, disturbed
-from moe2gguf.measure.logits import Reference, measure, record
-from moe2gguf.measure.results import Quality, quality
+from moe2gguf.measure.check import default_text, reorder_sums
+from moe2gguf.measure.grid import RunConfig
+from moe2gguf.measure.logits import Reference, record_reference, score_file
+from moe2gguf.measure.results import Quality, summarize_quality
 
 TIMEOUT = 600.0
 """Seconds that one window may take before its row is given up."""
@@ -30,7 +30,7 @@ Answer = Quality | HarnessError
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompareSettings:
     """How a comparison is made.
 
     text       what is read; None: Python's own documentation, which differs between Python versions
@@ -64,7 +64,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One measurement that any machine can make that sees the files.
 
     what  "quality": `one` against the reference `base` on the whole text; "noise": `base` against itself, computed in
@@ -73,43 +73,43 @@ class Job:
     """
 
     what: Literal["quality", "noise", "devices"]
-    base: Candidate
-    one: Candidate
+    base: RunConfig
+    one: RunConfig
 
 
-def measured_here(jobs: Sequence[Job], settings: Settings) -> Iterator[tuple[Job, Answer]]:
+def measure_here(jobs: Sequence[Measurement], settings: CompareSettings) -> Iterator[tuple[Measurement, Answer]]:
     """Yield every job with its answer, in order."""
     with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
-        bench = Workbench(settings, Path(folder))
+        bench = Runner(settings, Path(folder))
         for job in jobs:
             yield job, bench.answer(job)
 
 
-class Workbench:
+class Runner:
     """Measures jobs; a reference's logits are computed when the first job needs them, and stay in `folder`."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: CompareSettings, folder: Path) -> None:
         self.settings = settings
         self.folder = folder
-        self._references: dict[tuple[Candidate, bool], Reference] = {}
+        self._references: dict[tuple[RunConfig, bool], Reference] = {}
 
-    def answer(self, job: Job) -> Answer:
+    def answer(self, job: Measurement) -> Answer:
         """Return what a job comes to: scores, or why there are none."""
         try:
             return self._measured(job, self._reference(job.base, whole=job.what != "devices"))
         except HarnessError as error:
             return error
 
-    def _measured(self, job: Job, reference: Reference) -> Quality:
+    def _measured(self, job: Measurement, reference: Reference) -> Quality:
         began = time.perf_counter()
         setup = self._setup(job.one)
-        setup = disturbed(setup) if job.what == "noise" else setup
+        setup = reorder_sums(setup) if job.what == "noise" else setup
         limits: dict[str, Any] = {"timeout": self.settings.timeout, "memory_limit": self.settings.memory_limit}
-        with closing(measure(job.one.path, setup, reference, **limits)) as windows:
+        with closing(score_file(job.one.path, setup, reference, **limits)) as windows:
             parts = list(islice(windows, None if job.what == "quality" else 1))
-        return quality(parts, time.perf_counter() - began)
+        return summarize_quality(parts, time.perf_counter() - began)
 
-    def _reference(self, base: Candidate, whole: bool) -> Reference:
+    def _reference(self, base: RunConfig, whole: bool) -> Reference:
         """Return the logits of `base` on the whole text or on its first window."""
         key = base, whole
         if key not in self._references:
@@ -117,9 +117,11 @@ class Workbench:
             n_token, first = self.settings.n_token if whole else 1, self.settings.n_context // 2
             target = self.folder / f"logits-{len(self._references)}"
             setup = self._setup(base)
-            self._references[key] = record(base.path, setup, self.settings.words, n_token, first, target, room)
+            self._references[key] = record_reference(
+                base.path, setup, self.settings.words, n_token, first, target, room
+            )
         return self._references[key]
 
-    def _setup(self, one: Candidate) -> Setup:
+    def _setup(self, one: RunConfig) -> Setup:
         setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads or processors())
-        return replace(placed(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)
+        return replace(place_on_device(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)

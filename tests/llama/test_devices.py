@@ -14,7 +14,7 @@ from llama_logits import llama_logits
 from moe2gguf.cli.options import devices_from
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import Setup, placed, reference_device, require_devices, rpc_device
+from moe2gguf.llama.devices import Setup, place_on_device, reference_device, require_devices, rpc_device
 from moe2gguf.llama.model import open_model
 
 
@@ -26,8 +26,8 @@ def logits_with_experts_on_cpu(path: Path, tokens: list[int]) -> np.ndarray:
 def test_names_become_settings() -> None:
     """All layers or none; experts apart; everything else is left as it was."""
     setup = Setup(n_expert_used=3, n_context=99)
-    assert setup == placed(setup, "cpu")
-    gpu, split = placed(setup, "gpu"), placed(setup, "gpu:experts-on-cpu")
+    assert setup == place_on_device(setup, "cpu")
+    gpu, split = place_on_device(setup, "gpu"), place_on_device(setup, "gpu:experts-on-cpu")
     assert [(-1, False, 99), (-1, True, 99)] == [(s.n_gpu_layers, s.experts_on_cpu, s.n_context) for s in (gpu, split)]
 
 
@@ -54,7 +54,7 @@ def test_rpc_servers_are_one_device() -> None:
     both = "rpc:a:1+b:2"
     assert ["cpu", both] == devices_from("cpu", "a:1,b:2")
     assert [both] == devices_from(None, "a:1,b:2") == [rpc_device(["a:1", "b:2"])]
-    setup = placed(Setup(), both)
+    setup = place_on_device(Setup(), both)
     assert (-1, ("a:1", "b:2")) == (setup.n_gpu_layers, setup.rpc_servers)
     assert [both, "cpu", "cpu"] == [reference_device(names) for names in ([both], ["cpu", both], ["gpu"])]
 

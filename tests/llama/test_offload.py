@@ -13,7 +13,7 @@ from rpc_server import servers
 from sweeps import settings
 
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import Setup, placed, rpc_device
+from moe2gguf.llama.devices import Setup, place_on_device, rpc_device
 from moe2gguf.llama.generate import generate
 from moe2gguf.llama.model import open_model
 from moe2gguf.measure.bench import Timing, bench
@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def check(found: Comparison, devices: list[str], counts: list[int]) -> None:
     """Every k ran on every device, and all devices agree with the first."""
     assert [(k, name) for k in counts for name in devices] == [
-        (row.candidate.n_expert_used, row.candidate.device) for row in found.rows
+        (row.config.n_expert_used, row.config.device) for row in found.rows
     ]
     assert {"ok"} == {row.status for row in found.rows}, [row.reason for row in found.rows]
     assert len(counts) * (len(devices) - 1) == len(found.agreements)
@@ -109,12 +109,12 @@ class TestRpc:
                 used=[4, 3, 2],
                 devices=["cpu", device],
                 settings=settings(tmp_path),
-                on_row=lambda row: process.kill() if row.candidate.device == device else None,
+                on_row=lambda row: process.kill() if row.config.device == device else None,
             )
         assert ["ok", "ok", "ok", "failed", "ok", "failed"] == [row.status for row in found.rows]
         assert "no RPC server answers" in found.rows[3].reason
 
 
 def logits(path: Path, device: str) -> np.ndarray:
-    with open_model(path, placed(Setup(n_context=len(TOKENS), n_threads=1), device)) as model:
+    with open_model(path, place_on_device(Setup(n_context=len(TOKENS), n_threads=1), device)) as model:
         return np.array(model.logits(np.array(TOKENS, np.int32)), np.float64)

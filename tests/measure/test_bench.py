@@ -13,7 +13,7 @@ from moe2gguf.cli import cli
 from moe2gguf.cli.tables_compare import speeds
 from moe2gguf.errors import HarnessError
 from moe2gguf.measure.bench import Bench, Timing, bench
-from moe2gguf.measure.candidates import candidates
+from moe2gguf.measure.grid import plan_grid
 
 TIMING = Timing(n_prompt=8, n_generate=4, repeat=2, threads=1)
 
@@ -58,11 +58,11 @@ def test_rows_have_bound_and_ratio(timed: tuple[Bench, list[str]], files: dict[s
     for row in (base, all_on, one_on):
         assert row.speed is not None
         assert base.speed is not None
-        assert row.speed.bound == pytest.approx(found.bandwidth / row.candidate.active_bytes)
+        assert row.speed.bound == pytest.approx(found.bandwidth / row.config.active_bytes)
         assert row.speed.ratio == pytest.approx(row.speed.generation.median / base.speed.generation.median)
         assert 2 == row.speed.n_run
     assert [2e8 < found.bandwidth, 1.0] == [True, base.speed.ratio if base.speed else None]
-    assert candidates([files["moe"]], [4])[0] == all_on.candidate
+    assert plan_grid([files["moe"]], [4])[0] == all_on.config
 
 
 def test_json_and_table(timed: tuple[Bench, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.measure import cluster
 from moe2gguf.measure.bench import Timing
-from moe2gguf.measure.candidates import candidate
 from moe2gguf.measure.compare import compare
+from moe2gguf.measure.grid import plan_run
 
 psutil = pytest.importorskip("psutil", reason="comes with Dask: pip install 'moe2gguf[cluster]'")
 Client = pytest.importorskip("distributed", reason="needs Dask: pip install 'moe2gguf[cluster]'").Client
@@ -98,7 +98,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_files_that_a_worker_does_not_see_are_all_listed(running: Cluster, files: dict[str, Path]) -> None:
     """Before anything runs, for every worker, with what to do."""
-    one = candidate(read_gguf(files["moe"]), 4)
+    one = plan_run(read_gguf(files["moe"]), 4)
     wanted = [one, replace(one, path=Path("/no/such.gguf")), replace(one, path=files["dense"], identity="other")]
     with pytest.raises(HarnessError) as found:
         cluster.require_workers(running.address, wanted, ["cpu", "tpu"])

@@ -24,7 +24,7 @@ from moe2gguf.measure import compare as recipe
 from moe2gguf.measure.bench import Timing
 from moe2gguf.measure.compare import compare, settings_from
 from moe2gguf.measure.metrics import TAIL
-from moe2gguf.measure.results import Comparison, Row
+from moe2gguf.measure.results import Comparison, ResultRow
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_exact_count_is_noise_and_the_half_is_not(swept: Comparison) -> None
 def test_an_interrupted_sweep_goes_on_where_it_stopped(files: dict[str, Path], tmp_path: Path) -> None:
     """Rows that were finished come from the journal, the same to the last bit; only the others are measured."""
 
-    def stop(_: Row) -> None:
+    def stop(_: ResultRow) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -199,7 +199,7 @@ def test_json_csv_and_table_say_the_same(swept: Comparison, tmp_path: Path, caps
     write_csv(swept, tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [row.candidate.label for row in swept.rows] == [line["label"] for line in lines]
+    assert [row.config.label for row in swept.rows] == [line["label"] for line in lines]
     assert math.isclose(float(lines[1]["kl_99%"]), swept.rows[1].quality.summary.kl_percentiles["99"])  # type: ignore[union-attr]
     comparison(swept)
     text = capsys.readouterr().out
@@ -269,8 +269,8 @@ def test_speed_joins_the_rows_and_names_a_choice(files: dict[str, Path], tmp_pat
     found = compare([files["moe"]], files["dense"], used=[4, 2, 9], settings=settings(tmp_path), timing=timing)
     assert [True, True, False] == [row.speed is not None for row in found.rows]
     assert found.reference_speed is not None
-    assert found.choice is not None
-    assert "moe.gguf k=4/4" == found.choice.label
+    assert found.recommendation is not None
+    assert "moe.gguf k=4/4" == found.recommendation.label
     assert found.rows[0].flat()["generation_speed"] > 0
     json.dumps(found.to_dict(), allow_nan=False)
 

@@ -25,15 +25,15 @@ from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import open_model
 from moe2gguf.measure.expert_usage import (
     ExpertUse,
-    calibration_load,
-    closest,
-    effective_experts,
-    observe,
-    roles,
-    typical_words,
+    classify_experts,
+    count_effective_experts,
+    find_closest_pair,
+    find_typical_tokens,
+    measure_expert_usage,
+    read_calibration_load,
 )
 from moe2gguf.measure.report.experts import pictures, render, write_report
-from moe2gguf.measure.watch_routing import Observer
+from moe2gguf.measure.watch_routing import RoutingWatcher
 
 CONTEXT, N_WINDOW, K, N = 32, 4, 3, 8
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. " * 5
@@ -48,7 +48,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(moe: Path) -> ExpertUse:
-    return observe(moe, text=TEXT, n_token=CONTEXT * N_WINDOW, n_context=CONTEXT, threads=1)
+    return measure_expert_usage(moe, text=TEXT, n_token=CONTEXT * N_WINDOW, n_context=CONTEXT, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def _both_logits(path: Path, tokens: list[int]) -> list[np.ndarray]:
     out = []
     for is_watched in (False, True):
         with open_model(path, Setup(n_context=0, n_threads=1)) as model:
-            observer = Observer(model.lib, model.facts.n_expert, model.n_expert_used, 1)
+            observer = RoutingWatcher(model.lib, model.facts.n_expert, model.n_expert_used, 1)
             model.start(len(tokens), observer.callback if is_watched else None)
             observer.expect(np.zeros(len(tokens), np.int64))
             out.append(model.logits(np.array(tokens, np.int32)))
@@ -122,29 +122,29 @@ def _pieces(path: Path, tokens: list[int]) -> dict[int, str]:
 def test_roles_follow_their_limits() -> None:
     """Always on from 99 %; dead below 1 % and overloaded above twice of what is left for each of the others."""
     load = np.array([1.0, 0.995, 0.7, 0.3, 0.003, 0.002, 0.0, 0.0])
-    assert ((0, 1), (6, 7), (2,)) == roles(load, 3)  # a fair share is 1 / 6
-    assert ((), (), ()) == roles(np.ones(4), 4)
-    assert ((0, 1), (2, 3), ()) == roles(np.array([1.0, 1.0, 0.0, 0.0]), 2)
+    assert ((0, 1), (6, 7), (2,)) == classify_experts(load, 3)  # a fair share is 1 / 6
+    assert ((), (), ()) == classify_experts(np.ones(4), 4)
+    assert ((0, 1), (2, 3), ()) == classify_experts(np.array([1.0, 1.0, 0.0, 0.0]), 2)
 
 
 def test_evenness_and_pairs_of_known_loads() -> None:
     """Equal loads count in full, one expert alone as one; of pairs the one beyond chance, not the busiest."""
-    assert effective_experts(np.full(8, 0.25)) == pytest.approx(8)
-    assert effective_experts(np.array([1.0, 0.0])) == pytest.approx(1)
+    assert count_effective_experts(np.full(8, 0.25)) == pytest.approx(8)
+    assert count_effective_experts(np.array([1.0, 0.0])) == pytest.approx(1)
     ran = np.array([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0], [1, 1, 1, 0, 1], [1, 0, 1, 0, 0]], float)
-    pair = closest(ran.T @ ran / 4, [0])
+    pair = find_closest_pair(ran.T @ ran / 4, [0])
     assert pair is not None
     assert (1, 4) == pair[:2]
     assert pair[2] == pytest.approx(np.corrcoef(ran[:, 1], ran[:, 4])[0, 1])
-    assert closest(np.eye(2), []) is None
+    assert find_closest_pair(np.eye(2), []) is None
 
 
 def test_rare_tokens_and_experts_that_always_run_have_no_words() -> None:
     """A token seen twice says nothing, and neither does an expert that every token runs."""
     counts = np.array([2, 4, 4])
-    (word,) = typical_words(np.array([2, 4, 1]), counts, 0.7, ["rare", "yes", "no"])
+    (word,) = find_typical_tokens(np.array([2, 4, 1]), counts, 0.7, ["rare", "yes", "no"])
     assert ("yes", 4, 1.0) == (word.text, word.count, word.share)
-    assert () == typical_words(counts, counts, 1.0, ["a", "b", "c"])
+    assert () == find_typical_tokens(counts, counts, 1.0, ["a", "b", "c"])
 
 
 def test_a_converted_file_carries_its_calibrations_load(tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_a_converted_file_carries_its_calibrations_load(tmp_path: Path) -> None:
     file = read_gguf(tmp_path / "m.gguf")
     load = np.array(file.metadata[CALIBRATION_LOAD], np.float64).reshape(3, 8)
     np.testing.assert_allclose(load.sum(axis=1), 4, rtol=1e-6)
-    found = observe(tmp_path / "m.gguf", text=TEXT * 40, n_token=1024, n_context=128, threads=1)
+    found = measure_expert_usage(tmp_path / "m.gguf", text=TEXT * 40, n_token=1024, n_context=128, threads=1)
     assert "compared with the load in calibration (text" in found.calibration
     assert max(one.moved or 0 for one in found.layers) < 0.05
     expected = [np.abs(np.array(one.load) - row).sum() / 8 for one, row in zip(found.layers, load, strict=True)]
     assert expected == pytest.approx([one.moved for one in found.layers])
-    other = observe(tmp_path / "m.gguf", used=2, text=TEXT * 10, n_token=128, n_context=128, threads=1)
+    other = measure_expert_usage(tmp_path / "m.gguf", used=2, text=TEXT * 10, n_token=128, n_context=128, threads=1)
     assert "is that of 4 experts per token, not of 2" in other.calibration
     assert [None] * 3 == [one.moved for one in other.layers]
 
@@ -170,23 +170,23 @@ def test_a_load_that_is_not_one_is_left_alone(moe: Path, value: object) -> None:
     """Missing, too short, or not numbers: nothing is compared."""
     file = read_gguf(moe)
     file.metadata[CALIBRATION_LOAD] = value  # type: ignore[assignment]
-    assert (None, "the file carries no load from a calibration") == calibration_load(file, N, K)
+    assert (None, "the file carries no load from a calibration") == read_calibration_load(file, N, K)
 
 
 def test_files_that_cannot_be_watched_say_why(moe: Path, tmp_path: Path) -> None:
     """A dense file, a count that cannot run, a text that is too short."""
     dense = tiny_gguf.write_gguf(tmp_path / "dense.gguf", tiny_gguf.dense_weights())
     with pytest.raises(HarnessError, match="is dense, it has no experts"):
-        observe(dense, text=TEXT)
+        measure_expert_usage(dense, text=TEXT)
     with pytest.raises(HarnessError, match="there are only 8"):
-        observe(moe, used=9, text=TEXT)
+        measure_expert_usage(moe, used=9, text=TEXT)
     with pytest.raises(HarnessError, match="give a longer text"):
-        observe(moe, text="the man", n_context=CONTEXT, threads=1)
+        measure_expert_usage(moe, text="the man", n_context=CONTEXT, threads=1)
 
 
 def test_the_whole_text_is_whole_windows(moe: Path) -> None:
     """n_token None runs every window the text fills."""
-    found = observe(moe, text=TEXT, n_token=None, n_context=CONTEXT, threads=1)
+    found = measure_expert_usage(moe, text=TEXT, n_token=None, n_context=CONTEXT, threads=1)
     assert len(run_in_child(_tokens, moe)) // CONTEXT * CONTEXT == found.n_token
 
 
@@ -216,7 +216,7 @@ def test_table_json_and_page_say_the_same(
 
 def test_with_all_experts_on_there_is_nothing_to_choose(moe: Path) -> None:
     """Every load is 1, nobody is dead or overloaded, and the map of pairs is left out."""
-    found = observe(moe, used=N, text=TEXT, n_token=CONTEXT, n_context=CONTEXT, threads=1)
+    found = measure_expert_usage(moe, used=N, text=TEXT, n_token=CONTEXT, n_context=CONTEXT, threads=1)
     assert {1.0} == {value for one in found.layers for value in one.load}
     assert [[], [], []] == [found.named(kind) for kind in ("always_on", "dead", "overloaded")]
     assert 2 == len(pictures(found))

@@ -152,7 +152,7 @@ def test_a_killed_collection_is_continued_to_the_same_bytes(files, tmp_path):
         from moe2gguf.experts.text import read_text
         from moe2gguf.gguf.reader import read_gguf
         from moe2gguf.measure.imatrix import Job
-        from moe2gguf.measure.candidates import identity
+        from moe2gguf.measure.grid import identity
         model, text = Path({str(files["routed"])!r}), read_text(Path({str(files["text"])!r}))
         job = Job(identity(read_gguf(model)), text.digest, {4 * CONTEXT}, {CONTEXT})
         interrupted(model, text.text, job, {str(work)!r})

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moe2gguf.measure.intervals import interval, paired, t_probability, t_quantile
+from moe2gguf.measure.intervals import mean_interval, paired_interval, t_probability, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_the_probability_is_the_integral_of_the_density(n_free: int) -> None:
 
 def test_a_worked_interval() -> None:
     """Samples 1, 2, 3: mean 2, standard error 1 / sqrt 3, two degrees of freedom."""
-    found = interval([1.0, 2.0, 3.0])
+    found = mean_interval([1.0, 2.0, 3.0])
     half = 4.302653 / math.sqrt(3)
     assert (2.0, 2 - half, 2 + half) == pytest.approx((found.mean, found.low, found.high), abs=1e-5)
     assert not found.excludes_zero
@@ -40,23 +40,23 @@ def test_pairing_takes_out_what_both_share() -> None:
     """A small constant difference between two noisy series is found, and its sign is first - second."""
     text = [5.0, 1.0, 9.0, 3.0]
     better = [x - 0.1 + wobble for x, wobble in zip(text, [0.01, -0.01, 0.01, -0.01], strict=True)]
-    found = paired(better, text)
+    found = paired_interval(better, text)
     assert found.mean == pytest.approx(-0.1)
     assert found.excludes_zero
-    assert not interval([a - b for a, b in zip(better, text[::-1], strict=True)]).excludes_zero
+    assert not mean_interval([a - b for a, b in zip(better, text[::-1], strict=True)]).excludes_zero
 
 
 def test_coverage() -> None:
     """About 95 of 100 intervals from five normal samples hold the true mean."""
     rng = np.random.default_rng(0)
-    held = [interval(list(rng.standard_normal(5))) for _ in range(2000)]
+    held = [mean_interval(list(rng.standard_normal(5))) for _ in range(2000)]
     assert 0.95 == pytest.approx(np.mean([not i.excludes_zero for i in held]), abs=0.015)
 
 
 def test_too_few_samples() -> None:
     """One sample says nothing about its spread; none, or unequal lengths, are refused."""
-    assert (-math.inf, math.inf) == (interval([3.0]).low, interval([3.0]).high)
+    assert (-math.inf, math.inf) == (mean_interval([3.0]).low, mean_interval([3.0]).high)
     with pytest.raises(ValueError, match="no samples"):
-        interval([])
+        mean_interval([])
     with pytest.raises(ValueError, match="zip"):
-        paired([1.0], [1.0, 2.0])
+        paired_interval([1.0], [1.0, 2.0])

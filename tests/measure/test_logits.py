@@ -17,7 +17,7 @@ from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import import_llama
 from moe2gguf.llama.model import Facts, open_model, read_facts
 from moe2gguf.measure import logits, metrics
-from moe2gguf.measure.logits import Reference, cut, measure, record, record_here
+from moe2gguf.measure.logits import Reference, cut_windows, record_in_process, record_reference, score_file
 
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
 N_EXPERT = 4
@@ -128,7 +128,7 @@ def test_zero_router_with_all_experts_is_the_dense_model(files: dict[str, Path])
     tokens, dense, _ = run_in_child(tokens_and_logits, files["dense"], one_thread())
     for name in ("zero", "sixteen"):
         _, sliced, _ = run_in_child(tokens_and_logits, files[name], one_thread(n_expert_used="all"))
-        summary = metrics.summarize(metrics.compare(dense[:-1], sliced[:-1], tokens[1:], -np.inf))
+        summary = metrics.summarize(metrics.score_block(dense[:-1], sliced[:-1], tokens[1:], -np.inf))
         assert summary.max_difference <= 1e-3
         assert summary.kl_mean <= 1e-6
 
@@ -221,7 +221,7 @@ def test_missing_llama_cpp() -> None:
 
 def test_cut_follows_the_perplexity_tool() -> None:
     """Windows follow each other without overlap, BOS replaces each first token, the scored half is rounded up."""
-    windows = cut(np.arange(100, 120, dtype=np.int32), n_token=4, n_context=8, first=4, bos=1)
+    windows = cut_windows(np.arange(100, 120, dtype=np.int32), n_token=4, n_context=8, first=4, bos=1)
     assert windows.tokens.tolist() == [[1, *range(101, 108)], [1, *range(109, 116)]]
     assert (windows.n_scored, windows.n_token) == (3, 6)
 
@@ -233,20 +233,20 @@ def test_cut_follows_the_perplexity_tool() -> None:
 def test_cut_refuses(n_token: int, n_context: int, first: int, words: str) -> None:
     """A text that is too short and numbers that leave nothing to score are errors with the way out."""
     with pytest.raises(HarnessError, match=words):
-        cut(np.zeros(20, np.int32), n_token=n_token, n_context=n_context, first=first, bos=None)
+        cut_windows(np.zeros(20, np.int32), n_token=n_token, n_context=n_context, first=first, bos=None)
 
 
 def test_recorded_and_measured_logits_are_the_direct_ones(files: dict[str, Path], tmp_path: Path) -> None:
     """Scores through the reference file equal scores of logits held in memory, window by window."""
     setup = one_thread(n_context=16, n_batch=8)
-    reference = record(files["dense"], setup, TEXT, 20, 8, tmp_path / "logits")
+    reference = record_reference(files["dense"], setup, TEXT, 20, 8, tmp_path / "logits")
     windows = reference.windows
     assert reference.logits.stat().st_size == windows.n_token * reference.facts.n_vocab * 4
-    measured = list(measure(files["routed"], setup, reference))
+    measured = list(score_file(files["routed"], setup, reference))
     assert [len(scores) for scores in measured] == [7, 7, 7]
     expected = run_in_child(direct_scores, files["dense"], files["routed"], setup, windows.tokens, windows.first)
-    np.testing.assert_allclose(metrics.join(measured).kl, expected.kl, rtol=1e-6)
-    np.testing.assert_allclose(metrics.join(measured).nll, expected.nll, rtol=1e-6)
+    np.testing.assert_allclose(metrics.join_scores(measured).kl, expected.kl, rtol=1e-6)
+    np.testing.assert_allclose(metrics.join_scores(measured).nll, expected.nll, rtol=1e-6)
 
 
 def direct_scores(base: Path, other: Path, setup: Setup, windows: NDArray[np.int32], first: int) -> metrics.TokenScores:
@@ -255,14 +255,14 @@ def direct_scores(base: Path, other: Path, setup: Setup, windows: NDArray[np.int
     for path in (base, other):
         with open_model(path, setup) as model:
             rows.append(np.concatenate([model.logits(window)[first:-1] for window in windows]))
-    return metrics.compare(rows[0], rows[1], windows[:, first + 1 :].ravel())
+    return metrics.score_block(rows[0], rows[1], windows[:, first + 1 :].ravel())
 
 
 def test_another_vocabulary_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     """Files of the same size whose tokens have other texts cannot be compared."""
-    reference: Reference = record(files["dense"], one_thread(n_context=16), TEXT, 8, 0, tmp_path / "logits")
+    reference: Reference = record_reference(files["dense"], one_thread(n_context=16), TEXT, 8, 0, tmp_path / "logits")
     with pytest.raises(HarnessError, match=r"other\.gguf and .*dense\.gguf have different vocabularies \(as many"):
-        list(measure(files["other_words"], one_thread(), reference))
+        list(score_file(files["other_words"], one_thread(), reference))
 
 
 def test_no_room_for_the_reference(files: dict[str, Path]) -> None:
@@ -271,7 +271,7 @@ def test_no_room_for_the_reference(files: dict[str, Path]) -> None:
     if not full.exists():
         pytest.skip("needs /dev/full, which always says that the disk is full")
     with pytest.raises(HarnessError, match=r"cannot keep the reference's logits.*TMPDIR"):
-        record(files["dense"], one_thread(n_context=128), TEXT * 3, 100, 0, full)
+        record_reference(files["dense"], one_thread(n_context=128), TEXT * 3, 100, 0, full)
 
 
 N_LARGE, N_BATCH = 131072, 128
@@ -284,7 +284,7 @@ def memory_of_a_comparison(path: Path, folder: Path, n_window: int) -> int:
     text = TEXT * (40 * n_window)
     status = Path("/proc/self/status")
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
-    reference = record_here(path, setup, text, n_token, N_BATCH, folder / "logits", None)
+    reference = record_in_process(path, setup, text, n_token, N_BATCH, folder / "logits", None)
     assert n_window == sum(1 for _ in logits._measure(path, setup, reference, metrics.TAIL))
     return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) * 1024
 

@@ -19,7 +19,7 @@ from moe2gguf.measure.metrics import TokenScores
 def test_scores_equal_the_textbook(n_vocab: int, noise: float, tail: float) -> None:
     """Every score of every token equals the textbook's to 1e-9, with and without the tail."""
     base, other, targets = logits(40 if n_vocab < 1000 else 5, n_vocab, noise)
-    scores = metrics.compare(base, other, targets, tail)
+    scores = metrics.score_block(base, other, targets, tail)
     expected = [textbook_token(*row, tail) for row in zip(base, other, targets, strict=True)]
     for field in fields(TokenScores):
         column = [token[field.name] for token in expected]
@@ -29,7 +29,7 @@ def test_scores_equal_the_textbook(n_vocab: int, noise: float, tail: float) -> N
 def test_summary_equals_the_textbook() -> None:
     """Every sum equals the textbook's to 1e-9."""
     base, other, targets = logits(200, 50, 0.7)
-    summary = metrics.summarize(metrics.compare(base, other, targets)).to_dict()
+    summary = metrics.summarize(metrics.score_block(base, other, targets)).to_dict()
     flat = {k: v for k, v in summary.items() if k != "kl_percentiles"}
     flat |= {f"kl_percentiles.{p}": v for p, v in summary["kl_percentiles"].items()}
     rows = zip(base, other, targets, strict=True)
@@ -42,7 +42,7 @@ def test_worked_example() -> None:
     """Two tokens in the vocabulary, probabilities 1/2, 1/2 against 1/4, 3/4: KL = ln(2 / sqrt 3)."""
     base = np.log(np.array([[0.5, 0.5]])).astype(np.float32)
     other = np.log(np.array([[0.25, 0.75]])).astype(np.float32)
-    scores = metrics.compare(base, other, np.array([1], np.int32))
+    scores = metrics.score_block(base, other, np.array([1], np.int32))
     assert scores.kl[0] == pytest.approx(math.log(2 / math.sqrt(3)), abs=1e-7)
     assert scores.p_change[0] == pytest.approx(0.25, abs=1e-7)
     assert math.exp(scores.nll[0]) == pytest.approx(4 / 3, abs=1e-6)
@@ -51,17 +51,19 @@ def test_worked_example() -> None:
 def test_blocks_join_to_the_whole() -> None:
     """Scoring block by block and joining gives what scoring at once gives, but for the order of sums."""
     base, other, targets = logits(30, 20_000, 0.3)
-    whole = metrics.compare(base, other, targets)
-    parts = [metrics.compare(base[i : i + 7], other[i : i + 7], targets[i : i + 7]) for i in range(0, 30, 7)]
+    whole = metrics.score_block(base, other, targets)
+    parts = [metrics.score_block(base[i : i + 7], other[i : i + 7], targets[i : i + 7]) for i in range(0, 30, 7)]
     for field in fields(TokenScores):
-        np.testing.assert_allclose(getattr(metrics.join(parts), field.name), getattr(whole, field.name), rtol=1e-12)
+        np.testing.assert_allclose(
+            getattr(metrics.join_scores(parts), field.name), getattr(whole, field.name), rtol=1e-12
+        )
 
 
 def test_token_nll_equals_the_compared_nll() -> None:
     """The likelihood of one file alone is the one it has in a comparison."""
     base, other, targets = logits(30, 20_000, 0.3)
     np.testing.assert_allclose(
-        metrics.token_nll(other, targets), metrics.compare(base, other, targets).nll, rtol=0, atol=1e-12
+        metrics.token_nll(other, targets), metrics.score_block(base, other, targets).nll, rtol=0, atol=1e-12
     )
 
 
@@ -69,8 +71,8 @@ def test_ties_go_to_the_lowest_id() -> None:
     """Of equal logits the first counts as the most likely, as in llama.cpp."""
     base = np.array([[1, 3, 3, 0]], np.float32)
     other = np.array([[1, 3, 2, 0]], np.float32)
-    assert metrics.compare(base, other, np.array([0], np.int32)).same_top.tolist() == [1.0]
-    assert metrics.compare(base, other[:, ::-1], np.array([0], np.int32)).same_top.tolist() == [0.0]
+    assert metrics.score_block(base, other, np.array([0], np.int32)).same_top.tolist() == [1.0]
+    assert metrics.score_block(base, other[:, ::-1], np.array([0], np.int32)).same_top.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -78,7 +80,7 @@ def test_bad_numbers_are_counted_and_never_averaged_away(bad: float) -> None:
     """One NaN or infinite logit is counted, turns the means into NaN, and becomes null in JSON."""
     base, other, targets = logits(20, 30, 0.1)
     other[3, 4] = bad
-    summary = metrics.summarize(metrics.compare(base, other, targets))
+    summary = metrics.summarize(metrics.score_block(base, other, targets))
     assert summary.n_bad == 1
     assert math.isnan(summary.top1)
     assert math.isnan(summary.top5)
@@ -89,7 +91,7 @@ def test_bad_numbers_are_counted_and_never_averaged_away(bad: float) -> None:
 def test_one_token_has_no_error_and_none_is_refused() -> None:
     """A standard error needs two tokens; without any there is nothing to summarize."""
     base, other, targets = logits(1, 30, 0.1)
-    summary = metrics.summarize(metrics.compare(base, other, targets))
+    summary = metrics.summarize(metrics.score_block(base, other, targets))
     assert math.isnan(summary.kl_error)
     assert summary.to_dict()["kl_error"] is None
     with pytest.raises(ValueError, match="no scored token"):
@@ -99,7 +101,7 @@ def test_one_token_has_no_error_and_none_is_refused() -> None:
 def test_a_summary_comes_back_from_json() -> None:
     """What `to_dict` wrote is read back to the same numbers, NaN included."""
     base, other, targets = logits(1, 30, 0.1)
-    summary = metrics.summarize(metrics.compare(base, other, targets))
+    summary = metrics.summarize(metrics.score_block(base, other, targets))
     again = metrics.Summary.from_dict(json.loads(json.dumps(summary.to_dict())))
     assert str(again) == str(summary)
     with pytest.raises(TypeError):

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from moe2gguf.cli import cli
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.measure.compare import Settings, compare
-from moe2gguf.measure.on_the_fly import compare_types, made, variants
-from moe2gguf.measure.results import Row
+from moe2gguf.measure.compare import CompareSettings, compare
+from moe2gguf.measure.on_the_fly import compare_types, plan_copies, write_copies
+from moe2gguf.measure.results import ResultRow
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
@@ -43,8 +43,8 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def settings() -> Settings:
-    return Settings(text=TEXT, n_token=CONTEXT // 2 - 1, n_context=CONTEXT, threads=1)
+def settings() -> CompareSettings:
+    return CompareSettings(text=TEXT, n_token=CONTEXT // 2 - 1, n_context=CONTEXT, threads=1)
 
 
 def left(cache: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def test_rows_are_those_of_the_quantized_files(files: dict[str, Path], cache: Pa
     """Every file, then every type of every float file, at every count: the same numbers as from `quantize`'s files."""
     found = compare_types([files["moe"], files["q8_0"]], files["dense"], kinds=KINDS, used=[4, 2], settings=settings())
     names = ["moe.gguf", "small.gguf", "moe-Q8_0.gguf", "moe-Q4_K_M.gguf"]
-    assert [f"{name} k={k}/4" for name in names for k in (4, 2)] == [row.candidate.label for row in found.rows]
+    assert [f"{name} k={k}/4" for name in names for k in (4, 2)] == [row.config.label for row in found.rows]
     plain = compare([files["q8_0"], files["q4_k_m"]], files["dense"], used=[4, 2], settings=settings())
     assert [row.quality.summary for row in plain.rows if row.quality] == [
         row.quality.summary for row in found.rows[4:] if row.quality
@@ -70,14 +70,14 @@ def test_rows_are_those_of_the_quantized_files(files: dict[str, Path], cache: Pa
 def test_an_interrupted_sweep_finds_its_files_and_rows_again(files: dict[str, Path], cache: Path) -> None:
     """An interrupt leaves the files, the next run uses them as they are; made again the journal knows them."""
 
-    def stop(_: Row) -> None:
+    def stop(_: ResultRow) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compare_types([files["moe"]], files["dense"], kinds=KINDS, settings=settings(), on_row=stop)
     inodes = {path.name: path.stat().st_ino for path in left(cache)}
     assert ["moe-Q4_K_M.gguf", "moe-Q8_0.gguf"] == sorted(inodes)
-    with made(variants([files["moe"]], KINDS, cache / "types")) as paths:
+    with write_copies(plan_copies([files["moe"]], KINDS, cache / "types")) as paths:
         assert inodes == {path.name: path.stat().st_ino for path in paths}
     assert [] == left(cache)
     for expected in ([True, False, False], [True, True, True]):
@@ -88,16 +88,19 @@ def test_an_interrupted_sweep_finds_its_files_and_rows_again(files: dict[str, Pa
 
 def test_a_file_of_another_version_is_made_again(files: dict[str, Path], cache: Path) -> None:
     """What stands in the cache is used only if its header is the one that would be written."""
-    (one,) = variants([files["moe"]], ["q8_0"], cache / "types")
+    (one,) = plan_copies([files["moe"]], ["q8_0"], cache / "types")
     one.path.parent.mkdir(parents=True)
     one.path.write_bytes(b"GGUF of another time")
-    with made([one]) as (path,):
+    with write_copies([one]) as (path,):
         assert files["q8_0"].read_bytes() == path.read_bytes()
 
 
 def test_errors_leave_nothing_behind(files: dict[str, Path], cache: Path) -> None:
     """An error while measuring removes the files too."""
-    with pytest.raises(RuntimeError, match="boom"), made(variants([files["moe"]], ["q8_0"], cache / "types")):
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        write_copies(plan_copies([files["moe"]], ["q8_0"], cache / "types")),
+    ):
         raise RuntimeError("boom")
     assert [] == left(cache)
 
@@ -143,7 +146,7 @@ def test_an_interrupted_sweep_uses_no_file_of_another_matrix(
     places = set()
     for seed in (0, 1):
         imatrix_files.write_gguf(matrix, imatrix_files.statistics_for(shapes, seed))
-        places |= {one.path for one in variants([files["moe"]], ["q4_0"], cache / "types", matrix)}
+        places |= {one.path for one in plan_copies([files["moe"]], ["q4_0"], cache / "types", matrix)}
     assert 2 == len(places)
 
 

@@ -11,23 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe2gguf.measure import metrics
-from moe2gguf.measure.candidates import Candidate
-from moe2gguf.measure.pareto import choose, pareto_front
-from moe2gguf.measure.results import Row, quality
-from moe2gguf.measure.speed import Run, collect
+from moe2gguf.measure.grid import RunConfig
+from moe2gguf.measure.pareto import pareto_front, recommend
+from moe2gguf.measure.results import ResultRow, summarize_quality
+from moe2gguf.measure.speed import Run, summarize_runs
 
-SCORES = metrics.compare(*[np.eye(4, dtype=np.float32)] * 2, np.arange(4, dtype=np.int32))
+SCORES = metrics.score_block(*[np.eye(4, dtype=np.float32)] * 2, np.arange(4, dtype=np.int32))
 NUMBERS = st.integers(0, 5).map(float)
 
 
-def row(name: str, kl: float, speed: float, status: str = "ok") -> Row:
+def row(name: str, kl: float, speed: float, status: str = "ok") -> ResultRow:
     """A row with a given mean KL divergence and generation speed."""
-    measured = quality([SCORES], 1.0)
-    return Row(
-        Candidate(Path(name), 0, 0, "cpu", "F32", 1, 1, ""),
+    measured = summarize_quality([SCORES], 1.0)
+    return ResultRow(
+        RunConfig(Path(name), 0, 0, "cpu", "F32", 1, 1, ""),
         status,  # type: ignore[arg-type]
         quality=replace(measured, summary=replace(measured.summary, kl_mean=kl)),
-        speed=collect([Run(1.0, speed, 1.0, 1.0, 1)]),
+        speed=summarize_runs([Run(1.0, speed, 1.0, 1.0, 1)]),
     )
 
 
@@ -44,21 +44,25 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[str, float, float]])
 
 def test_the_fastest_that_is_close_enough_is_recommended() -> None:
     """Within 0.05 nats; faster ones are on the front but too far off, slower ones are not better for it."""
-    choice = choose([row("exact", 0.0, 10), row("close", 0.04, 20), row("far", 1.0, 40), row("slow", 0.04, 5)])
-    assert choice is not None
-    assert (("far", "close", "exact"), "close") == (choice.front, choice.label)
-    assert choice.reason.startswith("the fastest of 4 within 0.05 nats per token of the reference: KL divergence 0.04")
+    recommendation = recommend(
+        [row("exact", 0.0, 10), row("close", 0.04, 20), row("far", 1.0, 40), row("slow", 0.04, 5)]
+    )
+    assert recommendation is not None
+    assert (("far", "close", "exact"), "close") == (recommendation.front, recommendation.label)
+    assert recommendation.reason.startswith(
+        "the fastest of 4 within 0.05 nats per token of the reference: KL divergence 0.04"
+    )
 
 
 def test_where_nothing_is_close_the_closest_is_named_with_a_warning() -> None:
     """And the reference is recommended for quality."""
-    choice = choose([row("far", 1.0, 40), row("farther", 2.0, 80)])
-    assert choice is not None
-    assert "far" == choice.label
-    assert "the reference itself is the better choice" in choice.reason
+    recommendation = recommend([row("far", 1.0, 40), row("farther", 2.0, 80)])
+    assert recommendation is not None
+    assert "far" == recommendation.label
+    assert "the reference itself is the better choice" in recommendation.reason
 
 
 @pytest.mark.parametrize("rows", [[], [replace(row("a", 0, 1), speed=None)], [row("a", 0, 1, "failed")]])
-def test_without_sound_and_timed_rows_there_is_no_choice(rows: list[Row]) -> None:
+def test_without_sound_and_timed_rows_there_is_no_choice(rows: list[ResultRow]) -> None:
     """A failed row is never recommended."""
-    assert choose(rows) is None
+    assert recommend(rows) is None

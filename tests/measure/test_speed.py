@@ -13,7 +13,7 @@ from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import open_model
 from moe2gguf.measure import speed
-from moe2gguf.measure.speed import Run, collect, fast, memory_bandwidth, run_once, spread
+from moe2gguf.measure.speed import Run, benchmark_setup, memory_bandwidth, run_once, spread_of, summarize_runs
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def fed(path: Path, n_prompt: int, n_generate: int) -> list[tuple[int, int, int,
             batches.append((self.n_past, len(tokens), int(np.sum(scored)), int(tokens[0]) == tiny_gguf.BOS))
             return super().feed(tokens, scored)
 
-    with open_model(path, fast(1, None)) as model:
+    with open_model(path, benchmark_setup(1, None)) as model:
         model.__class__ = Watched
         model.start(1024)
         rng = np.random.default_rng(0)
@@ -57,33 +57,33 @@ def test_tokens_are_fed_as_llama_bench_does(files: dict[str, Path]) -> None:
 
 def test_more_experts_take_longer(files: dict[str, Path]) -> None:
     """Four of four wide experts are slower than one of four, prompt and generation."""
-    slow = [run_once(files["large"], fast(1, 4), 64, 16, seed=i) for i in range(3)]
-    quick = [run_once(files["large"], fast(1, 1), 64, 16, seed=i) for i in range(3)]
+    slow = [run_once(files["large"], benchmark_setup(1, 4), 64, 16, seed=i) for i in range(3)]
+    quick = [run_once(files["large"], benchmark_setup(1, 1), 64, 16, seed=i) for i in range(3)]
     for name in ("prompt_speed", "generation_speed"):
         assert max(getattr(run, name) for run in slow) < max(getattr(run, name) for run in quick)
 
 
 def test_a_run_is_in_its_units(files: dict[str, Path]) -> None:
     """Tokens per second, seconds and bytes; what was not asked for is zero."""
-    run = run_once(files["large"], fast(1, None), 64, 0)
+    run = run_once(files["large"], benchmark_setup(1, None), 64, 0)
     assert run.prompt_speed == pytest.approx(64 / run.first_token)
     assert 0.0 == run.generation_speed
     assert 0 < run.load < 60
     assert files["large"].stat().st_size < run.peak_memory < 2**31
-    assert 0.0 == run_once(files["small"], fast(1, None), 0, 2).prompt_speed
+    assert 0.0 == run_once(files["small"], benchmark_setup(1, None), 0, 2).prompt_speed
 
 
 def test_time_and_file_errors_are_clear(files: dict[str, Path], tmp_path: Path) -> None:
     """A run that takes too long is stopped; a file that is not there is named."""
     with pytest.raises(HarnessError, match="no answer within"):
-        run_once(files["large"], fast(1, None), 64, 16, timeout=1e-3)
+        run_once(files["large"], benchmark_setup(1, None), 64, 16, timeout=1e-3)
     with pytest.raises(HarnessError, match="nowhere"):
-        run_once(tmp_path / "nowhere", fast(1, None), 1, 1)
+        run_once(tmp_path / "nowhere", benchmark_setup(1, None), 1, 1)
 
 
 def test_settings_are_those_people_run_with() -> None:
     """Unlike the ones for measuring quality."""
-    setup = fast(3, 2)
+    setup = benchmark_setup(3, 2)
     assert ("f16", True, True, 3, 2) == (
         setup.kv_type,
         setup.flash_attention,
@@ -102,7 +102,7 @@ def test_memory_bandwidth_is_plausible() -> None:
 def test_spreads() -> None:
     """Median, lowest, highest; memory is the largest."""
     runs = [Run(10.0 * i, 5.0 * i, 1 / i, 0.5, 100 * i) for i in (3, 1, 2, 10)]
-    found = collect(runs)
+    found = summarize_runs(runs)
     assert (25.0, 10.0, 100.0) == (found.prompt.median, found.prompt.low, found.prompt.high)
     assert (12.5, 1000, 4) == (found.generation.median, found.peak_memory, found.n_run)
-    assert (2.0, 1.0, 3.0) == (spread([3, 1, 2]).median, spread([3, 1, 2]).low, spread([3, 1, 2]).high)
+    assert (2.0, 1.0, 3.0) == (spread_of([3, 1, 2]).median, spread_of([3, 1, 2]).low, spread_of([3, 1, 2]).high)

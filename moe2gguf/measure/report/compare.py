@@ -16,7 +16,7 @@ from typing import Any
 from moe2gguf.measure.report import page
 from moe2gguf.measure.report.experts import load_map
 from moe2gguf.measure.report.page import plotly_script, write_page
-from moe2gguf.measure.results import Comparison, Row
+from moe2gguf.measure.results import Comparison, ResultRow
 
 _KL = "mean KL divergence, nats per token"
 _WINDOW, _POSITION = "window of the text", "position in the window, tokens"
@@ -91,12 +91,12 @@ def summary(found: Comparison) -> list[str]:
         perplexity = f"{found.base.perplexity_base:.4g} ± {found.base.perplexity_base_error:.2g}"
         reference = _name(found.reference.label)
         lines[0] += f" The reference, {reference}, has a perplexity of {perplexity} on {found.base.n_token:,} tokens."
-    same = [row.candidate.label for row in sound if row.above_noise is False]
+    same = [row.config.label for row in sound if row.above_noise is False]
     if same:
         lines.append(f"As far as the noise floor can tell, the same model as the reference: {_names(same)}.")
-    if found.choice:
-        lines.append(f"<b>Take {_name(found.choice.label)}</b>: {escape(found.choice.reason)}.")
-        lines.append(f"Beaten by no other in both quality and speed: {_names(found.choice.front)}.")
+    if found.recommendation:
+        lines.append(f"<b>Take {_name(found.recommendation.label)}</b>: {escape(found.recommendation.reason)}.")
+        lines.append(f"Beaten by no other in both quality and speed: {_names(found.recommendation.front)}.")
     equal = [f"{_name(name)} from {_names(others)}" for name, others in found.not_told_apart.items()]
     if equal:
         lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
@@ -109,7 +109,7 @@ def summary(found: Comparison) -> list[str]:
             )
     for row in found.rows:
         if row.reason:
-            lines.append(f"{_name(row.candidate.label)} {row.status}: {escape(row.reason)}")
+            lines.append(f"{_name(row.config.label)} {row.status}: {escape(row.reason)}")
     return lines
 
 
@@ -119,39 +119,39 @@ def pictures(found: Comparison) -> list[tuple[str, dict[str, Any]]]:
     if not sound:
         return []
     figures = []
-    if found.choice:
+    if found.recommendation:
         figures.append(("Quality and generation speed", _quality_and_speed(found, sound)))
-    sliced = [row for row in sound if row.candidate.n_expert]
+    sliced = [row for row in sound if row.config.n_expert]
     if sliced:
         figures.append(("KL divergence and experts used", _divergence_by_count(found, sliced)))
     for name, (title, axis) in _DETAILS.items():
         figures.append((title, _series(found, sound, name, axis)))
-    return [*figures, *((f"Experts of {one.candidate.label}: load", load_map(one)) for one in found.experts)]
+    return [*figures, *((f"Experts of {one.config.label}: load", load_map(one)) for one in found.experts)]
 
 
-def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
+def _quality_and_speed(found: Comparison, sound: Sequence[ResultRow]) -> dict[str, Any]:
     traces = [
         {
             "type": "scatter",
             "mode": "markers+text",
             "name": escape(name),
             "x": [row.speed.generation.median for row in rows if row.speed],
-            "y": [shown(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
+            "y": [clip_to_noise(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
             "error_x": {
                 "type": "data",
                 "symmetric": False,
                 "array": [row.speed.generation.high - row.speed.generation.median for row in rows if row.speed],
                 "arrayminus": [row.speed.generation.median - row.speed.generation.low for row in rows if row.speed],
             },
-            "text": [str(row.candidate.n_expert_used) if row.candidate.n_expert else "dense" for row in rows],
-            "hovertext": [escape(row.candidate.label) for row in rows],
+            "text": [str(row.config.n_expert_used) if row.config.n_expert else "dense" for row in rows],
+            "hovertext": [escape(row.config.label) for row in rows],
             "textposition": "top center",
             "marker": {"size": 12},
         }
-        for name, rows in by_file([row for row in sound if row.speed]).items()
+        for name, rows in group_by_file([row for row in sound if row.speed]).items()
     ]
-    points = {row.candidate.label: row for row in sound}
-    front = [points[label] for label in found.choice.front] if found.choice else []
+    points = {row.config.label: row for row in sound}
+    front = [points[label] for label in found.recommendation.front] if found.recommendation else []
     traces.append(
         {
             "type": "scatter",
@@ -159,7 +159,7 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
             "name": "front",
             "line": {"dash": "dot"},
             "x": [row.speed.generation.median for row in front if row.speed],
-            "y": [shown(row.quality.summary.kl_mean, found) for row in front if row.quality],
+            "y": [clip_to_noise(row.quality.summary.kl_mean, found) for row in front if row.quality],
         }
     )
     layout = _axes("generation, tokens per second", _KL)
@@ -177,20 +177,20 @@ def _quality_and_speed(found: Comparison, sound: Sequence[Row]) -> dict[str, Any
     return {"data": traces, "layout": layout}
 
 
-def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, Any]:
+def _divergence_by_count(found: Comparison, sound: Sequence[ResultRow]) -> dict[str, Any]:
     traces = []
-    for name, rows in by_file(sound).items():
-        ordered = sorted(rows, key=lambda row: row.candidate.n_expert_used)
+    for name, rows in group_by_file(sound).items():
+        ordered = sorted(rows, key=lambda row: row.config.n_expert_used)
         intervals = [row.quality.kl_interval for row in ordered if row.quality]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": escape(name),
-                "x": [row.candidate.n_expert_used for row in ordered],
-                "y": [shown(i.mean, found) for i in intervals],
+                "x": [row.config.n_expert_used for row in ordered],
+                "y": [clip_to_noise(i.mean, found) for i in intervals],
                 "error_y": {"type": "data", "array": [_half(i.high - i.mean) for i in intervals]},
-                "hovertext": [escape(row.candidate.label) for row in ordered],
+                "hovertext": [escape(row.config.label) for row in ordered],
             }
         )
     layout = _axes("experts used per token", _KL)
@@ -202,10 +202,10 @@ def _divergence_by_count(found: Comparison, sound: Sequence[Row]) -> dict[str, A
     return {"data": traces, "layout": layout}
 
 
-def _series(found: Comparison, sound: Sequence[Row], name: str, axis: str) -> dict[str, Any]:
+def _series(found: Comparison, sound: Sequence[ResultRow], name: str, axis: str) -> dict[str, Any]:
     """A line per row of one of the series of `Quality`, by window or by position; losses with the reference's."""
     by_position, is_loss = name.startswith("position"), name.endswith("nll")
-    lines = {row.candidate.label: getattr(row.quality, name) for row in sound}
+    lines = {row.config.label: getattr(row.quality, name) for row in sound}
     if is_loss:
         lines = {"reference": getattr(sound[0].quality, f"{name}_base"), **lines}
     traces = [
@@ -214,7 +214,7 @@ def _series(found: Comparison, sound: Sequence[Row], name: str, axis: str) -> di
             "mode": "lines" if by_position else "lines+markers",
             "name": escape(label),
             "x": _positions(found, len(values)) if by_position else list(range(1, len(values) + 1)),
-            "y": [value if is_loss else shown(value, found) for value in values],
+            "y": [value if is_loss else clip_to_noise(value, found) for value in values],
             **({"line": {"dash": "dot", "color": "gray"}} if is_loss and label == "reference" else {}),
         }
         for label, values in lines.items()
@@ -241,16 +241,16 @@ def _line(axis: str, value: float) -> dict[str, Any]:
     return {"type": "line", "line": {"dash": "dash", "width": 1, "color": "gray"}, **ends}
 
 
-def by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def group_by_file(rows: Iterable[ResultRow]) -> dict[str, list[ResultRow]]:
     """Group rows by file and device, in the order of their first appearance."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[ResultRow]] = {}
     for row in rows:
-        device = "" if row.candidate.device == "cpu" else f" {row.candidate.device}"
-        groups.setdefault(f"{row.candidate.name or row.candidate.path.name}{device}", []).append(row)
+        device = "" if row.config.device == "cpu" else f" {row.config.device}"
+        groups.setdefault(f"{row.config.name or row.config.path.name}{device}", []).append(row)
     return groups
 
 
-def shown(value: float, found: Comparison) -> float:
+def clip_to_noise(value: float, found: Comparison) -> float:
     """Return a value for a logarithmic axis: not below a tenth of what is noise, where there is nothing to see."""
     return max(value, found.kl_limit / 10)
 
@@ -260,7 +260,7 @@ def _half(width: float) -> float | None:
 
 
 def _rows_table(found: Comparison) -> str:
-    lines = [row.flat() | {"file": row.candidate.name or row.candidate.path.name} for row in found.rows]
+    lines = [row.flat() | {"file": row.config.name or row.config.path.name} for row in found.rows]
     columns = [(title, name) for title, name in _COLUMNS if any(line.get(name) not in (None, "") for line in lines)]
     return page.table(
         [title for title, _ in columns], [[line.get(name) for _, name in columns] for line in lines], "rows"
@@ -268,7 +268,7 @@ def _rows_table(found: Comparison) -> str:
 
 
 def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
-    files = dict.fromkeys([found.reference.path, *(row.candidate.path for row in found.rows)])
+    files = dict.fromkeys([found.reference.path, *(row.config.path for row in found.rows)])
     made = found.settings.get("made", {})
     digests = "".join(
         f"<tr><td>{escape(path.name)}</td><td><code>{escape(made.get(path.name) or _sha256(path))}</code></td></tr>"

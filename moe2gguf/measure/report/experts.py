@@ -28,7 +28,7 @@ def render(found: ExpertUse, plotly: str, arguments: Sequence[str]) -> str:
     """Return the page; `plotly` is the text of plotly.js."""
     figures = pictures(found)
     sections = [
-        f"<h1>Experts at work in <code>{escape(found.candidate.label)}</code></h1>",
+        f"<h1>Experts at work in <code>{escape(found.config.label)}</code></h1>",
         *(f"<p>{escape(line)}</p>" for line in summary(found)),
         *(page.figure(i, title) for i, (title, _) in enumerate(figures)),
         "<h2>Every expert</h2>",
@@ -46,7 +46,7 @@ def render(found: ExpertUse, plotly: str, arguments: Sequence[str]) -> str:
 
 def summary(found: ExpertUse) -> list[str]:
     """Return the result in sentences of plain text."""
-    one = found.candidate
+    one = found.config
     effective = [layer.effective for layer in found.layers]
     lines = [
         f"{found.n_token:,} tokens; {one.n_expert_used} of {one.n_expert} experts per token in {len(found.layers)} "
@@ -65,7 +65,7 @@ def summary(found: ExpertUse) -> list[str]:
 
 def pictures(found: ExpertUse) -> list[tuple[str, dict[str, Any]]]:
     """Return titles and figures, each a dictionary of plotly's `data` and `layout`."""
-    used = found.candidate.n_expert_used < found.candidate.n_expert
+    used = found.config.n_expert_used < found.config.n_expert
     load = _map([one.load for one in found.layers], found.layers, "share of tokens", (0.0, 1.0))
     figures = [("Load: share of tokens that run each expert", load)]
     probability = _map([one.probability for one in found.layers], found.layers, "mean probability", None)

@@ -142,12 +142,12 @@ def plotly_script() -> str:
 
 def write_page(page: str, target: Path) -> None:
     """Write a page, whole or not at all. Raises OutputError if `target` cannot be written."""
-    with whole(target) as partial:
+    with write_whole(target) as partial:
         partial.write_text(page, "utf-8")
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def write_whole(target: Path) -> Iterator[Path]:
     """A name to write to, which becomes `target` if the block succeeds. Raises OutputError for an error of the disk."""
     partial = target.with_name(f".{target.name}.partial")
     try:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.measure.report.compare import by_file, shown
-from moe2gguf.measure.report.page import whole
-from moe2gguf.measure.results import Comparison, Row
+from moe2gguf.measure.report.compare import clip_to_noise, group_by_file
+from moe2gguf.measure.report.page import write_whole
+from moe2gguf.measure.results import Comparison, ResultRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def write_picture(found: Comparison, target: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "moe2gguf", "text.parse_math": False, "font.size": 10}):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
-        if found.choice:
+        if found.recommendation:
             _over_speed(axes, found, sound)
         else:
             _over_count(axes, found, sound)
@@ -50,41 +50,41 @@ def write_picture(found: Comparison, target: Path) -> None:
         axes.legend(fontsize=8)
         kind = target.suffix.lower().removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {}
-        with whole(target) as partial:
+        with write_whole(target) as partial:
             figure.savefig(partial, format=kind, dpi=_DPI, metadata=metadata)
 
 
-def _over_speed(axes: Axes, found: Comparison, sound: list[Row]) -> None:
+def _over_speed(axes: Axes, found: Comparison, sound: list[ResultRow]) -> None:
     """Every (file, k) a point, the front a dotted line, the dense model's speed a dashed one, the choice a ring."""
-    for name, rows in by_file([row for row in sound if row.speed]).items():
+    for name, rows in group_by_file([row for row in sound if row.speed]).items():
         points = [_point(row, found) for row in rows]
         axes.scatter(*zip(*points, strict=True), label=_legend(name), zorder=3)
         for row, point in zip(rows, points, strict=True):
-            words = f"k={row.candidate.n_expert_used}" if row.candidate.n_expert else "dense"
+            words = f"k={row.config.n_expert_used}" if row.config.n_expert else "dense"
             axes.annotate(words, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
-    points_of = {row.candidate.label: _point(row, found) for row in sound if row.speed}
-    if found.choice:
-        front = [points_of[label] for label in found.choice.front]
+    points_of = {row.config.label: _point(row, found) for row in sound if row.speed}
+    if found.recommendation:
+        front = [points_of[label] for label in found.recommendation.front]
         axes.plot(*zip(*front, strict=True), ":", color="gray", label="beaten by no other")
-        x, y = points_of[found.choice.label]
+        x, y = points_of[found.recommendation.label]
         axes.scatter([x], [y], s=220, facecolors="none", edgecolors="black", label="take this one")
     if found.reference_speed:
         axes.axvline(found.reference_speed.generation.median, linestyle="--", color="gray", label="the dense model")
     axes.set_xlabel("generation, tokens per second")
 
 
-def _over_count(axes: Axes, found: Comparison, sound: list[Row]) -> None:
-    for name, rows in by_file(sound).items():
-        ordered = sorted(rows, key=lambda row: row.candidate.n_expert_used)
-        heights = [shown(row.quality.summary.kl_mean, found) for row in ordered if row.quality]
-        axes.plot([row.candidate.n_expert_used for row in ordered], heights, "o-", label=_legend(name))
+def _over_count(axes: Axes, found: Comparison, sound: list[ResultRow]) -> None:
+    for name, rows in group_by_file(sound).items():
+        ordered = sorted(rows, key=lambda row: row.config.n_expert_used)
+        heights = [clip_to_noise(row.quality.summary.kl_mean, found) for row in ordered if row.quality]
+        axes.plot([row.config.n_expert_used for row in ordered], heights, "o-", label=_legend(name))
     axes.set_xlabel("experts used per token")
 
 
-def _point(row: Row, found: Comparison) -> tuple[float, float]:
+def _point(row: ResultRow, found: Comparison) -> tuple[float, float]:
     if row.speed is None or row.quality is None:
-        raise ValueError(f"{row.candidate.label} was not timed")
-    return row.speed.generation.median, shown(row.quality.summary.kl_mean, found)
+        raise ValueError(f"{row.config.label} was not timed")
+    return row.speed.generation.median, clip_to_noise(row.quality.summary.kl_mean, found)
 
 
 def _legend(name: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe2gguf.measure.candidates import Candidate
-from moe2gguf.measure.expert_usage import ExpertUse, layers
+from moe2gguf.measure.expert_usage import ExpertUse, summarize_layers
+from moe2gguf.measure.grid import RunConfig
 from moe2gguf.measure.report import experts as experts_report
 from moe2gguf.measure.report.compare import pictures, write_report
 from moe2gguf.measure.results import Comparison
@@ -34,8 +34,10 @@ def use() -> ExpertUse:
         words = np.add.reduceat(ran, np.arange(0, 200, 10)).astype(np.uint32)
         tallies[i] = LayerTally(ran.T @ ran, rng.random(8) * 25, 400.0, words)
     tally = Tally(200, 3, [f" w{i}<b>" for i in range(20)], np.full(20, 10), tallies)
-    one = Candidate(Path("a<b>.gguf"), 8, 3, "cpu", "F16", 1, 1, "x")
-    return ExpertUse(one, 200, layers(tally), "the file carries no load from a calibration", {"context": 32}, {})
+    one = RunConfig(Path("a<b>.gguf"), 8, 3, "cpu", "F16", 1, 1, "x")
+    return ExpertUse(
+        one, 200, summarize_layers(tally), "the file carries no load from a calibration", {"context": 32}, {}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from moe2gguf.measure.report import compare as report
 from moe2gguf.measure.report import page as pages
 from moe2gguf.measure.report.compare import pictures, render, summary, write_report
 from moe2gguf.measure.report.page import require_plotly
-from moe2gguf.measure.results import Comparison, Quality, is_above_noise, pair_up, quality
+from moe2gguf.measure.results import Comparison, Quality, compare_pairs, is_above_noise, summarize_quality
 
 
 def test_the_page_is_sound_and_complete(found: Comparison) -> None:
@@ -93,9 +93,9 @@ def test_details_are_means_over_windows_and_over_positions() -> None:
     """Spans of equal length; the mean over spans, over windows and over tokens is one number."""
     rng = np.random.default_rng(1)
     base, other = rng.standard_normal((2, 3 * 130, 12)).astype(np.float32)
-    scores = metrics.compare(base, other, rng.integers(0, 12, 390, dtype=np.int32))
-    parts = [metrics.compare(base[i : i + 130], other[i : i + 130], np.zeros(130, np.int32)) for i in (0, 130, 260)]
-    found = quality(parts, 0.0)
+    scores = metrics.score_block(base, other, rng.integers(0, 12, 390, dtype=np.int32))
+    parts = [metrics.score_block(base[i : i + 130], other[i : i + 130], np.zeros(130, np.int32)) for i in (0, 130, 260)]
+    found = summarize_quality(parts, 0.0)
     assert (64, 3) == (len(found.position_kl), len(found.window_kl))
     table = scores.kl.reshape(3, 130)
     np.testing.assert_allclose(found.window_kl, table.mean(axis=1), rtol=1e-12)
@@ -117,13 +117,13 @@ def test_how_it_was_measured(found: Comparison) -> None:
 def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None:
     """Fewer pictures, the same words, no empty columns."""
     quiet = tuple(replace(row, speed=None) for row in found.rows)
-    silent = replace(found, rows=quiet, choice=None, reference_speed=None)
+    silent = replace(found, rows=quiet, recommendation=None, reference_speed=None)
     assert 5 == len(pictures(silent))
     assert "generation t/s" not in render(silent, "", ["prog"])
     nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
     assert [] == pictures(nothing)
     assert Page(render(nothing, "", ["prog"])).open == []
-    dense = replace(silent, rows=(replace(quiet[0], candidate=candidate(found.reference.path, 0)),), pairs=())
+    dense = replace(silent, rows=(replace(quiet[0], config=candidate(found.reference.path, 0)),), pairs=())
     assert "KL divergence and experts used" not in [title for title, _ in pictures(dense)]
 
 
@@ -138,7 +138,7 @@ def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> N
         above_noise=None,
         quality=replace(first.quality, summary=replace(first.quality.summary, kl_mean=math.nan)),
     )
-    text = render(replace(found, rows=(one, bad), pairs=(), choice=None), "", ["prog"])
+    text = render(replace(found, rows=(one, bad), pairs=(), recommendation=None), "", ["prog"])
     assert "NaN" not in text.split("const FIGURES")[1].split("\n")[0]
     assert ">nan<" not in text
 
@@ -184,5 +184,5 @@ def test_a_row_in_the_noise_is_told_apart_from_one_above_it(found: Comparison) -
         replace(found.rows[1], quality=far, above_noise=True),
         replace(found.rows[2], quality=replace(far, window_kl=(5.0, 2.0)), above_noise=True),
     ]
-    assert [True, True, False] == [pair.different for pair in pair_up(rows, LIMIT)]
-    assert not any(pair.kl.excludes_zero for pair in pair_up(rows, LIMIT))
+    assert [True, True, False] == [pair.different for pair in compare_pairs(rows, LIMIT)]
+    assert not any(pair.kl.excludes_zero for pair in compare_pairs(rows, LIMIT))

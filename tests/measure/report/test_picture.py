@@ -34,9 +34,11 @@ def test_an_svg_has_every_point_and_is_the_same_twice(found: Comparison, tmp_pat
     write_picture(found, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     fewer = replace(
-        found, rows=(found.rows[0], found.rows[2]), choice=replace(found.choice, label=found.choice.front[0])
+        found,
+        rows=(found.rows[0], found.rows[2]),
+        recommendation=replace(found.recommendation, label=found.recommendation.front[0]),
     )  # type: ignore[type-var, union-attr]
-    fewer = replace(fewer, choice=replace(fewer.choice, front=(fewer.choice.label,)))  # type: ignore[type-var, union-attr]
+    fewer = replace(fewer, recommendation=replace(fewer.recommendation, front=(fewer.recommendation.label,)))  # type: ignore[type-var, union-attr]
     write_picture(fewer, tmp_path / "fewer.svg")
     assert points(tmp_path / "a.svg") > points(tmp_path / "fewer.svg") > 0
     assert any(name.startswith("legend") for name in drawn(tmp_path / "a.svg"))
@@ -62,10 +64,10 @@ def test_a_png_has_its_size(found: Comparison, tmp_path: Path) -> None:
 def test_without_speeds_it_is_divergence_over_experts(found: Comparison, tmp_path: Path) -> None:
     """No front to draw, but a line over the counts."""
     rows = tuple(replace(row, speed=None) for row in found.rows)
-    write_picture(replace(found, rows=rows, choice=None, reference_speed=None), tmp_path / "a.svg")
+    write_picture(replace(found, rows=rows, recommendation=None, reference_speed=None), tmp_path / "a.svg")
     assert points(tmp_path / "a.svg")
     with pytest.raises(HarnessError, match="nothing to draw"):
-        write_picture(replace(found, rows=found.rows[3:], choice=None), tmp_path / "none.svg")
+        write_picture(replace(found, rows=found.rows[3:], recommendation=None), tmp_path / "none.svg")
 
 
 def test_what_cannot_be_drawn_is_refused_first(

@@ -12,7 +12,7 @@ from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.shards import read_shards
-from moe2gguf.measure.candidates import candidate, candidates
+from moe2gguf.measure.grid import plan_grid, plan_run
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_every_combination_once_and_dense_files_once(files: dict[str, Path]) -> None:
     """Files, then counts, then devices; equal counts once; a dense file has no count."""
-    found = candidates([files["moe"], files["dense"]], [4, 2, 4], ["cpu", "gpu"])
+    found = plan_grid([files["moe"], files["dense"]], [4, 2, 4], ["cpu", "gpu"])
     expected = [
         "moe.gguf k=4/4",
         "moe.gguf k=4/4 gpu",
@@ -40,7 +40,7 @@ def test_every_combination_once_and_dense_files_once(files: dict[str, Path]) -> 
         "dense.gguf gpu",
     ]
     assert expected == [one.label for one in found]
-    assert ["F32", "F16"] == [one.type for one in candidates([files["dense"], files["f16"]])]
+    assert ["F32", "F16"] == [one.type for one in plan_grid([files["dense"], files["f16"]])]
 
 
 def test_bits_per_weight_are_of_all_tensors(files: dict[str, Path]) -> None:
@@ -48,7 +48,7 @@ def test_bits_per_weight_are_of_all_tensors(files: dict[str, Path]) -> None:
     tensors = read_gguf(files["f16"]).tensors.values()
     small = sum(t.n_elements for t in tensors if "norm" in t.name or "gate_inp" in t.name)
     total = sum(t.n_elements for t in tensors)
-    dense, half = candidates([files["dense"], files["f16"]])
+    dense, half = plan_grid([files["dense"], files["f16"]])
     assert (32, 16 + 16 * small / total) == (dense.bits_per_weight, half.bits_per_weight)
 
 
@@ -58,22 +58,22 @@ def test_a_set_of_shards_is_one_file(files: dict[str, Path], tmp_path: Path) -> 
         shard.path
         for shard in read_shards(quantize(files["moe"], tmp_path / "m.gguf", TypeOptions(), shard_size=200_000).path)
     ]
-    (one,), (whole,) = candidates(shards[:1]), candidates([files["moe"]])
+    (one,), (whole,) = plan_grid(shards[:1]), plan_grid([files["moe"]])
     assert len(shards) > 1
     assert (whole.active_bytes, whole.bits_per_weight) == (one.active_bytes, one.bits_per_weight)
     assert sum(path.stat().st_size for path in shards) == one.file_size
     os.utime(shards[-1], (1, 1))
-    assert one.identity != candidates(shards[:1])[0].identity
+    assert one.identity != plan_grid(shards[:1])[0].identity
 
 
 def test_without_counts_a_file_runs_as_it_says(files: dict[str, Path]) -> None:
     """The file's own used count."""
-    assert [2] == [one.n_expert_used for one in candidates([files["moe"]])]
+    assert [2] == [one.n_expert_used for one in plan_grid([files["moe"]])]
 
 
 def test_a_count_that_cannot_run_is_refused_with_the_reason(files: dict[str, Path]) -> None:
     """Below one and above n, in words that name the fix; the others are not touched by it."""
-    found = candidates([files["moe"]], [0, 3, 5])
+    found = plan_grid([files["moe"]], [0, 3, 5])
     assert ["at least 1 must run", "", "there are only 4"] == [
         next((w for w in ("at least 1 must run", "there are only 4") if w in one.refusal), one.refusal) for one in found
     ]
@@ -83,7 +83,7 @@ def test_a_count_above_the_graph_budget_is_refused(tmp_path: Path) -> None:
     """With many layers llama.cpp aborts on more than about 16 experts per token."""
     weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(n_layer=20, d_model=16, n_head=2, n_head_kv=1), 32)
     path = tiny_gguf.write_gguf(tmp_path / "many.gguf", weights, n_head=2, n_head_kv=1)
-    found = candidates([path], [32, 16])
+    found = plan_grid([path], [32, 16])
     assert "above the limit the process aborts" in found[0].refusal
     assert found[1].refusal == ""
 
@@ -98,7 +98,7 @@ def test_active_bytes_are_what_a_token_reads(files: dict[str, Path]) -> None:
     assert [rest + router + mlp * k // 4 for k in (1, 2, 4)] == [
         active_bytes(file.tensors.values(), 4, k) for k in (1, 2, 4)
     ]
-    assert rest + mlp == candidate(read_gguf(files["dense"]), 0).active_bytes
+    assert rest + mlp == plan_run(read_gguf(files["dense"]), 0).active_bytes
 
 
 def test_tied_embeddings_are_read(tmp_path: Path) -> None:
@@ -113,10 +113,10 @@ def test_a_rewritten_file_is_another(files: dict[str, Path], tmp_path: Path) -> 
     """The identity stays while the file does, and changes with its time or its header."""
     path = tmp_path / "copy.gguf"
     path.write_bytes(files["moe"].read_bytes())
-    before = candidates([path])[0].identity
-    assert before == candidates([path], [1])[0].identity
+    before = plan_grid([path])[0].identity
+    assert before == plan_grid([path], [1])[0].identity
     os.utime(path, ns=(1, 1))
-    assert before != candidates([path])[0].identity
+    assert before != plan_grid([path])[0].identity
 
 
 def test_a_damaged_file_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
@@ -124,12 +124,12 @@ def test_a_damaged_file_is_an_error(files: dict[str, Path], tmp_path: Path) -> N
     path = tmp_path / "cut.gguf"
     path.write_bytes(files["moe"].read_bytes()[:-100])
     with pytest.raises(GGUFError, match=r"cut\.gguf"):
-        candidates([files["moe"], path])
+        plan_grid([files["moe"], path])
 
 
 def test_files_of_one_name_are_told_apart(files: dict[str, Path], tmp_path: Path) -> None:
     """By their whole path; the same path twice is one file."""
     path = tmp_path / "moe.gguf"
     path.write_bytes(files["moe"].read_bytes())
-    found = candidates([files["moe"], path, path, files["dense"]])
+    found = plan_grid([files["moe"], path, path, files["dense"]])
     assert [f"{files['moe']} k=2/4", f"{path} k=2/4", "dense.gguf"] == [one.label for one in found]

@@ -17,7 +17,7 @@ from moe2gguf.limits import check_expert_counts
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RunConfig:
     """One file, k and device.
 
     n_expert, n_expert_used   0 for a dense file
@@ -54,7 +54,7 @@ class Candidate:
         return {**asdict(self), "path": str(self.path), "label": self.label}
 
 
-def candidates(files: Iterable[Path], used: Sequence[int] = (), devices: Sequence[str] = ("cpu",)) -> list[Candidate]:
+def plan_grid(files: Iterable[Path], used: Sequence[int] = (), devices: Sequence[str] = ("cpu",)) -> list[RunConfig]:
     """Return a candidate for every file, k and device, in that order; a dense file has one per device.
 
     A file given twice counts once; of files with equal names the labels have the whole path. Without `used` each file
@@ -69,15 +69,15 @@ def candidates(files: Iterable[Path], used: Sequence[int] = (), devices: Sequenc
         name = "" if names[path.name] == 1 else str(path)
         counts = list(dict.fromkeys(used)) or [_count(file, "expert_used_count")]
         for k in counts if _count(file, "expert_count") else [0]:
-            out += [candidate(file, k, device, name) for device in devices]
+            out += [plan_run(file, k, device, name) for device in devices]
     return out
 
 
-def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str = "") -> Candidate:
+def plan_run(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str = "") -> RunConfig:
     """Return one combination; `n_expert_used` is ignored for a dense file."""
     n_expert = _count(file, "expert_count")
     k = n_expert_used if n_expert else 0
-    return Candidate(
+    return RunConfig(
         path=file.path,
         n_expert=n_expert,
         n_expert_used=k,
@@ -85,7 +85,7 @@ def candidate(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str
         type=_main_type(file),
         file_size=file.file_size,
         active_bytes=active_bytes(file.tensors.values(), n_expert, k),
-        identity=identity(file),
+        identity=digest_identity(file),
         refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
         name=name,
         bits_per_weight=mean_bits_per_weight(file.tensors.values()),
@@ -111,7 +111,7 @@ def _main_type(file: GGUFFile) -> str:
     return sizes.most_common(1)[0][0] if sizes else "none"
 
 
-def identity(file: GGUFFile) -> str:
+def digest_identity(file: GGUFFile) -> str:
     """A digest of header, size and time of change: cheap, and new whenever the file, or a shard of it, is rewritten."""
     digest = hashlib.sha256()
     for path in file.files:
