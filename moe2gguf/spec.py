@@ -93,9 +93,7 @@ class Recipe:
     """How neurons are grouped, experts chosen and weights corrected; names as in `moe2gguf.experts.methods`.
 
     always_on  experts that the router always picks; None takes the default number
-    search     search that number, layer by layer, around the default; `always_on` is None then
     refit      correct the down projection for the experts that do not run, at n_expert_used
-    bias_neuron  a constant in place of the least useful neuron gives back the mean of what does not run there
     """
 
     group: str = "contiguous"
@@ -104,18 +102,11 @@ class Recipe:
     refit: bool = False
     amplify: str = "exact"
     seed: int = 0
-    bias_neuron: bool = False
-    search: bool = False
 
     @property
     def needs_calibration(self) -> bool:
         """Whether text has to be run through the model."""
         return self != Recipe(amplify=self.amplify, seed=self.seed) or self.amplify in ("any", "fitted")
-
-    @property
-    def changes_down(self) -> bool:
-        """Whether the down projection is another than the checkpoint's, its amplification aside."""
-        return self.refit or self.bias_neuron
 
 
 SEED = Recipe()

@@ -121,7 +121,7 @@ def flap(keep: Callable[[Sequence[rivals.Fluctuation], float], list[torch.Tensor
 @functools.lru_cache(maxsize=1)
 def _fluctuations(run: Run) -> list[rivals.Fluctuation]:
     """FLAP's statistics of every layer, from one pass of the dense model."""
-    plan = plan_conversion(run.model, run.options(N_EXPERT, group="contiguous", router="gate-mean", refit=False))
+    plan = plan_conversion(run.model, run.options(N_EXPERT, group="contiguous", router="least-squares", refit=False))
     found = []
 
     def watch(mlp: Any, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
@@ -165,13 +165,9 @@ METHODS = (
     Method(
         "random, least squares",
         "LLaMA-MoE's split, our router",
-        by_options(group="random", always_on=0, router="least-squares", refit=False, amplify="used"),
+        by_carver(lambda _: rivals.random_groups),
     ),
-    Method(
-        "EMoE",
-        "arXiv 2310.10908",
-        by_options(group="weights", always_on=0, router="gate-mean", refit=False, amplify="used"),
-    ),
+    Method("EMoE", "arXiv 2310.10908", by_carver(lambda _: rivals.emoe)),
     Method(
         "ExpertWeaver's rule, CMoE's split",
         "arXiv 2602.15521",

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe2gguf.experts import amplification, routing
+from moe2gguf.experts import amplification, grouping, routing
 from moe2gguf.experts.grouping import Groups, balanced_assign, group_sizes
 from moe2gguf.experts.hidden_states import Rows, chunks
 from moe2gguf.experts.mlp import MLP, Carved, Inputs
-from moe2gguf.experts.slice_layer import Contributions
+from moe2gguf.experts.slice_layer import Contributions, carve_groups
 from moe2gguf.spec import Slicing
 
 MARKED = 10
@@ -99,16 +99,46 @@ def expert_weaver(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contribution
     n, k = slicing.n_expert, slicing.n_expert_used
     n_shared = min(weaver_count(mlp, inputs.dense, n, n_context), k)
     groups, _ = cmoe_split(mlp, inputs.dense, n, n_shared)
-    x = inputs.dense
+    router = mean_router(mlp, inputs.dense, groups, n_shared)
+    return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, n_shared))
+
+
+def random_groups(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
+    """LLaMA-MoE's split (https://arxiv.org/abs/2406.16554), neurons dealt out at random; our router, all routed."""
+    del seen
+    sizes = group_sizes(len(mlp.gate), slicing.n_expert)
+    shuffled = torch.randperm(len(mlp.gate), generator=torch.Generator().manual_seed(slicing.recipe.seed))
+    groups = [part.sort().values for part in shuffled.split(sizes)]
+    return carve_groups(mlp, inputs, slicing, groups, 0)
+
+
+def emoe(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
+    """EMoE (https://arxiv.org/abs/2310.10908): balanced k-means on gate rows at length 1, which is MoEfication's split
+    (https://arxiv.org/abs/2110.01786, section 3.2), and a router of mean gate rows.
+    """
+    del seen
+    n, k = slicing.n_expert, slicing.n_expert_used
+    label = grouping.cluster(unit(mlp.gate) @ unit(mlp.gate).T, group_sizes(len(mlp.gate), n), slicing.recipe.seed)
+    groups = [(label == e).nonzero()[:, 0] for e in range(n)]
+    router = mean_router(mlp, inputs.sliced, groups, 0)
+    return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, 0))
+
+
+def gate_mean(gate: Tensor, groups: Groups) -> Tensor:
+    """Rows (n, d_model): the mean gate row of each group; gate (d_ff, d_model)."""
+    return torch.stack([gate[group].mean(0) for group in groups])
+
+
+def mean_router(mlp: MLP, x: Rows, groups: Groups, n_shared: int) -> Tensor:
+    """The router (n_expert, d_model) of mean gate rows, fitted to inputs x (n_token, d_model)."""
     xx, x1, largest = torch.zeros_like(mlp.gate.T @ mlp.gate), torch.zeros(mlp.gate.shape[1]), 0.0
-    rows = routing.centered(routing.gate_mean(mlp.gate, groups[n_shared:]))
+    rows = routing.centered(gate_mean(mlp.gate, groups[n_shared:]))
     for part in chunks(len(x)):
         piece = x[part]
         xx.addmm_(piece.T, piece)
         x1 += piece.sum(0)
         largest = max(largest, float((piece @ rows.T).abs().max()))
-    router = routing.assemble(rows, routing.constant_direction(xx, x1), n_shared, largest)
-    return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, n_shared))
+    return routing.assemble(rows, routing.constant_direction(xx, x1), n_shared, largest)
 
 
 def weaver_count(mlp: MLP, x: Rows, n_expert: int, n_context: int) -> int:

@@ -43,19 +43,9 @@ from moe2gguf.experts import methods
     "Experts that hold together when only some run (defaults: seed if all run, coherent below)",
     option("--recipe", type=click.Choice(["seed", "coherent"]), help="Where the options below start from."),
     option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped."),
-    option(
-        "--always-on",
-        type=AlwaysOn(),
-        metavar="N|auto|search",
-        help="Experts that every token runs; search: by layer, slow.",
-    ),
+    option("--always-on", type=AlwaysOn(), metavar="N|auto", help="Experts that every token runs."),
     option("--router", type=click.Choice([*methods.ROUTERS]), help="How experts are chosen."),
     option("--refit/--no-refit", default=None, help="Correct the down projections for what does not run."),
-    option(
-        "--bias-neuron/--no-bias-neuron",
-        default=None,
-        help="A constant in place of each MLP's least useful neuron, for what does not run.",
-    ),
     option("--amplify", type=click.Choice([*methods.AMPLIFICATIONS]), help="Which counts sound right."),
     option(
         "--calibration",

@@ -18,18 +18,18 @@ PATH = click.Path(path_type=Path)
 
 
 class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
-    """A number of experts, "auto" (-1) or "search" (-2): see `moe2gguf.recipes.options`."""
+    """A number of experts, or "auto" (-1): see `moe2gguf.recipes.options`."""
 
-    name = "number, auto or search"
+    name = "number or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number; -1 for auto, -2 for search."""
-        if value in ("auto", "search"):
-            return -1 if value == "auto" else -2
+        """The number; -1 for auto."""
+        if value == "auto":
+            return -1
         try:
             return max(int(value), 0)
         except ValueError:
-            self.fail(f"{value!r} is no number, nor auto or search", param, ctx)
+            self.fail(f"{value!r} is no number, nor auto", param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

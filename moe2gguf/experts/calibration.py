@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.forward import Layers, choose_device
-from moe2gguf.experts.hidden_states import Made, Rows, Shelf, Store, chunks, first
-from moe2gguf.experts.layer import BiasNeuron, LayerExperts
+from moe2gguf.experts.hidden_states import Made, Rows, Shelf, Store, chunks
+from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.mlp import MLP, Carved, Inputs
-from moe2gguf.experts.search import WINDOWS, Judge, variants
 from moe2gguf.experts.slice_layer import Contributions, carve, observe
 from moe2gguf.experts.slicing import PADDING
 from moe2gguf.experts.text import Text
@@ -39,12 +38,12 @@ class Subject:
     """The dense model that is calibrated, wherever its weights and its tokenizer come from.
 
     layers     its blocks, on a device
-    windows    (text, n_token, n_context, spare) -> ids (n_window, n_context), see `moe2gguf.experts.text.windows`
+    windows    (text, n_token, n_context) -> ids (n_window, n_context), see `moe2gguf.experts.text.windows`
     identity   what tells its weights from others, for a calibration that is continued
     """
 
     layers: Callable[[torch.device], Layers]
-    windows: Callable[[Text, int, int, int], NDArray[np.int64]]
+    windows: Callable[[Text, int, int], NDArray[np.int64]]
     identity: str = ""
 
 
@@ -63,27 +62,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Streams:
-    """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output.
-
-    The experts are fitted to the first `n_fit` tokens; the others are those of the windows that judge, for which only
-    `sliced` holds: the dense model has read them already.
-    """
+    """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output."""
 
     dense: Store
     sliced: Store
     output: Store
-    n_fit: int
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same from layer to layer; `judge` chooses among several carvings of a layer, if it is searched."""
+    """What stays the same from layer to layer."""
 
     layers: Layers
     n_context: int
     slicing: Slicing
     carver: Carver
-    judge: Judge | None
     work: Path
 
 
@@ -108,35 +101,29 @@ def calibrate(
     device = choose_device(settings.device)
     with torch.inference_mode(), device:
         layers = subject.layers(device)
-        n_spare = WINDOWS if slicing.recipe.search else 0
-        ids = _windows(subject, text, settings, n_spare)
-        n_fit = ids.size - n_spare * settings.n_context
+        ids = _windows(subject, text, settings)
         job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": subject.identity}
         begin = _resume(work, job)
-        advance(begin * n_fit)
-        judge = Judge.hear(layers, ids[-n_spare:]) if n_spare and begin < len(layers) else None
-        run = _Run(layers, settings.n_context, slicing, carver or carve, judge, work)
+        advance(begin * ids.size)
+        run = _Run(layers, settings.n_context, slicing, carver or carve, work)
         with tempfile.TemporaryDirectory(prefix="states-", dir=work) as spill:
             shelf = Shelf(ids.size, layers.d_model, 3, settings.memory, Path(spill))
-            streams = _Streams(shelf.store("dense"), shelf.store("sliced"), shelf.store("output"), n_fit)
+            streams = _Streams(shelf.store("dense"), shelf.store("sliced"), shelf.store("output"))
             _start(work, begin, layers, ids, streams)
             for i in range(begin, len(layers)):
                 _layer(run, i, streams)
-                advance(n_fit)
+                advance(ids.size)
         return [LayerExperts.load(work, i).report for i in range(len(layers))]
 
 
-def _windows(subject: Subject, text: Text, settings: Settings, n_spare: int) -> NDArray[np.int64]:
-    """The windows to fit and, behind them, `n_spare` to judge by: (n_window, n_context), all there."""
+def _windows(subject: Subject, text: Text, settings: Settings) -> NDArray[np.int64]:
+    """The windows of the text, (n_window, n_context), all that are asked for."""
     n_context = settings.n_context
-    ids = subject.windows(text, settings.n_token, n_context, n_spare)
-    n_fit = ids.size - n_spare * n_context
-    if n_fit < settings.n_token // n_context * n_context:
-        judging = f" and {n_spare} windows to judge by" if n_spare else ""
-        fewer = f" or --calibration-tokens {n_fit}" if n_fit > 0 else ""
+    ids = subject.windows(text, settings.n_token, n_context)
+    if ids.size < settings.n_token // n_context * n_context:
         raise CalibrationError(
-            f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,}{judging} in windows of {n_context}; "
-            f"give more text{fewer}"
+            f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,} in windows of {n_context}; "
+            f"give more text or --calibration-tokens {ids.size}"
         )
     return ids
 
@@ -149,15 +136,8 @@ def _layer(run: _Run, i: int, streams: _Streams) -> None:
         block.attend(stream, run.n_context)
     x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
     target = Made(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
-    n_fit, spare = streams.n_fit, slice(streams.n_fit, len(dense))
-    seen = observe(block.mlp, first(x_dense, n_fit), output)
-    inputs = Inputs(*(first(rows, n_fit) for rows in (x_dense, output, x_sliced, target)))
-    if run.judge is None:
-        carved = run.carver(block.mlp, inputs, slicing, seen)
-    else:
-        made = [run.carver(block.mlp, inputs, variant, seen) for variant in variants(slicing)]
-        outputs = [candidate(x_sliced[spare], slicing.n_expert_used).cpu() for candidate in made]
-        carved = run.judge.best(i, made, sliced[spare], outputs)
+    seen = observe(block.mlp, x_dense, output)
+    carved = run.carver(block.mlp, Inputs(x_dense, output, x_sliced, target), slicing, seen)
     for part in chunks(len(dense)):
         dense[part] = dense[part] + output[part]
         sliced[part] = sliced[part] + carved(x_sliced[part], slicing.n_expert_used).cpu()
@@ -204,11 +184,8 @@ def _save(work: Path, i: int, carved: Carved, slicing: Slicing, streams: tuple[R
     for row, group in zip(order, carved.groups, strict=True):
         row[: len(group)] = group.cpu().numpy()
     made = LayerExperts(order, carved.router.cpu().numpy(), carved.scale.cpu().numpy(), report=carved.report)
-    if slicing.recipe.changes_down:
+    if slicing.recipe.refit:
         made = replace(made, down=carved.mlp.down.T.contiguous().cpu().numpy())
-    if (neuron := carved.bias_neuron) is not None:
-        gate, up = (rows[neuron].cpu().numpy() for rows in (carved.mlp.gate, carved.mlp.up))
-        made = replace(made, bias=BiasNeuron(neuron, gate, up))
     made.save(work, i)
     unfinished = work / "state.tmp"
     with unfinished.open("wb") as file:

@@ -52,7 +52,6 @@ class Layers:
         self._load = load
         self._device = device
         self.d_model = int(config.hidden_size)
-        self.tied = model.tied_embeddings
 
     def __len__(self) -> int:
         return len(self._blocks)

@@ -21,8 +21,8 @@ def group_sizes(n_neuron: int, n_group: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(n_neuron), n_group)]
 
 
-def split(importance: Tensor, similarity: Tensor | None, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
-    """The n_shared always-on experts by importance, the others by clustering (similarity) or at random (None).
+def split(importance: Tensor, similarity: Tensor, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
+    """The n_shared always-on experts by importance, the others by clustering.
 
     Always-on experts hold what matters for nearly every token: CMoE's shared experts
     (https://arxiv.org/abs/2502.04416, section 4.1), with output energy for importance.
@@ -33,9 +33,6 @@ def split(importance: Tensor, similarity: Tensor | None, sizes: Sequence[int], n
     groups = list(shared.split(list(sizes[:n_shared]))) if n_shared else []
     if len(rest) == 0:
         return groups
-    if similarity is None:
-        shuffled = rest[torch.randperm(len(rest), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")]
-        return groups + [part.sort().values for part in shuffled.split(list(sizes[n_shared:]))]
     label = cluster(similarity[rest][:, rest], sizes[n_shared:], seed)
     return groups + [rest[label == e] for e in range(len(sizes) - n_shared)]
 

@@ -53,11 +53,6 @@ class Made:
         return self.make(part)
 
 
-def first(rows: Rows, n_token: int) -> Made:
-    """The first `n_token` of the rows."""
-    return Made(n_token, lambda part: rows[slice(*part.indices(n_token))])
-
-
 def thinned(rows: Rows, n_token: int) -> Made:
     """At least `n_token` of the rows, at equal distances; all of them where there are fewer than twice as many."""
     step = max(len(rows) // n_token, 1)

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.experts.slicing import Array, Order, contiguous_order, with_row, zero_router
-
-GAIN = 4.0
-"""c of the bias neuron, whose gate row is c times its up row."""
-
-BIAS_VALUE = GAIN / (1 + math.exp(-GAIN))
-"""Its hidden value where its up row gives 1: silu(c), 3.93."""
-
-
-@dataclass(frozen=True)
-class BiasNeuron:
-    """Which `neuron` of the dense MLP gave its place to a bias, and its rows `gate` and `up` (d_model,) now, float32.
-
-    Its column of the down projection stands in `LayerExperts.down`. See `moe2gguf.experts.bias`.
-    """
-
-    neuron: int
-    gate: NDArray[np.float32]
-    up: NDArray[np.float32]
+from moe2gguf.experts.slicing import Order, contiguous_order, zero_router
 
 
 @dataclass(frozen=True)
@@ -42,7 +23,6 @@ class LayerExperts:
     amplification  (n_expert,) float32, multiplies each expert's down projection
     down           (d_model, d_ff) float32 in place of the checkpoint's down projection, or None
     report         figures for the user, see `moe2gguf.experts.slice_layer.carve`
-    bias           the neuron whose gate and up rows are not the checkpoint's, or None
     """
 
     order: Order
@@ -50,7 +30,6 @@ class LayerExperts:
     amplification: NDArray[np.float32]
     down: NDArray[np.float32] | None = None
     report: dict[str, Any] = field(default_factory=dict)
-    bias: BiasNeuron | None = None
 
     @classmethod
     def plain(
@@ -60,28 +39,17 @@ class LayerExperts:
         order = contiguous_order(d_ff, n_expert, align, grain)
         return cls(order, zero_router(n_expert, d_model), np.full(n_expert, amplification, np.float32))
 
-    def with_bias(self, role: Literal["gate", "up"], experts: Iterator[Array]) -> Iterator[Array]:
-        """Each expert's gate or up rows (d_expert, d_model) as numbers, with the bias neuron's in its place, if any."""
-        if self.bias is None:
-            return experts
-        return with_row(experts, self.order, self.bias.neuron, self.bias.gate if role == "gate" else self.bias.up)
-
     def arrays(self) -> dict[str, Any]:
         """All but the report, by name; what is None is left out."""
         found: dict[str, Any] = {"order": self.order, "router": self.router, "amplification": self.amplification}
         if self.down is not None:
             found["down"] = self.down
-        if self.bias is not None:
-            found |= {f"bias_{name}": np.asarray(value) for name, value in vars(self.bias).items()}
         return found
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], report: dict[str, Any]) -> LayerExperts:
         """What has these `arrays`."""
-        bias = None
-        if "bias_neuron" in arrays:
-            bias = BiasNeuron(int(arrays["bias_neuron"]), arrays["bias_gate"], arrays["bias_up"])
-        return cls(arrays["order"], arrays["router"], arrays["amplification"], arrays.get("down"), report, bias)
+        return cls(arrays["order"], arrays["router"], arrays["amplification"], arrays.get("down"), report)
 
     def save(self, folder: Path, i: int) -> None:
         """Write `layer-I.npz`, by rename."""

@@ -56,8 +56,7 @@ class Inputs:
 class Carved:
     """The sliced MLP: `groups` of neuron numbers, `router` (n_expert, d_model), `scale` (n_expert,), new weights.
 
-    `report` holds what the user is shown, see `moe2gguf.experts.slice_layer.carve`; `bias_neuron` is the number of
-    the one that became a bias.
+    `report` holds what the user is shown, see `moe2gguf.experts.slice_layer.carve`.
     """
 
     mlp: MLP
@@ -65,7 +64,6 @@ class Carved:
     router: Tensor
     scale: Tensor
     report: Report = field(default_factory=dict)
-    bias_neuron: int | None = None
 
     def weights(self, x: Tensor, k: int) -> Tensor:
         """(n_token, n_expert): renormalized top-k softmax times the amplification, zero where an expert does not run.

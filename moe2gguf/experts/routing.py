@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.grouping import Groups
-
 SIZE = 1e-2
 """The largest |logit| on the calibration tokens: small, and far above the rounding of a float32 softmax."""
 
@@ -39,14 +37,6 @@ def constant_direction(xx: Tensor, x1: Tensor) -> Tensor:
     the first token of a sequence costs all others more than it gains.
     """
     return ridge(xx, x1[:, None])[0]
-
-
-def gate_mean(gate: Tensor, groups: Groups) -> Tensor:
-    """Rows (n, d_model): the mean gate row of each group; gate (d_ff, d_model).
-
-    EMoE (https://arxiv.org/abs/2310.10908, avg-k gating) and ExpertWeaver (https://arxiv.org/abs/2602.15521).
-    """
-    return torch.stack([gate[group].mean(0) for group in groups])
 
 
 def least_squares(xx: Tensor, xt: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A calibration in one file, to write the same experts again: as another type, with another name, amplified for another
 count, without another pass over the text.
 
-The file is safetensors: per layer the order of neurons, the router, the amplification and, where they are not the
-checkpoint's, the down projection and a bias neuron; its metadata says what it was made from. What depends on the inputs
+The file is safetensors: per layer the order of neurons, the router, the amplification and, where it is not the
+checkpoint's, the down projection; its metadata says what it was made from. What depends on the inputs
 of a layer is not kept (it would be every hidden state), hence another number of experts, grouping, router or correction
 needs a new pass.
 """
@@ -27,6 +27,8 @@ from moe2gguf.experts.slicing import PADDING, expert_width
 from moe2gguf.spec import Recipe, Slicing
 
 FORMAT = "1"
+DELETED = "bias_neuron", "search"
+"""Options of an older version; a calibration made without them is like one of today."""
 EXACT_ROUTER, ROUTER = 1e-3, 1e-2
 """Largest logit of the routers of `exact` and of other files (`moe2gguf.experts.routing`), which import torch."""
 
@@ -54,13 +56,11 @@ class Job:
     refit: bool
     amplify: str
     seed: int
-    bias_neuron: bool = False
-    search: bool = False
 
     @property
     def rescalable(self) -> bool:
         """Whether only the router's size and the amplification depend on `n_expert_used` and `amplify`."""
-        return not self.recipe().changes_down and self.amplify in ("exact", "used")
+        return not self.refit and self.amplify in ("exact", "used")
 
     def recipe(self) -> Recipe:
         """The recipe it was made with."""
@@ -112,11 +112,8 @@ def _shapes(job: Job) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
         "router": (np.float32, (n, job.d_model)),
         "amplification": (np.float32, (n,)),
     }
-    if job.recipe().changes_down:
+    if job.refit:
         shapes["down"] = np.float32, (job.d_model, job.d_ff)
-    if job.bias_neuron:
-        row = np.float32, (job.d_model,)
-        shapes |= {"bias_neuron": (np.int64, ()), "bias_gate": row, "bias_up": row}
     return shapes
 
 
@@ -155,8 +152,6 @@ class Saved:
         if not all(np.isfinite(part).all() for part in parts.values()):
             raise _broken(self.path, f"layer {i} holds numbers that are not finite")
         made = LayerExperts.of(parts | {"order": order}, self.reports[i])
-        if made.bias and not 0 <= made.bias.neuron < self.job.d_ff:
-            raise _broken(self.path, f"layer {i} has a bias in place of neuron {made.bias.neuron}")
         return _rescaled(made, self.job, slicing)
 
 
@@ -185,7 +180,8 @@ def read(path: Path) -> Saved:
     if metadata.get("format") != FORMAT:
         raise _broken(path, "its format is unknown")
     try:
-        job = Job(**json.loads(metadata["job"]))
+        values = json.loads(metadata["job"])
+        job = Job(**{name: value for name, value in values.items() if name not in DELETED or value is not False})
         reports = tuple(json.loads(metadata["reports"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
@@ -219,8 +215,6 @@ def _sound(job: Job) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(type(count) is int and 0 < count < 2**40 for count in counts)
         and isinstance(job.refit, bool)
-        and isinstance(job.bias_neuron, bool)
-        and isinstance(job.search, bool)
         and type(job.seed) is int
         and job.n_expert_used <= job.n_expert <= job.d_ff
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts import amplification, bias, grouping, regroup, routing
+from moe2gguf.experts import amplification, grouping, regroup, routing
 from moe2gguf.experts.grouping import Groups
 from moe2gguf.experts.hidden_states import Rows, Store, chunks, thinned
 from moe2gguf.experts.mlp import MLP, Carved, Inputs, Report
@@ -76,8 +76,7 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
     (the same if the truly largest were chosen), `hit_rate` (share of choices that are the oracle's), `energy_by_used`
     (share of all experts' energy that the first 1, 2 ... n of the router's order have), `load` (share of tokens per
     expert), `constant_min` (smallest v . x on held-out tokens), `always_on`, `always_on_rate` (share of tokens for
-    which all of those run), with a bias neuron but no refit `bias_error` (share of the missing energy left), and after
-    a refit `refit_error` (share of the held-out error left) and `refit_strength`.
+    which all of those run), and after a refit `refit_error` (share of the held-out error left) and `refit_strength`.
 
     Raises:
         CalibrationError: activations that are not finite, or a system that cannot be solved.
@@ -86,24 +85,28 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
     x = inputs.sliced
     _require_finite(inputs)
     n_shared = default_always_on(n, k) if recipe.always_on is None else recipe.always_on
-    groups = _group(mlp, seen, slicing, n_shared)
+    groups = _group(seen, slicing, n_shared)
     try:
         if recipe.group == "routed":
-            few, pinned = thinned(x, regroup.TOKENS), _pinned(seen, slicing)
+            few, pinned = thinned(x, regroup.TOKENS), seen.carriers.float()
             for _ in range(regroup.ROUNDS):
                 router = _route(mlp, few, groups, slicing, n_shared).router
                 groups = regroup.regrouped(mlp, few, groups, router, n_shared, k, pinned)
-        router, v, energy = _route(mlp, x, groups, slicing, n_shared)
-        plain = Carved(mlp, groups, router, amplification.uniform(n, k))
-        report = _report(plain, x, energy, v, n_shared, k)
-        carved = Carved(mlp, groups, router, _scale(plain, inputs, slicing), report)
-        if recipe.bias_neuron:
-            carved = bias.placed(carved, _spare(seen), v)
-        return _corrected(carved, mlp, inputs, slicing) if recipe.changes_down else carved
+        return carve_groups(mlp, inputs, slicing, groups, n_shared)
     except torch.linalg.LinAlgError as error:
         raise CalibrationError(
             f"a system of equations has no solution ({error}); give more --calibration-tokens of more varied text"
         ) from error
+
+
+def carve_groups(mlp: MLP, inputs: Inputs, slicing: Slicing, groups: Groups, n_shared: int) -> Carved:
+    """Route, amplify and refit the given groups, the first `n_shared` of them always on; see `carve`."""
+    x, n, k = inputs.sliced, slicing.n_expert, slicing.n_expert_used
+    router, v, energy = _route(mlp, x, groups, slicing, n_shared)
+    plain = Carved(mlp, groups, router, amplification.uniform(n, k))
+    report = _report(plain, x, energy, v, n_shared, k)
+    carved = Carved(mlp, groups, router, _scale(plain, inputs, slicing), report)
+    return _refitted(carved, inputs, _token_weights(inputs.target), k) if slicing.recipe.refit else carved
 
 
 def _require_finite(inputs: Inputs) -> None:
@@ -112,33 +115,14 @@ def _require_finite(inputs: Inputs) -> None:
             raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
 
 
-def _group(mlp: MLP, seen: Contributions, slicing: Slicing, n_shared: int) -> Groups:
+def _group(seen: Contributions, slicing: Slicing, n_shared: int) -> Groups:
     recipe, importance = slicing.recipe, seen.together.diagonal().clone()
     sizes = grouping.group_sizes(len(importance), slicing.n_expert)
     if recipe.group == "contiguous":
         return list(torch.arange(len(importance)).split(sizes))
     if n_shared:
-        importance += _pinned(seen, slicing) * importance.max()
-    similarity = None
-    if recipe.group == "weights":
-        gate = torch.nn.functional.normalize(mlp.gate, dim=1)
-        similarity = gate @ gate.T
-    elif recipe.group in ("activations", "routed"):
-        similarity = seen.together
-    return grouping.split(importance, similarity, sizes, n_shared, recipe.seed)
-
-
-def _pinned(seen: Contributions, slicing: Slicing) -> Tensor:
-    """(d_ff,): above 0 for what always runs, if anything does: carriers of massive activations, above all the bias."""
-    pinned = seen.carriers.float()
-    if slicing.recipe.bias_neuron:
-        pinned[_spare(seen)] = 2
-    return pinned
-
-
-def _spare(seen: Contributions) -> int:
-    """The least useful neuron of the MLP."""
-    return int(seen.together.diagonal().masked_fill(seen.carriers, float("inf")).argmin())
+        importance += seen.carriers.float() * importance.max()
+    return grouping.split(importance, seen.together, sizes, n_shared, recipe.seed)
 
 
 def _energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
@@ -165,7 +149,7 @@ def _route(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -
     recipe, energy = slicing.recipe, _energies(mlp, x, groups)
     xx, x1, xt = _correlations(x, energy[:, n_shared:].sqrt())
     v = routing.constant_direction(xx, x1)
-    rows = _rows(mlp, groups[n_shared:], xx, xt, recipe.router)
+    rows = _rows(groups[n_shared:], xx, xt, recipe.router)
     return _Routed(_assemble(rows, v, x, n_shared, recipe.amplify, slicing.n_expert), v, energy)
 
 
@@ -181,12 +165,10 @@ def _correlations(x: Rows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return xx, x1, xt
 
 
-def _rows(mlp: MLP, groups: Groups, xx: Tensor, xt: Tensor, router: str) -> Tensor:
+def _rows(groups: Groups, xx: Tensor, xt: Tensor, router: str) -> Tensor:
     """Centered rows (n_routed, d_model) of the routed experts."""
     if not groups or router == "zero":
         return torch.zeros(len(groups), len(xx))
-    if router == "gate-mean":
-        return routing.centered(routing.gate_mean(mlp.gate, groups))
     return routing.centered(routing.least_squares(xx, xt))
 
 
@@ -219,14 +201,6 @@ def _token_weights(target: Rows) -> Tensor:
     """(n_token,): how much each token counts in a fit, so that none owns it."""
     energy = _each(target, lambda y: y.square().sum(1))
     return (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)
-
-
-def _corrected(carved: Carved, dense: MLP, inputs: Inputs, slicing: Slicing) -> Carved:
-    """The same experts with a refitted down projection, or one whose bias neuron has its column."""
-    weight = _token_weights(inputs.target)
-    if slicing.recipe.refit:
-        return _refitted(carved, inputs, weight, slicing.n_expert_used)
-    return bias.filled(carved, dense, inputs.sliced, weight, slicing.n_expert_used)
 
 
 def _refitted(carved: Carved, inputs: Inputs, weight: Tensor, k: int) -> Carved:

@@ -7,7 +7,7 @@ of error, since silu(0) * 0 = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,19 +57,6 @@ def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
             block = weight[np.maximum(neurons, 0)]
             block[neurons == PADDING] = 0
             yield block
-
-
-def with_row(experts: Iterable[Array], order: Order, neuron: int, row: Array) -> Iterator[Array]:
-    """The experts (d_expert, d_model) of `order`, numbers, with another row (d_model,) for one neuron.
-
-    The row is rounded once to the experts' type.
-    """
-    for rows, neurons in zip(experts, order, strict=True):
-        place = np.flatnonzero(neurons == neuron)
-        if place.size:
-            rows = rows.copy()  # noqa: PLW2901 -- it may be a view of the checkpoint
-            rows[place] = row.astype(rows.dtype)
-        yield rows
 
 
 def slice_columns(weight: Array, order: Order, amplification: Sequence[float] | Array) -> Iterator[Array]:

@@ -73,12 +73,8 @@ def _json_text(path: Path, number: int, line: str) -> str:
     return str(value["text"])
 
 
-def windows(
-    folder: Path, text: Text, n_token: int, n_context: int, bos: int | None, spare: int = 0
-) -> NDArray[np.int64]:
+def windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
     """About `n_token` token ids of `text`, (n_window, n_context): windows spread evenly over the whole text.
-
-    Behind them stand `spare` windows of what is between them, spread evenly too; fewer where the text has no more.
 
     The ids are those of the model folder's own tokenizer. Each window starts with the token `bos`, unless it is None,
     as a prompt would.
@@ -86,12 +82,10 @@ def windows(
     Raises:
         CalibrationError: the text has fewer tokens than two windows.
     """
-    return spread(text, np.array(_token_ids(folder, text.text), np.int64), n_token, n_context, bos, spare)
+    return spread(text, np.array(_token_ids(folder, text.text), np.int64), n_token, n_context, bos)
 
 
-def spread(
-    text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos: int | None, spare: int = 0
-) -> NDArray[np.int64]:
+def spread(text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
     """The same of all the token `ids` (n_token,) of `text`, whichever tokenizer they come from.
 
     Raises:
@@ -107,9 +101,6 @@ def spread(
             "and some ten thousand for a good result"
         )
     chosen = np.linspace(0, available - 1, min(wanted, available)).astype(np.int64)
-    left = np.setdiff1d(np.arange(available), chosen)
-    if spare and len(left):
-        chosen = np.append(chosen, left[np.linspace(0, len(left) - 1, min(spare, len(left))).astype(np.int64)])
     return np.stack([np.concatenate([prefix, ids[start : start + step]]) for start in chosen * step])
 
 

@@ -122,15 +122,12 @@ def provenance(
             "moe2gguf.slicing.padding": slicing.n_expert * slicing.d_expert - model.d_ff,
             "moe2gguf.slicing.align": slicing.align,
             **({"moe2gguf.slicing.scale_tensor": True} if slicing.scale_tensor else {}),
-            **({BIAS_NEURON: True} if slicing.recipe.bias_neuron else {}),
         }
         if slicing.recipe.amplify in ("exact", "used"):
             count = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
             result["moe2gguf.slicing.amplification"] = float(count)
         if slicing.recipe.always_on is not None:
             result["moe2gguf.slicing.always_on"] = slicing.recipe.always_on
-        if slicing.recipe.search:
-            result["moe2gguf.slicing.always_on_search"] = True
     if calibration:
         result |= {
             "moe2gguf.calibration.text": calibration.label,

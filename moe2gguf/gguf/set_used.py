@@ -65,7 +65,7 @@ def _require_free(file: GGUFFile, n_expert_used: int) -> None:
     if file.metadata.get(BIAS_NEURON) is True:
         raise GGUFError(
             f"{file.path}: its bias neurons stand for what does not run at {made_for} experts. Convert again with "
-            f"--used {n_expert_used}, or with --no-bias-neuron"
+            f"--used {n_expert_used}"
         )
 
 

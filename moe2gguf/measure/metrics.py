@@ -108,18 +108,6 @@ def score_block(
         return join_scores(_compare_chunk(base[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
 
 
-def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> Floats:
-    """Return the negative log-likelihood of `targets` (n_token,) under `logits` (n_token, n_vocab), nats."""
-    step = max(1, CHUNK_ENTRIES // logits.shape[1])
-    out = np.empty(len(logits))
-    with np.errstate(all="ignore"):
-        for i in range(0, len(logits), step):
-            chunk = logits[i : i + step].astype(np.float64)
-            chosen = chunk[np.arange(len(chunk)), targets[i : i + step]]
-            out[i : i + step] = log_sum_exp(chunk)[0] - chosen
-    return out
-
-
 def join_scores(parts: Iterable[TokenScores]) -> TokenScores:
     """Concatenate the scores of consecutive tokens, at least one part."""
     columns = zip(*([getattr(part, f.name) for f in fields(TokenScores)] for part in parts), strict=True)

@@ -32,14 +32,10 @@ Means = NDArray[np.float32]  # (n_mat, width); a row of NaN has no data
 
 @dataclass(frozen=True)
 class Neurons:
-    """How the experts hold a dense MLP: `d_ff` neurons, and per layer the `order` (n_expert, d_expert), -1 for zero.
-
-    `changed` has, per layer, the mean squares of neurons that are not the dense MLP's any more.
-    """
+    """How the experts hold a dense MLP: `d_ff` neurons, and per layer the `order` (n_expert, d_expert), -1 for zero."""
 
     d_ff: int
     order: Callable[[int], NDArray[np.int64]]
-    changed: Callable[[int], Mapping[int, float]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -200,11 +196,8 @@ def _down(dense: Activity, tensor: Entry, neurons: Neurons | None) -> _Found:
         return _Found(lambda: _nothing(n_mat, width), everything, why, pool)
 
     def sliced() -> Means:
-        i, now = int(layer[1]), means.copy()
-        for neuron, square in neurons.changed(i).items():
-            now[neuron] = square
-        order = neurons.order(i)
-        return np.where(order >= 0, now[np.maximum(order, 0)], np.float32(0))
+        order = neurons.order(int(layer[1]))
+        return np.where(order >= 0, means[np.maximum(order, 0)], np.float32(0))
 
     return _Found(sliced)
 

@@ -88,7 +88,7 @@ def subject(source: Source) -> Subject:
         bos = source.vocabulary.first_id
         return Subject(
             lambda device: Layers(source.model, source.read, device),
-            lambda text, n_token, n_context, spare: windows(source.folder, text, n_token, n_context, bos, spare),
+            lambda text, n_token, n_context: windows(source.folder, text, n_token, n_context, bos),
             identity(source),
         )
     weights = Weights(source)
@@ -99,9 +99,9 @@ def subject(source: Source) -> Subject:
     )
 
 
-def _gguf_windows(path: Path, text: Text, n_token: int, n_context: int, spare: int) -> NDArray[np.int64]:
+def _gguf_windows(path: Path, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
     ids, bos = read_tokens(path, text.text)
-    return spread(text, ids, n_token, n_context, bos, spare)
+    return spread(text, ids, n_token, n_context, bos)
 
 
 def identity(source: Source) -> str:

@@ -103,7 +103,7 @@ _NO_FACTOR = (
     "can only come close"
 )
 _BIASED = (
-    "one neuron of every layer became a bias for the experts that do not run (--bias-neuron), so that all of them "
+    "one neuron of every layer became a bias for the experts that do not run, so that all of them "
     "together are not the dense model"
 )
 

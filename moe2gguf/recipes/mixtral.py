@@ -63,8 +63,7 @@ def mixtral_card(
         "",
         f"Every MLP of the dense model is cut into {slicing.n_expert} experts, of which {slicing.n_expert_used} run "
         "per token. The weights are those of the dense model but for the down projections, which carry the experts' "
-        f"amplification, {'one neuron per layer that became a bias, ' if slicing.recipe.bias_neuron else ''}and the "
-        "routers. `moe2gguf convert` makes a GGUF file of this folder.",
+        "amplification, and the routers. `moe2gguf convert` makes a GGUF file of this folder.",
         "",
         "| how it was made | |",
         "|---|---|",
@@ -77,7 +76,7 @@ def mixtral_card(
 
 def _layer_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What calibration found, one row per layer; see `moe2gguf.experts.slice_layer.carve` for the figures."""
-    figures = ("always_on", "always_on_rate", "energy_kept", "energy_oracle", "hit_rate", "bias_error", "refit_error")
+    figures = ("always_on", "always_on_rate", "energy_kept", "energy_oracle", "hit_rate", "refit_error")
     present = [figure for figure in figures if any(figure in report for report in reports)]
     rows = [
         f"| {i} | " + " | ".join(f"{report[f]:.3f}" if f in report else "" for f in present) + " |"

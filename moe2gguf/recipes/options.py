@@ -8,14 +8,13 @@ from typing import Any
 
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import Saved
-from moe2gguf.experts.slicing import default_always_on
 from moe2gguf.experts.text import read_text
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.spec import COHERENT, SEED, Model, Recipe
 
 DEFAULT_EXPERTS = 8
 DEFAULT_TOKENS = 16384
-AUTO, SEARCH = -1, -2
+AUTO = -1
 """What `Options.always_on` may be beside a number."""
 LEAST_TOKENS = 1024
 """Of any calibration. A router has d_model unknowns per expert, a refit d_ff per output, on 4 of 5 tokens."""
@@ -36,8 +35,8 @@ class Options:
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
     recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next seven change it
-    group, always_on, router, refit, bias_neuron, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on
-                AUTO (-1) takes the default number, SEARCH (-2) searches one for every layer
+    group, always_on, router, refit, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on AUTO (-1) takes the
+                default number
     calibration         text file to calibrate on (None: the embedded text, of many kinds)
     calibration_tokens  how many tokens of it (None: see `tokens_for`)
     device              torch device of the calibration (None: the best there is)
@@ -68,7 +67,6 @@ class Options:
     always_on: int | None = None
     router: str | None = None
     refit: bool | None = None
-    bias_neuron: bool | None = None
     amplify: str | None = None
     seed: int = 0
     calibration: Path | None = None
@@ -93,11 +91,11 @@ class Options:
         base = RECIPES[self.recipe] if self.recipe else (SEED if k == n else COHERENT)
         changes = {
             name: value
-            for name in ("group", "router", "refit", "bias_neuron", "amplify")
+            for name in ("group", "router", "refit", "amplify")
             if (value := getattr(self, name)) is not None
         }
         if self.always_on is not None:
-            changes |= {"always_on": None if self.always_on < 0 else self.always_on, "search": self.always_on == SEARCH}
+            changes |= {"always_on": None if self.always_on < 0 else self.always_on}
         return replace(base, seed=self.seed, **changes)
 
     def tokens_for(self, model: Model) -> int:
@@ -118,10 +116,9 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
         "experts": job.n_expert,
         "used": job.n_expert_used,
         "group": job.group,
-        "always_on": (SEARCH if job.search else AUTO) if job.always_on is None else job.always_on,
+        "always_on": AUTO if job.always_on is None else job.always_on,
         "router": job.router,
         "refit": job.refit,
-        "bias_neuron": job.bias_neuron,
         "amplify": job.amplify,
         "calibration_tokens": job.n_token,
         "seed": job.seed,
@@ -147,7 +144,7 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
 
 def _said(name: str, value: Any) -> str:
     """The value of an option as the command line has it."""
-    return {AUTO: "auto", SEARCH: "search"}.get(value, str(value)) if name == "always_on" else str(value)
+    return "auto" if name == "always_on" and value == AUTO else str(value)
 
 
 def refusals(model: Model, options: Options) -> list[str]:
@@ -194,19 +191,15 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
         return found
     (n, k), recipe = options.counts(), options.chosen_recipe()
     shared = recipe.always_on
-    if recipe.search and k in (1, n):
-        found.append(f"--always-on search: --used {k} of {n} leaves nothing to search; leave it out")
-    if recipe.search or (shared is not None and shared > 0):
-        if shared is not None and not (shared < k or shared == k == n):
+    if shared:
+        if not (shared < k or shared == k == n):
             found.append(f"--always-on {shared}: must be below --used {k}, so that there is something to route")
         if recipe.router == "zero":
-            found.append("--router zero cannot keep experts always on; choose gate-mean or least-squares")
+            found.append("--router zero cannot keep experts always on; choose least-squares")
         if recipe.group == "contiguous":
             found.append("--group contiguous has no important experts to keep always on; choose another group")
     if recipe.refit and k == n:
         found.append("--refit corrects for experts that do not run, but all run; give --used below --experts")
-    if recipe.bias_neuron:
-        found += _refuse_bias_neuron(recipe, n, k)
     if recipe.amplify == "any" and (recipe.router == "zero" or shared == 0):
         found.append("--amplify any needs always-on experts and a router; add --always-on and --router least-squares")
     least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if recipe.refit else 0)
@@ -214,19 +207,5 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
         found.append(
             f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least "
             f"{least}" + (", or --no-refit" if recipe.refit and least > LEAST_TOKENS else "")
-        )
-    return found
-
-
-def _refuse_bias_neuron(recipe: Recipe, n_expert: int, n_expert_used: int) -> list[str]:
-    found = []
-    if n_expert_used == n_expert:
-        found.append("--bias-neuron stands for experts that do not run, but all run; give --used below --experts")
-    elif (default_always_on(n_expert, n_expert_used) if recipe.always_on is None else recipe.always_on) == 0:
-        found.append("--bias-neuron needs an expert that always runs; add --always-on 1 or more, or leave it out")
-    if recipe.amplify == "exact":
-        found.append(
-            "--bias-neuron and --amplify exact: with all experts on the file would not be the dense model; "
-            "leave one of them out"
         )
     return found

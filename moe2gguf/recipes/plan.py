@@ -258,11 +258,6 @@ def _slicing_warnings(slicing: Slicing) -> list[str]:
         )
     if slicing.recipe.refit:
         warnings.append(f"--refit: with all {n} experts on the file is no longer the dense model; it is fitted to {k}")
-    elif slicing.recipe.bias_neuron:
-        warnings.append(
-            f"--bias-neuron: with all {n} experts on the file is no longer the dense model; the bias stands for what "
-            f"does not run at {k}"
-        )
     if slicing.scale_tensor:
         warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")
     elif n & (n - 1):

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from gguf import GGML_QUANT_VERSION
 
-from moe2gguf.experts.layer import BIAS_VALUE, LayerExperts
+from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.gguf.blocks import is_power_of_two
 from moe2gguf.gguf.dense_model import DenseFile, carried_metadata, largest_block, open_dense
 from moe2gguf.gguf.file import ValueType
@@ -172,12 +172,7 @@ def _neurons(source: Source, slicing: Slicing | None, experts: Experts) -> Neuro
     """How a matrix of the dense model maps to the experts; their order may be known only once they are made."""
     if slicing is None:
         return None
-
-    def changed(i: int) -> dict[int, float]:
-        bias = experts.layer(i).bias
-        return {bias.neuron: BIAS_VALUE**2} if bias else {}
-
-    return Neurons(source.model.d_ff, lambda i: experts.layer(i).order, changed)
+    return Neurons(source.model.d_ff, lambda i: experts.layer(i).order)
 
 
 def _refuse_experts_of(guided: Consulted, slicing: Slicing | None) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,8 +98,7 @@ def _maker(
         return lambda: iter([_as(kind, source, digest.read(source)[order])]), keeps
     layer = _layer(experts, int(part[1]))
     if part[2] != "down":
-        role: Literal["gate", "up"] = "gate" if part[2] == "gate" else "up"
-        return lambda: _rows(role, source, kind, layer(), digest.read(source)), keeps
+        return lambda: _rows(source, kind, layer(), digest.read(source)), keeps
     keeps = keeps and not moves_neurons(slicing, source.block)
     return lambda: _down(source, kind, slicing, layer(), digest.read(source)), keeps
 
@@ -109,11 +107,9 @@ def _layer(experts: Experts, i: int) -> Callable[[], LayerExperts]:
     return lambda: experts.layer(i)
 
 
-def _rows(
-    role: Literal["gate", "up"], source: SourceTensor, kind: TensorType, layer: LayerExperts, weight: Array
-) -> Iterator[Array]:
+def _rows(source: SourceTensor, kind: TensorType, layer: LayerExperts, weight: Array) -> Iterator[Array]:
     """The gate or up projection (d_ff, d_model), cut between its rows."""
-    return layer.with_bias(role, (_as(kind, source, rows) for rows in cut.slice_rows(weight, layer.order)))
+    return (_as(kind, source, rows) for rows in cut.slice_rows(weight, layer.order))
 
 
 def _as(kind: TensorType, source: SourceTensor, rows: Array) -> Array:
@@ -179,25 +175,7 @@ def refusals(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, Ten
             f"{hopeless[0].type.name} needs an importance matrix to be quantized again, for {_names(hopeless)}; "
             "give them another type with --tensor-type"
         )
-    return found + _refuse_bias(dense, slicing, chosen)
-
-
-def _refuse_bias(dense: DenseFile, slicing: Slicing, chosen: Mapping[str, TensorType]) -> list[str]:
-    """Gate and up projections whose blocks are copied, which leaves no place for another row."""
-    copied = [
-        entry
-        for entry in stored_tensors(dense, slicing)
-        if re.search(r"\.ffn_(gate|up)_exps\.", entry.name)
-        and chosen[entry.name] == entry.type
-        and entry.type not in types.FLOATS
-    ]
-    if not slicing.recipe.bias_neuron or not copied:
-        return []
-    return [
-        f"--bias-neuron changes a row of every gate and up projection, and the blocks of {_names(copied)} are copied "
-        "as they are; leave it out, convert an f16 or bf16 file, or give them another type, such as --tensor-type "
-        r"'.*ffn_(gate|up)_exps\.weight=f16'"
-    ]
+    return found
 
 
 def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[Entry]) -> str:

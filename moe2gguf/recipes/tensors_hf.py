@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
@@ -143,9 +142,8 @@ def sliced_tensors(
     gate, up, down = (_sources(checkpoint, role, i)[0] for role in ("gate", "up", "down"))
     n, d_model, d_expert = slicing.n_expert, checkpoint.model.d_model, slicing.d_expert
 
-    def rows(role: Literal["gate", "up"], weight: Array) -> Iterator[Array]:
-        layer = experts.layer(i)
-        return layer.with_bias(role, cut.slice_rows(weight, layer.order))
+    def rows(weight: Array) -> Iterator[Array]:
+        return cut.slice_rows(weight, experts.layer(i).order)
 
     def columns(weight: Array) -> Iterator[Array]:
         layer = experts.layer(i)
@@ -157,8 +155,8 @@ def sliced_tensors(
     return [
         made(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), lambda: experts.layer(i).router),
         *([scales] if slicing.scale_tensor else []),
-        make.mapped(f"blk.{i}.ffn_gate_exps.weight", (n, d_expert, d_model), gate, functools.partial(rows, "gate")),
-        make.mapped(f"blk.{i}.ffn_up_exps.weight", (n, d_expert, d_model), up, functools.partial(rows, "up")),
+        make.mapped(f"blk.{i}.ffn_gate_exps.weight", (n, d_expert, d_model), gate, rows),
+        make.mapped(f"blk.{i}.ffn_up_exps.weight", (n, d_expert, d_model), up, rows),
         make.mapped(f"blk.{i}.ffn_down_exps.weight", (n, d_model, d_expert), down, columns),
     ]
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import CalibrationError, PlanError
 from moe2gguf.experts import calibration
-from moe2gguf.experts.layer import BiasNeuron, LayerExperts
+from moe2gguf.experts.layer import LayerExperts
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
 QUICK = {"experts": 8, "calibration_tokens": 2048}
@@ -39,11 +39,10 @@ def folder(tmp_path_factory):
     ("group", "router", "always_on"),
     [
         ("activations", "least-squares", 2),
-        ("weights", "gate-mean", 3),
-        ("random", "least-squares", 0),
+        ("activations", "zero", 0),
         ("routed", "least-squares", 2),
-        ("routed", "gate-mean", 0),
-        ("contiguous", "gate-mean", 0),
+        ("routed", "least-squares", 0),
+        ("contiguous", "least-squares", 0),
         ("activations", "least-squares", -1),
     ],
 )
@@ -64,48 +63,6 @@ def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group,
         assert (difference <= 2e-3).mean() >= 0.9, k  # float32 decides a near-tie otherwise once in a while
 
 
-@pytest.mark.parametrize("refit", [False, True])
-def test_a_bias_neuron_in_llama_cpp(folder, tmp_path, refit):
-    """At every count llama.cpp gives what the numpy graph gives; all gate and up rows but one are the checkpoint's, and
-    that one is a constant: its gate row is four times its up row."""
-    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, refit=refit, bias_neuron=True))
-
-    counts = [8, 6, 5, 4, 3, 2, 1]
-    for k, logits in zip(counts, llama_logits_at(tmp_path / "x.gguf", TOKENS, counts), strict=True):
-        difference = np.abs(reference_logits(tmp_path / "x.gguf", TOKENS, k) - logits).max(axis=1)
-        assert (difference <= 2e-3).mean() >= 0.9, k
-    reader, weights = gguf.GGUFReader(tmp_path / "x.gguf"), load_file(folder / "model.safetensors")
-    assert reader.fields["moe2gguf.slicing.bias_neuron"].contents() is True
-    assert any("--bias-neuron" in warning or "--refit" in warning for warning in done.plan.warnings)
-    tensors = {t.name: t.data for t in reader.tensors}
-    for i in range(3):
-        gate, up = (tensors[f"blk.{i}.ffn_{role}_exps.weight"].reshape(96, 64) for role in ("gate", "up"))
-        known = {row.tobytes() for row in weights[f"model.layers.{i}.mlp.gate_proj.weight"]}
-        (changed,) = (n for n, row in enumerate(gate) if row.tobytes() not in known)
-        np.testing.assert_allclose(4 * up[changed], gate[changed], rtol=1e-6)
-        assert changed < 2 * 12  # in an always-on expert
-        down = tensors[f"blk.{i}.ffn_down_exps.weight"].swapaxes(1, 2).reshape(96, 64)
-        assert np.abs(down[changed]).max() > 0
-
-
-def test_a_bias_neuron_brings_the_layers_output_closer_on_average(folder, tmp_path):
-    """Without a refit: the mean error of every layer's output on the calibration tokens."""
-    means = {}
-    for on in (False, True):
-        found, carve = [], calibration.carve
-
-        def sees(mlp, inputs, *rest, carve=carve, found=found):
-            carved = carve(mlp, inputs, *rest)
-            found.append(float((carved(inputs.sliced, 4) - mlp(inputs.sliced)).mean(0).norm()))
-            return carved
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibration, "carve", sees)
-            convert(folder, tmp_path / f"{on}.gguf", Options(**QUICK, used=4, bias_neuron=on, refit=False))
-        means[on] = found
-
-    assert 3 == len(means[True])
-    assert all(after < 0.5 * before for before, after in zip(means[False], means[True], strict=True))
 
 
 def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
@@ -203,10 +160,10 @@ def test_a_device_that_is_not_there(folder, tmp_path):
             convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, device=device))
 
 
-@pytest.mark.parametrize("correction", ["refit", "bias_neuron"])
-def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch, correction):
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch, refit):
     """Stopped after its second layer: the next run does the third only."""
-    options = Options(**QUICK, used=4, **{correction: True})
+    options = Options(**QUICK, used=4, refit=refit)
     convert(folder, tmp_path / "whole.gguf", options)
     done = stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -243,12 +200,11 @@ def test_without_transformers_the_error_says_what_to_install(folder, tmp_path, m
 
 
 def test_a_layers_file_is_read_back(tmp_path):
-    """With and without a corrected down projection and a bias neuron."""
+    """With and without a corrected down projection."""
     rng = np.random.default_rng(0)
-    neuron = BiasNeuron(3, np.ones(4, np.float32), np.full(4, 2, np.float32))
-    for down, bias in ((None, None), (rng.standard_normal((4, 6)).astype(np.float32), neuron)):
+    for down in (None, rng.standard_normal((4, 6)).astype(np.float32)):
         layer = LayerExperts(
-            np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, {"a": 1}, bias
+            np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, {"a": 1}
         )
         layer.save(tmp_path, 7)
 
@@ -257,10 +213,8 @@ def test_a_layers_file_is_read_back(tmp_path):
         assert (down is None) == (again.down is None)
         assert layer.order.tolist() == again.order.tolist()
         assert {"a": 1} == again.report
-        assert (bias is None) == (again.bias is None)
         if down is not None:
             assert np.array_equal(down, again.down)
-            assert (3, [1] * 4, [2] * 4) == (again.bias.neuron, again.bias.gate.tolist(), again.bias.up.tolist())
 
 
 @pytest.mark.parametrize(
@@ -270,12 +224,8 @@ def test_a_layers_file_is_read_back(tmp_path):
         ({"used": 4, "router": "zero", "always_on": 1}, "--router zero cannot"),
         ({"used": 4, "group": "contiguous", "always_on": 1}, "--group contiguous has no important"),
         ({"used": 8, "refit": True}, "--refit corrects for experts that do not run"),
-        ({"used": 8, "bias_neuron": True}, "--bias-neuron stands for experts that do not run, but all run"),
-        ({"used": 4, "bias_neuron": True, "always_on": 0}, "--bias-neuron needs an expert that always runs"),
-        ({"used": 4, "bias_neuron": True, "recipe": "seed"}, "--bias-neuron needs an expert that always runs"),
-        ({"used": 4, "bias_neuron": True, "amplify": "exact"}, "--bias-neuron and --amplify exact"),
         ({"used": 4, "amplify": "any", "always_on": 0}, "--amplify any needs always-on"),
-        ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, gate-mean, least-squares"),
+        ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, least-squares"),
         ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve of this width; at least 1024"),
     ],
 )

@@ -18,12 +18,11 @@ def test_groups_are_balanced_and_complete(m, n, n_shared, seed):
     n, n_shared = min(n, m), min(n_shared, n)
     a = torch.randn(100, m, generator=torch.Generator().manual_seed(seed))
     importance = a.square().sum(0)
-    for similarity in (a.T @ a, None):
-        groups = split(importance, similarity, group_sizes(m, n), n_shared, seed)
+    groups = split(importance, a.T @ a, group_sizes(m, n), n_shared, seed)
 
-        assert group_sizes(m, n) == [len(group) for group in groups]
-        assert list(range(m)) == sorted(torch.cat(groups).tolist())
-        assert all(group.tolist() == sorted(group.tolist()) for group in groups)
+    assert group_sizes(m, n) == [len(group) for group in groups]
+    assert list(range(m)) == sorted(torch.cat(groups).tolist())
+    assert all(group.tolist() == sorted(group.tolist()) for group in groups)
 
 
 def test_always_on_experts_hold_the_most_important_neurons():
@@ -67,14 +66,6 @@ def test_the_worked_example():
     score = torch.tensor([[3.0, 0], [2, 1], [5, 0], [4, 0]])
 
     assert [1, 1, 0, 0] == balanced_assign(score, [2, 2]).tolist()
-
-
-def test_the_seed_decides_and_repeats():
-    """Random groups differ with the seed and are the same for the same seed."""
-    importance = torch.ones(64)
-    first, again, other = (torch.cat(split(importance, None, [16] * 4, 0, seed)).tolist() for seed in (1, 1, 2))
-
-    assert first == again != other
 
 
 def test_identical_neurons_do_no_harm():

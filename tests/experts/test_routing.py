@@ -28,13 +28,6 @@ def test_the_constant_direction_is_constant():
                                routing.constant_direction(X.T @ X, X.sum(0)), rtol=1e-2, atol=1e-3)  # fmt: skip
 
 
-def test_gate_mean_is_the_mean_of_the_groups_rows():
-    """Worked by hand."""
-    gate = torch.tensor([[1.0, 0], [3, 2], [5, 5]])
-
-    assert [[2, 1], [5, 5]] == routing.gate_mean(gate, [torch.tensor([0, 1]), torch.tensor([2])]).tolist()
-
-
 @pytest.mark.parametrize("n_shared", [0, 1, 3])
 def test_assembled_rows_only_order(n_shared):
     """Logits stay below the size; always-on experts come first for every token; the routed order is kept."""

@@ -44,21 +44,12 @@ def refitted(folder, tmp_path_factory):
     return place / "x.gguf", place / "kept.calibration"
 
 
-@pytest.fixture(scope="module")
-def biased(folder, tmp_path_factory):
-    """The same with a bias neuron and no refit."""
-    place = tmp_path_factory.mktemp("biased")
-    options = Options(**QUICK, used=4, bias_neuron=True, save_calibration=place / "kept.calibration")
-    convert(folder, place / "x.gguf", options)
-    return place / "x.gguf", place / "kept.calibration"
-
-
 def tensors(path):
     """Name -> array of a GGUF file, read by gguf's own reader."""
     return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("which", ["kept", "refitted", "biased"])
+@pytest.mark.parametrize("which", ["kept", "refitted"])
 def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, request, monkeypatch):
     """Without a pass over the text: torch is not needed; no option has to be repeated."""
     file, calibration = request.getfixturevalue(which)
@@ -132,10 +123,8 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
     [
         ("refitted", {"used": 5}, "--used 5: kept.calibration was made with 4"),
         ("refitted", {"refit": False}, "--refit False: kept.calibration was made with True"),
-        ("biased", {"used": 5}, "--used 5: kept.calibration was made with 4"),
-        ("kept", {"bias_neuron": True}, "--bias-neuron True: kept.calibration was made with False"),
         ("kept", {"amplify": "any"}, "--amplify any: kept.calibration was made with used"),
-        ("kept", {"experts": 4, "group": "random"}, "--group random: kept.calibration was made with routed"),
+        ("kept", {"experts": 4, "group": "activations"}, "--group activations: kept.calibration was made with routed"),
         ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 always-on experts"),
         ("kept", {"seed": 3}, "--seed 3: kept.calibration was made with 0"),
         ("kept", {"recipe": "seed"}, "the seed recipe and --dense use no calibration"),
@@ -214,9 +203,8 @@ def _swap(header):
         _job(n_expert=2**39),
         _job(d_ff=-1),
         _job(refit="yes"),
-        _job(bias_neuron="yes"),
-        _job(bias_neuron=True),
         _job(surplus=1),
+        _job(bias_neuron=True),
         _job(always_on=99),
         _metadata(job="[" * 100000),
         _metadata(reports="[]"),
@@ -237,6 +225,15 @@ def test_damaged_and_hostile_files(folder, kept, tmp_path, change):
     assert ["bad"] == [path.name for path in tmp_path.iterdir()]
 
 
+def test_a_file_of_an_older_version(folder, kept, tmp_path):
+    """It names two options that are gone; where they were off the experts are the same."""
+    old = changed(kept[1], tmp_path / "old", _job(bias_neuron=False, search=False))
+
+    convert(folder, tmp_path / "y.gguf", Options(load_calibration=old))
+
+    assert kept[0].read_bytes() == (tmp_path / "y.gguf").read_bytes()
+
+
 def test_orders_that_are_no_permutation(folder, kept, tmp_path):
     """A neuron twice, or a number out of range, never reaches a weight."""
     stored = load_file(kept[1])
@@ -251,43 +248,6 @@ def test_orders_that_are_no_permutation(folder, kept, tmp_path):
 
         with pytest.raises(CalibrationError, match="layer 2 does not place every neuron once"):
             convert(folder, tmp_path / "y.gguf", Options(load_calibration=tmp_path / "bad"))
-
-
-def test_a_bias_that_is_no_neurons(folder, biased, tmp_path):
-    """A number out of range never reaches a weight."""
-    data = bytearray(biased[1].read_bytes())
-    stored = load_file(biased[1])["1.bias_neuron"].tobytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    start = json.loads(data[8 : 8 + length])["1.bias_neuron"]["data_offsets"][0] + 8 + length
-    assert stored == data[start : start + 8]
-    data[start : start + 8] = struct.pack("<q", 96)
-    (tmp_path / "bad").write_bytes(data)
-
-    with pytest.raises(CalibrationError, match="layer 1 has a bias in place of neuron 96"):
-        convert(folder, tmp_path / "y.gguf", Options(load_calibration=tmp_path / "bad"))
-
-
-def test_a_gguf_file_takes_a_bias_neuron_where_its_rows_are_numbers(folder, biased, tmp_path):
-    """F32: the folder's tensors. Q8_0: refused, as blocks are copied; with another type for the rows it is there."""
-    for kind in ("f32", "q8_0"):
-        convert(folder, tmp_path / f"{kind}.gguf", Options(dense=True, type=kind))
-    convert(tmp_path / "f32.gguf", tmp_path / "a.gguf", Options(load_calibration=biased[1]))
-    before, after = tensors(biased[0]), tensors(tmp_path / "a.gguf")
-    assert all(np.array_equal(array, after[name]) for name, array in before.items())
-
-    options = Options(load_calibration=biased[1], align=32)
-    with pytest.raises(
-        PlanError, match=r"--bias-neuron changes a row .* are copied as they are; leave it out, convert"
-    ):
-        plan_conversion(tmp_path / "q8_0.gguf", options)
-    rows = dataclasses.replace(options, tensor_types=(r".*ffn_(gate|up)_exps\.weight=f32",))
-    convert(tmp_path / "q8_0.gguf", tmp_path / "b.gguf", rows)
-
-    convert(folder, tmp_path / "c.gguf", options)
-    neuron = load_file(biased[1])["2.bias_gate"]
-    for name in ("b.gguf", "c.gguf"):
-        gate = tensors(tmp_path / name)["blk.2.ffn_gate_exps.weight"].reshape(-1, 64)
-        assert [0.0] == [float(np.abs(row - neuron).max()) for row in gate if np.abs(row - neuron).max() < 1e-6]
 
 
 def test_other_files_are_refused(folder, tmp_path):

@@ -9,7 +9,7 @@ from tiny_tokenizers import byte_level_bpe, sentencepiece_model
 from transformers import AutoTokenizer
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.text import EMBEDDED, read_text, spread, windows
+from moe2gguf.experts.text import EMBEDDED, read_text, windows
 
 
 def test_the_embedded_text_needs_no_file():
@@ -75,19 +75,6 @@ def test_windows_are_the_tokenizers_ids(tmp_path, bos):
     assert expected[: 64 - begin] == ids[0, begin:].tolist()
     assert bos is None or [bos] * 10 == ids[:, 0].tolist()
     assert 10 == len({tuple(row) for row in ids.tolist()})
-
-
-def test_spare_windows_are_none_of_the_others(tmp_path):
-    """The others stay where they were; where the text is used up there are fewer, or none."""
-    text, ids = read_text(None), np.arange(640)
-
-    without, with_spare = (spread(text, ids, 128, 32, None, spare) for spare in (0, 3))
-
-    assert without.tolist() == with_spare[:-3].tolist()
-    assert 7 == len({tuple(row) for row in with_spare.tolist()})
-    assert [32, 288, 576] == with_spare[-3:, 0].tolist()
-    assert 20 == len(spread(text, ids, 608, 32, None, 3))
-    assert spread(text, ids, 640, 32, None).tolist() == spread(text, ids, 640, 32, None, 3).tolist()
 
 
 def test_a_folder_with_tokenizer_model_alone(tmp_path):

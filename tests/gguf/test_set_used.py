@@ -1,7 +1,5 @@
 """moe2gguf.gguf.set_used: the used count, in place."""
 
-import dataclasses
-
 import checkpoints
 import gguf
 import numpy as np
@@ -11,6 +9,7 @@ from llama_logits import llama_logits, llama_logits_at
 from moe2gguf import Options, convert, verify
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.set_used import set_used
+from moe2gguf.recipes import source
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
 
@@ -50,7 +49,7 @@ def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
 
 def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
     """Amplified for 4 of 8: another count would be too loud or too quiet."""
-    options = Options(experts=8, used=4, group="random", router="gate-mean", always_on=0, calibration_tokens=2048)
+    options = Options(experts=8, used=4, group="activations", always_on=0, refit=False, calibration_tokens=2048)
     path = convert(folder, tmp_path / "x.gguf", options).path
 
     with pytest.raises(GGUFError, match=r"amplified for 4 of them.*--used 6"):
@@ -58,13 +57,16 @@ def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
     set_used(path, 4)
 
 
-def test_a_bias_neuron_belongs_to_its_count(folder, tmp_path):
-    """`any` alone serves every count; with a bias for what 4 of 8 leave out it does not."""
+def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(folder, tmp_path, monkeypatch):
+    """`any` alone serves every count; a bias for what 4 of 8 leave out does not, and verify still reads such a file."""
     options = Options(experts=8, used=4, amplify="any", refit=False, calibration_tokens=2048)
     set_used(convert(folder, tmp_path / "x.gguf", options).path, 6)
-    path = convert(folder, tmp_path / "y.gguf", dataclasses.replace(options, bias_neuron=True)).path
+    provenance = source.provenance
+    monkeypatch.setattr(source, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
+    path = convert(folder, tmp_path / "y.gguf", options).path
 
-    with pytest.raises(GGUFError, match=r"does not run at 4 experts. Convert again with --used 6, or with --no-bias"):
+    assert () == verify(path).problems
+    with pytest.raises(GGUFError, match=r"does not run at 4 experts. Convert again with --used 6"):
         set_used(path, 6)
 
 

@@ -59,14 +59,6 @@ def test_blocks_join_to_the_whole() -> None:
         )
 
 
-def test_token_nll_equals_the_compared_nll() -> None:
-    """The likelihood of one file alone is the one it has in a comparison."""
-    base, other, targets = logits(30, 20_000, 0.3)
-    np.testing.assert_allclose(
-        metrics.token_nll(other, targets), metrics.score_block(base, other, targets).nll, rtol=0, atol=1e-12
-    )
-
-
 def test_ties_go_to_the_lowest_id() -> None:
     """Of equal logits the first counts as the most likely, as in llama.cpp."""
     base = np.array([[1, 3, 3, 0]], np.float32)

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 
 import checkpoints
-import gguf
 import imatrix_files
 import numpy as np
 import pytest
@@ -377,24 +376,3 @@ def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path):
     assert {name: expected[name] for name in own} == {name: found[name] for name in own}
     other = theirs(sliced, tmp_path / "theirs.gguf", "Q4_K_S", own | unpermuted, pure=True)
     assert {*unpermuted} == {name for name in own if other[name] != found[name]}
-
-
-def test_a_bias_neuron_has_an_importance_of_its_own(tmp_path):
-    """Its column counts as silu(4)^2, whatever the dense neuron counted whose place it has."""
-    folder = checkpoints.make(tmp_path / "model")
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
-    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics_of(tmp_path / "dense.gguf"))
-    kept = tmp_path / "kept"
-    options = Options(8, used=4, bias_neuron=True, calibration_tokens=1024, save_calibration=kept)
-    convert(folder, tmp_path / "x.gguf", options)
-
-    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=kept, imatrix=matrix))
-
-    numbers = {t.name: t.data.reshape(96, 64) for t in gguf.GGUFReader(done.path).tensors if "_exps" in t.name}
-    down = {t.name: np.concatenate(t.importance()) for t in done.plan.tensors if "ffn_down" in t.name}
-    for name, counts in down.items():
-        gate, up = (numbers[name.replace("down", role)] for role in ("gate", "up"))
-        is_bias = np.isclose(4 * up, gate, rtol=1e-5).all(axis=1)
-        assert (1, 3) == (is_bias.sum(), len(down))
-        np.testing.assert_allclose((4 / (1 + np.exp(-4))) ** 2, counts[is_bias], rtol=1e-6)
-        assert (np.abs(counts[~is_bias] - counts[is_bias]) > 1e-3).all()

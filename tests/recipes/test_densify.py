@@ -15,6 +15,7 @@ from moe2gguf.errors import PlanError
 from moe2gguf.experts.fold import factors
 from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.text import read_text
+from moe2gguf.recipes import source
 from moe2gguf.recipes.densify import densify, joined
 from moe2gguf.recipes.hf_output import write_folder
 
@@ -180,19 +181,14 @@ def test_routers_with_a_say_need_a_text(dense, tmp_path):
         densify(folder, tmp_path / "other", text=text, used=9)
 
 
-def test_a_bias_neuron_needs_a_text(dense, tmp_path):
-    """All experts together are not the dense model then: refused without a text, for a file in any case."""
-    folder = sliced(dense, tmp_path / "sliced", Options(experts=4, used=2, bias_neuron=True, **ROUTED))
-    convert(folder, tmp_path / "sliced.gguf")
-    text = tmp_path / "text.txt"
-    text.write_text(read_text(None).text[:30000])
+def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypatch):
+    """All experts together are not the dense model then; nothing in the metadata but this key tells."""
+    provenance = source.provenance
+    monkeypatch.setattr(source, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
+    convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
 
-    with pytest.raises(PlanError, match=r"one neuron of every layer became a bias .*: give --text"):
-        densify(folder, tmp_path / "back")
-    with pytest.raises(PlanError, match=r"became a bias .* needs the Hugging Face folder and a --text"):
+    with pytest.raises(PlanError, match=r"one neuron of every layer became a bias "):
         densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
-
-    assert "least squares" == densify(folder, tmp_path / "back", text=text, used=4, n_token=2048).how
 
 
 def test_a_dense_model_is_refused(dense, tmp_path):

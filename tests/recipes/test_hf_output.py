@@ -19,7 +19,6 @@ from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
 HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen2", "llama-bias"))]
-BIASED = Options(experts=4, used=2, calibration_tokens=1024, bias_neuron=True)
 CALIBRATED = Options(experts=4, used=2, calibration_tokens=1024, refit=True, amplify="any")
 
 
@@ -68,9 +67,7 @@ def test_transformers_and_llama_cpp_compute_the_same_at_every_count(family, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "options", [Options(experts=5, align=32), CALIBRATED, BIASED], ids=["seed", "calibrated", "bias"]
-)
+@pytest.mark.parametrize("options", [Options(experts=5, align=32), CALIBRATED], ids=["seed", "calibrated"])
 def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype, options, tmp_path):
     """Every tensor of the GGUF file, whichever way it went, and the recipe in its metadata."""
     dense = checkpoints.make(tmp_path / "dense", "llama", dtype=dtype)

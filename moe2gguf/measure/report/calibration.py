@@ -67,9 +67,8 @@ def _methods(plan: Plan) -> list[str]:
         return []
     recipe = plan.slicing.recipe
     tables = (("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
-    corrected = [name for name, on in (("refit", recipe.refit), ("bias-neuron", recipe.bias_neuron)) if on]
     lines = [f"--{name} {(value := getattr(recipe, name))}: {table[value]}" for name, table in tables]
-    return lines + [f"--{name}: {CORRECTIONS[name]}" for name in corrected]
+    return lines + ([f"--refit: {CORRECTIONS['refit']}"] if recipe.refit else [])
 
 
 def summary(done: Conversion) -> list[str]:
