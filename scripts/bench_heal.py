@@ -166,7 +166,7 @@ class Bench:
     def train_dense(self, out: Path) -> list[object]:
         """The dense model, with the steps of the long way."""
         o = self.options
-        script = ROOT / "scripts" / "train_dense.py"
+        script = ROOT / "scripts" / "experiments" / "train_dense.py"
         return [script, self.model, out, "--text", self.train, "--tokens", o.tokens, "--steps", o.long]
 
     def scores(self) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ file, by `moe2gguf imatrix` on the first 70 % of the text; windows of the rest a
 divergence that llama.cpp publishes for the type: Llama 3 8B, WikiText-2, with an importance matrix where it lists one.
 
 The default model is SmolLM2-135M, whose rows of 576 no type with blocks of 256 fits. It is widened to 768 with zeros,
-which is the same model (scripts/widen.py), and gets noise of one step of the Q4_1 file that it comes from, which would
-otherwise favor types with such a grid. A quarter of most rows is zero and flatters all block types a little. What is
+which is the same model (scripts/experiments/widen.py), and gets noise of one step of the Q4_1 file that it comes from,
+which would otherwise favor types with such a grid. A quarter of most rows is zero and flatters all block types a little. What is
 made stays in --work, and a run that was stopped goes on there; quantized files are removed as soon as they are
 measured. The full run takes hours on two cores, --quick minutes.
 """
@@ -107,7 +107,13 @@ class Bench:
             subprocess.run([self.python, "-c", CUT_TEXT, *self.text], cwd=self.work, check=True)
         dense, sliced, matrix = (self.work / f"{name}.gguf" for name in (*FILES, "imatrix"))
         if not self.model.exists():
-            widen = [self.python, ROOT / "scripts" / "widen.py", smollm2(self.python), self.model, str(D_MODEL)]
+            widen = [
+                self.python,
+                ROOT / "scripts" / "experiments" / "widen.py",
+                smollm2(self.python),
+                self.model,
+                str(D_MODEL),
+            ]
             subprocess.run([*widen, "--noise", str(NOISE_SEED)], check=True)
         if not dense.exists():
             moe2gguf(self.python, "convert", self.model, dense, "--type", "f16", "--dense")

@@ -3,7 +3,7 @@
 Contiguous slices with a zero router, random groups with least squares, EMoE, ExpertWeaver's rule, FLAP (uniform and
 standard), a static choice of neurons with and without our refit, ours with and without it, and CMoE: 16 experts each.
 The first 70 % of the text calibrate, windows of the rest are scored: in llama.cpp, but for CMoE's router, which only
-PyTorch can run. Sources and what differs: scripts/rivals.py. The full run takes hours on two cores, --quick minutes.
+PyTorch can run. Sources and what differs: rivals.py. The full run takes hours on two cores, --quick minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     options, rest = parse(arguments)
     python = python_with(NEEDED, extra="calibrate", name="quality")
     model = options.model or smollm2(python)
-    command = [python, ROOT / "scripts" / "quality.py", "--model", model, "--work", options.work]
+    command = [python, ROOT / "scripts" / "experiments" / "quality.py", "--model", model, "--work", options.work]
     if options.text:
         rest += ["--text", str(options.text)]
     quick = QUICK if options.quick else []

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rivals
 import torch
-from measure import machine, table, write_json
 
 from moe2gguf.experts.calibration import Settings, calibrate
 from moe2gguf.experts.layer import LayerExperts
@@ -37,6 +35,10 @@ from moe2gguf.recipes.convert import convert, write_plan
 from moe2gguf.recipes.options import Options
 from moe2gguf.recipes.plan import Plan, plan_conversion
 from moe2gguf.spec import Slicing
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts/
+import rivals
+from measure import machine, table, write_json
 
 SPLIT = 0.7
 N_EXPERT = 16

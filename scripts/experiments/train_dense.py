@@ -1,6 +1,6 @@
 """Train a dense checkpoint's layers to predict the next token: the control of scripts/bench heal.
 
-    python scripts/train_dense.py MODEL OUT --text FILE [--tokens N] [--steps N] [--batch 2] [--lr RATE]
+    python scripts/experiments/train_dense.py MODEL OUT --text FILE [--tokens N] [--steps N] [--batch 2] [--lr RATE]
 
 Windows, their order, the optimizer and its schedule are those of `moe2gguf heal`. OUT is a folder like MODEL.
 """

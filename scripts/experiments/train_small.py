@@ -1,6 +1,6 @@
 """Train a small Qwen2 model from scratch: a second family for scripts/bench quality, where no download is wanted.
 
-    python scripts/train_small.py OUT --text FILE [--epochs N] [--embedded] ...
+    python scripts/experiments/train_small.py OUT --text FILE [--epochs N] [--embedded] ...
     scripts/bench quality --model OUT --text FILE
 
 The first 70 % of the text train a byte-level BPE tokenizer (Qwen2's pre-tokenizer) and the model; the rest is never

@@ -1,4 +1,4 @@
-"""Write a checkpoint again with a wider residual stream, the same model: python scripts/widen.py FOLDER OUT D_MODEL.
+"""Write a checkpoint again with a wider residual stream, the same model: python widen.py FOLDER OUT D_MODEL.
 
 The types with blocks of 256 need rows of such a width; SmolLM2-135M's are 576. Everything new is zero: columns of the
 embedding, rows and columns of the projections, whole attention heads of the old size. What is new in the residual

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import CalibrationError, PlanError
-from moe2gguf.experts import calibration
 from moe2gguf.experts.layer import LayerExperts
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
@@ -61,8 +60,6 @@ def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group,
     for k in counts:
         difference = np.abs(reference_logits(tmp_path / "sliced.gguf", TOKENS, k) - logits[k]).max(axis=1)
         assert (difference <= 2e-3).mean() >= 0.9, k  # float32 decides a near-tie otherwise once in a while
-
-
 
 
 def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):

@@ -17,7 +17,7 @@ from moe2gguf.gguf.verify import verify
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "vocabularies"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "vocabularies"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""scripts/bench_types.py and scripts/widen.py: a wider model that is the same, and the table of types."""
+"""scripts/bench_types.py: the table of types."""
 
 import json
 from pathlib import Path

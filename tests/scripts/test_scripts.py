@@ -20,8 +20,13 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("bench", "check", "check-gpu", "demo", "fuzz", "readme", "record-perplexity", "smollm2", "vocabularies")
-EXECUTABLES = [*(f"scripts/{name}" for name in SCRIPTS), "vendor/install"]
+SCRIPTS = ("bench", "check", "demo", "fuzz", "readme", "smollm2")
+EXPERIMENTS = ("check-gpu", "record-perplexity", "vocabularies")
+EXECUTABLES = [
+    *(f"scripts/{name}" for name in SCRIPTS),
+    *(f"scripts/experiments/{name}" for name in EXPERIMENTS),
+    "vendor/install",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -323,6 +328,7 @@ class TestBench:
         assert "convert: wall time and peak memory" in start("scripts/bench", "--help").stdout
         assert start("scripts/bench", "convert", "--help").stdout.startswith("usage: scripts/bench convert")
         assert start("scripts/bench", "quantize", "--help").stdout.startswith("usage: scripts/bench quantize")
+        assert start("scripts/bench", "quality", "--help").stdout.startswith("usage: scripts/bench quality")
         assert start("scripts/bench", "nothing").returncode == 2
 
 
@@ -337,7 +343,7 @@ class TestVocabularies:
             for name in [*names, "a/vendor/llama.cpp/models/../../../../ggml-vocab-z.gguf"]:
                 archive.addfile(tarfile.TarInfo(name))
 
-        answer = start("scripts/vocabularies", package, MOE2GGUF_CACHE=str(tmp_path / "cache"))
+        answer = start("scripts/experiments/vocabularies", package, MOE2GGUF_CACHE=str(tmp_path / "cache"))
 
         assert answer.returncode == 1
         assert "error: llama.tar.gz holds 2 vocabulary files, expected at least 15" in answer.stderr
@@ -347,7 +353,7 @@ class TestVocabularies:
         """So that the test that needs it can be skipped with a reason."""
         nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "MOE2GGUF_CACHE": str(tmp_path / "cache")}
 
-        answer = start("scripts/vocabularies", **nowhere)
+        answer = start("scripts/experiments/vocabularies", **nowhere)
 
         assert answer.returncode == 1
         assert "error: pip could not download llama-cpp-python==" in answer.stderr
