@@ -8,8 +8,8 @@ divergence that llama.cpp publishes for the type: Llama 3 8B, WikiText-2, with a
 
 The default model is SmolLM2-135M, whose rows of 576 no type with blocks of 256 fits. It is widened to 768 with zeros,
 which is the same model (scripts/experiments/widen.py), and gets noise of one step of the Q4_1 file that it comes from,
-which would otherwise favor types with such a grid. A quarter of most rows is zero and flatters all block types a little. What is
-made stays in --work, and a run that was stopped goes on there; quantized files are removed as soon as they are
+which would favor types with such a grid. A quarter of most rows is zero and flatters all block types a little.
+What is made stays in --work, and a run that was stopped goes on there; quantized files are removed as soon as they are
 measured. The full run takes hours on two cores, --quick minutes.
 """
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.hidden_states import Made, OnDisk, Shelf, chunks, first
+from moe2gguf.experts.hidden_states import Made, OnDisk, Shelf, chunks
 
 
 def test_rows_on_disk_are_what_was_written(tmp_path):
@@ -20,15 +20,6 @@ def test_rows_on_disk_are_what_was_written(tmp_path):
     for part in chunks(1000, 64):
         assert torch.equal(expected[part], rows[part])
     assert 1000 * 7 * 4 == (tmp_path / "rows").stat().st_size
-
-
-def test_the_first_rows_end_where_they_are_told():
-    """Whatever piece is asked for."""
-    rows = torch.arange(10.0)[:, None]
-
-    assert 4 == len(first(rows, 4))
-    for part in (slice(0, 2), slice(2, 9), slice(None), slice(5, 7)):
-        assert torch.equal(rows[:4][part], first(rows, 4)[part])
 
 
 def test_pieces_cover_everything_once():

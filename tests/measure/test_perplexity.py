@@ -1,4 +1,4 @@
-"""Our numbers beside llama-perplexity's own, recorded by scripts/experiments/record-perplexity: four digits of every one."""
+"""Our numbers beside llama-perplexity's own (scripts/experiments/record-perplexity): four digits of every one."""
 
 from __future__ import annotations
 

@@ -3,13 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
-import checkpoints
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from moe2gguf.cli import cli
-from moe2gguf.experts.text import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,26 +55,3 @@ def test_every_way_s_options_are_those_of_the_command(tmp_path):
         options = way.options(Namespace(steps=1, long=2))
         context = cli.commands["heal"].make_context("heal", [str(part) for part in (*given, *options)])
         assert 0 in (context.params["layerwise"], context.params["steps"])
-
-
-def test_the_control_trains_the_layers_and_nothing_else(tmp_path, monkeypatch):
-    """Same names and shapes; all but the vocabulary's matrices moves, and the folder opens as a checkpoint."""
-    import sys
-
-    import train_dense
-
-    from moe2gguf.hf.folder import open_checkpoint
-
-    model = checkpoints.make(tmp_path / "dense", num_hidden_layers=2)
-    text = tmp_path / "text.txt"
-    text.write_text(read_text(None).text[:40000])
-    arguments = [model, tmp_path / "out", "--text", text, "--tokens", 2048, "--steps", 2]
-    monkeypatch.setattr(sys, "argv", ["train_dense.py", *map(str, arguments)])
-
-    train_dense.main()
-
-    open_checkpoint(tmp_path / "out")
-    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    moved = {name for name, tensor in before.items() if not torch.equal(tensor.float(), after[name].float())}
-    assert moved == {name for name in before if "embed_tokens" not in name and "lm_head" not in name}
