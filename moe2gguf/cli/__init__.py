@@ -30,6 +30,7 @@ from moe2gguf.cli.sample import sample
 from moe2gguf.cli.set_used import set_used
 from moe2gguf.cli.verify import verify
 from moe2gguf.errors import Moe2GgufError
+from moe2gguf.gguf.resume import Interrupted
 
 SETTINGS = cloup.Context.settings(
     help_option_names=["-h", "--help"],
@@ -93,9 +94,11 @@ def main() -> NoReturn:
     try:
         cli(standalone_mode=False, prog_name="moe2gguf")
     except click.exceptions.Abort as abort:
-        kept = str(abort.__cause__ or "") or "no unfinished file was kept (a calibration goes on where it stopped)"
+        cause = abort.__cause__
+        kept = str(cause) if isinstance(cause, Interrupted) else "no unfinished file was kept"
         click.echo(f"moe2gguf: interrupted; {kept}", err=True)
-        sys.exit(143 if isinstance(abort.__cause__, Terminated) else 130)
+        terminated = isinstance(cause.__cause__ if isinstance(cause, Interrupted) else cause, Terminated)
+        sys.exit(143 if terminated else 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -1,8 +1,8 @@
-"""Which tensors of an unfinished file, or set of files, are complete, so that a stopped job goes on where it was.
+"""How every long job is stopped and continued: a folder of its own, a manifest, and finished pieces with checksums.
 
-Beside `NAME.partial`, a file or the folder of a set, lies `NAME.partial.jsonl`: first the job (everything that decides
-the bytes), then one line per finished tensor with the checksum of its bytes. Nothing is believed on the word of the
-journal: a tensor's bytes are read again and must have that checksum, or the tensor is made anew.
+The folder has everything that is unfinished. Its `job.jsonl` has the manifest (every choice and input that decides the
+result) and then a line per finished piece with the checksum of its bytes. The journal is not trusted: every piece is
+read and hashed again before it is reused, and a piece that differs is made anew.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -27,210 +29,333 @@ from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.types import FLOATS
 
 MAX_BYTES = 64 << 20
+"""Of a journal that is read."""
+
 PLAN = "plan"
-_PIECE = 1 << 20
-_SHA256 = re.compile("[0-9a-f]{64}")
+"""The entry of a manifest that follows from the others: it is named only where no other one differs."""
+
+_JOURNAL = "job.jsonl"
+_BLOCK = 1 << 20
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A job was interrupted, and its message tells where it can be continued."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A finished piece of work: the XXH3-128 of its bytes (hexadecimal), and what else is to be remembered of it."""
+
+    checksum: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """A file of JSON lines: the manifest of a job, if it has one, and its finished pieces by name.
+
+    Lines are appended whole. A line that is torn, hostile or of another program is passed over. Of two lines of one
+    name the last one counts.
+
+    Raises:
+        OutputError: the file exists and cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Mapping[str, str] | None = None
+        self.pieces: dict[str, Piece] = {}
+        self._lock = threading.Lock()
+        for entry in _read_lines(path):
+            match entry:
+                case {"job": dict(manifest)} if all(isinstance(value, str) for value in manifest.values()):
+                    self.manifest = manifest
+                case {"piece": str(name), "xxh3": str(checksum), "facts": dict(facts)}:
+                    self.pieces[name] = Piece(checksum, facts)
+
+    def begin(self, manifest: Mapping[str, str]) -> None:
+        """Start anew with this manifest; what the file had is gone."""
+        self.pieces.clear()
+        self.manifest = manifest
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        self._append({"job": dict(manifest)}, durable=True)
+
+    def record(self, name: str, piece: Piece, *, durable: bool = False) -> None:
+        """Add a finished piece; `durable`: its line is on the disk when this returns."""
+        with self._lock:
+            self.pieces[name] = piece
+            self._append({"piece": name, "xxh3": piece.checksum, "facts": dict(piece.facts)}, durable=durable)
+
+    def _append(self, entry: Mapping[str, Any], *, durable: bool) -> None:
+        line = "\n" + json.dumps(entry, ensure_ascii=False)  # a line that a kill has torn ends before this one
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
+            with open(os.open(self.path, flags, 0o666), "ab") as file:
+                file.write(line.encode("utf-8", "surrogatepass"))
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+class Job:
+    """A long job with its folder; use it in a `with` statement, which holds the lock of the folder.
+
+    folder    holds everything unfinished; its parent exists
+    manifest  every choice and input that decides the result, by the name that a user knows it by
+    resume    False: start anew, whatever the folder holds
+
+    Work of the same job is continued. After an interrupt with finished pieces the `with` statement raises `Interrupted`
+    with the place where they are. A folder without any finished piece is removed after an error.
+
+    Raises:
+        OutputError: the folder holds another job's work (every difference is named) or no work at all, another process
+            uses it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, str], *, resume: bool = True) -> None:
+        self.folder = folder
+        self.n_reused = 0
+        self._manifest = {**manifest, "moe2gguf": version("moe2gguf")}
+        self._resume = resume
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Job:
+        self._descriptor = _open_locked(self.folder)
+        try:
+            self._journal = self._continue_or_begin()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not self.n_finished:
+            self.remove()
+        os.close(self._descriptor)
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted) and self.n_finished:
+            n = self.n_finished
+            raise Interrupted(
+                f"{self.folder} keeps what is finished ({n} piece{'s'[: n > 1]}); the same command goes on there"
+            ) from error
+
+    @property
+    def n_finished(self) -> int:
+        """Number of pieces that are finished."""
+        return len(self._journal.pieces)
+
+    def find(self, name: str) -> Piece | None:
+        """The finished piece of this name, as the journal has it: its bytes are not compared."""
+        return self._journal.pieces.get(name)
+
+    def confirm(self, name: str, checksum: str) -> bool:
+        """Whether the piece `name` is finished and has this `checksum` today; if not, it is forgotten."""
+        piece = self.find(name)
+        with self._lock:
+            if piece is None or piece.checksum != checksum:
+                self._journal.pieces.pop(name, None)
+                return False
+            self.n_reused += 1
+        return True
+
+    def record(self, name: str, checksum: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Note that the piece `name` is finished: the XXH3-128 of its bytes, and JSON-ready facts to remember."""
+        self._journal.record(name, Piece(checksum, facts or {}))
+
+    @contextlib.contextmanager
+    def save(self, name: str, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """Make the file or folder `name` of the job as a finished piece: the block writes to the path that it gets.
+
+        It is flushed to the disk, renamed and recorded. The path keeps the ending of `name`.
+        """
+        target = self.folder / name
+        unfinished = target.with_name(f"unfinished-{target.name}")
+        discard(unfinished)
+        yield unfinished
+        checksum = checksum_path(unfinished, flush=True)
+        discard(target)
+        unfinished.replace(target)
+        self._journal.record(name, Piece(checksum, facts or {}), durable=True)
+
+    def holds(self, name: str) -> bool:
+        """Whether the file or folder `name` is a finished piece and unharmed."""
+        target = self.folder / name
+        return self.find(name) is not None and target.exists() and self.confirm(name, checksum_path(target))
+
+    def last(self, pattern: str) -> str | None:
+        """The name of the newest file or folder that matches the regular expression and is finished and unharmed."""
+        names = [name for name in reversed(self._journal.pieces) if re.fullmatch(pattern, name)]
+        return next((name for name in names if self.holds(name)), None)
+
+    def drop(self, name: str) -> None:
+        """Remove a file or folder that is no longer needed."""
+        self._journal.pieces.pop(name, None)
+        discard(self.folder / name)
+
+    def remove(self) -> None:
+        """The job is complete, or given up: remove the folder."""
+        self._journal.pieces.clear()
+        discard(self.folder)
+
+    def _continue_or_begin(self) -> Journal:
+        """The journal of this job in the folder, with what is finished, or an empty one in an empty folder."""
+        path = self.folder / _JOURNAL
+        if not path.is_symlink() and not path.is_file() and any(self.folder.iterdir()):
+            raise OutputError(f"{self.folder}: is in the way, and holds no unfinished work; remove it, or rename it")
+        journal = Journal(path)
+        if self._resume and journal.manifest is not None:
+            if differences := _differences(journal.manifest, self._manifest):
+                raise OutputError(
+                    "\n".join(
+                        [
+                            f"{self.folder}: holds the unfinished work of another job:",
+                            *(f"  - {line}" for line in differences),
+                            "repeat that job to finish it, or start anew with --no-resume",
+                        ]
+                    )
+                )
+            return journal
+        for left in self.folder.iterdir():
+            discard(left)
+        journal.begin(self._manifest)
+        return journal
 
 
 def partial_path(target: Path) -> Path:
-    """Where a file, or a set of them, is written until it is complete."""
+    """The folder in which a file, or a set of them, is written until it is complete."""
     return target.with_name(target.name + ".partial")
 
 
-def discard(partial: Path) -> None:
-    """Remove an unfinished file or folder, if there is one; a link, but not what it leads to."""
-    if partial.is_dir() and not partial.is_symlink():
-        shutil.rmtree(partial, ignore_errors=True)
+def discard(path: Path) -> None:
+    """Remove a file or a folder, if there is one; a link, but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            path.unlink()
 
 
-def lock(descriptor: int, partial: Path) -> None:
-    """One writer per target; the lock dies with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two writers of one target are the user's care
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"{partial}: another process is writing it; wait for it, or choose another name") from error
-    except OSError:  # a file system without locks
-        return
+def describe_record(record: Any) -> dict[str, str]:
+    """The fields of a dataclass for a manifest, by name; those of dataclasses in it likewise."""
+    described: dict[str, str] = {}
+    for one in fields(record):
+        value = getattr(record, one.name)
+        described |= describe_record(value) if is_dataclass(value) else {one.name.replace("_", " "): describe(value)}
+    return described
 
 
-def discard_abandoned(partial: Path) -> None:
-    """`discard` what another kind of job (a file, a set) has left; raises OutputError while that job still runs."""
-    descriptor = os.open(partial, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    try:
-        lock(descriptor, partial)
-        discard(partial)
-    finally:
-        os.close(descriptor)
+def describe(value: Any) -> str:
+    """A value for a manifest: nothing for None, and of a file its name, size and time of change, without its folder."""
+    if not isinstance(value, Path):
+        return "" if value is None else str(value)
+    status = value.stat()
+    return f"{value.name} of {status.st_size:,} bytes, changed {status.st_mtime_ns}"
 
 
 def describe_job(
     command: str, options: Any, files: Iterable[Path], header: bytes, kinds: Iterable[TensorType]
 ) -> dict[str, str]:
-    """A job for a `Journal`: the fields of a dataclass of options, the input files, the output's header and types.
+    """The manifest of a job that writes GGUF files: options (a dataclass), input files, and the output's header.
 
-    Files, those among the options too, count as the same while they have the same name, size and time of change; paths
-    are left out.
+    The types `kinds` that are written decide whether the build of llama.cpp's kernels matters.
     """
     return {
         "command": command,
-        **{field.name.replace("_", " "): _described(getattr(options, field.name)) for field in fields(options)},
-        **{file.name: _described(file) for file in files},
+        **describe_record(options),
+        **{file.name: describe(file) for file in files},
         **({} if FLOATS.keys() >= {*kinds} else {"llama.cpp": kernels.build()}),
         PLAN: hashlib.sha256(header).hexdigest(),
     }
 
 
-def _described(value: Any) -> str:
-    """An option (nothing for None), or a file without its folder."""
-    if not isinstance(value, Path):
-        return "" if value is None else str(value)
-    stat = value.stat()
-    return f"{value.name} of {stat.st_size:,} bytes, changed {stat.st_mtime_ns}"
+def checksum_range(descriptor: int, offset: int, n_bytes: int) -> str:
+    """XXH3-128 of `n_bytes` bytes of an open file from `offset` on, or of those that there are."""
+    found, buffer = xxhash.xxh3_128(), bytearray(_BLOCK)
+    for at in range(offset, offset + n_bytes, _BLOCK):
+        piece = memoryview(buffer)[: offset + n_bytes - at]
+        found.update(piece[: os.preadv(descriptor, [piece], at)])
+    return found.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A finished tensor: XXH3 of its bytes, and SHA-256 of each source it was made from."""
+def checksum_path(path: Path, *, flush: bool = False) -> str:
+    """XXH3-128 of a file, or of the names and contents of all files in a folder; `flush`: they are on the disk then."""
+    if not path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        try:
+            if flush:
+                os.fsync(descriptor)
+            return checksum_range(descriptor, 0, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+    files = sorted(file for file in path.rglob("*") if not file.is_dir())
+    parts = [f"{file.relative_to(path)} {checksum_path(file, flush=flush)}\n" for file in files]
+    return xxhash.xxh3_128("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
-    checksum: str
-    sources: Mapping[str, str]
 
-
-class Journal:
-    """The journal of the file, or set of files, that becomes `target`.
-
-    job     every choice and input that decides the bytes, by the name that a user knows it by
-    hashes  SHA-256 of the sources by name, filled while they are read: remembered, and restored for what is reused
-    resume  False: whatever is there is replaced
+def _open_locked(folder: Path) -> int:
+    """A descriptor of the folder, made if there is none; no other process has the lock that it holds.
 
     Raises:
-        OutputError: there is an unfinished file of another job; every difference is named.
+        OutputError: it cannot be made, or another process uses it.
     """
-
-    def __init__(
-        self,
-        target: Path,
-        job: Mapping[str, str],
-        hashes: MutableMapping[str, str] | None = None,
-        *,
-        resume: bool = True,
-    ) -> None:
-        self.partial = partial_path(target)
-        self.path = self.partial.with_name(self.partial.name + ".jsonl")
-        self.reused = 0
-        self._job = dict(job)
-        self._hashes = hashes
-        self._lock = threading.Lock()
-        self._done: dict[str, _Entry] = {}
-        self._known = self._read() if resume and self.partial.exists() else None
-        if self._known is not None and (differences := _differences(self._known, self._job)):
-            raise OutputError(
-                "\n".join(
-                    [
-                        f"{self.partial}: is the unfinished file of another job:",
-                        *(f"  - {line}" for line in differences),
-                        "repeat that job to finish it, or start anew with --no-resume",
-                    ]
-                )
-            )
-
-    @property
-    def done(self) -> int:
-        """Number of tensors that are finished."""
-        return len(self._done)
-
-    def begin(self, *, whole: bool = True) -> bool:
-        """Start: True where the partial file (`whole`: of the size to come) is continued, False where it is to empty.
-
-        The caller holds the lock of the partial file.
-        """
-        if self._known is not None and whole:
-            return True
-        self._done.clear()
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
-        self._append({"job": self._job})
-        return False
-
-    def holds(self, descriptor: int, offset: int, name: str, n_bytes: int, sources: Sequence[str]) -> bool:
-        """Whether the tensor `name` stands complete and unharmed at `offset`."""
-        entry = self._done.get(name)
-        if entry is None or (self._hashes is not None and entry.sources.keys() != {*sources}):
-            return False
-        found, buffer = xxhash.xxh3_128(), bytearray(_PIECE)
-        for at in range(offset, offset + n_bytes, _PIECE):
-            piece = memoryview(buffer)[: offset + n_bytes - at]
-            found.update(piece[: os.preadv(descriptor, [piece], at)])
-        with self._lock:
-            if found.hexdigest() != entry.checksum:
-                del self._done[name]
-                return False
-            if self._hashes is not None:
-                self._hashes.update(entry.sources)
-            self.reused += 1
-        return True
-
-    def record(self, name: str, checksum: str, sources: Sequence[str]) -> None:
-        """Note that the tensor `name` is complete, with `checksum` (XXH3-128, hexadecimal) over its bytes."""
-        hashes = {} if self._hashes is None else {source: self._hashes[source] for source in sources}
-        with self._lock:
-            self._done[name] = _Entry(checksum, hashes)
-            self._append({"tensor": name, "xxh3": checksum, "sources": hashes})
-
-    def outlives(self, error: BaseException) -> bool:
-        """Whether finished tensors are to be kept after `error`: after an interrupt, whose message then says so."""
-        kept = self.done > 0 and isinstance(error, (KeyboardInterrupt, SystemExit))
-        if kept and isinstance(error, KeyboardInterrupt):
-            error.args = (f"{self.partial} keeps {self.done} finished tensors; the same command goes on there",)
-        return kept
-
-    def remove(self) -> None:
-        """The file is complete, or given up."""
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-        with open(os.open(self.path, flags, 0o666), "ab") as file:
-            file.write(("\n" + json.dumps(line)).encode())  # a line that a kill has torn ends here
-
-    def _read(self) -> dict[str, str] | None:
-        """The job that the journal belongs to (None: there is no usable journal); takes over its tensors."""
-        try:
-            with self.path.open("rb") as file:
-                lines = file.read(MAX_BYTES).splitlines()
-        except OSError:
-            return None
-        entries = [_parsed(line) for line in lines]
-        for entry in entries:
-            match entry:
-                case {"tensor": str(name), "xxh3": str(checksum), "sources": dict(sources)}:
-                    if all(isinstance(value, str) and _SHA256.fullmatch(value) for value in sources.values()):
-                        self._done[name] = _Entry(checksum, sources)
-        return next((entry["job"] for entry in entries if _is_job(entry)), None)
-
-
-def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_DIRECTORY", 0))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be created ({error.strerror}); remove what is in the way, or choose another place"
+        ) from error
+    try:
+        _lock(descriptor, folder)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _is_job(entry: Any) -> bool:
-    job = entry.get("job") if isinstance(entry, dict) else None
-    return isinstance(job, dict) and all(isinstance(value, str) for value in job.values())
+def _lock(descriptor: int, folder: Path) -> None:
+    """Take the lock of a folder; it is given back when the descriptor is closed or the process ends.
+
+    Raises:
+        OutputError: another process has the lock, or has just removed the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes on one folder are the user's care
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder}: another process is writing it; wait for it, or choose another name") from error
+    except OSError:  # a file system without locks
+        return
+    if not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+        raise OutputError(f"{folder}: another process has just finished there; repeat the command")
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    """What each line of a journal says; nothing where there is no file, and no line that is not JSON."""
+    try:
+        with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as file:
+            lines = file.read(MAX_BYTES).splitlines()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if path.is_symlink():
+            return
+        raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another place") from error
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(line)
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What distinguishes two jobs; their plans, which follow from the rest, only where the rest is the same."""
+    """What tells two jobs apart; their plans, which follow from the rest, only where the rest is the same."""
     found = {key: (before.get(key), now.get(key)) for key in dict.fromkeys([*now, *before])}
     differing = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
     shown = {key: pair for key, pair in differing.items() if key != PLAN} or differing

@@ -1,7 +1,7 @@
-"""The file on disk: written beside its final name by several threads, checked, then renamed.
+"""The files on disk: written in a folder beside their final names by several threads, checked, then moved.
 
-Nothing ever stands under the final name that is not complete. An error or a full disk leaves nothing; an interrupt or a
-crash leaves at most `NAME.partial`, which the next run continues where it has a journal, else replaces.
+Nothing has its final name that is not complete and verified. An error or a full disk leaves nothing; an interrupt or a
+crash leaves at most the folder `NAME.partial`, which the next run of the same job continues.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,21 @@ from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.layout import Entry, Layout
-from moe2gguf.gguf.resume import Journal, discard, discard_abandoned, lock, partial_path
+from moe2gguf.gguf.resume import Job, checksum_range, partial_path
+from moe2gguf.gguf.shards import shard_paths
+from moe2gguf.gguf.verify import require_sound
+from moe2gguf.progress import Progress
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
 Importance = Callable[[], Sequence[NDArray[np.float32] | None]]
 """Per matrix of a tensor (one, or one per expert) the importance of its columns (width,), made when it is written."""
+
+Files = Sequence[tuple[Sequence["OutputTensor"], Layout]]
+"""The tensors of each file of a model, and where they are in it."""
+
+Finish = Callable[[int, Layout], None]
+"""Fills in what was not known before all tensors were made, through a descriptor of a file with this layout."""
 
 PIECE = 1 << 18
 """Elements that are quantized together: a fraction of a second in the slowest kernel, a megabyte of float32."""
@@ -40,7 +50,7 @@ FLUSH_BYTES = 1 << 26
 """The disk is set to work whenever so much has been written, so that little is left to wait for at the end."""
 
 _TURN = threading.Lock()
-"""A file system lets one thread at a time write to a file; the others would spend their cores on waiting for it."""
+"""The kernel serialises the writes to one file; this lock keeps the other threads from waiting busily for it."""
 
 
 @dataclass(frozen=True)
@@ -77,114 +87,145 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
         raise OutputError(f"{target.parent}: not writable; choose another folder")
 
 
+def model_paths(out: Path, n_shard: int) -> list[Path]:
+    """The names of the files of a model: `moe.gguf` alone, or moe-00001-of-00003.gguf ..."""
+    return [out] if n_shard == 1 else shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
+
+
+def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
+    """`check_target` for every file of a model; `out` must not be a folder."""
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; name a file in it")
+    sources = tuple(sources)
+    for target in model_paths(out, n_shard):
+        check_target(target, sources, force=force)
+
+
+class Written(NamedTuple):
+    """What `write_model` did: the path of the (first) file, and how many tensors an earlier run had finished."""
+
+    path: Path
+    n_reused: int
+
+
+def write_model(
+    out: Path,
+    files: Files,
+    manifest: Mapping[str, str] | None = None,
+    *,
+    resume: bool = True,
+    hashes: MutableMapping[str, str] | None = None,
+    finish: Finish | None = None,
+    threads: int | None = None,
+    progress: Progress,
+) -> Written:
+    """Write, verify and name the files of a model: one, or a set of shards, of which all appear or none.
+
+    Args:
+        out: the name of the one file; of a set, see `model_paths`.
+        files: the tensors and the layout of each file.
+        manifest: of the job, see `moe2gguf.gguf.resume.Job`: what was stopped is continued. None: it is not.
+        resume: False replaces what was stopped.
+        hashes: SHA-256 of the tensors' sources by name. Making a tensor fills it in; for a tensor that is reused it is
+            restored.
+        finish: fills in what was not known before all tensors were made; it is called for each file.
+        threads: how many tensors are worked on at once (None: the number of cores, at most 4), and how many threads
+            quantize their rows and verify (None: the number of cores).
+        progress: receives stages ("write", "verify") and the bytes done.
+
+    Raises:
+        OutputError: there is not enough room, the disk has an error, or the folder `OUT.partial` belongs to another job
+            or another process.
+        CorruptWeightError: a weight is NaN, infinite, or too large for its type.
+        GGUFError: a source file ended early, or a written file did not verify.
+    """
+    cores = os.cpu_count() or 1
+    size = sum(layout.file_size for _, layout in files)
+    with replace_files(out, model_paths(out, len(files)), size, manifest, resume=resume) as (job, parts):
+        with progress("write", size) as advance:
+            for part, (tensors, layout) in zip(parts, files, strict=True):
+                write_tensors(
+                    part,
+                    layout,
+                    tensors,
+                    threads=threads or min(cores, 4),
+                    quantizers=threads or cores,
+                    advance=advance,
+                    job=job,
+                    hashes=hashes,
+                )
+        for part, (_, layout) in zip(parts, files, strict=True):
+            if finish:
+                with _opened(part) as descriptor:
+                    finish(descriptor, layout)
+        # the disk still works on the files while they are read again
+        with ThreadPoolExecutor(1) as background, progress("verify", size) as advance:
+            flushed = background.submit(_flush_all, parts)
+            require_sound(parts[0], threads=threads, progress=advance)
+            flushed.result()
+    return Written(model_paths(out, len(files))[0], job.n_reused)
+
+
 @contextlib.contextmanager
-def replacing(target: Path, file_size: int, journal: Journal | None = None) -> Iterator[tuple[int, Path]]:
-    """Open `TARGET.partial` for writing (descriptor and path); give it the final name if the block succeeds.
+def replace_files(
+    out: Path, targets: Sequence[Path], size: int, manifest: Mapping[str, str] | None = None, *, resume: bool = True
+) -> Iterator[tuple[Job, list[Path]]]:
+    """The job that makes `targets`, and where the block writes each: in `OUT.partial`, from where they are moved.
 
-    The data is flushed to disk before the rename. With a `journal` an unfinished file is continued, and an interrupt
-    (KeyboardInterrupt, whose message then says so, or SystemExit) keeps finished tensors. Any other exception removes
-    the partial file.
-
-    Raises:
-        OutputError: not enough room, a disk error, or another process is writing the same target.
+    The folder is removed when they have their names, and after any exception but an interrupt (KeyboardInterrupt or
+    SystemExit) of a job that has a `manifest`. Arguments and errors as in `write_model`.
     """
-    partial = partial_path(target)
-    require_room(partial, file_size)
-    try:
-        if partial.is_dir():
-            discard_abandoned(partial)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        raise OutputError(f"{partial}: cannot be created ({error.strerror})") from error
-    try:
-        lock(descriptor, partial)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    try:
-        if journal is None or not journal.begin(whole=os.fstat(descriptor).st_size == file_size):
-            os.ftruncate(descriptor, 0)
-            os.ftruncate(descriptor, file_size)
-        yield descriptor, partial
-        os.fsync(descriptor)
-        os.replace(partial, target)
-        if journal:
-            journal.remove()
-        sync_folder(target.parent)
-    except BaseException as error:
-        clean_up(error, target, journal)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def clean_up(error: BaseException, target: Path, journal: Journal | None) -> None:
-    """Remove what is unfinished, unless it can be continued after `error`.
-
-    Raises:
-        OutputError: in the place of an `error` of the disk.
-    """
-    if journal and journal.outlives(error):
-        return
-    discard(partial_path(target))
-    if journal:
-        journal.remove()
-    if isinstance(error, OSError):
-        raise output_error(target, error) from error
+    folder = partial_path(out)
+    require_room(folder, size)
+    kept = (KeyboardInterrupt, SystemExit) if manifest is not None else ()
+    with Job(folder, manifest or {}, resume=resume and manifest is not None) as job:
+        try:
+            parts = [folder / target.name for target in targets]
+            yield job, parts
+            _flush_all(parts)
+            _move(parts, targets)
+            job.remove()
+        except BaseException as error:
+            if not isinstance(error, kept):
+                job.remove()
+            if isinstance(error, OSError):
+                raise output_error(out, error) from error
+            raise
 
 
 def write_tensors(
-    descriptor: int,
+    path: Path,
     layout: Layout,
     tensors: Sequence[OutputTensor],
     *,
     threads: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda _: None,
     quantizers: int | None = None,
-    journal: Journal | None = None,
+    job: Job | None = None,
+    hashes: MutableMapping[str, str] | None = None,
 ) -> None:
     """Write header and tensors at the places `layout` gives them; `advance` is told the bytes as they are written.
 
     Each thread works on one tensor at a time, so reading, casting and writing overlap, and no more than `threads`
     tensors are in memory. Block types are quantized by `quantizers` more threads (None: as many), a few rows at a time,
-    so that one large tensor keeps all cores busy too. One more thread keeps the disk working. What the `journal` holds
-    is checked, not made again. The first failure stops everything and is raised.
+    so that one large tensor keeps all cores busy too. One more thread keeps the disk working. A tensor that the `job`
+    has finished is compared with its checksum, not made again. The first failure stops everything and is raised.
     """
-    _write_at(descriptor, memoryview(layout.header), 0)
-    advance(len(layout.header))
-    stop = threading.Event()
     with (
+        _opened(path, layout.file_size) as descriptor,
         ThreadPoolExecutor(1) as disk,
         ThreadPoolExecutor(quantizers or threads) as kernels,
         ThreadPoolExecutor(threads) as pool,
     ):
-
-        def write(tensor: OutputTensor) -> int:
-            try:
-                if not stop.is_set():
-                    _write_tensor(descriptor, layout.offsets[tensor.name], tensor, advance, stop, kernels, journal)
-            except BaseException:
-                stop.set()
-                raise
-            return tensor.n_bytes
-
-        jobs = [pool.submit(write, tensor) for tensor in tensors]
+        _write_at(descriptor, memoryview(layout.header), 0)
+        advance(len(layout.header))
+        writer = _Writer(descriptor, layout, advance, kernels, job, hashes)
+        tasks = [pool.submit(writer.write, tensor) for tensor in tensors]
         try:
-            _flush_often(disk, descriptor, jobs)
+            _flush_often(disk, descriptor, tasks)
         finally:
-            stop.set()
+            writer.stop.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _flush_often(disk: ThreadPoolExecutor, descriptor: int, jobs: Sequence[Future[int]]) -> None:
-    """Wait for the `jobs`, each of which returns the bytes it wrote; raises the first error of them or of the disk."""
-    flush, waiting = disk.submit(lambda: None), 0
-    for job in as_completed(jobs):
-        waiting += job.result()
-        if waiting >= FLUSH_BYTES and flush.done():
-            flush.result()
-            flush, waiting = disk.submit(os.fsync, descriptor), 0
-    flush.result()
 
 
 def write_over(descriptor: int, data: bytes, offset: int) -> None:
@@ -192,37 +233,90 @@ def write_over(descriptor: int, data: bytes, offset: int) -> None:
     _write_at(descriptor, memoryview(data), offset)
 
 
-def _write_tensor(
-    descriptor: int,
-    offset: int,
-    tensor: OutputTensor,
-    advance: Callable[[int], None],
-    stop: threading.Event,
-    kernels: ThreadPoolExecutor,
-    journal: Journal | None,
-) -> None:
-    if journal and journal.holds(descriptor, offset, tensor.name, tensor.n_bytes, tensor.sources):
-        advance(tensor.n_bytes)
-        return
-    position, checksum = offset, xxhash.xxh3_128()
-    label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
-    matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
-    row = 0
-    for block in tensor.blocks():
-        pieces = _encoded(block, tensor.type, label, kernels, _Weights(matrices, tensor.shape, row))
-        row += block.size // max(block.shape[-1], 1)
-        for data in pieces:
-            if stop.is_set():
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the tensors of one open file; `write` runs in several threads until `stop` is set."""
+
+    descriptor: int
+    layout: Layout
+    advance: Callable[[int], None]
+    kernels: ThreadPoolExecutor
+    job: Job | None
+    hashes: MutableMapping[str, str] | None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, tensor: OutputTensor) -> int:
+        """Write one tensor, or take over a finished one; returns its bytes. An error stops the other threads too."""
+        try:
+            if not self.stop.is_set():
+                if self._reuse(tensor):
+                    self.advance(tensor.n_bytes)
+                else:
+                    self._make(tensor)
+        except BaseException:
+            self.stop.set()
+            raise
+        return tensor.n_bytes
+
+    def _reuse(self, tensor: OutputTensor) -> bool:
+        """Whether the job has finished this tensor and its bytes are unharmed; the hashes of its sources are restored.
+
+        Without the hash of every source it must be made again, for these hashes make up the digest of the source.
+        """
+        piece = self.job.find(tensor.name) if self.job else None
+        if not self.job or piece is None:
+            return False
+        known = {name: value for name, value in piece.facts.items() if _is_sha256(value)}
+        if self.hashes is not None and known.keys() != {*tensor.sources}:
+            return False
+        offset = self.layout.offsets[tensor.name]
+        if not self.job.confirm(tensor.name, checksum_range(self.descriptor, offset, tensor.n_bytes)):
+            return False
+        if self.hashes is not None:
+            self.hashes.update(known)
+        return True
+
+    def _make(self, tensor: OutputTensor) -> None:
+        """Make, encode and write the tensor, piece by piece; the job is told when it is complete."""
+        offset = position = self.layout.offsets[tensor.name]
+        checksum = xxhash.xxh3_128()
+        for data in self._encode(tensor):
+            if self.stop.is_set():
                 return
             with _TURN:
-                _write_at(descriptor, data, position)
+                _write_at(self.descriptor, data, position)
             checksum.update(data)
             position += len(data)
-            advance(len(data))
-    if position != offset + tensor.n_bytes:
-        raise GGUFError(f"{tensor.name}: {position - offset} bytes were made, the plan says {tensor.n_bytes}")
-    if journal:
-        journal.record(tensor.name, checksum.hexdigest(), tensor.sources)
+            self.advance(len(data))
+        if position != offset + tensor.n_bytes:
+            raise GGUFError(f"{tensor.name}: {position - offset} bytes were made, the plan says {tensor.n_bytes}")
+        if self.job:
+            hashes = {} if self.hashes is None else {source: self.hashes[source] for source in tensor.sources}
+            self.job.record(tensor.name, checksum.hexdigest(), hashes)
+
+    def _encode(self, tensor: OutputTensor) -> Iterator[memoryview]:
+        """The bytes of the tensor in its type, in order."""
+        label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
+        matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
+        row = 0
+        for block in tensor.blocks():
+            yield from _encoded(block, tensor.type, label, self.kernels, _Weights(matrices, tensor.shape, row))
+            row += block.size // max(block.shape[-1], 1)
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _flush_often(disk: ThreadPoolExecutor, descriptor: int, tasks: Sequence[Future[int]]) -> None:
+    """Wait for the `tasks`, each of which returns the bytes it wrote; raises the first error of them or of the disk."""
+    flush, waiting = disk.submit(lambda: None), 0
+    for task in as_completed(tasks):
+        waiting += task.result()
+        if waiting >= FLUSH_BYTES and flush.done():
+            flush.result()
+            flush, waiting = disk.submit(os.fsync, descriptor), 0
+    flush.result()
 
 
 class _Weights(NamedTuple):
@@ -263,12 +357,58 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def require_room(partial: Path, file_size: int) -> None:
-    """Raise OutputError unless the file fits, in the free room and in what an unfinished one has taken already."""
-    taken = sum(path.lstat().st_blocks for path in (partial, *partial.glob("*"))) * 512 if partial.exists() else 0
-    free = shutil.disk_usage(partial.parent).free + taken
-    if free < file_size:
-        raise OutputError(f"{partial.parent}: {free:,} bytes are free, the file needs {file_size:,}; make room first")
+@contextlib.contextmanager
+def _opened(path: Path, size: int | None = None) -> Iterator[int]:
+    """A descriptor of a file, new or begun, of `size` bytes (None: as it is)."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        if size is not None:
+            os.ftruncate(descriptor, size)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _flush_all(paths: Iterable[Path]) -> None:
+    """Wait until the disk has the files."""
+    for path in paths:
+        with _opened(path) as descriptor:
+            os.fsync(descriptor)
+
+
+def _move(parts: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Give the files their names, the first shard last: without it llama.cpp finds no model.
+
+    At no moment is there a first shard beside shards of another run. After an error every file is back where it was.
+    """
+    moved: list[tuple[Path, Path]] = []
+    try:
+        if len(targets) > 1:
+            targets[0].unlink(missing_ok=True)
+        for part, target in reversed(list(zip(parts, targets, strict=True))):
+            part.replace(target)
+            moved.append((part, target))
+    except BaseException:
+        for part, target in moved:
+            _move_back(part, target)
+        raise
+    sync_folder(targets[0].parent)
+
+
+def _move_back(part: Path, target: Path) -> None:
+    """Move a file to where it can be continued; where that fails, remove it."""
+    try:
+        target.replace(part)
+    except OSError:
+        target.unlink(missing_ok=True)
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work has taken already."""
+    taken = sum(path.lstat().st_blocks for path in folder.rglob("*")) * 512
+    free = shutil.disk_usage(folder.parent).free + taken
+    if free < size:
+        raise OutputError(f"{folder.parent}: {free:,} bytes are free, the file needs {size:,}; make room first")
 
 
 def sync_folder(folder: Path) -> None:

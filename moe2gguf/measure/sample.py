@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.gguf.writer import check_target, replacing
+from moe2gguf.gguf.writer import check_target, replace_files
 from moe2gguf.llama.sampling import Draw, sample
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.convert import convert
@@ -60,8 +59,8 @@ def sample_text(
             n_token += n
             advance(n)
     data = "\n\n".join(texts).encode()
-    with replacing(out, len(data)) as (descriptor, _), os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(data)
+    with replace_files(out, [out], len(data)) as (_, (part,)):
+        part.write_bytes(data)
     return Sample(out, len(texts), n_token)
 
 

@@ -21,7 +21,7 @@ from moe2gguf.errors import GGUFError, ImportanceError
 from moe2gguf.gguf.file import GGUFFile, listing, open_gguf, read_into, shown
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.gguf.writer import OutputTensor, check_target, replacing, write_tensors
+from moe2gguf.gguf.writer import OutputTensor, check_target, replace_files, write_tensors
 from moe2gguf.spec import MetadataValue
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -157,8 +157,9 @@ def write_imatrix(matrix: ImportanceMatrix, out: Path, sources: Sequence[Path] =
     }
     tensors = [tensor for name in sorted(matrix.entries) for tensor in _pair(name, matrix.entries[name])]
     layout = lay_out(metadata, tensors)
-    with replacing(out, layout.file_size) as (descriptor, _):
-        write_tensors(descriptor, layout, tensors, threads=1, advance=lambda _: None)
+    with replace_files(out, [out], layout.file_size) as (_, (part,)):
+        write_tensors(part, layout, tensors, threads=1)
+        read_imatrix(part)
 
 
 def _pair(name: str, entry: Activity) -> list[OutputTensor]:

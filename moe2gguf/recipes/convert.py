@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ import numpy as np
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.layout import Layout, array_offset, value_offset
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
-from moe2gguf.gguf.resume import Journal, describe_job
-from moe2gguf.gguf.sharded import check_model_target, model_paths, write_model
+from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.types import require_kernels
-from moe2gguf.gguf.writer import check_target, write_over
+from moe2gguf.gguf.writer import check_model_target, check_target, model_paths, write_model, write_over
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.calibrate import calibrate_plan, require_own_calibration
 from moe2gguf.recipes.options import Options
@@ -96,8 +94,6 @@ def write_plan(
     progress: Progress = silent,
 ) -> Conversion:
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
-    quantizers = threads or os.cpu_count() or 1
-    threads = threads or min(os.cpu_count() or 1, 4)
     fresh = [tensor for tensor in plan.tensors if not tensor.copied]
     require_kernels((tensor.type for tensor in fresh), importance=any(tensor.importance for tensor in fresh))
     shards = plan.shards or ((plan.tensors, plan.layout),)
@@ -112,20 +108,19 @@ def write_plan(
         _fill_in(plan, reports, descriptor, layout)
 
     calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
-    journal = Journal(out, _writing_job(plan, calibrated), plan.digest.parts, resume=resume)
-    first = write_model(
+    path, n_reused = write_model(
         out,
         shards,
-        journal,
-        progress=progress,
-        threads=threads,
-        quantizers=quantizers,
-        verifiers=threads,
+        _writing_job(plan, calibrated),
+        resume=resume,
+        hashes=plan.digest.parts,
         finish=finish,
+        threads=threads,
+        progress=progress,
     )
     if reports and not plan.saved:
         shutil.rmtree(work)
-    return Conversion(first, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, journal.reused)
+    return Conversion(path, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, n_reused)
 
 
 def _fill_in(plan: Plan, reports: Sequence[dict[str, Any]], descriptor: int, layout: Layout) -> None:

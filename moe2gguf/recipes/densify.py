@@ -21,8 +21,7 @@ from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.metadata import BIAS_NEURON
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.gguf.writer import OutputTensor, check_target
-from moe2gguf.gguf.writing import write_file
+from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
 from moe2gguf.hf.companions import copy_companions
 from moe2gguf.hf.families import DENSE, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
@@ -263,7 +262,7 @@ def _densify_file(file: GGUFFile, out: Path, force: bool, progress: Progress) ->
     check_target(out, [*file.files], force=force)
     kinds: Mapping[str, Any] = {key: kind for key, kind in file.types.items() if key in kept}
     layout = lay_out(metadata, tensors, kinds)
-    write_file(out, layout, tensors, progress=progress, threads=1)
+    write_model(out, [(tensors, layout)], threads=1, progress=progress)
     return Densified(out, how)
 
 

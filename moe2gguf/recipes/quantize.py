@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,11 +18,10 @@ from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import kernels, types
 from moe2gguf.gguf.file import GGUFFile, TensorInfo
 from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
-from moe2gguf.gguf.resume import Journal, describe_job
-from moe2gguf.gguf.sharded import check_model_target, write_model
+from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.shards import lay_out_shards, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.gguf.writer import OutputTensor, check_model_target, write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
 from moe2gguf.quant.imatrix_use import KEYS, Consulted, consult, neurons_of
@@ -176,7 +174,6 @@ def write_quantization(
     progress: Progress = silent,
 ) -> Quantization:
     """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `quantize`."""
-    cores = threads or os.cpu_count() or 1
     changed = [tensor for tensor in plan.tensors if _changes(plan, tensor)]
     types.require_kernels((t.type for t in changed), importance=any(t.importance for t in changed))
     kernels.require({plan.source.tensors[t.name].type for t in changed} & {*types.BLOCKS})
@@ -184,11 +181,9 @@ def write_quantization(
     check_model_target(out, len(shards), plan.source.files, force=force)
     kinds = {tensor.type for tensor in plan.tensors}
     job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
-    journal = Journal(out, {**job, "shard size": str(plan.shard_size or "")}, resume=resume)
-    first = write_model(
-        out, shards, journal, progress=progress, threads=min(cores, 4), quantizers=cores, verifiers=threads
-    )
-    return Quantization(first, plan, journal.reused)
+    manifest = {**job, "shard size": str(plan.shard_size or "")}
+    path, n_reused = write_model(out, shards, manifest, resume=resume, threads=threads, progress=progress)
+    return Quantization(path, plan, n_reused)
 
 
 def network_of(file: GGUFFile) -> Network:

@@ -167,7 +167,7 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path, name,
     folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=2048, num_hidden_layers=8)
     target = tmp_path / "out"
     target.mkdir()
-    journal = target / "x.gguf.partial.jsonl"
+    journal = target / "x.gguf.partial" / "job.jsonl"
     command = [sys.executable, "-c", "from moe2gguf.cli import main; main()", "convert", folder, target / "x.gguf"]
     command += ["--type", "q6_k", "--threads", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -177,8 +177,8 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path, name,
         message = process.communicate()[1]
 
     assert code == process.returncode
-    assert re.search(r"x.gguf.partial keeps \d+ finished tensors; the same command", message)
-    assert ["x.gguf.partial", journal.name] == sorted(path.name for path in target.iterdir())
+    assert re.search(r"x.gguf.partial keeps what is finished \(\d+ pieces\); the same command", message)
+    assert ["x.gguf.partial"] == [path.name for path in target.iterdir()]
 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 

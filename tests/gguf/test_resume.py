@@ -1,4 +1,4 @@
-"""moe2gguf.gguf.resume: a stopped job goes on where it was, and believes nothing that it does not check."""
+"""moe2gguf.gguf.resume: a stopped job goes on where it was, and reuses nothing that it has not compared."""
 
 import json
 
@@ -8,8 +8,9 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError, OutputError
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.resume import Journal, describe_job
-from moe2gguf.gguf.writer import OutputTensor, replacing, write_tensors
+from moe2gguf.gguf.resume import Interrupted, Job, describe_job
+from moe2gguf.gguf.writer import OutputTensor, write_model
+from moe2gguf.progress import silent
 from moe2gguf.quant.rules import TypeOptions
 
 NAMES = [f"t{i}" for i in range(6)]
@@ -22,8 +23,8 @@ def values(name):
     return np.full((300, 1024), float(name[1:]), np.float32)
 
 
-def write(target, stop_at=None, error=KeyboardInterrupt, **journal):
-    """Write the six tensors, in order; returns the names of those that were made, and the journal."""
+def write(target, stop_at=None, error=KeyboardInterrupt, job=JOB, resume=True):
+    """Write the six tensors, in order; returns the names of those that were made, and how many were reused."""
     made, hashes = [], {}
 
     def blocks(name):
@@ -37,12 +38,10 @@ def write(target, stop_at=None, error=KeyboardInterrupt, **journal):
         OutputTensor(name, (300, 1024), GGMLType.F32, (f"source of {name}",), lambda name=name: blocks(name))
         for name in NAMES
     ]
-    layout = lay_out({}, outputs)
-    kept = Journal(target, journal.pop("job", JOB), hashes, **journal)
-    with replacing(target, layout.file_size, kept) as (descriptor, _):
-        write_tensors(descriptor, layout, outputs, threads=1, advance=lambda _: None, journal=kept)
+    files = [(outputs, lay_out({"general.architecture": "test"}, outputs))]
+    done = write_model(target, files, job, resume=resume, hashes=hashes, threads=1, progress=silent)
     assert HASHES == hashes
-    return made, kept
+    return made, done.n_reused
 
 
 @pytest.fixture
@@ -56,13 +55,17 @@ def whole(tmp_path):
 def stopped(tmp_path):
     """A target whose first four tensors are finished."""
     target = tmp_path / "x.gguf"
-    with pytest.raises(KeyboardInterrupt, match=r"x.gguf.partial keeps 4 finished tensors; the same command"):
+    with pytest.raises(Interrupted, match=r"x.gguf.partial keeps what is finished \(4 pieces\); the same command"):
         write(target, "t4")
     return target
 
 
 def journal_of(target):
-    return target.with_name(target.name + ".partial.jsonl")
+    return partial_of(target).with_name("job.jsonl")
+
+
+def partial_of(target):
+    return target.with_name(target.name + ".partial") / target.name
 
 
 def files(target):
@@ -72,19 +75,17 @@ def files(target):
 
 def test_only_what_is_missing_is_made(stopped, whole):
     """Stopped twice, finished in the third run: the same bytes, the sources' hashes known, no other file left."""
-    with pytest.raises(KeyboardInterrupt, match="keeps 5"):
+    with pytest.raises(KeyboardInterrupt, match=r"\(5 pieces\)"):
         write(stopped, "t5")
 
-    made, journal = write(stopped)
-
-    assert (["t5"], 5) == (made, journal.reused)
+    assert (["t5"], 5) == write(stopped)
     assert whole == stopped.read_bytes()
     assert ["x.gguf"] == files(stopped)
 
 
 def test_a_tensor_whose_bytes_changed_is_made_anew(stopped, whole):
     """One bit in the middle of the third."""
-    partial = stopped.with_name("x.gguf.partial")
+    partial = partial_of(stopped)
     data = bytearray(partial.read_bytes())
     data[len(data) * 5 // 12] ^= 1
     partial.write_bytes(data)
@@ -101,9 +102,9 @@ def test_a_tensor_whose_bytes_changed_is_made_anew(stopped, whole):
         ('"xxh3": "', '"xxh3": "0', NAMES),
         ('"source of t1": "0', '"source of t1": "x', ["t1", "t4", "t5"]),
         ('"source of t1"', '"source of t5"', ["t1", "t4", "t5"]),
-        ('{"tensor": "t3"', '{"ten', ["t3", "t4", "t5"]),
-        ('{"tensor": "t3"', "[" * 100_000, ["t3", "t4", "t5"]),
-        ('{"job": {"type": "q4_k_m"}}', '{"job": 7}', NAMES),
+        ('{"piece": "t3"', '{"pie', ["t3", "t4", "t5"]),
+        ('{"piece": "t3"', "[" * 100_000, ["t3", "t4", "t5"]),
+        ('"type": "q4_k_m"', '"type": 7', NAMES),
         ('{"job"', "{", NAMES),
     ],
 )
@@ -117,19 +118,29 @@ def test_a_journal_that_makes_no_sense_is_not_believed(stopped, whole, before, a
     assert whole == stopped.read_bytes()
 
 
-@pytest.mark.parametrize("what", ["no journal", "no partial file", "another size"])
-def test_without_its_other_half_nothing_is_continued(stopped, whole, what):
-    """A journal alone, a partial file alone, a partial file that something else has written."""
-    if what == "no journal":
-        journal_of(stopped).unlink()
-    elif what == "no partial file":
-        stopped.with_name("x.gguf.partial").unlink()
+@pytest.mark.parametrize(("what", "made"), [("no partial file", NAMES[1:]), ("another size", ["t4", "t5"])])
+def test_only_what_is_there_is_continued(stopped, whole, what, made):
+    """A journal alone, though zeros are what a new file has; a partial file that something else has made longer."""
+    if what == "no partial file":
+        partial_of(stopped).unlink()
     else:
-        with stopped.with_name("x.gguf.partial").open("ab") as file:
+        with partial_of(stopped).open("ab") as file:
             file.write(b"more")
 
-    assert NAMES == write(stopped)[0]
+    assert made == write(stopped)[0]
     assert whole == stopped.read_bytes()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_without_a_job_is_not_emptied(tmp_path, resume):
+    """Whoever made it may want what is in it."""
+    (tmp_path / "x.gguf.partial").mkdir()
+    (tmp_path / "x.gguf.partial" / "thesis.txt").write_text("precious")
+
+    with pytest.raises(OutputError, match=r"x.gguf.partial: is in the way, and holds no unfinished work; remove it"):
+        write(tmp_path / "x.gguf", resume=resume)
+
+    assert "precious" == (tmp_path / "x.gguf.partial" / "thesis.txt").read_text()
 
 
 def test_the_unfinished_file_of_another_job_is_refused(stopped):
@@ -141,6 +152,30 @@ def test_the_unfinished_file_of_another_job_is_refused(stopped):
 
     assert before == files(stopped)
     assert NAMES == write(stopped, job={"type": "q6_k"}, resume=False)[0]
+
+
+def test_finished_files_and_folders_are_compared_before_they_are_used(tmp_path):
+    """The newest unharmed one counts; a changed file, one that is gone and one that never got its name do not."""
+    with Job(tmp_path / "work", JOB) as job:
+        for i in range(4):
+            with job.save(f"state-{i}") as path:
+                path.mkdir()
+                (path / "a.txt").write_text(f"a{i}")
+        with job.save("layer.txt", {"error": 0.5}) as path:
+            path.write_text("layer")
+    (tmp_path / "work" / "state-3" / "a.txt").write_text("other")
+    (tmp_path / "work" / "state-2" / "b.txt").write_text("more")
+    (tmp_path / "work" / "unfinished-state-9").write_text("torn")
+
+    with Job(tmp_path / "work", JOB) as job:
+        assert "state-1" == job.last(r"state-\d+")
+        assert job.holds("layer.txt")
+        assert {"error": 0.5} == job.find("layer.txt").facts
+        job.drop("layer.txt")
+        assert not job.holds("layer.txt")
+        assert 2 == job.n_reused
+    with Job(tmp_path / "work", JOB, resume=False):
+        assert ["job.jsonl"] == [path.name for path in (tmp_path / "work").iterdir()]
 
 
 @pytest.mark.parametrize("error", [CorruptWeightError, OSError, RuntimeError])
@@ -163,6 +198,7 @@ def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path):
 def test_a_journal_that_is_a_link_is_not_followed(tmp_path):
     """A planted link is replaced, not written through."""
     (tmp_path / "victim").write_text("precious")
+    (tmp_path / "x.gguf.partial").mkdir()
     journal_of(tmp_path / "x.gguf").symlink_to(tmp_path / "victim")
 
     write(tmp_path / "x.gguf")

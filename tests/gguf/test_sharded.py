@@ -255,6 +255,8 @@ Path.replace = slowly
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 if sys.argv[3] == "convert":
     convert(source, target, Options(experts=4, shard_size=100_000), threads=1, progress=slow)
+elif sys.argv[3] == "one":
+    convert(source, target, Options(experts=4), threads=1, progress=slow)
 else:
     quantize(source, target, TypeOptions("q8_0"), shard_size=40_000, threads=1, progress=slow)
 """
@@ -325,7 +327,7 @@ def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path):
         (dense, "f16", 40_000, "type: q8_0 there, f16 now"),
         (other, "q8_0", 40_000, "other.gguf: none there, other.gguf of"),
     ):
-        with pytest.raises(OutputError, match=rf"(?s)x.gguf.partial: is the unfinished.*  - {difference}"):
+        with pytest.raises(OutputError, match=rf"(?s)x.gguf.partial: holds the unfinished work.*  - {difference}"):
             quantize(source, target, TypeOptions(kind), shard_size=size)
     killed(dense, target, "write", 18, "quantize")
 
@@ -350,7 +352,7 @@ def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbe
         (dense, Options(experts=4, shard_size=SIZE, type="f16"), "type: auto there, f16 now"),
         (other, SLICED, "other.gguf: none there, other.gguf of"),
     ):
-        with pytest.raises(OutputError, match=rf"(?s)out.gguf.partial: is the unfinished.*  - {difference}.*--no-res"):
+        with pytest.raises(OutputError, match=rf"(?s)out.gguf.partial: holds.*  - {difference}.*--no-res"):
             convert(source, target, options)
     assert before == names(tmp_path)
     other.unlink()
@@ -360,14 +362,19 @@ def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbe
 
 
 def test_a_set_and_a_file_give_way_to_each_other(dense, tmp_path, undisturbed):
-    """What another kind of job left under the same name is replaced where the user starts anew."""
+    """What another kind of job left under the same name is replaced where the user starts anew; other files are not."""
     target = tmp_path / "out.gguf"
     killed(dense, target, "write", 8)
     one = convert(dense, target, Options(experts=4), resume=False).path
     assert names(tmp_path) == ["out.gguf"]
     one.rename(tmp_path / "out.gguf.partial")
 
-    convert(dense, target, SLICED)
+    with pytest.raises(OutputError, match=r"out.gguf.partial: cannot be created .*; remove what is in the way"):
+        convert(dense, target, SLICED, resume=False)
+    (tmp_path / "out.gguf.partial").unlink()
+    killed(dense, target, "write", 8, "one")
+
+    convert(dense, target, SLICED, resume=False)
 
     assert undisturbed == contents(tmp_path)
 
@@ -375,7 +382,7 @@ def test_a_set_and_a_file_give_way_to_each_other(dense, tmp_path, undisturbed):
 def test_a_shard_that_changed_is_made_anew(dense, tmp_path, undisturbed):
     """One that is gone, one that is cut, one with other bytes, and one with more of them."""
     killed(dense, tmp_path / "out.gguf", "verify")
-    gone, cut, changed, longer, *_ = sorted((tmp_path / "out.gguf.partial").iterdir())
+    gone, cut, changed, longer, *_ = sorted((tmp_path / "out.gguf.partial").glob("*.gguf"))
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-1000])
     changed.write_bytes(bytes(changed.stat().st_size))
@@ -400,10 +407,10 @@ def test_an_interrupt_while_moving_can_be_continued(dense, tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(
-        KeyboardInterrupt, match=r"out.gguf.partial keeps \d+ finished tensors; the same command goes on"
+        KeyboardInterrupt, match=r"out.gguf.partial keeps what is finished \(\d+ pieces\); the same command"
     ):
         convert(dense, tmp_path / "out.gguf", SLICED)
-    assert names(tmp_path) == ["out.gguf.partial", "out.gguf.partial.jsonl"]
+    assert names(tmp_path) == ["out.gguf.partial"]
 
     done = convert(dense, tmp_path / "out.gguf", SLICED)
 

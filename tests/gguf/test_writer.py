@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
 from moe2gguf.gguf import types, writer
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.writer import OutputTensor, check_target, replacing, write_over, write_tensors
+from moe2gguf.gguf.writer import OutputTensor, check_target, replace_files, write_over, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
@@ -34,8 +34,8 @@ def write(target, arrays=ARRAYS, threads=3):
     """Write `arrays` as a GGUF file."""
     outputs = tensors(arrays)
     layout = lay_out({"digest": "0000"}, outputs)
-    with replacing(target, layout.file_size) as (descriptor, _):
-        write_tensors(descriptor, layout, outputs, threads=threads, advance=lambda _: None)
+    with replace_files(target, [target], layout.file_size) as (_, (part,)):
+        write_tensors(part, layout, outputs, threads=threads)
     return layout
 
 
@@ -57,8 +57,8 @@ def test_progress_adds_up_to_the_file(tmp_path):
     outputs = tensors()
     layout = lay_out({}, outputs)
     told = []
-    with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):
-        write_tensors(descriptor, layout, outputs, threads=2, advance=told.append)
+    with replace_files(tmp_path / "x", [tmp_path / "x"], layout.file_size) as (_, (part,)):
+        write_tensors(part, layout, outputs, threads=2, advance=told.append)
 
     assert len(layout.header) + sum(tensor.n_bytes for tensor in outputs) == sum(told)
 
@@ -80,9 +80,9 @@ def test_a_tensor_of_the_wrong_size_is_a_defect_that_is_noticed(tmp_path):
 
     with (
         pytest.raises(GGUFError, match="256 bytes were made, the plan says 512"),
-        replacing(tmp_path / "x", layout.file_size) as (descriptor, _),
+        replace_files(tmp_path / "x", [tmp_path / "x"], layout.file_size) as (_, (part,)),
     ):
-        write_tensors(descriptor, layout, outputs, threads=1, advance=lambda _: None)
+        write_tensors(part, layout, outputs, threads=1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
@@ -92,8 +92,8 @@ def test_an_interrupt_leaves_the_old_file_as_it_was(tmp_path, error):
     target.write_text("old")
 
     def interrupted():
-        with replacing(target, 100) as (descriptor, _):
-            os.write(descriptor, b"new")
+        with replace_files(target, [target], 100) as (_, (part,)):
+            part.write_bytes(b"new")
             raise error
 
     with pytest.raises(error):
@@ -108,7 +108,7 @@ import sys, time, numpy as np
 from pathlib import Path
 from gguf import GGMLQuantizationType as T
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.writer import OutputTensor, replacing, write_tensors
+from moe2gguf.gguf.writer import OutputTensor, replace_files, write_tensors
 
 def slow():
     for i in range(200):
@@ -118,8 +118,9 @@ def slow():
 
 outputs = [OutputTensor("t", (200, 64), T.F32, (), slow)]
 layout = lay_out({}, outputs)
-with replacing(Path(sys.argv[1]), layout.file_size) as (descriptor, _):
-    write_tensors(descriptor, layout, outputs, threads=1, advance=lambda _: None)
+target = Path(sys.argv[1])
+with replace_files(target, [target], layout.file_size) as (_, (part,)):
+    write_tensors(part, layout, outputs, threads=1)
 """
 
 
@@ -159,7 +160,7 @@ def limited(_=None):
 
 def test_a_full_disk_is_an_error_not_a_success(tmp_path):
     """The message says so; nothing is left; the exit is no traceback of ours."""
-    code = WRITER.replace("with replacing", "from moe2gguf.errors import OutputError\ntry:\n with replacing").replace(
+    code = WRITER.replace("with replace", "from moe2gguf.errors import OutputError\ntry:\n with replace").replace(
         "    write_tensors", "  write_tensors"
     )
     code += "except OutputError as error:\n print('refused:', error)\n"
@@ -174,7 +175,7 @@ def test_a_full_disk_is_an_error_not_a_success(tmp_path):
 
 def test_too_little_room_is_noticed_before_writing(tmp_path):
     """An exabyte does not fit."""
-    with pytest.raises(OutputError, match="make room first"), replacing(tmp_path / "x", 10**18):
+    with pytest.raises(OutputError, match="make room first"), replace_files(tmp_path / "x", [tmp_path / "x"], 10**18):
         pass
 
 
@@ -214,9 +215,9 @@ def test_a_partial_name_that_is_a_link_is_not_followed(tmp_path):
 
 def test_a_placeholder_is_replaced(tmp_path):
     """The digest that is known only at the end."""
-    with replacing(tmp_path / "x", 8) as (descriptor, _):
-        os.write(descriptor, b"ab0000gh")
-        write_over(descriptor, b"cdef", 2)
+    with replace_files(tmp_path / "x", [tmp_path / "x"], 8) as (_, (part,)), part.open("wb", buffering=0) as file:
+        file.write(b"ab0000gh")
+        write_over(file.fileno(), b"cdef", 2)
 
     assert b"abcdefgh" == (tmp_path / "x").read_bytes()
 
@@ -237,8 +238,8 @@ def test_the_writer_keeps_only_a_few_tensors_in_memory(tmp_path):
         for i in range(20)
     ]
     layout = lay_out({}, outputs)
-    with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):
-        write_tensors(descriptor, layout, outputs, threads=3, advance=lambda _: None)
+    with replace_files(tmp_path / "x", [tmp_path / "x"], layout.file_size) as (_, (part,)):
+        write_tensors(part, layout, outputs, threads=3)
 
     assert 1 < max(most) <= 3
 
@@ -258,8 +259,8 @@ def test_one_large_tensor_is_quantized_by_several_threads(tmp_path, monkeypatch)
         return encode(array, kind, name, importance)
 
     monkeypatch.setattr(types, "encode", watched)
-    with replacing(tmp_path / "x", layout.file_size) as (descriptor, _):
-        write_tensors(descriptor, layout, [output], threads=1, quantizers=3, advance=lambda _: None)
+    with replace_files(tmp_path / "x", [tmp_path / "x"], layout.file_size) as (_, (part,)):
+        write_tensors(part, layout, [output], threads=1, quantizers=3)
 
     (tensor,) = gguf.GGUFReader(tmp_path / "x").tensors
     assert np.array_equal(gguf.quants.quantize(rows, GGMLType.Q4_0), tensor.data)
@@ -281,9 +282,9 @@ def test_an_error_does_not_wait_for_the_rows_of_other_tensors(tmp_path, monkeypa
 
     with (
         pytest.raises(CorruptWeightError, match="bad"),
-        replacing(tmp_path / "x", layout.file_size) as (descriptor, _),
+        replace_files(tmp_path / "x", [tmp_path / "x"], layout.file_size) as (_, (part,)),
     ):
-        write_tensors(descriptor, layout, outputs, threads=2, advance=lambda _: None)
+        write_tensors(part, layout, outputs, threads=2)
 
     assert time.monotonic() - start < 5  # of the ten seconds that all rows would take
     assert [] == list(tmp_path.iterdir())
