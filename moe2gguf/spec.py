@@ -89,15 +89,15 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Method:
     """How neurons are grouped, experts chosen and weights corrected; names as in `moe2gguf.experts.methods`.
 
-    always_on  experts that the router always picks; None takes the default number
-    refit      correct the down projection for the experts that do not run, at n_expert_used
+    n_shared  experts that the router always picks (shared experts); None takes the default number
+    refit     correct the down projection for the experts that do not run, at n_expert_used
     """
 
     group: str = "contiguous"
-    always_on: int | None = 0
+    n_shared: int | None = 0
     router: str = "zero"
     refit: bool = False
     amplify: str = "exact"
@@ -106,14 +106,14 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether text has to be run through the model."""
-        return self != Recipe(amplify=self.amplify, seed=self.seed) or self.amplify in ("any", "fitted")
+        return self != Method(amplify=self.amplify, seed=self.seed) or self.amplify in ("any", "fitted")
 
 
-SEED = Recipe()
-"""The plain recipe: contiguous slices, zero router, exact with all experts on."""
+EXACT = Method()
+"""Contiguous slices, a zero router: exactly the dense model with all experts on."""
 
-COHERENT = Recipe("routed", None, "least-squares", refit=True, amplify="used")
-"""The recipe for fewer experts than all: what measured best (docs/experts.md)."""
+SPARSE = Method("routed", None, "least-squares", refit=True, amplify="used")
+"""For fewer experts than all: what measured best (docs/experts.md)."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Slicing:
     n_expert: int
     n_expert_used: int
     d_expert: int
-    recipe: Recipe = SEED
+    method: Method = EXACT
     align: int = 1
     grain: int = 1
     scale_tensor: bool = False

@@ -40,10 +40,10 @@ from moe2gguf.experts import methods
     option("--dense", is_flag=True, help="Do not slice: write the ordinary dense file, the reference."),
 )
 @option_group(
-    "Experts that hold together when only some run (defaults: seed if all run, coherent below)",
-    option("--recipe", type=click.Choice(["seed", "coherent"]), help="Where the options below start from."),
+    "Experts that hold together when only some run (defaults: exact if all run, sparse below)",
+    option("--preset", type=click.Choice(["exact", "sparse"]), help="Where the options below start from."),
     option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped."),
-    option("--always-on", type=AlwaysOn(), metavar="N|auto", help="Experts that every token runs."),
+    option("--shared", "n_shared", type=AlwaysOn(), metavar="N|auto", help="Experts that every token runs."),
     option("--router", type=click.Choice([*methods.ROUTERS]), help="How experts are chosen."),
     option("--refit/--no-refit", default=None, help="Correct the down projections for what does not run."),
     option("--amplify", type=click.Choice([*methods.AMPLIFICATIONS]), help="Which counts sound right."),

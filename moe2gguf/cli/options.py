@@ -83,7 +83,7 @@ type_options = option_group(
         metavar="PATTERN=TYPE",
         help="Another type for tensors whose whole name matches this regular expression; the first match decides.",
     ),
-    option("--recipe-file", type=FILE, help="A TOML or JSON file of such rules, tried after them."),
+    option("--type-rules", type=FILE, help="A TOML or JSON file of such rules, tried after them."),
     option("--pure", is_flag=True, help="The type for every matrix, those of the vocabulary included."),
     option("--allow-fallback", is_flag=True, help="Where a type does not fit, take llama.cpp's substitute, listed."),
     option("--target-size", type=Size(), metavar="SIZE", help="Choose the types with the least error for this size."),

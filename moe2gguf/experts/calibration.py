@@ -184,7 +184,7 @@ def _save(work: Path, i: int, carved: Carved, slicing: Slicing, streams: tuple[R
     for row, group in zip(order, carved.groups, strict=True):
         row[: len(group)] = group.cpu().numpy()
     made = LayerExperts(order, carved.router.cpu().numpy(), carved.scale.cpu().numpy(), report=carved.report)
-    if slicing.recipe.refit:
+    if slicing.method.refit:
         made = replace(made, down=carved.mlp.down.T.contiguous().cpu().numpy())
     made.save(work, i)
     unfinished = work / "state.tmp"

@@ -35,7 +35,7 @@ class LayerExperts:
     def plain(
         cls, d_ff: int, d_model: int, n_expert: int, align: int, amplification: float, grain: int = 1
     ) -> LayerExperts:
-        """The seed recipe: contiguous slices of whole `grain`s, a zero router, one amplification for all."""
+        """The preset `exact`: contiguous slices of whole `grain`s, a zero router, one amplification for all."""
         order = contiguous_order(d_ff, n_expert, align, grain)
         return cls(order, zero_router(n_expert, d_model), np.full(n_expert, amplification, np.float32))
 

@@ -24,18 +24,21 @@ from safetensors import SafetensorError, safe_open
 from moe2gguf.errors import CalibrationError, OutputError
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.slicing import PADDING, expert_width
-from moe2gguf.spec import Recipe, Slicing
+from moe2gguf.spec import Method, Slicing
 
 FORMAT = "1"
 DELETED = "bias_neuron", "search"
 """Options of an older version; a calibration made without them is like one of today."""
+
+RENAMED = {"always_on": "n_shared"}
+"""Fields that an older version called otherwise."""
 EXACT_ROUTER, ROUTER = 1e-3, 1e-2
 """Largest logit of the routers of `exact` and of other files (`moe2gguf.experts.routing`), which import torch."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a calibration was made from, and how: see `moe2gguf.spec` for the recipe's fields.
+    """What a calibration was made from, and how: see `moe2gguf.spec` for the method's fields.
 
     checkpoint   digest of the checkpoint's embedding and layers
     text, label  SHA-256 of the calibration text, and what to call it
@@ -51,7 +54,7 @@ class Job:
     n_expert: int
     n_expert_used: int
     group: str
-    always_on: int | None
+    n_shared: int | None
     router: str
     refit: bool
     amplify: str
@@ -62,9 +65,9 @@ class Job:
         """Whether only the router's size and the amplification depend on `n_expert_used` and `amplify`."""
         return not self.refit and self.amplify in ("exact", "used")
 
-    def recipe(self) -> Recipe:
-        """The recipe it was made with."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+    def method(self) -> Method:
+        """The method it was made with."""
+        return Method(**{field.name: getattr(self, field.name) for field in fields(Method)})
 
 
 def save(path: Path, job: Job, layer: Callable[[int], LayerExperts]) -> None:
@@ -157,7 +160,7 @@ class Saved:
 
 def _rescaled(made: LayerExperts, job: Job, slicing: Slicing) -> LayerExperts:
     """The same experts for another count or mode; what `moe2gguf.experts.slice_layer` would give with these groups."""
-    amplify = slicing.recipe.amplify
+    amplify = slicing.method.amplify
     if (job.amplify, job.n_expert_used) == (amplify, slicing.n_expert_used):
         return made
     size = {name: EXACT_ROUTER if name == "exact" else ROUTER for name in ("exact", "used")}
@@ -180,7 +183,7 @@ def read(path: Path) -> Saved:
     if metadata.get("format") != FORMAT:
         raise _broken(path, "its format is unknown")
     try:
-        values = json.loads(metadata["job"])
+        values = {RENAMED.get(name, name): value for name, value in json.loads(metadata["job"]).items()}
         job = Job(**{name: value for name, value in values.items() if name not in DELETED or value is not False})
         reports = tuple(json.loads(metadata["reports"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -207,7 +210,7 @@ def _broken(path: Path, why: str) -> CalibrationError:
 
 def _sound(job: Job) -> bool:
     """Every field of its type, every count in its range."""
-    optional = job.always_on is None or (type(job.always_on) is int and 0 <= job.always_on <= job.n_expert)
+    optional = job.n_shared is None or (type(job.n_shared) is int and 0 <= job.n_shared <= job.n_expert)
     texts = (job.checkpoint, job.text, job.label, job.group, job.router, job.amplify)
     counts = (job.n_token, job.n_layer, job.d_model, job.d_ff, job.n_expert, job.n_expert_used)
     return (

@@ -81,13 +81,13 @@ def carve(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Ca
     Raises:
         CalibrationError: activations that are not finite, or a system that cannot be solved.
     """
-    recipe, n, k = slicing.recipe, slicing.n_expert, slicing.n_expert_used
+    method, n, k = slicing.method, slicing.n_expert, slicing.n_expert_used
     x = inputs.sliced
     _require_finite(inputs)
-    n_shared = default_always_on(n, k) if recipe.always_on is None else recipe.always_on
+    n_shared = default_always_on(n, k) if method.n_shared is None else method.n_shared
     groups = _group(seen, slicing, n_shared)
     try:
-        if recipe.group == "routed":
+        if method.group == "routed":
             few, pinned = thinned(x, regroup.TOKENS), seen.carriers.float()
             for _ in range(regroup.ROUNDS):
                 router = _route(mlp, few, groups, slicing, n_shared).router
@@ -106,7 +106,7 @@ def carve_groups(mlp: MLP, inputs: Inputs, slicing: Slicing, groups: Groups, n_s
     plain = Carved(mlp, groups, router, amplification.uniform(n, k))
     report = _report(plain, x, energy, v, n_shared, k)
     carved = Carved(mlp, groups, router, _scale(plain, inputs, slicing), report)
-    return _refitted(carved, inputs, _token_weights(inputs.target), k) if slicing.recipe.refit else carved
+    return _refitted(carved, inputs, _token_weights(inputs.target), k) if slicing.method.refit else carved
 
 
 def _require_finite(inputs: Inputs) -> None:
@@ -116,13 +116,13 @@ def _require_finite(inputs: Inputs) -> None:
 
 
 def _group(seen: Contributions, slicing: Slicing, n_shared: int) -> Groups:
-    recipe, importance = slicing.recipe, seen.together.diagonal().clone()
+    method, importance = slicing.method, seen.together.diagonal().clone()
     sizes = grouping.group_sizes(len(importance), slicing.n_expert)
-    if recipe.group == "contiguous":
+    if method.group == "contiguous":
         return list(torch.arange(len(importance)).split(sizes))
     if n_shared:
         importance += seen.carriers.float() * importance.max()
-    return grouping.split(importance, seen.together, sizes, n_shared, recipe.seed)
+    return grouping.split(importance, seen.together, sizes, n_shared, method.seed)
 
 
 def _energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
@@ -146,11 +146,11 @@ class _Routed(NamedTuple):
 
 
 def _route(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> _Routed:
-    recipe, energy = slicing.recipe, _energies(mlp, x, groups)
+    method, energy = slicing.method, _energies(mlp, x, groups)
     xx, x1, xt = _correlations(x, energy[:, n_shared:].sqrt())
     v = routing.constant_direction(xx, x1)
-    rows = _rows(groups[n_shared:], xx, xt, recipe.router)
-    return _Routed(_assemble(rows, v, x, n_shared, recipe.amplify, slicing.n_expert), v, energy)
+    rows = _rows(groups[n_shared:], xx, xt, method.router)
+    return _Routed(_assemble(rows, v, x, n_shared, method.amplify, slicing.n_expert), v, energy)
 
 
 def _correlations(x: Rows, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,8 +186,8 @@ def _each(x: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _scale(plain: Carved, inputs: Inputs, slicing: Slicing) -> Tensor:
-    """The amplification (n_expert,) of the recipe; `plain` has factor k."""
-    n, k, amplify, x = slicing.n_expert, slicing.n_expert_used, slicing.recipe.amplify, inputs.sliced
+    """The amplification (n_expert,) of the method; `plain` has factor k."""
+    n, k, amplify, x = slicing.n_expert, slicing.n_expert_used, slicing.method.amplify, inputs.sliced
     if amplify == "exact":
         return amplification.uniform(n, n)
     if amplify == "used":

@@ -111,11 +111,11 @@ def provenance(
     }
     if slicing:
         result |= {
-            "moe2gguf.slicing.group": slicing.recipe.group,
-            "moe2gguf.slicing.router": slicing.recipe.router,
-            "moe2gguf.slicing.refit": slicing.recipe.refit,
-            "moe2gguf.slicing.amplify": slicing.recipe.amplify,
-            "moe2gguf.slicing.seed": slicing.recipe.seed,
+            "moe2gguf.slicing.group": slicing.method.group,
+            "moe2gguf.slicing.router": slicing.method.router,
+            "moe2gguf.slicing.refit": slicing.method.refit,
+            "moe2gguf.slicing.amplify": slicing.method.amplify,
+            "moe2gguf.slicing.seed": slicing.method.seed,
             "moe2gguf.slicing.expert_count": slicing.n_expert,
             "moe2gguf.slicing.expert_used_count": slicing.n_expert_used,
             "moe2gguf.slicing.dense_feed_forward_length": model.d_ff,
@@ -123,11 +123,11 @@ def provenance(
             "moe2gguf.slicing.align": slicing.align,
             **({"moe2gguf.slicing.scale_tensor": True} if slicing.scale_tensor else {}),
         }
-        if slicing.recipe.amplify in ("exact", "used"):
-            count = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
+        if slicing.method.amplify in ("exact", "used"):
+            count = slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used
             result["moe2gguf.slicing.amplification"] = float(count)
-        if slicing.recipe.always_on is not None:
-            result["moe2gguf.slicing.always_on"] = slicing.recipe.always_on
+        if slicing.method.n_shared is not None:
+            result["moe2gguf.slicing.always_on"] = slicing.method.n_shared
     if calibration:
         result |= {
             "moe2gguf.calibration.text": calibration.label,

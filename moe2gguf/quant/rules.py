@@ -22,7 +22,7 @@ from moe2gguf.quant.presets import ARCHITECTURES, PRESETS, Network, Preset
 
 AUTO = "auto"
 VOCABULARY = r"(token_embd|output)\.weight"
-MAX_FILE = 1 << 20  # bytes of a recipe file
+MAX_FILE = 1 << 20  # bytes of a file of type rules
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TypeOptions:
 
     type            "auto" (as stored), a preset (q4_k_m) or a tensor type (q4_k); upper or lower case
     tensor_types    "PATTERN=TYPE", tried first, in this order
-    recipe_file     a TOML or JSON file of rules, tried next
+    type_rules     a TOML or JSON file of rules, tried next
     pure            `type` for every matrix, those of the vocabulary included
     allow_fallback  where a type's blocks do not fit the rows, take llama.cpp's substitute instead of refusing
     llama_cpp_mix   treat a file with experts as llama.cpp does, instead of like its dense parent
@@ -42,7 +42,7 @@ class TypeOptions:
 
     type: str = AUTO
     tensor_types: tuple[str, ...] = ()
-    recipe_file: Path | None = None
+    type_rules: Path | None = None
     pure: bool = False
     allow_fallback: bool = False
     llama_cpp_mix: bool = False
@@ -133,7 +133,7 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
             raise PlanError(
                 [
                     f"--type {options.type}: llama.cpp's choice of types is known here for the architectures "
-                    f"{' and '.join(ARCHITECTURES)}, not for {network.architecture}; use --pure, or --recipe-file"
+                    f"{' and '.join(ARCHITECTURES)}, not for {network.architecture}; use --pure, or --type-rules"
                 ]
             )
         return preset_rules(name, network, mix=options.llama_cpp_mix)
@@ -159,9 +159,9 @@ def own_rules(options: TypeOptions) -> tuple[Rule, ...]:
     """The user's rules. Raises PlanError with everything that is wrong with them, and with `--type`."""
     pairs = [(*text.rpartition("=")[::2], f"--tensor-type {text}") for text in options.tensor_types]
     refusals = refuse_type(options.type)
-    if options.recipe_file is not None:
+    if options.type_rules is not None:
         try:
-            pairs += [(pattern, kind, str(options.recipe_file)) for pattern, kind in read_recipe(options.recipe_file)]
+            pairs += [(pattern, kind, str(options.type_rules)) for pattern, kind in read_type_rules(options.type_rules)]
         except PlanError as error:
             refusals += error.refusals
     rules = []
@@ -187,8 +187,8 @@ def _wrong_rule(pattern: str, kind: str) -> str | None:
     return None
 
 
-def read_recipe(path: Path) -> list[tuple[str, str]]:
-    """The (pattern, type) pairs of a recipe file: a list `rules` of tables with `pattern` and `type`, nothing else.
+def read_type_rules(path: Path) -> list[tuple[str, str]]:
+    """The (pattern, type) pairs of a rules file: a list `rules` of tables with `pattern` and `type`, nothing else.
 
     Raises:
         PlanError: it cannot be read, is neither TOML nor JSON (by its suffix), or has another content.
@@ -197,10 +197,10 @@ def read_recipe(path: Path) -> list[tuple[str, str]]:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise PlanError([f"{path}: a recipe of more than {MAX_FILE} bytes"])
+            raise PlanError([f"{path}: a file of rules of more than {MAX_FILE} bytes"])
         content = _parse(path, data.decode())
     except (OSError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, TOML or JSON
-        raise PlanError([f"{path}: cannot be read as a recipe ({error})"]) from error
+        raise PlanError([f"{path}: cannot be read as type rules ({error})"]) from error
     rules = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
     if not isinstance(rules, list) or not all(
         isinstance(rule, dict) and set(rule) == {"pattern", "type"} and all(isinstance(v, str) for v in rule.values())
@@ -214,7 +214,7 @@ def _parse(path: Path, text: str) -> Any:
     if path.suffix.lower() != ".toml":
         return json.loads(text)
     if sys.version_info < (3, 11):
-        raise ValueError("TOML needs Python 3.11; write the recipe as JSON")
+        raise ValueError("TOML needs Python 3.11; write the rules as JSON")
     import tomllib
 
     return tomllib.loads(text)

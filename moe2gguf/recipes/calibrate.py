@@ -82,7 +82,7 @@ def subject(source: Source) -> Subject:
     except ImportError as error:
         raise CalibrationError(
             f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
-            "or take --recipe seed"
+            "or take --preset exact"
         ) from error
     if isinstance(source, Checkpoint):
         bos = source.vocabulary.first_id
@@ -147,5 +147,5 @@ def _job(plan: Plan, text: Text, slicing: Slicing, made_from: str) -> Job:
         d_ff=model.d_ff,
         n_expert=slicing.n_expert,
         n_expert_used=slicing.n_expert_used,
-        **vars(slicing.recipe),
+        **vars(slicing.method),
     )

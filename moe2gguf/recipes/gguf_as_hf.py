@@ -97,6 +97,6 @@ def refusals(dense: DenseFile) -> list[str]:
         found.append("it has no vocabulary")
     return [
         f"{dense.path}: experts for --used below --experts are made by running the model on text, and {reason}; "
-        "convert its Hugging Face folder, give a calibration with --load-calibration, or take --recipe seed"
+        "convert its Hugging Face folder, give a calibration with --load-calibration, or take --preset exact"
         for reason in found
     ]

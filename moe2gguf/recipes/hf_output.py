@@ -87,8 +87,8 @@ def folder_refusals(plan: Plan) -> list[str]:
         )
     if options.type.lower() not in ("auto", "f32", "f16", "bf16"):
         found.append(f"--type {options.type}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file")
-    if options.tensor_types or options.recipe_file:
-        found.append("--tensor-type, --recipe-file: types of single tensors are for GGUF files; leave them out")
+    if options.tensor_types or options.type_rules:
+        found.append("--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out")
     return found
 
 

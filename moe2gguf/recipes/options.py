@@ -10,16 +10,18 @@ from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import Saved
 from moe2gguf.experts.text import read_text
 from moe2gguf.quant.rules import TypeOptions, refuse_type
-from moe2gguf.spec import COHERENT, SEED, Model, Recipe
+from moe2gguf.spec import EXACT, SPARSE, Method, Model
 
 DEFAULT_EXPERTS = 8
 DEFAULT_TOKENS = 16384
 AUTO = -1
-"""What `Options.always_on` may be beside a number."""
+"""What `Options.n_shared` may be beside a number."""
 LEAST_TOKENS = 1024
 """Of any calibration. A router has d_model unknowns per expert, a refit d_ff per output, on 4 of 5 tokens."""
 
-RECIPES = {"seed": SEED, "coherent": COHERENT}
+FLAGS = {"n_shared": "shared"}
+
+PRESETS = {"exact": EXACT, "sparse": SPARSE}
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Options:
     shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
-    recipe     "seed", "coherent", or None: seed where all experts are used, coherent below; the next seven change it
-    group, always_on, router, refit, amplify, seed     fields of `moe2gguf.spec.Recipe`; always_on AUTO (-1) takes the
+    preset     "exact", "sparse", or None: exact where all experts are used, sparse below; the next six change it
+    group, n_shared, router, refit, amplify, seed     fields of `moe2gguf.spec.Method`; n_shared AUTO (-1) takes the
                 default number
     calibration         text file to calibrate on (None: the embedded text, of many kinds)
     calibration_tokens  how many tokens of it (None: see `tokens_for`)
@@ -51,7 +53,7 @@ class Options:
     expert_scale: bool = False
     type: str = "auto"
     tensor_types: tuple[str, ...] = ()
-    recipe_file: Path | None = None
+    type_rules: Path | None = None
     pure: bool = False
     allow_fallback: bool = False
     llama_cpp_mix: bool = False
@@ -62,9 +64,9 @@ class Options:
     shard_size: int | None = None
     dense: bool = False
     name: str | None = None
-    recipe: str | None = None
+    preset: str | None = None
     group: str | None = None
-    always_on: int | None = None
+    n_shared: int | None = None
     router: str | None = None
     refit: bool | None = None
     amplify: str | None = None
@@ -85,24 +87,24 @@ class Options:
         """What concerns the types of tensors."""
         return TypeOptions(**{field.name: getattr(self, field.name) for field in fields(TypeOptions)})
 
-    def chosen_recipe(self) -> Recipe:
-        """The recipe with the user's changes."""
+    def choose_method(self) -> Method:
+        """The preset with the user's changes."""
         n, k = self.counts()
-        base = RECIPES[self.recipe] if self.recipe else (SEED if k == n else COHERENT)
+        base = PRESETS[self.preset] if self.preset else (EXACT if k == n else SPARSE)
         changes = {
             name: value
             for name in ("group", "router", "refit", "amplify")
             if (value := getattr(self, name)) is not None
         }
-        if self.always_on is not None:
-            changes |= {"always_on": None if self.always_on < 0 else self.always_on}
+        if self.n_shared is not None:
+            changes |= {"n_shared": None if self.n_shared < 0 else self.n_shared}
         return replace(base, seed=self.seed, **changes)
 
     def tokens_for(self, model: Model) -> int:
         """How many tokens to calibrate on: 16,384 unless given, or two per neuron of an MLP that is refitted."""
         if self.calibration_tokens is not None:
             return self.calibration_tokens
-        return max(DEFAULT_TOKENS, 2 * model.d_ff if self.chosen_recipe().refit else 0)
+        return max(DEFAULT_TOKENS, 2 * model.d_ff if self.choose_method().refit else 0)
 
 
 def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
@@ -116,7 +118,7 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
         "experts": job.n_expert,
         "used": job.n_expert_used,
         "group": job.group,
-        "always_on": AUTO if job.always_on is None else job.always_on,
+        "n_shared": AUTO if job.n_shared is None else job.n_shared,
         "router": job.router,
         "refit": job.refit,
         "amplify": job.amplify,
@@ -128,8 +130,8 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
     together = made | given
     rescalable = job.rescalable and together["amplify"] in ("exact", "used")
     found = [
-        f"--{name.replace('_', '-')} {_said(name, value)}: {file} was made with {_said(name, made[name])}; leave it "
-        "out, or calibrate again without --load-calibration"
+        f"--{FLAGS.get(name, name.replace('_', '-'))} {_said(name, value)}: {file} was made with "
+        f"{_said(name, made[name])}; leave it out, or calibrate again without --load-calibration"
         for name, value in given.items()
         if value != made[name] and not (rescalable and name in ("used", "amplify"))
     ]
@@ -137,25 +139,25 @@ def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
         found.append(f"--calibration {options.calibration.name}: {file} was made from another text, {job.label}")
     if together["used"] <= saved.n_shared < job.n_expert:
         found.append(f"--used {together['used']}: {file} has layers with {saved.n_shared} always-on experts; use more")
-    if options.recipe == "seed" or options.dense:
-        found.append("--load-calibration: the seed recipe and --dense use no calibration; leave one of them out")
-    return replace(options, recipe="coherent", **together), found
+    if options.preset == "exact" or options.dense:
+        found.append("--load-calibration: --preset exact and --dense use no calibration; leave one of them out")
+    return replace(options, preset="sparse", **together), found
 
 
 def _said(name: str, value: Any) -> str:
     """The value of an option as the command line has it."""
-    return "auto" if name == "always_on" and value == AUTO else str(value)
+    return "auto" if name == "n_shared" and value == AUTO else str(value)
 
 
 def refusals(model: Model, options: Options) -> list[str]:
     """Every reason, with the way out, why `options` do not fit `model`."""
     found = _refuse_experts(model, options) + _refuse_output(options)
     sliced = not model.n_expert and not options.dense
-    if options.save_calibration and not (sliced and options.chosen_recipe().needs_calibration):
+    if options.save_calibration and not (sliced and options.choose_method().needs_calibration):
         found.append("--save-calibration: these options need no calibration; give --used below --experts")
     if options.save_calibration and options.load_calibration:
         found.append("--save-calibration: --load-calibration makes no new one; leave one of them out")
-    return found or (_refuse_recipe(model, options) if sliced else [])
+    return found or (_refuse_method(model, options) if sliced else [])
 
 
 def _refuse_experts(model: Model, options: Options) -> list[str]:
@@ -180,8 +182,8 @@ def _refuse_output(options: Options) -> list[str]:
     return found + refuse_type(options.type)
 
 
-def _refuse_recipe(model: Model, options: Options) -> list[str]:
-    tables = (("recipe", RECIPES), ("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
+def _refuse_method(model: Model, options: Options) -> list[str]:
+    tables = (("preset", PRESETS), ("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
     found = [
         f"--{name} {value}: unknown; choose {', '.join(table)}"
         for name, table in tables
@@ -189,23 +191,23 @@ def _refuse_recipe(model: Model, options: Options) -> list[str]:
     ]
     if found:
         return found
-    (n, k), recipe = options.counts(), options.chosen_recipe()
-    shared = recipe.always_on
+    (n, k), method = options.counts(), options.choose_method()
+    shared = method.n_shared
     if shared:
         if not (shared < k or shared == k == n):
-            found.append(f"--always-on {shared}: must be below --used {k}, so that there is something to route")
-        if recipe.router == "zero":
+            found.append(f"--shared {shared}: must be below --used {k}, so that there is something to route")
+        if method.router == "zero":
             found.append("--router zero cannot keep experts always on; choose least-squares")
-        if recipe.group == "contiguous":
+        if method.group == "contiguous":
             found.append("--group contiguous has no important experts to keep always on; choose another group")
-    if recipe.refit and k == n:
+    if method.refit and k == n:
         found.append("--refit corrects for experts that do not run, but all run; give --used below --experts")
-    if recipe.amplify == "any" and (recipe.router == "zero" or shared == 0):
-        found.append("--amplify any needs always-on experts and a router; add --always-on and --router least-squares")
-    least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if recipe.refit else 0)
-    if recipe.needs_calibration and (n_token := options.tokens_for(model)) < least:
+    if method.amplify == "any" and (method.router == "zero" or shared == 0):
+        found.append("--amplify any needs always-on experts and a router; add --shared and --router least-squares")
+    least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if method.refit else 0)
+    if method.needs_calibration and (n_token := options.tokens_for(model)) < least:
         found.append(
             f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least "
-            f"{least}" + (", or --no-refit" if recipe.refit and least > LEAST_TOKENS else "")
+            f"{least}" + (", or --no-refit" if method.refit and least > LEAST_TOKENS else "")
         )
     return found

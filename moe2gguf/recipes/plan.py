@@ -158,7 +158,7 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
         checkpoint = dataclasses.replace(checkpoint, model=hyper)
     elif not checkpoint.model.n_expert and not options.dense:
         slicing = fitted(checkpoint, _slicing(checkpoint.model, options))
-    needs_text = slicing and slicing.recipe.needs_calibration and not saved
+    needs_text = slicing and slicing.method.needs_calibration and not saved
     text = read_text(options.calibration) if needs_text else None
     calibration = Calibration(text.label, text.digest, _whole_windows(checkpoint.model, options)) if text else None
     if saved:
@@ -222,14 +222,14 @@ def _refuse_gguf(source: Source, options: Options) -> list[str]:
     """Why a GGUF file cannot be calibrated, if that is what the options want."""
     if isinstance(source, Checkpoint) or options.dense or options.load_calibration:
         return []
-    return weights_gguf.refusals(source) if options.chosen_recipe().needs_calibration else []
+    return weights_gguf.refusals(source) if options.choose_method().needs_calibration else []
 
 
 def _plain_experts(model: Model, slicing: Slicing | None) -> LayerExperts | None:
-    """The experts of a recipe that needs no calibration, the same in every layer."""
-    if slicing is None or slicing.recipe.needs_calibration:
+    """The experts of a method that needs no calibration, the same in every layer."""
+    if slicing is None or slicing.method.needs_calibration:
         return None
-    factor = slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used
+    factor = slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used
     return LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, factor, slicing.grain)
 
 
@@ -237,7 +237,7 @@ def _slicing(model: Model, options: Options) -> Slicing:
     n_expert, n_expert_used = options.counts()
     width = expert_width(model.d_ff, n_expert, options.align)
     return Slicing(
-        n_expert, n_expert_used, width, options.chosen_recipe(), options.align, scale_tensor=options.expert_scale
+        n_expert, n_expert_used, width, options.choose_method(), options.align, scale_tensor=options.expert_scale
     )
 
 
@@ -251,12 +251,12 @@ def _warnings(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTen
 def _slicing_warnings(slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
-    if k < n and slicing.recipe.router == "zero":
+    if k < n and slicing.method.router == "zero":
         warnings.append(
             f"--used {k} of {n} with a zero router: llama.cpp runs a fixed, arbitrary choice of experts, and the "
             "output will not be coherent"
         )
-    if slicing.recipe.refit:
+    if slicing.method.refit:
         warnings.append(f"--refit: with all {n} experts on the file is no longer the dense model; it is fitted to {k}")
     if slicing.scale_tensor:
         warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")

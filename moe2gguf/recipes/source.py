@@ -62,9 +62,9 @@ def fitted(source: Source, slicing: Slicing) -> Slicing:
     """`slicing` for this source: blocks of a GGUF file stay whole, and are amplified only by powers of two."""
     if isinstance(source, Checkpoint):
         return slicing
-    exact = is_power_of_two(slicing.n_expert if slicing.recipe.amplify == "exact" else slicing.n_expert_used)
+    exact = is_power_of_two(slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used)
     grain = largest_block(source, slicing.d_expert, slicing.n_expert)
-    scale_tensor = slicing.scale_tensor or not (exact or slicing.recipe.needs_calibration)
+    scale_tensor = slicing.scale_tensor or not (exact or slicing.method.needs_calibration)
     return dataclasses.replace(slicing, grain=grain, scale_tensor=scale_tensor)
 
 
@@ -177,7 +177,7 @@ def _neurons(source: Source, slicing: Slicing | None, experts: Experts) -> Neuro
 
 def _refuse_experts_of(guided: Consulted, slicing: Slicing | None) -> list[str]:
     """Experts that this run groups anew need not be those of the matrix."""
-    if slicing is None or slicing.recipe.group == "contiguous" or not guided.per_expert:
+    if slicing is None or slicing.method.group == "contiguous" or not guided.per_expert:
         return []
     return [
         "--imatrix: was collected from experts, and which neurons an expert gets is decided in this run; give one of "

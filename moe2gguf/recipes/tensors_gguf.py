@@ -136,7 +136,7 @@ def _down(
 
 def moves_neurons(slicing: Slicing, block: int) -> bool:
     """Whether neurons may leave the blocks of `block` in which a down projection stores them."""
-    return slicing.recipe.needs_calibration or slicing.grain % block != 0
+    return slicing.method.needs_calibration or slicing.grain % block != 0
 
 
 def requantized(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, TensorType]) -> dict[str, list[str]]:
@@ -168,7 +168,7 @@ def refusals(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, Ten
         and entry.type not in types.FLOATS
         and moves_neurons(slicing, types.block_size(entry.type))
     ]
-    if again and not allow and not slicing.recipe.needs_calibration:
+    if again and not allow and not slicing.method.needs_calibration:
         found.append(_split_blocks(dense, slicing, again))
     if hopeless := [entry for entry in again if entry.type in NEEDS_IMPORTANCE]:
         found.append(

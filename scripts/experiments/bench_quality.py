@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--tokens": "calibration tokens (default: 16384)",
         "--windows": "windows of 512 tokens to score (default: 16)",
         "--used": "counts of 16 experts (default: 12,8)",
-        "--always-on": "rows of ours with other numbers of always-on experts, such as 6,10",
+        "--shared": "rows of ours with other numbers of always-on experts, such as 6,10",
         "--only": "only methods whose name this regular expression finds",
         "--threads": "threads (default: 2)",
         "--json": "write all figures to this file",

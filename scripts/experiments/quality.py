@@ -90,7 +90,7 @@ def by_carver(carver: Callable[[int], Carver], *, refit: bool = False, always_on
         plan = plan_conversion(run.model, run.options(k, refit=refit))
         slicing = plan.slicing
         if always_on_all:
-            slicing = replace(slicing, recipe=replace(slicing.recipe, group="activations", always_on=k))
+            slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
         work = out.with_suffix(".layers")
         _calibrated(run, plan, slicing, work, carver(k))
         plan.experts.load = functools.partial(LayerExperts.load, work)
@@ -163,7 +163,7 @@ def cmoe_shared(k: int) -> int:
 
 
 METHODS = (
-    Method("contiguous, zero router", "kalomaze/Mistral-7b-MoEified-8x", by_options(recipe="seed", calibration=None)),
+    Method("contiguous, zero router", "kalomaze/Mistral-7b-MoEified-8x", by_options(preset="exact", calibration=None)),
     Method(
         "random, least squares",
         "LLaMA-MoE's split, our router",
@@ -187,7 +187,7 @@ METHODS = (
 
 def always_on(count: int) -> Method:
     """Ours with another number of always-on experts than the default."""
-    return Method(f"ours, refit, {count} always on", "ours", by_options(refit=True, always_on=count))
+    return Method(f"ours, refit, {count} always on", "ours", by_options(refit=True, n_shared=count))
 
 
 def main() -> None:
@@ -199,7 +199,7 @@ def main() -> None:
     convert(run.model, dense, Options(dense=True, type="f16"), force=True, threads=run.threads)
     rows = []
     for k in options.used:
-        for method in (*METHODS, *(always_on(count) for count in options.always_on if count < k)):
+        for method in (*METHODS, *(always_on(count) for count in options.shared if count < k)):
             if re.search(options.only, method.name):
                 rows.append(scored(run, method, k, dense))
         if re.search(options.only, "CMoE"):
@@ -229,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--used", type=numbers, default=[12, 8])
-    parser.add_argument("--always-on", type=numbers, default=[])
+    parser.add_argument("--shared", type=numbers, default=[])
     for name, default in (("tokens", 16384), ("windows", 16), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()

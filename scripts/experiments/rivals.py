@@ -107,7 +107,7 @@ def random_groups(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contribution
     """LLaMA-MoE's split (https://arxiv.org/abs/2406.16554), neurons dealt out at random; our router, all routed."""
     del seen
     sizes = group_sizes(len(mlp.gate), slicing.n_expert)
-    shuffled = torch.randperm(len(mlp.gate), generator=torch.Generator().manual_seed(slicing.recipe.seed))
+    shuffled = torch.randperm(len(mlp.gate), generator=torch.Generator().manual_seed(slicing.method.seed))
     groups = [part.sort().values for part in shuffled.split(sizes)]
     return carve_groups(mlp, inputs, slicing, groups, 0)
 
@@ -118,7 +118,7 @@ def emoe(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Car
     """
     del seen
     n, k = slicing.n_expert, slicing.n_expert_used
-    label = grouping.cluster(unit(mlp.gate) @ unit(mlp.gate).T, group_sizes(len(mlp.gate), n), slicing.recipe.seed)
+    label = grouping.cluster(unit(mlp.gate) @ unit(mlp.gate).T, group_sizes(len(mlp.gate), n), slicing.method.seed)
     groups = [(label == e).nonzero()[:, 0] for e in range(n)]
     router = mean_router(mlp, inputs.sliced, groups, 0)
     return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, 0))

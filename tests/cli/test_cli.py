@@ -48,7 +48,7 @@ def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
 
 def test_json_is_the_only_thing_on_stdout(model, tmp_path):
     """Warnings go to stderr, so that a pipe gets JSON whatever happens."""
-    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4, "-k", 2, "--recipe", "seed", "--json")
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4, "-k", 2, "--preset", "exact", "--json")
 
     assert 4 == json.loads(done.stdout)["expert_count"]
     assert "not be coherent" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe2gguf.experts.mlp import MLP, Inputs
-from moe2gguf.spec import Recipe, Slicing
+from moe2gguf.spec import Method, Slicing
 
 D_MODEL, D_FF, N, K = 12, 48, 8, 4
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
@@ -25,7 +25,7 @@ def test_every_rival_slices_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(640, D_MODEL, generator=generator)
     x[:, 0] = 2.0
     inputs = Inputs(x, mlp(x), x, mlp(x))
-    slicing = Slicing(N, K, D_FF // N, Recipe(router="least-squares", amplify="used"))
+    slicing = Slicing(N, K, D_FF // N, Method(router="least-squares", amplify="used"))
     carvers = [
         functools.partial(rivals.cmoe, n_shared=2),
         functools.partial(rivals.expert_weaver, n_context=64),

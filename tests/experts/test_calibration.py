@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group, router, always_on):
     """Whatever the grouping and the router, in llama.cpp; and every k equals the numpy graph."""
     options = Options(
-        **QUICK, used=4, group=group, router=router, always_on=always_on, refit=False, amplify="exact", recipe="seed"
+        **QUICK, used=4, group=group, router=router, n_shared=always_on, refit=False, amplify="exact", preset="exact"
     )
     convert(folder, tmp_path / "sliced.gguf", options)
     expected = checkpoints.torch_logits(folder, TOKENS)
@@ -64,7 +64,7 @@ def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group,
 
 def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
     """Read from llama.cpp's own routing tensors: experts 0 and 1 in every layer, for every token, at every k."""
-    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, always_on=2, group="activations", refit=False))
+    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, n_shared=2, group="activations", refit=False))
 
     for k in (3, 4, 6):
         chosen = chosen_experts(tmp_path / "x.gguf", TOKENS, k)
@@ -78,7 +78,7 @@ def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(f
     """On text it was not calibrated on (the tokens above): KL against the dense model, at half of the experts."""
     done = convert(folder, tmp_path / "ours.gguf", Options(**QUICK, used=4))
     assert all(layer["always_on_rate"] > 0.99 for layer in done.layers)
-    convert(folder, tmp_path / "seed.gguf", Options(experts=8, used=4, recipe="seed"))
+    convert(folder, tmp_path / "seed.gguf", Options(experts=8, used=4, preset="exact"))
     expected = checkpoints.torch_logits(folder, TOKENS)
 
     ours, seed = (mean_kl(expected, llama_logits(tmp_path / name, TOKENS)) for name in ("ours.gguf", "seed.gguf"))
@@ -217,11 +217,11 @@ def test_a_layers_file_is_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"used": 4, "always_on": 4}, "--always-on 4: must be below --used 4"),
-        ({"used": 4, "router": "zero", "always_on": 1}, "--router zero cannot"),
-        ({"used": 4, "group": "contiguous", "always_on": 1}, "--group contiguous has no important"),
+        ({"used": 4, "n_shared": 4}, "--shared 4: must be below --used 4"),
+        ({"used": 4, "router": "zero", "n_shared": 1}, "--router zero cannot"),
+        ({"used": 4, "group": "contiguous", "n_shared": 1}, "--group contiguous has no important"),
         ({"used": 8, "refit": True}, "--refit corrects for experts that do not run"),
-        ({"used": 4, "amplify": "any", "always_on": 0}, "--amplify any needs always-on"),
+        ({"used": 4, "amplify": "any", "n_shared": 0}, "--amplify any needs always-on"),
         ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, least-squares"),
         ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve of this width; at least 1024"),
     ],

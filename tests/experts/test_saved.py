@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def kept(folder, tmp_path_factory):
     """(GGUF file, calibration file) of one conversion without a refit: 8 experts, 4 used, 2 of them always on."""
     place = tmp_path_factory.mktemp("kept")
-    options = Options(**QUICK, used=4, always_on=2, refit=False, save_calibration=place / "kept.calibration")
+    options = Options(**QUICK, used=4, n_shared=2, refit=False, save_calibration=place / "kept.calibration")
     convert(folder, place / "x.gguf", options)
     return place / "x.gguf", place / "kept.calibration"
 
@@ -127,7 +127,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
         ("kept", {"experts": 4, "group": "activations"}, "--group activations: kept.calibration was made with routed"),
         ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 always-on experts"),
         ("kept", {"seed": 3}, "--seed 3: kept.calibration was made with 0"),
-        ("kept", {"recipe": "seed"}, "the seed recipe and --dense use no calibration"),
+        ("kept", {"preset": "exact"}, "the seed recipe and --dense use no calibration"),
     ],
 )
 def test_options_that_do_not_fit_are_named(folder, which, options, words, request):
@@ -205,7 +205,7 @@ def _swap(header):
         _job(refit="yes"),
         _job(surplus=1),
         _job(bias_neuron=True),
-        _job(always_on=99),
+        _job(n_shared=99),
         _metadata(job="[" * 100000),
         _metadata(reports="[]"),
         _metadata(reports='[{"always_on": 1}, {}, {}]'),

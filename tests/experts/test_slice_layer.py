@@ -12,7 +12,7 @@ from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.mlp import MLP, Inputs
 from moe2gguf.experts.slice_layer import carve, observe
 from moe2gguf.experts.slicing import default_always_on
-from moe2gguf.spec import Recipe, Slicing
+from moe2gguf.spec import Method, Slicing
 
 D_MODEL, D_FF, N, K = 24, 80, 8, 4
 
@@ -36,7 +36,7 @@ def carved_by(mlp, inputs, slicing):
 
 def slicing(**recipe):
     """n = 8, k = 4, no padding."""
-    return Slicing(N, K, D_FF // N, Recipe(**recipe))
+    return Slicing(N, K, D_FF // N, Method(**recipe))
 
 
 def error(carved, inputs, k=K):
@@ -50,7 +50,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
     mlp, inputs = layer()
     shared = 0 if group == "contiguous" or router == "zero" else 2
 
-    carved = carved_by(mlp, inputs, slicing(group=group, router=router, always_on=shared, amplify="exact"))
+    carved = carved_by(mlp, inputs, slicing(group=group, router=router, n_shared=shared, amplify="exact"))
 
     torch.testing.assert_close(inputs.output, carved(inputs.sliced, N), rtol=0.1, atol=0.06)
     assert error(carved, inputs, N) < 1e-3
@@ -59,7 +59,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
 def test_always_on_experts_always_run():
     """For every token, at every count above them."""
     mlp, inputs = layer()
-    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=2, amplify="used"))
+    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="used"))
 
     for k in (3, 4, 7):
         assert (carved.weights(inputs.sliced, k)[:, :2] > 0).all()
@@ -74,15 +74,15 @@ def test_what_was_learned_beats_what_was_not():
     def left(**recipe):
         return error(carved_by(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
 
-    ours = left(group="activations", router="least-squares", always_on=2)
-    assert ours < left(group="contiguous", router="least-squares", always_on=0)
+    ours = left(group="activations", router="least-squares", n_shared=2)
+    assert ours < left(group="contiguous", router="least-squares", n_shared=0)
     assert ours < left(group="contiguous", router="zero")
 
 
 def test_a_refit_is_never_worse_on_its_own_tokens():
     """And here much better."""
     mlp, inputs = layer()
-    recipe = {"group": "activations", "router": "least-squares", "always_on": 2, "amplify": "used"}
+    recipe = {"group": "activations", "router": "least-squares", "n_shared": 2, "amplify": "used"}
     without, with_refit = (carved_by(mlp, inputs, slicing(refit=refit, **recipe)) for refit in (False, True))
 
     assert error(with_refit, inputs) < 0.9 * error(without, inputs)
@@ -93,7 +93,7 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
 def test_router_rows_keep_the_oracles_order_better_than_chance():
     """Hit rate against the true largest outputs; energy kept is at most the oracle's."""
     mlp, inputs = layer()
-    report = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1)).report
+    report = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1)).report
 
     assert report["hit_rate"] > 1.3 * (K - 1) / (N - 1)
     assert report["energy_kept"] <= report["energy_oracle"] + 1e-6
@@ -103,7 +103,7 @@ def test_router_rows_keep_the_oracles_order_better_than_chance():
 def test_groups_that_know_their_router_keep_more():
     """Of the dense output's energy, and of what the first k experts of the router's order have."""
     mlp, inputs = layer()
-    recipe = {"router": "least-squares", "always_on": 2, "amplify": "used"}
+    recipe = {"router": "least-squares", "n_shared": 2, "amplify": "used"}
     clustered, routed = (carved_by(mlp, inputs, slicing(group=g, **recipe)) for g in ("activations", "routed"))
 
     assert error(routed, inputs) < 0.95 * error(clustered, inputs)
@@ -114,7 +114,7 @@ def test_fitted_amplification_is_the_least_squares_constant_of_each_expert():
     """Against a solver that sees every expert's output for every token, as loud as the dense output; tokens without
     weight do not count."""
     mlp, inputs = layer()
-    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=2, amplify="fitted"))
+    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="fitted"))
 
     h, runs = mlp.hidden(inputs.sliced), carved.weights(inputs.sliced, K) > 0
     outputs = torch.stack([h[:, g] @ mlp.down[g] * runs[:, e, None] for e, g in enumerate(carved.groups)], 2)
@@ -136,7 +136,7 @@ def test_amplifications(amplify):
     """exact: n; used: k; fitted: no worse than used but for its loudness; any: every expert counts once with all
     on, and graceful below."""
     mlp, inputs = layer()
-    recipe = {"group": "activations", "router": "least-squares", "always_on": 2}
+    recipe = {"group": "activations", "router": "least-squares", "n_shared": 2}
     carved = carved_by(mlp, inputs, slicing(amplify=amplify, **recipe))
     used = carved_by(mlp, inputs, slicing(amplify="used", **recipe))
 
@@ -169,7 +169,7 @@ def test_carriers_of_massive_activations_are_always_on():
     mlp = MLP(gate, up, down)
     y = mlp(x)
 
-    carved = carved_by(mlp, Inputs(x, y, x, y), slicing(group="activations", router="least-squares", always_on=1))
+    carved = carved_by(mlp, Inputs(x, y, x, y), slicing(group="activations", router="least-squares", n_shared=1))
 
     a = mlp.hidden(x).abs() * down.norm(dim=1)
     assert int((a.square().mean(0) > a[:, 77].square().mean()).sum()) >= 10  # its mean alone would not put it there
@@ -182,7 +182,7 @@ def test_activations_that_are_not_finite():
     inputs.sliced[3, 3] = float("nan")
 
     with pytest.raises(CalibrationError, match="not finite"):
-        carved_by(mlp, inputs, slicing(group="activations", router="least-squares", always_on=1))
+        carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1))
 
 
 @pytest.mark.parametrize(("k", "expected"), [(12, 8), (8, 4), (4, 2), (2, 1), (1, 0)])

@@ -210,12 +210,12 @@ def test_a_job_names_every_choice_and_input_without_a_path(tmp_path):
     """Options, files by size and time, the header; the build of the kernels only where one is used."""
     (tmp_path / "a.gguf").write_text("abc")
     (tmp_path / "rules.toml").write_text("rules")
-    options = TypeOptions("q8_0", recipe_file=tmp_path / "rules.toml")
+    options = TypeOptions("q8_0", type_rules=tmp_path / "rules.toml")
     job = describe_job("quantize", options, [tmp_path / "a.gguf"], b"header", [GGMLType.F16])
 
     assert ("quantize", "q8_0", "False") == (job["command"], job["type"], job["allow fallback"])
     assert job["a.gguf"].startswith("a.gguf of 3 bytes, changed ")
-    assert job["recipe file"].startswith("rules.toml of 5 bytes, changed ")
+    assert job["type rules"].startswith("rules.toml of 5 bytes, changed ")
     assert str(tmp_path) not in json.dumps(job)
     assert "llama.cpp" not in job
     assert "llama.cpp" in describe_job("quantize", TypeOptions("q8_0"), [], b"", [GGMLType.Q8_0])

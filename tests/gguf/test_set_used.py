@@ -49,7 +49,7 @@ def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
 
 def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
     """Amplified for 4 of 8: another count would be too loud or too quiet."""
-    options = Options(experts=8, used=4, group="activations", always_on=0, refit=False, calibration_tokens=2048)
+    options = Options(experts=8, used=4, group="activations", n_shared=0, refit=False, calibration_tokens=2048)
     path = convert(folder, tmp_path / "x.gguf", options).path
 
     with pytest.raises(GGUFError, match=r"amplified for 4 of them.*--used 6"):

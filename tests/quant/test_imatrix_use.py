@@ -354,7 +354,7 @@ def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path):
     statistics = statistics_of(dense)
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
     kept = tmp_path / "kept"
-    calibrated = Options(n, used=2, always_on=1, refit=True, calibration_tokens=1024, save_calibration=kept)
+    calibrated = Options(n, used=2, n_shared=1, refit=True, calibration_tokens=1024, save_calibration=kept)
 
     convert(folder, ours, dataclasses.replace(calibrated, type="q4_k", pure=True, imatrix=matrix))
 

@@ -11,7 +11,7 @@ from moe2gguf.errors import PlanError
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.quant.assign import as_stored, assign, may_quantize
 from moe2gguf.quant.presets import Network
-from moe2gguf.quant.rules import TypeOptions, preset_rules, read_recipe, refuse_type
+from moe2gguf.quant.rules import TypeOptions, preset_rules, read_type_rules, refuse_type
 
 F16, F32 = GGMLType.F16, GGMLType.F32
 
@@ -191,7 +191,7 @@ def test_the_embedding_may_be_small_without_an_importance_matrix():
 
 
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
-def test_a_recipe_file(tmp_path, suffix):
+def test_a_type_rules(tmp_path, suffix):
     """TOML or JSON by its suffix; tried after the options."""
     path = tmp_path / f"recipe{suffix}"
     rules = [(r"blk\.(0|2)\..*_exps\.weight", "q6_k"), (r"blk\..*_exps\.weight", "q4_k")]
@@ -200,9 +200,9 @@ def test_a_recipe_file(tmp_path, suffix):
     else:
         path.write_text("".join(f"[[rules]]\npattern = '{pattern}'\ntype = '{kind}'\n" for pattern, kind in rules))
 
-    found = choose(recipe_file=path, tensor_types=(r"blk\.2\.ffn_up_exps\.weight=q8_0",))
+    found = choose(type_rules=path, tensor_types=(r"blk\.2\.ffn_up_exps\.weight=q8_0",))
 
-    assert rules == read_recipe(path)
+    assert rules == read_type_rules(path)
     expected = {
         "blk.0.ffn_up_exps.weight": "Q6_K",
         "blk.1.ffn_up_exps.weight": "Q4_K",
@@ -217,22 +217,22 @@ def test_a_recipe_file(tmp_path, suffix):
     ["", "[]", "{", '{"rules": {}}', '{"rules": [{"pattern": "x"}]}', '{"rules": [{"pattern": "x", "type": 5}]}',
      '{"rules": [], "more": 1}', "[" * 100_000, b"\xff\xfe"],
 )  # fmt: skip
-def test_a_senseless_recipe_file_is_an_error(tmp_path, content):
+def test_a_senseless_type_rules_is_an_error(tmp_path, content):
     """With its name, never a crash."""
     path = tmp_path / "recipe.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
     with pytest.raises(PlanError, match=r"recipe\.json"):
-        read_recipe(path)
+        read_type_rules(path)
 
 
-def test_a_recipe_file_is_not_read_without_end(tmp_path):
+def test_a_type_rules_is_not_read_without_end(tmp_path):
     """A model file named by mistake costs a megabyte, not all memory."""
     path = tmp_path / "recipe.json"
     path.write_text('{"rules": []}' + " " * (1 << 20))
 
     with pytest.raises(PlanError, match="more than 1048576 bytes"):
-        read_recipe(path)
+        read_type_rules(path)
 
 
 def test_a_preset_is_a_list_of_rules():

@@ -327,7 +327,9 @@ def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path):
     folder = checkpoints.make(tmp_path / "model", num_hidden_layers=12, hidden_size=16)
     with pytest.raises(PlanError, match="the process aborts"):
         plan_conversion(folder, Options(experts=16))
-    assert (16, 4) == counts_of(convert(folder, tmp_path / "out.gguf", Options(experts=16, used=4, recipe="seed")).path)
+    assert (16, 4) == counts_of(
+        convert(folder, tmp_path / "out.gguf", Options(experts=16, used=4, preset="exact")).path
+    )
 
 
 def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(made, tmp_path):
@@ -357,7 +359,7 @@ def test_speed_bounds_by_hand(made):
 
 def test_fewer_experts_with_a_zero_router_is_one_clear_warning(made):
     """Never shipped silently; and all experts give no warning."""
-    (warning,) = plan_conversion(made("llama"), Options(used=4, recipe="seed")).warnings
+    (warning,) = plan_conversion(made("llama"), Options(used=4, preset="exact")).warnings
     assert "not be coherent" in warning
     assert () == plan_conversion(made("llama")).warnings
 

@@ -126,11 +126,11 @@ def test_what_the_modules_do_not_compute_is_refused(tmp_path, change, words):
     (tmp_path / "x.gguf").write_bytes(model.bytes())
 
     with pytest.raises(
-        PlanError, match=rf"{words}; convert its Hugging Face folder.*--load-calibration.*--recipe seed"
+        PlanError, match=rf"{words}; convert its Hugging Face folder.*--load-calibration.*--preset exact"
     ):
         plan_conversion(tmp_path / "x.gguf", Options(experts=4, used=2))
 
-    plan_conversion(tmp_path / "x.gguf", Options(experts=4, used=2, recipe="seed"))
+    plan_conversion(tmp_path / "x.gguf", Options(experts=4, used=2, preset="exact"))
 
 
 @pytest.mark.parametrize(

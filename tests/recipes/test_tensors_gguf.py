@@ -19,7 +19,7 @@ from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.recipes.tensors_gguf import output_tensors, requantized, stored_tensors
 from moe2gguf.recipes.tensors_hf import Experts
-from moe2gguf.spec import Recipe, Slicing
+from moe2gguf.spec import Method, Slicing
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
 TYPES = ["F16", "BF16", "Q8_0", "Q6_K", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL"]
@@ -227,7 +227,7 @@ def test_a_grouping_that_moves_neurons(dense):
     """Any order of neurons: gate and up are the dense rows bit for bit, only the down projection is quantized again."""
     source = open_dense(dense("Q8_0"))
     order = np.random.default_rng(0).permutation(1024).reshape(N, 256)
-    recipe = Recipe(group="activations", always_on=None, router="least-squares")
+    recipe = Method(group="activations", n_shared=None, router="least-squares")
     slicing = Slicing(N, N, 256, recipe, grain=32)
     layer = LayerExperts(order, np.zeros((N, 256), np.float32), np.full(N, N, np.float32))
     kinds = {entry.name: entry.type for entry in stored_tensors(source, slicing)}
@@ -270,8 +270,8 @@ def test_more_experts_than_blocks(tmp_path):
 
 
 def test_used_counts_run_as_planned(dense, tmp_path):
-    """--recipe seed --used 2 --amplify used: factor 2, k = 2 in the file, and llama.cpp runs every count."""
-    convert(dense("Q8_0"), tmp_path / "out.gguf", Options(experts=N, used=2, recipe="seed", amplify="used"))
+    """--preset exact --used 2 --amplify used: factor 2, k = 2 in the file, and llama.cpp runs every count."""
+    convert(dense("Q8_0"), tmp_path / "out.gguf", Options(experts=N, used=2, preset="exact", amplify="used"))
 
     file = read_gguf(tmp_path / "out.gguf")
     assert 2 == file.metadata["llama.expert_used_count"]

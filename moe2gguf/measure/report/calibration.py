@@ -62,13 +62,13 @@ def render(done: Conversion, plotly: str, arguments: Sequence[str]) -> str:
 
 
 def _methods(plan: Plan) -> list[str]:
-    """What the recipe's methods do, and where they are from."""
+    """What its method does, and where they are from."""
     if plan.slicing is None:
         return []
-    recipe = plan.slicing.recipe
+    method = plan.slicing.method
     tables = (("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
-    lines = [f"--{name} {(value := getattr(recipe, name))}: {table[value]}" for name, table in tables]
-    return lines + ([f"--refit: {CORRECTIONS['refit']}"] if recipe.refit else [])
+    lines = [f"--{name} {(value := getattr(method, name))}: {table[value]}" for name, table in tables]
+    return lines + ([f"--refit: {CORRECTIONS['refit']}"] if method.refit else [])
 
 
 def summary(done: Conversion) -> list[str]:
