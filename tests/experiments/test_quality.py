@@ -35,9 +35,7 @@ def test_every_method_scores_a_qwen2_model(tmp_path: Path) -> None:
     sizes = [part for name, value in SIZES.items() for part in (f"--{name}", value)]
     start("train_small", tmp_path / "model", "--text", text, *sizes)
     options = ["--text", text, "--tokens", 2048, "--windows", 2, "--threads", 1, "--used", "12", "--json", out]
-    printed = start(
-        "quality", "--model", tmp_path / "model", "--work", tmp_path / "work", *options, "--shared", "4,6"
-    )
+    printed = start("quality", "--model", tmp_path / "model", "--work", tmp_path / "work", *options, "--shared", "4,6")
     rows = json.loads(out.read_text())["rows"]
     import quality
 

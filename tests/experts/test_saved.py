@@ -127,7 +127,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
         ("kept", {"experts": 4, "group": "activations"}, "--group activations: kept.calibration was made with routed"),
         ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 always-on experts"),
         ("kept", {"seed": 3}, "--seed 3: kept.calibration was made with 0"),
-        ("kept", {"preset": "exact"}, "the seed recipe and --dense use no calibration"),
+        ("kept", {"preset": "exact"}, "--preset exact and --dense use no calibration"),
     ],
 )
 def test_options_that_do_not_fit_are_named(folder, which, options, words, request):
