@@ -69,18 +69,16 @@ def main(arguments: Sequence[str]) -> None:
 
 def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int | None) -> tuple[list[Result], int, int]:
     """Runs in a child process: the repeats, the peak of private memory in bytes, and the size of the vocabulary."""
+    from moe2gguf.experts.text import read_text
     from moe2gguf.llama.devices import Setup
     from moe2gguf.llama.library import processors
     from moe2gguf.llama.model import open_model
-    from moe2gguf.measure.check import default_text
     from moe2gguf.measure.logits import record_in_process
 
     setup = Setup(n_context=N_CONTEXT, n_threads=threads or processors())
     first = N_CONTEXT // 2
     n_token = n_window * (N_CONTEXT - 1 - first)
-    reference = record_in_process(
-        file, setup, default_text(64 * N_CONTEXT * n_window), n_token, first, folder / "logits", None
-    )
+    reference = record_in_process(file, setup, read_text().text, n_token, first, folder / "logits", None)
     with open_model(file, setup) as model:
         results = [one_repeat(model, reference) for _ in range(repeat)]
         return results, private_peak(), model.facts.n_vocab

@@ -37,7 +37,7 @@ from moe2gguf.cli.options import (
 )
 @option_group(
     "Text",
-    option("--text", type=FILE, help="A text file.  [default: Python's own documentation]"),
+    option("--text", type=FILE, help="A text file.  [default: a built-in text]"),
     option("--tokens", default=2048, show_default=True, type=click.IntRange(0), help="Tokens to score; 0 is all."),
     option("--context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."),
 )
@@ -55,7 +55,7 @@ from moe2gguf.cli.options import (
     "Results",
     json_option,
     option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the rows to this file."),
-    option("--speed", is_flag=True, help="Also time 256 and 64 tokens, 3 rounds; name a choice."),
+    option("--speed", is_flag=True, help="Also time 256 and 64 tokens, 3 rounds; recommend one."),
     option("--experts", is_flag=True, help="Also count which experts run (JSON, report); see `moe2gguf experts`."),
     option("--report", type=click.Path(path_type=Path), help="Also write one HTML file with pictures."),
     option("--picture", type=click.Path(path_type=Path), help="Also draw quality against speed, as .svg or .png."),
@@ -121,6 +121,7 @@ def compare(
         on_row=display_compare.row_done,
         on_run=display_compare.run_done,
     )
+    display.warnings(found.notes)
     if csv_file:
         display_compare.write_csv(found, csv_file)
     if report:

@@ -24,7 +24,7 @@ from moe2gguf.cli.options import (
 @option("--device", default="cpu", show_default=True, help="One of cpu, gpu and gpu:experts-on-cpu.")
 @option_group(
     "Text",
-    option("--text", type=FILE, help="A text file.  [default: Python's own documentation]"),
+    option("--text", type=FILE, help="A text file.  [default: a built-in text]"),
     option("--tokens", default=4096, show_default=True, type=click.IntRange(0), help="Tokens to run; 0 is all."),
     option("--context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."),
 )
@@ -52,15 +52,18 @@ def experts(
       moe2gguf experts moe.gguf --text wiki.test.raw
       moe2gguf experts moe.gguf --used 4 --tokens 16384 --report experts.html
     """
+    from moe2gguf.cli import tables as display
     from moe2gguf.cli import tables_expert_usage as display_experts
-    from moe2gguf.measure.compare import read_text
+    from moe2gguf.experts.text import bytes_to_read, read_text
     from moe2gguf.measure.expert_usage import measure_expert_usage
     from moe2gguf.measure.report.experts import write_report
     from moe2gguf.measure.report.page import require_plotly
 
     if report:
         require_plotly(report)
-    found = measure_expert_usage(file, text=read_text(text), n_token=tokens or None, n_context=context, **options)
+    words = read_text(text, bytes_to_read(tokens + context if tokens else None))
+    found = measure_expert_usage(file, text=words, n_token=tokens or None, n_context=context, **options)
+    display.warnings(found.notes)
     if report:
         write_report(found, report, sys.argv)
     emit(found.to_dict(), as_json, lambda: display_experts.experts(found))

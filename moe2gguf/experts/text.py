@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from moe2gguf.errors import CalibrationError
 
 MAX_TEXT_BYTES = 1 << 30
+_BYTES_PER_TOKEN = 32
+_SPARE_TOKENS = 4096
 EMBEDDED = "moe2gguf texts 1"
 """The default text: `texts/`, written for this program. A change of it gets another number."""
 
@@ -31,25 +34,59 @@ class Text:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def read_text(path: Path | None) -> Text:
-    """The text of `path`: plain UTF-8, or JSONL whose objects have a "text" string; None is the embedded default.
+def bytes_to_read(n_token: int | None) -> int | None:
+    """Return how many bytes of a text hold its first `n_token` tokens, amply; None where all are wanted."""
+    return None if n_token is None else _BYTES_PER_TOKEN * (n_token + _SPARE_TOKENS)
+
+
+def read_text(path: Path | None = None, n_byte: int | None = None) -> Text:
+    """Return the text of `path`: plain UTF-8, or JSONL whose objects have a "text" string; None: the built-in text.
+
+    With `n_byte` only the start of a file is read: so many bytes, less a character or a JSONL line that is cut off.
 
     Raises:
-        CalibrationError: unreadable, too large, empty, or a JSONL line without text (its number is named).
+        CalibrationError: unreadable, too large, empty, in another encoding, or a JSONL line without text (its number
+            is named).
     """
     if path is None:
         return Text(_embedded(), EMBEDDED)
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise CalibrationError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; give a part of it")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: not readable as UTF-8 text ({error})") from error
+    data, is_part = _read_bytes(path, n_byte)
+    if path.suffix == ".jsonl" and is_part:
+        data = data[: data.rfind(b"\n") + 1] or data
+    text = _decode(path, data, is_part)
     if path.suffix == ".jsonl":
-        text = "\n\n".join(_json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line)
+        text = "\n\n".join(_json_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line)
     if not text.strip():
-        raise CalibrationError(f"{path}: empty; calibration needs text of the kind the model is meant for")
+        raise CalibrationError(f"{path}: empty; a text of the kind that the model is meant for is needed")
     return Text(text, path.name)
+
+
+def _read_bytes(path: Path, n_byte: int | None) -> tuple[bytes, bool]:
+    """Return the bytes of a file, and whether more follow."""
+    try:
+        if not path.is_file():
+            raise CalibrationError(f"{path}: is not a file; name a text file")
+        with path.open("rb") as file:
+            data = file.read((MAX_TEXT_BYTES if n_byte is None else n_byte) + 1)
+    except OSError as error:
+        raise CalibrationError(f"{path}: not readable as text ({error.strerror})") from error
+    if n_byte is None and len(data) > MAX_TEXT_BYTES:
+        raise CalibrationError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; give a part of it")
+    return data[:n_byte], n_byte is not None and len(data) > n_byte
+
+
+def _decode(path: Path, data: bytes, is_part: bool) -> str:
+    """Return UTF-8 as text without a byte order mark. Raises CalibrationError for any other encoding."""
+    advice = "convert it to UTF-8, such as with iconv"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise CalibrationError(f"{path}: not readable as UTF-8 text (it is UTF-16); {advice}")
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not is_part)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: not readable as UTF-8 text ({error}); {advice}") from error
+    if "\0" in text:
+        raise CalibrationError(f"{path}: not readable as UTF-8 text (it has zero bytes); {advice}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python's own text mode reads it
 
 
 def _embedded() -> str:
@@ -70,7 +107,7 @@ def _json_text(path: Path, number: int, line: str) -> str:
         raise CalibrationError(f"{path}: line {number} is not JSON ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise CalibrationError(f'{path}: line {number} is not an object with a "text" string')
-    return str(value["text"])
+    return str(value["text"]).encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
 
 
 def windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:

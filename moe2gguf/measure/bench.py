@@ -1,9 +1,9 @@
-"""The recipe: how fast each file, expert count and device runs, rounds interleaved so that noise hits all alike."""
+"""How fast each file, expert count and device runs; rounds are interleaved, so that noise hits all alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ TIMEOUT = 1800.0
 
 @dataclass(frozen=True)
 class Timing:
-    """How speed is measured: tokens of a prompt and of a generation, runs of each candidate, threads, seconds a run."""
+    """How speed is measured: tokens of a prompt and of a generation, runs of each, threads, seconds a run."""
 
     n_prompt: int = 512
     n_generate: int = 128
@@ -32,7 +32,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One line: a candidate and its speed, or the reason why there is none."""
+    """One line: what ran and its speed, or the reason why there is none."""
 
     config: RunConfig
     speed: Speed | None
@@ -55,8 +55,8 @@ class Bench:
 
     @property
     def ok(self) -> bool:
-        """Whether every candidate that can run did."""
-        return all(row.speed or row.config.refusal for row in self.rows)
+        """Whether something ran, and everything that can run did."""
+        return any(row.speed for row in self.rows) and all(row.speed or row.config.refusal for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
@@ -67,6 +67,38 @@ class Bench:
             "memory_bandwidth": self.bandwidth,
             "rows": [row.to_dict() for row in self.rows],
         }
+
+
+@dataclass
+class Timed:
+    """A run of the grid while it is timed: its runs so far, and why there are no more."""
+
+    config: RunConfig
+    reason: str
+    runs: list[Run] = field(default_factory=list)
+
+    def time_once(self, timing: Timing, seed: int, on_run: Callable[[RunConfig, Run], None]) -> None:
+        """Time one run, unless it cannot run or failed before; `seed` draws its tokens."""
+        if self.reason:
+            return
+        one = self.config
+        setup = benchmark_setup(timing.threads, one.n_expert_used if one.n_expert else None)
+        setup = place_on_device(setup, one.device)
+        try:
+            run = run_once(one.path, setup, timing.n_prompt, timing.n_generate, seed=seed, timeout=timing.timeout)
+        except HarnessError as error:
+            self.reason = str(error)
+        else:
+            self.runs.append(run)
+            on_run(one, run)
+
+    def speed(self, bandwidth: float) -> Speed | None:
+        """Return the spreads of its runs with their bound, which is known for the CPU only; None if it failed."""
+        if self.reason or not self.runs:
+            return None
+        one = self.config
+        bound = bandwidth / one.active_bytes if one.device == "cpu" and one.active_bytes else None
+        return replace(summarize_runs(self.runs), bound=bound)
 
 
 def bench(
@@ -81,46 +113,33 @@ def bench(
     """Time every file at every `used` count on every device, and the dense `reference` on the CPU (on RPC
     servers where all devices are such).
 
-    In each of `timing.repeat` rounds every candidate runs once, in a process of its own. `on_run` hears of each run.
+    In each of `timing.repeat` rounds everything runs once, in a process of its own. `on_run` receives each run.
 
     Raises:
         GGUFError: a file's header is not sound.
         HarnessError: a device is not there.
     """
-    timing = timing or Timing()
     require_devices(devices)
     base = plan_run(read_model(reference), 0, reference_device(devices)) if reference else None
-    return time_grid(plan_grid(files, used, devices), base, timing, on_run)
+    return time_grid(plan_grid(files, used, devices), base, timing or Timing(), on_run)
 
 
 def time_grid(
-    others: Sequence[RunConfig],
+    grid: Sequence[RunConfig],
     base: RunConfig | None,
     timing: Timing,
     on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
 ) -> Bench:
-    """Time candidates, and `base` before them, round by round; see `bench`."""
-    wanted = ([base] if base else []) + list(others)
-    reasons = {i: one.refusal for i, one in enumerate(wanted) if one.refusal}
-    runs: dict[int, list[Run]] = {i: [] for i in range(len(wanted))}
+    """Time the runs of a grid, and `base` before them, round by round; see `bench`."""
+    timed = [Timed(one, one.refusal) for one in ([base, *grid] if base else grid)]
     bandwidth = memory_bandwidth()
     for number in range(timing.repeat):
-        for i, one in enumerate(wanted):
-            if i in reasons:
-                continue
-            try:
-                runs[i].append(_run(one, timing, seed=number))
-                on_run(one, runs[i][-1])
-            except HarnessError as error:
-                reasons[i] = str(error)
+        for one in timed:
+            one.time_once(timing, number, on_run)
         bandwidth = max(bandwidth, memory_bandwidth())
-    speeds = {i: summarize_runs(done) for i, done in runs.items() if done and i not in reasons}
-    normal = speeds[0].generation.median if base and 0 in speeds else None
+    reference = timed[0].speed(bandwidth) if base else None
     return Bench(
-        rows=tuple(
-            BenchRow(one, _rated(speeds.get(i), one, bandwidth, normal), reasons.get(i, ""))
-            for i, one in enumerate(wanted)
-        ),
+        rows=tuple(BenchRow(one.config, _add_ratio(one.speed(bandwidth), reference), one.reason) for one in timed),
         bandwidth=bandwidth,
         settings={
             "prompt": timing.n_prompt,
@@ -132,14 +151,8 @@ def time_grid(
     )
 
 
-def _run(one: RunConfig, timing: Timing, seed: int) -> Run:
-    setup = place_on_device(benchmark_setup(timing.threads, one.n_expert_used if one.n_expert else None), one.device)
-    return run_once(one.path, setup, timing.n_prompt, timing.n_generate, seed=seed, timeout=timing.timeout)
-
-
-def _rated(speed: Speed | None, one: RunConfig, bandwidth: float, normal: float | None) -> Speed | None:
-    """Return a speed with its bound, which is the CPU's and so only known there, and its ratio to the reference."""
-    if speed is None:
-        return None
-    bound = bandwidth / one.active_bytes if one.device == "cpu" and one.active_bytes else None
-    return replace(speed, bound=bound, ratio=speed.generation.median / normal if normal else None)
+def _add_ratio(speed: Speed | None, reference: Speed | None) -> Speed | None:
+    """Return a speed with its ratio to the reference's."""
+    if speed is None or reference is None:
+        return speed
+    return replace(speed, ratio=speed.generation.median / reference.generation.median)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moe2gguf.experts.text import read_text
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import processors
@@ -83,8 +84,7 @@ def check(
 
     At least `n_token` positions are compared, in windows of `n_context` tokens, all positions but the last of
     each. `n_expert_used` defaults to all experts, where the sliced file should be the dense model. `text` defaults
-    to Python's own documentation, which differs between Python versions. The key/value cache is float32, so that
-    what is left is the arithmetic of the weights.
+    to the built-in one. The key/value cache is float32, so that what is left is the arithmetic of the weights.
 
     Raises HarnessError if llama.cpp cannot run a file, the vocabularies differ, the text is too short, or the
     temporary folder has no room for n_token * n_vocab * 4 bytes.
@@ -92,19 +92,12 @@ def check(
     setup = Setup(n_context=n_context, n_batch=_N_BATCH, n_threads=threads or processors())
     facts = run_in_child(read_facts, sliced, what=f"reading {sliced}")
     wanted: int | Literal["all"] = "all" if n_expert_used is None else n_expert_used
-    text = default_text(16 * (n_token + n_context)) if text is None else text
+    text = read_text().text[: 16 * (n_token + n_context)] if text is None else text
     with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
         reference = record_reference(dense, setup, text, n_token, 0, Path(folder) / "logits")
         ours = _compare(sliced, replace(setup, n_expert_used=wanted), reference)
         noise = _compare(dense, reorder_sums(setup), reference, n_window=1)
     return _judged(dense, facts, n_expert_used, ours, noise)
-
-
-def default_text(n_character: int) -> str:
-    """Return the start of a text that every Python has: the topics of its `help()`, in order of their names."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))[:n_character]
 
 
 def _compare(path: Path, setup: Setup, reference: Reference, n_window: int | None = None) -> Summary:

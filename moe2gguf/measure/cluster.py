@@ -1,28 +1,39 @@
 """Measurements on the workers of a Dask cluster that somebody runs already: `dask scheduler`, `dask worker ADDRESS`.
 
-A worker takes one job at a time and computes the reference's logits itself, once: nothing large crosses the network,
-and a job whose worker is lost can be done by any other. Files are found by path, on a folder that all machines share.
+A worker makes one measurement at a time and computes the reference's logits itself, once: nothing large crosses the
+network, and a measurement whose worker is lost can be made by any other. Files are found by path, in a folder that all
+machines share.
 """
 
 from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from moe2gguf.errors import HarnessError, Moe2GgufError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import require_devices
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.grid import RunConfig, digest_identity
-from moe2gguf.measure.results import Quality
-from moe2gguf.measure.workbench import Answer, CompareSettings, Measurement, Runner
+from moe2gguf.measure.grid import Measurement, RunConfig, digest_identity
+from moe2gguf.measure.results import Answer, Quality
 
 _CONNECT_SECONDS = 10
+
+S = TypeVar("S", bound=Hashable)
+
+
+class MakesAnswers(Protocol):
+    """Something that makes measurements, and keeps for the next one what is costly to make."""
+
+    def answer(self, wanted: Measurement) -> Answer:
+        """Return the scores, or why there are none."""
+
+
 _SAME = ("moe2gguf", "llama-cpp-python")
 
 
@@ -33,24 +44,28 @@ def require_workers(address: str, wanted: Iterable[RunConfig], devices: Sequence
     """
     files = {one.path: one.identity for one in wanted}
     with _client(address) as client:
-        found = client.run(_inspected, files, list(devices), on_error="return")
+        found = client.run(_inspect, files, list(devices), on_error="return")
     if not found:
         raise HarnessError(f"the cluster at {address} has no worker: start some with `dask worker {address}`")
-    problems = [f"  - {worker}: {line}" for worker, facts in found.items() for line in _problems(facts)]
+    problems = [f"  - {worker}: {line}" for worker, facts in found.items() for line in _list_problems(facts)]
     if problems:
         raise HarnessError("\n".join(["not every worker of the cluster can measure this:", *problems]))
     return {facts["name"]: facts["environment"] for facts in found.values()}
 
 
-def measure_on_workers(jobs: Sequence[Measurement], settings: CompareSettings) -> Iterator[tuple[Measurement, Answer]]:
-    """Yield every job with its answer, as they come. A job whose worker is lost goes to another one.
+def measure_on_workers(
+    address: str, make_runner: Callable[[S, Path], MakesAnswers], settings: S, wanted: Sequence[Measurement]
+) -> Iterator[tuple[Measurement, Answer]]:
+    """Yield every measurement with its answer, as they come. One whose worker is lost goes to another worker.
+
+    `make_runner` is importable on the workers; each keeps what it makes of `settings` and an empty folder.
 
     Raises HarnessError if the scheduler is not there.
     """
     from distributed import KilledWorker, as_completed
 
-    with _client(str(settings.scheduler)) as client:
-        futures = {client.submit(_answer, job, settings, pure=False): job for job in jobs}
+    with _client(address) as client:
+        futures = {client.submit(_answer, one, make_runner, settings, pure=False): one for one in wanted}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -74,8 +89,8 @@ def _client(address: str) -> Iterator[Any]:
         yield client
 
 
-def _problems(facts: Any) -> list[str]:
-    """Return what keeps a worker from measuring; `facts` is what `_inspected` returned or raised there."""
+def _list_problems(facts: Any) -> list[str]:
+    """Return what keeps a worker from measuring; `facts` is what `_inspect` returned or raised there."""
     if isinstance(facts, BaseException):
         return [f"{facts!r}: install there what is installed here, moe2gguf included"]
     here, there = environment(), facts["environment"]
@@ -86,12 +101,12 @@ def _problems(facts: Any) -> list[str]:
 # --- the worker's side ---
 
 _lock = threading.Lock()
-_kept: dict[CompareSettings, tuple[Runner, tempfile.TemporaryDirectory[str]]] = {}
+_kept: dict[Any, tuple[MakesAnswers, tempfile.TemporaryDirectory[str]]] = {}
 
 
-def _inspected(files: dict[Path, str], devices: Sequence[str], dask_worker: Any) -> dict[str, Any]:
+def _inspect(files: dict[Path, str], devices: Sequence[str], dask_worker: Any) -> dict[str, Any]:
     """Return the name, versions and problems of this worker, which Dask gives as `dask_worker`."""
-    problems = _unseen(files)
+    problems = _list_unseen(files)
     try:
         require_devices(devices)
     except HarnessError as error:
@@ -99,25 +114,25 @@ def _inspected(files: dict[Path, str], devices: Sequence[str], dask_worker: Any)
     return {"name": str(dask_worker.name), "environment": environment(), "problems": problems}
 
 
-def _answer(job: Measurement, settings: CompareSettings) -> Answer:
-    """Return what a job comes to on this worker; the reference's logits stay for the next job of the same sweep."""
+def _answer(wanted: Measurement, make_runner: Callable[[S, Path], MakesAnswers], settings: S) -> Answer:
+    """Return what a measurement comes to on this worker; the reference's logits stay for the next one."""
     from distributed import get_worker
 
     name = str(get_worker().name)
-    problems = _unseen({one.path: one.identity for one in (job.base, job.one)})
+    problems = _list_unseen({one.path: one.identity for one in (wanted.base, wanted.one)})
     if problems:
         return HarnessError(f"worker {name}: {'; '.join(problems)}")
     with _lock:
         if settings not in _kept:
             _kept.clear()  # and their folders with them
             folder = tempfile.TemporaryDirectory(prefix="moe2gguf-")
-            _kept[settings] = Runner(settings, Path(folder.name)), folder
-        answer = _kept[settings][0].answer(job)
+            _kept[settings] = make_runner(settings, Path(folder.name)), folder
+        answer = _kept[settings][0].answer(wanted)
     return replace(answer, worker=name) if isinstance(answer, Quality) else answer
 
 
-def _unseen(files: dict[Path, str]) -> list[str]:
-    """Return which files are not here, or are others than those of the machine that asks."""
+def _list_unseen(files: dict[Path, str]) -> list[str]:
+    """Return which files are not here, or differ from those of the machine that asks."""
     problems = []
     for path, expected in files.items():
         try:

@@ -1,51 +1,103 @@
-"""The recipe: what each file, expert count and device costs in quality, against one dense reference."""
+"""What each file, expert count and device costs in quality, against one dense reference."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.llama.devices import reference_device, require_devices
-from moe2gguf.llama.machine import environment, package_version
+from moe2gguf.llama.devices import Setup, place_on_device, reference_device, require_devices
+from moe2gguf.llama.library import processors
+from moe2gguf.llama.machine import environment
 from moe2gguf.measure.bench import Timing, time_grid
-from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR
+from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums
 from moe2gguf.measure.cluster import measure_on_workers, require_workers
-from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
-from moe2gguf.measure.journal import Journal, key
+from moe2gguf.measure.grid import Measurement, RunConfig, notes_on, plan_grid, plan_run
+from moe2gguf.measure.journal import MeasurementJournal
+from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.pareto import recommend
-from moe2gguf.measure.results import Agreement, Comparison, Quality, ResultRow, compare_pairs, is_above_noise
+from moe2gguf.measure.results import (
+    Agreement,
+    Answer,
+    Comparison,
+    Quality,
+    ResultRow,
+    compare_pairs,
+    is_above_noise,
+    summarize_quality,
+)
 from moe2gguf.measure.speed import Run, Speed
-from moe2gguf.measure.workbench import Answer, CompareSettings, Measurement, measure_here
 
-__all__ = ["CompareSettings", "compare", "settings_from"]
+TIMEOUT = 600.0
+"""Seconds that one window may take before its row is given up."""
+
+_ROOM = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """How a comparison is made.
+
+    text       what is scored; the built-in one by default
+    n_token    scored positions, rounded up to whole windows; None: the whole text
+    n_context  tokens of a window; its second half is scored, as llama.cpp's perplexity tool does
+    threads    None: all processors
+    timeout    seconds per window
+    memory_limit  bytes of private memory of each run (Linux); None: no limit
+    room       bytes of disk for the reference's logits before they take the compact form; None: 8 GiB or half of
+               what is free, the smaller
+    journal    file of finished rows; None: one in the user's cache folder
+    fresh      measure again what the journal has
+    scheduler  address of a Dask cluster that measures; None: this machine does
+    """
+
+    text: Text = field(default_factory=read_text)
+    n_token: int | None = 2048
+    n_context: int = 512
+    threads: int | None = None
+    timeout: float = TIMEOUT
+    memory_limit: int | None = None
+    room: int | None = None
+    journal: Path | None = None
+    fresh: bool = False
+    scheduler: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row depends on besides its files."""
+        return {
+            "text_sha256": self.text.digest,
+            "tokens": self.n_token,
+            "context": self.n_context,
+            "room": self.room,
+        }
 
 
 def settings_from(
     text: Path | None, n_token: int | None, *, context: int, memory: int | None, room: int | None, **options: Any
 ) -> CompareSettings:
-    """Return the command line's settings: a text file, and sizes in MiB. Raises HarnessError for an unread text."""
+    """Return the command line's settings: a text file (None: the built-in text), and sizes in MiB.
+
+    Raises CalibrationError for a text that cannot be read.
+    """
     return CompareSettings(
-        text=read_text(text),
+        text=read_text(text, bytes_to_read(n_token and 3 * n_token + context)),  # about half of a window is scored
         n_token=n_token,
         n_context=context,
         memory_limit=memory and memory * 2**20,
         room=room and room * 2**20,
         **options,
     )
-
-
-def read_text(path: Path | None) -> str | None:
-    """Return a text file's words, whatever is not UTF-8 replaced. Raises HarnessError for one that cannot be read."""
-    try:
-        return None if path is None else path.read_text("utf-8", "replace")
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def compare(
@@ -62,9 +114,9 @@ def compare(
     """Compare every file at every `used` count on every device with the dense file `reference`.
 
     Each run is a child process: a crash, a kill or a time-out is a row with its reason, and the next one starts.
-    Finished rows are kept in the journal and not measured again. `on_row` hears of each row as it is done. With
-    several devices, each file and k is also compared with itself on the first of them. With `timing` the rows that
-    ran are timed too, here, and the result names a choice; `on_run` hears of each run.
+    Finished rows are kept in the journal and not measured again. `on_row` receives each row as it is done. With
+    several devices, each file and count is also compared with itself on the first of them. With `timing` the rows
+    that ran are timed too, on this machine, and the result recommends one; `on_run` receives each timed run.
 
     Raises:
         GGUFError: a file's header is not sound.
@@ -72,59 +124,66 @@ def compare(
             cannot be run on this text.
     """
     settings = settings or CompareSettings()
-    if timing and settings.scheduler:
-        raise HarnessError("speeds are those of one machine: leave out the scheduler, or the speed")
     if settings.scheduler:  # workers have another current folder
         files, reference = [path.absolute() for path in files], reference.absolute()
-    settings = replace(settings, text=settings.words)
-    wanted = plan_grid(files, used, devices)
+
+    grid = plan_grid(files, used, devices)
     base = plan_run(read_model(reference), 0, reference_device(devices))
-    machine = environment()
-    if settings.scheduler:
-        machine["workers"] = require_workers(settings.scheduler, [base, *wanted], devices)
-    else:
-        require_devices(devices)
-    sweep = _Sweep(settings)
-    noise, rows = _rows(sweep, base, wanted, on_row)
+    machine = _require_machine([base, *grid], devices, settings, timing)
+    runs = _Runs(settings)
+
+    noise, rows = _measure_quality(runs, base, grid, on_row)
     kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
-    rows = [_judged(row, kl_limit) for row in rows]
-    agreements = _agreements(sweep, [row.config for row in rows if row.status == "ok"])
-    reference_speed = None
-    if timing:
-        rows, reference_speed = _timed(rows, base, timing, on_run)
+    rows = [replace(row, above_noise=_above_noise(row, kl_limit)) for row in rows]
+    agreements = _compare_devices(runs, rows)
+    rows, reference_speed = _time_rows(rows, base, timing, on_run) if timing else (rows, None)
+
     return Comparison(
         reference=base,
         rows=tuple(rows),
         pairs=tuple(compare_pairs(rows, kl_limit)),
         noise=noise,
         kl_limit=kl_limit,
-        settings={**sweep.facts, "journal": str(sweep.journal.path)},
+        settings={**settings.facts, "journal": str(runs.journal.path)},
         environment=machine,
         agreements=agreements,
         reference_speed=reference_speed,
         recommendation=recommend(rows),
+        notes=tuple(notes_on(files, settings.text, settings.n_context)),
     )
 
 
-def _rows(
-    sweep: _Sweep, base: RunConfig, wanted: Sequence[RunConfig], on_row: Callable[[ResultRow], None]
+def _require_machine(
+    configs: Sequence[RunConfig], devices: Sequence[str], settings: CompareSettings, timing: Timing | None
+) -> dict[str, Any]:
+    """Return versions and machine, those of the workers too. Raises HarnessError for what cannot run as asked."""
+    if not settings.scheduler:
+        require_devices(devices)
+        return environment()
+    if timing:
+        raise HarnessError("speeds are those of one machine: leave out the scheduler, or the speed")
+    return environment() | {"workers": require_workers(settings.scheduler, configs, devices)}
+
+
+def _measure_quality(
+    runs: _Runs, base: RunConfig, grid: Sequence[RunConfig], on_row: Callable[[ResultRow], None]
 ) -> tuple[Quality | None, list[ResultRow]]:
-    """Return the noise floor, None if nothing can run, and a row for every candidate, in their order."""
+    """Return the noise floor, None if nothing can run, and a row for every run of the grid, in its order."""
     noise = None
-    rows = {one: ResultRow(one, "refused", one.refusal) for one in wanted if one.refusal}
+    rows = {one: ResultRow(one, "refused", one.refusal) for one in grid if one.refusal}
     for row in rows.values():
         on_row(row)
-    jobs = [Measurement("quality", base, one) for one in wanted if not one.refusal]
-    for job, answer, resumed in sweep.answers([Measurement("noise", base, base), *jobs] if jobs else []):
-        if job.what == "noise":
-            noise = _sound(base, answer)
+    wanted = [Measurement("quality", base, one) for one in grid if not one.refusal]
+    for measurement, answer, resumed in runs.answers([Measurement("noise", base, base), *wanted] if wanted else []):
+        if measurement.what == "noise":
+            noise = _require_sound(base, answer)
         else:
-            rows[job.one] = _row(job.one, answer, resumed)
-            on_row(rows[job.one])
-    return noise, [rows[one] for one in wanted]
+            rows[measurement.one] = _row_of(measurement.one, answer, resumed)
+            on_row(rows[measurement.one])
+    return noise, [rows[one] for one in grid]
 
 
-def _row(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
+def _row_of(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
     if isinstance(answer, HarnessError):
         return ResultRow(one, "failed", str(answer))
     if answer.summary.n_bad:
@@ -132,7 +191,7 @@ def _row(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
     return ResultRow(one, "ok", quality=answer, resumed=resumed)
 
 
-def _sound(base: RunConfig, answer: Answer) -> Quality:
+def _require_sound(base: RunConfig, answer: Answer) -> Quality:
     if isinstance(answer, HarnessError):
         raise answer
     if answer.summary.n_bad:
@@ -140,18 +199,23 @@ def _sound(base: RunConfig, answer: Answer) -> Quality:
     return answer
 
 
-def _agreements(sweep: _Sweep, sound: Sequence[RunConfig]) -> tuple[Agreement, ...]:
-    """Compare every file and k with itself on the first device it ran on."""
+def _above_noise(row: ResultRow, kl_limit: float) -> bool | None:
+    return is_above_noise(row.quality, kl_limit) if row.status == "ok" and row.quality else None
+
+
+def _compare_devices(runs: _Runs, rows: Sequence[ResultRow]) -> tuple[Agreement, ...]:
+    """Compare every file and count with itself on the first device it ran on."""
+    sound = [row.config for row in rows if row.status == "ok"]
     first: dict[tuple[Path, int], RunConfig] = {}
     for one in sound:
         first.setdefault((one.path, one.n_expert_used), one)
     pairs = [(first[one.path, one.n_expert_used], one) for one in sound]
-    jobs = [Measurement("devices", base, one) for base, one in pairs if base != one]
-    answers = {job: answer for job, answer, _ in sweep.answers(jobs)}
-    return tuple(Agreement.of(job.base, job.one, answers[job]) for job in jobs)
+    wanted = [Measurement("devices", base, one) for base, one in pairs if base != one]
+    answers = {measurement: answer for measurement, answer, _ in runs.answers(wanted)}
+    return tuple(Agreement.of(one.base, one.one, answers[one]) for one in wanted)
 
 
-def _timed(
+def _time_rows(
     rows: Sequence[ResultRow], base: RunConfig, timing: Timing, on_run: Callable[[RunConfig, Run], None]
 ) -> tuple[list[ResultRow], Speed | None]:
     """Return the rows with the speeds of those that ran, and the reference's speed."""
@@ -163,56 +227,77 @@ def _timed(
     return [replace(row, speed=speeds.get(row.config)) for row in rows], found.rows[0].speed
 
 
-class _Sweep:
-    """The jobs of one comparison: taken from the journal, or measured, here or on a cluster, and put there."""
+class _Runs:
+    """The measurements of one comparison: taken from the journal, or made, here or on a cluster, and put there."""
 
     def __init__(self, settings: CompareSettings) -> None:
         self.settings = settings
-        self.facts = {
-            "text_sha256": hashlib.sha256(settings.words.encode("utf-8", "replace")).hexdigest(),
-            "tokens": settings.n_token,
-            "context": settings.n_context,
-            "room": settings.room,
-        }
-        self.journal = Journal(settings.journal or cache_folder() / "compare.jsonl")
+        self.journal = MeasurementJournal(settings.journal or cache_folder() / "compare.jsonl", settings.facts)
 
-    def answers(self, jobs: Sequence[Measurement]) -> Iterator[tuple[Measurement, Answer, bool]]:
-        """Yield every job with its answer, as they come, and whether the journal had it."""
-        kept = {job: found for job in jobs if (found := self._kept(job))}
-        for job, found in kept.items():
-            yield job, found, True
-        for job, answer in self._measured([job for job in jobs if job not in kept]):
+    def answers(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Answer, bool]]:
+        """Yield every measurement with its answer, as they come, and whether the journal had it."""
+        kept = {} if self.settings.fresh else {one: found for one in wanted if (found := self.journal.get(one))}
+        for one, found in kept.items():
+            yield one, found, True
+        for one, answer in self._measure([one for one in wanted if one not in kept]):
             if isinstance(answer, Quality) and not answer.summary.n_bad:
-                self.journal.put(self._key(job), answer.to_dict())
-            yield job, answer, False
+                self.journal.put(one, answer)
+            yield one, answer, False
 
-    def _measured(self, jobs: Sequence[Measurement]) -> Iterator[tuple[Measurement, Answer]]:
-        if not jobs:
+    def _measure(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Answer]]:
+        if not wanted:
             return iter(())
         if self.settings.scheduler:
-            return measure_on_workers(jobs, self.settings)
-        return measure_here(jobs, self.settings)
+            return measure_on_workers(self.settings.scheduler, Runner, self.settings, wanted)
+        return _measure_here(wanted, self.settings)
 
-    def _kept(self, job: Measurement) -> Quality | None:
-        values = None if self.settings.fresh else self.journal.get(self._key(job))
+
+def _measure_here(wanted: Sequence[Measurement], settings: CompareSettings) -> Iterator[tuple[Measurement, Answer]]:
+    """Yield every measurement with its answer, in order."""
+    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
+        runner = Runner(settings, Path(folder))
+        for one in wanted:
+            yield one, runner.answer(one)
+
+
+class Runner:
+    """Makes measurements; a reference's logits are computed when the first one needs them, and stay in `folder`."""
+
+    def __init__(self, settings: CompareSettings, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self._references: dict[tuple[RunConfig, bool], Reference] = {}
+
+    def answer(self, wanted: Measurement) -> Answer:
+        """Return the scores, or why there are none."""
         try:
-            return Quality.from_dict(values) if values else None
-        except (KeyError, TypeError, ValueError):  # another version's row, or an edited one: measure again
-            return None
+            return self._measure(wanted, self._reference(wanted.base, whole=wanted.what != "devices"))
+        except HarnessError as error:
+            return error
 
-    def _key(self, job: Measurement) -> str:
-        return key(
-            what=job.what,
-            files=[[one.identity, one.n_expert_used, one.device] for one in (job.base, job.one)],
-            versions=[package_version("moe2gguf"), package_version("llama-cpp-python")],
-            **self.facts,
-        )
+    def _measure(self, wanted: Measurement, reference: Reference) -> Quality:
+        began = time.perf_counter()
+        setup = self._setup(wanted.one)
+        setup = reorder_sums(setup) if wanted.what == "noise" else setup
+        limits: dict[str, Any] = {"timeout": self.settings.timeout, "memory_limit": self.settings.memory_limit}
+        with closing(score_file(wanted.one.path, setup, reference, **limits)) as windows:
+            parts = list(islice(windows, None if wanted.what == "quality" else 1))
+        return summarize_quality(parts, time.perf_counter() - began)
 
+    def _reference(self, base: RunConfig, whole: bool) -> Reference:
+        """Return the logits of `base` on the whole text or on its first window."""
+        key = base, whole
+        if key not in self._references:
+            room = self.settings.room or min(_ROOM, shutil.disk_usage(self.folder).free // 2)
+            n_token, first = self.settings.n_token if whole else 1, self.settings.n_context // 2
+            target = self.folder / f"logits-{len(self._references)}"
+            text, setup = self.settings.text.text, self._setup(base)
+            self._references[key] = record_reference(base.path, setup, text, n_token, first, target, room)
+        return self._references[key]
 
-def _judged(row: ResultRow, kl_limit: float) -> ResultRow:
-    if row.status == "ok" and row.quality:
-        return replace(row, above_noise=is_above_noise(row.quality, kl_limit))
-    return row
+    def _setup(self, one: RunConfig) -> Setup:
+        setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads or processors())
+        return replace(place_on_device(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)
 
 
 def cache_folder() -> Path:

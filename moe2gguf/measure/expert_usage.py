@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.experts.text import Text, read_text
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.shards import read_model
@@ -20,8 +20,7 @@ from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.library import processors
 from moe2gguf.llama.machine import environment
-from moe2gguf.measure.check import default_text
-from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
+from moe2gguf.measure.grid import RunConfig, notes_on, plan_grid
 from moe2gguf.measure.watch_routing import LayerTally, Tally, tally_routing
 
 
@@ -29,7 +28,7 @@ def measure_expert_usage(
     path: Path,
     *,
     used: int | None = None,
-    text: str | None = None,
+    text: Text | None = None,
     n_token: int | None = 4096,
     n_context: int = 512,
     device: str = "cpu",
@@ -41,9 +40,9 @@ def measure_expert_usage(
     Args:
         path: a GGUF file with experts, of any origin.
         used: experts per token; None: the file's own count.
-        text: what is read; None: Python's own documentation, which differs between Python versions.
+        text: what is read; None: the built-in text.
         n_token: how much of it, rounded up to whole windows of `n_context`; None: all.
-        device: one of `harness.devices.DEVICES`.
+        device: one of `llama.devices.DEVICES`.
         threads: None: all processors.
         timeout: seconds for all of it.
 
@@ -56,20 +55,21 @@ def measure_expert_usage(
     file = read_model(path)
     (one,) = plan_grid([path], [] if used is None else [used], [device])
     if not one.n_expert:
-        raise HarnessError(f"{path}: is dense, it has no experts to watch; name a file that `moe2gguf convert` made")
+        raise HarnessError(f"{path}: is dense, it has no experts to count; name a file that `moe2gguf convert` made")
     if one.refusal:
         raise HarnessError(f"{path}: {one.refusal}")
-    text = default_text(16 * ((n_token or 0) + 4096)) if text is None else text
+    text = text or read_text()
     setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads or processors())
-    tally = tally_in_child(path, place_on_device(setup, device), text, n_token, timeout)
+    tally = tally_in_child(path, place_on_device(setup, device), text.text, n_token, timeout)
     expected, why = read_calibration_load(file, one.n_expert, one.n_expert_used)
     return ExpertUse(
-        config=plan_run(file, one.n_expert_used, device),
+        config=one,
         n_token=tally.n_token,
         layers=summarize_layers(tally, expected),
         calibration=why,
-        settings={"text_sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), "context": n_context},
+        settings={"text_sha256": text.digest, "context": n_context},
         environment=environment(),
+        notes=tuple(notes_on([path], text, n_context)),
     )
 
 
@@ -147,7 +147,11 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What `measure_expert_usage` returns. `calibration` says what the load was compared with, or why it was not."""
+    """What `measure_expert_usage` returns.
+
+    calibration   a sentence: what the load was compared with, or why it was not
+    notes         sentences that a reader of the figures must know
+    """
 
     config: RunConfig
     n_token: int
@@ -155,6 +159,7 @@ class ExpertUse:
     calibration: str
     settings: dict[str, Any]
     environment: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def named(self, kind: str) -> list[str]:
         """Return the experts of a kind ("always_on", "dead", "overloaded") as LAYER.EXPERT."""
@@ -166,6 +171,7 @@ class ExpertUse:
             **self.config.to_dict(),
             "tokens": self.n_token,
             "calibration": self.calibration,
+            "notes": list(self.notes),
             "settings": self.settings,
             "environment": self.environment,
             "always_on": self.named("always_on"),

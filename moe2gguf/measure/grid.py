@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from moe2gguf.experts.text import Text
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
 from moe2gguf.gguf.shards import read_model
@@ -54,12 +55,27 @@ class RunConfig:
         return {**asdict(self), "path": str(self.path), "label": self.label}
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement that any machine can make that sees the files.
+
+    what  "quality": `one` against the reference `base` on the whole text; "noise": `base` against itself, computed in
+          another order; "devices": `one` against the same file on another device, `base`. The last two take the
+          first window only.
+    """
+
+    what: Literal["quality", "noise", "devices"]
+    base: RunConfig
+    one: RunConfig
+
+
 def plan_grid(files: Iterable[Path], used: Sequence[int] = (), devices: Sequence[str] = ("cpu",)) -> list[RunConfig]:
-    """Return a candidate for every file, k and device, in that order; a dense file has one per device.
+    """Return a run for every file, expert count and device, in that order; a dense file has one per device.
 
     A file given twice counts once; of files with equal names the labels have the whole path. Without `used` each file
-    runs at its own count. What llama.cpp cannot run carries the refusal. Raises GGUFError
-    for a file whose header is not sound.
+    runs at its own count. What llama.cpp cannot run carries the refusal.
+
+    Raises GGUFError for a file whose header is not sound.
     """
     out = []
     paths = list(dict.fromkeys(files))
@@ -120,3 +136,23 @@ def digest_identity(file: GGUFFile) -> str:
             status = os.fstat(stream.fileno())
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
+
+
+def notes_on(files: Iterable[Path], text: Text, n_context: int) -> list[str]:
+    """Return a sentence on files that were calibrated on this very text, and one on windows beyond their training."""
+    seen, longer = [], []
+    for path in dict.fromkeys(files):
+        file = read_model(path)
+        if file.metadata.get("moe2gguf.calibration.sha256") == text.digest:
+            seen.append(path.name)
+        if 0 < (trained := _count(file, "context_length")) < n_context:
+            longer.append(f"{path.name} ({trained})")
+    notes = []
+    if seen:
+        notes.append(
+            f"calibrated on the same text that is measured here, which flatters the figures: {', '.join(seen)}; "
+            "give a text that they have not seen (--text)"
+        )
+    if longer:
+        notes.append(f"a context of {n_context} tokens is longer than the model was trained on: {', '.join(longer)}")
+    return notes

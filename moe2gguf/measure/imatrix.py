@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.errors import HarnessError, ImportanceError
-from moe2gguf.experts.text import Text, read_text
+from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.writer import check_target
 from moe2gguf.llama.child import stream_from_child
@@ -129,7 +129,7 @@ def collect_imatrix(
         work.unlink(missing_ok=True)
     collected, parts = None, others
     if text is not None:
-        words = read_text(text)
+        words = read_text(text, bytes_to_read(n_token and n_token + n_context))
         job = CollectionKey(
             digest_identity(read_model(model)), words.digest, n_token, n_context, n_expert_used, vocabulary
         )

@@ -1,4 +1,4 @@
-"""Finished rows of a sweep, one JSON object per line, so that an interrupted sweep goes on where it stopped."""
+"""Finished measurements, one JSON object per line, so that an interrupted comparison goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.llama.machine import package_version
+from moe2gguf.measure.grid import Measurement
+from moe2gguf.measure.results import Quality
 
 FORMAT = 1
 """Of a line; lines of other formats are left alone and not used."""
@@ -43,6 +46,35 @@ class Journal:
             raise HarnessError(f"{self.path}: cannot keep the journal ({error}); name another file") from error
         self._ends_torn = False
         self._rows[key] = row
+
+
+class MeasurementJournal:
+    """The finished measurements of a comparison; `facts` is what they depend on besides their files."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path = path
+        self._facts = facts
+        self._journal = Journal(path)
+
+    def get(self, one: Measurement) -> Quality | None:
+        """Return the scores of an earlier run, or None."""
+        values = self._journal.get(self._key(one))
+        try:
+            return Quality.from_dict(values) if values else None
+        except (KeyError, TypeError, ValueError):  # another version's row, or an edited one: measure again
+            return None
+
+    def put(self, one: Measurement, scores: Quality) -> None:
+        """Keep scores. Raises HarnessError if the file cannot be written."""
+        self._journal.put(self._key(one), scores.to_dict())
+
+    def _key(self, one: Measurement) -> str:
+        return key(
+            what=one.what,
+            files=[[config.identity, config.n_expert_used, config.device] for config in (one.base, one.one)],
+            versions=[package_version("moe2gguf"), package_version("llama-cpp-python")],
+            **self._facts,
+        )
 
 
 def key(**parts: Any) -> str:

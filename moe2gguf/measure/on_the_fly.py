@@ -1,4 +1,4 @@
-"""The recipe: a comparison whose files are also quantized on the fly, and removed when it is done."""
+"""A comparison whose files are also quantized on the fly, and removed when it is done."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moe2gguf.recipes.quantize import QuantizationPlan, plan_quantization, write
 
 @dataclass(frozen=True)
 class QuantizedCopy:
-    """A file to be: `plan` says everything about it, `path` is where it stands while it is needed."""
+    """A quantized copy of a file: `plan` describes it in full, `path` is where it lies while it is needed."""
 
     plan: QuantizationPlan
     path: Path
@@ -53,7 +53,8 @@ def compare_types(
 
     All types take the importance matrix `imatrix`; `options` are those of `compare`. A type that does not fit a tensor
     takes llama.cpp's substitute; the result's settings say how many did, and how to make each file again. With
-    `experts` every sound row that leaves experts out is watched too, on the same text: see `measure_expert_usage`.
+    `experts` every sound row that leaves experts out has its experts counted, on the same text: see
+    `measure_expert_usage`.
 
     Raises:
         PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
@@ -63,13 +64,13 @@ def compare_types(
     with write_copies(wanted, progress) as paths:
         found = compare([*files, *paths], reference, **options)
         if experts:
-            found = replace(found, experts=_watched(found, options.get("settings") or CompareSettings()))
+            found = replace(found, experts=_count_experts(found, options.get("settings") or CompareSettings()))
     if not wanted:
         return found
     return replace(found, settings=found.settings | {"made": {one.path.name: one.origin for one in wanted}})
 
 
-def _watched(found: Comparison, settings: CompareSettings) -> tuple[ExpertUse, ...]:
+def _count_experts(found: Comparison, settings: CompareSettings) -> tuple[ExpertUse, ...]:
     """Count the experts of every sound row that does not run all."""
     return tuple(
         measure_expert_usage(
@@ -91,12 +92,12 @@ def plan_copies(
 ) -> list[QuantizedCopy]:
     """Plan every type for every file whose weights are in a float type; nothing is written.
 
-    A variant's place in `folder` depends on the source, the type and the importance matrix only. Files that are
+    A copy's place in `folder` depends on the source, the type and the importance matrix only. Files that are
     quantized already are left out. Raises PlanError with every reason.
     """
     refusals, out = [], []
     if imatrix and not kinds:
-        refusals.append(f"{imatrix}: an importance matrix guides files made on the fly: name --types, too")
+        refusals.append(f"{imatrix}: an importance matrix is for files quantized on the fly: name --types, too")
     sources = [path for path in dict.fromkeys(files) if _is_float(path)]
     if kinds and not sources:
         refusals.append("no file is f32, f16 or bf16: name the one that the others were quantized from")

@@ -1,4 +1,4 @@
-"""Results of a sweep: one row per candidate, and what the rows say about each other."""
+"""The results of a comparison: one row per run, and what the rows say about each other."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Status = Literal["ok", "failed", "refused"]
 
 @dataclass(frozen=True)
 class Quality:
-    """The scores of one candidate against the reference.
+    """The scores of one run against the reference.
 
     window_*     means of every window, in order: KL divergence and losses (the reference's is `nll_base`) in nats per
                  token, share of equal top tokens
     position_*   the same over all windows, by position: up to N_POSITION equal spans of the scored part
     seconds                              wall time, load included
-    worker                               who of a cluster measured it; empty: this machine
+    worker                               the worker of a cluster that measured it; empty: this machine
     """
 
     summary: Summary
@@ -62,6 +62,9 @@ class Quality:
 _SERIES = tuple(name for name in Quality.__dataclass_fields__ if name.startswith(("window_", "position_")))
 
 N_POSITION = 64
+
+Answer = Quality | HarnessError
+"""What a measurement comes to: scores, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Agreement:
     reason: str = ""
 
     @classmethod
-    def of(cls, first: RunConfig, second: RunConfig, answer: Quality | HarnessError) -> Agreement:
+    def of(cls, first: RunConfig, second: RunConfig, answer: Answer) -> Agreement:
         """Return what the answer says."""
         if isinstance(answer, HarnessError):
             return cls(first.label, second.label, None, str(answer))
@@ -185,6 +188,7 @@ class Comparison:
     settings, environment   JSON-ready facts: what was asked for; versions and machine
     reference_speed, recommendation   with speed measured: the reference's, and which row to take
     experts      where it was asked for: which experts run, of every sound row that does not run all
+    notes        sentences that a reader of the figures must know
     """
 
     reference: RunConfig
@@ -198,11 +202,12 @@ class Comparison:
     reference_speed: Speed | None = None
     recommendation: Recommendation | None = None
     experts: tuple[ExpertUse, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether no row failed; a refused one is an answer, not a failure."""
-        return all(row.status != "failed" for row in self.rows)
+        """Whether a row ran and none failed; a refused one beside others is an answer, not a failure."""
+        return any(row.status == "ok" for row in self.rows) and all(row.status != "failed" for row in self.rows)
 
     @property
     def base(self) -> Summary | None:
@@ -222,6 +227,7 @@ class Comparison:
         """Return everything as JSON types."""
         return {
             "ok": self.ok,
+            "notes": list(self.notes),
             "reference": {
                 **self.reference.to_dict(),
                 "perplexity": self.base.perplexity_base if self.base else None,

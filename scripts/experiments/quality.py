@@ -26,9 +26,8 @@ from moe2gguf.experts.calibration import Settings, calibrate
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.mlp import Carved, Inputs
 from moe2gguf.experts.slice_layer import Contributions, carve
-from moe2gguf.experts.text import read_text
-from moe2gguf.measure.compare import CompareSettings as CompareSettings
-from moe2gguf.measure.compare import compare
+from moe2gguf.experts.text import Text, read_text
+from moe2gguf.measure.compare import CompareSettings, compare
 from moe2gguf.measure.logits import cut_windows
 from moe2gguf.recipes.calibrate import subject
 from moe2gguf.recipes.convert import convert, write_plan
@@ -259,7 +258,8 @@ def scored(run: Run, method: Method, k: int, dense: Path) -> dict[str, Any]:
     out.unlink(missing_ok=True)
     method.make(run, k, out)
     settings = CompareSettings(
-        text=run.held_out, n_token=run.n_window * (N_CONTEXT // 2 - 1), n_context=N_CONTEXT, threads=run.threads,
+        text=Text(run.held_out, "held-out"), n_token=run.n_window * (N_CONTEXT // 2 - 1), n_context=N_CONTEXT,
+        threads=run.threads,
         journal=run.work / "journal.jsonl",
     )  # fmt: skip
     found = compare([out], dense, settings=settings)

@@ -47,7 +47,9 @@ def test_plain_text_and_jsonl_are_the_same_text(tmp_path):
     [
         ("a.txt", b"", "empty"),
         ("a.txt", b" \n", "empty"),
-        ("a.txt", b"\xff\xfe\x00", "not readable as UTF-8"),
+        ("a.txt", b"caf\xe9", "not readable as UTF-8"),
+        ("a.txt", "word".encode("utf-16"), "it is UTF-16"),
+        ("a.txt", "word".encode("utf-16-be"), "it has zero bytes"),
         ("a.jsonl", b'{"text": "x"}\n{oops', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": 5}', 'line 1 is not an object with a "text"'),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
@@ -59,6 +61,17 @@ def test_unusable_text_is_a_clear_error(tmp_path, name, content, words):
 
     with pytest.raises(CalibrationError, match=words):
         read_text(tmp_path / name)
+
+
+def test_of_a_part_of_a_text_nothing_is_half(tmp_path):
+    """No byte order mark, no half character, no half JSON line; a file that is shorter is whole."""
+    (tmp_path / "a.txt").write_text("\ufeffweiß\r\nä", encoding="utf-8", newline="")
+    (tmp_path / "b.jsonl").write_text('{"text": "one\\ud800\u2028"}\n{"text": "two"}\n')
+
+    assert ["weiß\nä", "wei", "weiß"] == [read_text(tmp_path / "a.txt", n).text for n in (None, 7, 8)]
+    assert ["one?\u2028", "one?\u2028\n\ntwo"] == [read_text(tmp_path / "b.jsonl", n).text for n in (30, 300)]
+    with pytest.raises(CalibrationError, match="is not a file"):
+        read_text(tmp_path)
 
 
 @pytest.mark.parametrize("bos", [None, 1])

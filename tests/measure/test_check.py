@@ -12,7 +12,7 @@ import pytest
 import tiny_gguf
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.measure.check import KL_LIMIT, check, default_text
+from moe2gguf.measure.check import KL_LIMIT, check
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,6 @@ def test_a_short_text_is_refused(files: dict[str, Path]) -> None:
     """A text that cannot fill the windows is an error that says how much is missing."""
     with pytest.raises(HarnessError, match="takes 64 tokens of text, this one has"):
         check(files["sliced"], files["dense"], n_token=50, n_context=64, text="the man", threads=1)
-
-
-def test_default_text_is_the_same_every_time() -> None:
-    """The default text is long, of the asked length, and does not depend on the order of a dictionary."""
-    assert len(default_text(20_000)) == 20_000
-    assert default_text(20_000) == default_text(30_000)[:20_000]
 
 
 def test_check_is_frozen(files: dict[str, Path]) -> None:

@@ -111,11 +111,11 @@ def test_files_that_a_worker_does_not_see_are_all_listed(running: Cluster, files
 def test_a_worker_of_another_version_is_refused(running: Cluster, files: dict[str, Path]) -> None:
     """Rows of different versions do not belong into one table; a worker without the package says so itself."""
     facts = {"environment": {"moe2gguf": "0", "llama-cpp-python": "0"}, "problems": ["x"]}
-    ours, binding, other = cluster._problems(facts)
+    ours, binding, other = cluster._list_problems(facts)
     assert ours.startswith("moe2gguf 0, here ")
     assert binding.startswith("llama-cpp-python 0, here ")
     assert "x" == other
-    assert "moe2gguf included" in cluster._problems(ModuleNotFoundError("No module named 'moe2gguf'"))[0]
+    assert "moe2gguf included" in cluster._list_problems(ModuleNotFoundError("No module named 'moe2gguf'"))[0]
 
 
 def test_a_worker_killed_in_mid_job_costs_nothing_but_time(

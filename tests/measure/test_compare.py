@@ -17,12 +17,15 @@ from textbook import textbook_summary, textbook_token
 
 from moe2gguf.cli import cli
 from moe2gguf.cli.tables_compare import comparison, write_csv
-from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.errors import CalibrationError, HarnessError, OutputError
+from moe2gguf.experts.text import EMBEDDED, Text
+from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import DEVICES
 from moe2gguf.measure import compare as recipe
 from moe2gguf.measure.bench import Timing
 from moe2gguf.measure.compare import compare, settings_from
+from moe2gguf.measure.grid import notes_on
 from moe2gguf.measure.metrics import TAIL
 from moe2gguf.measure.results import Comparison, ResultRow
 
@@ -108,7 +111,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(files: dict[str, Path], t
 def test_the_journal_is_not_used_for_anything_else(files: dict[str, Path], tmp_path: Path) -> None:
     """Another text, length or context, and --fresh, are measured."""
     compare([files["moe"]], files["dense"], settings=settings(tmp_path))
-    for change in ({"text": TEXT + "the"}, {"n_token": 20}, {"n_context": 30}, {"fresh": True}):
+    for change in ({"text": Text(TEXT + "the", "tan")}, {"n_token": 20}, {"n_context": 30}, {"fresh": True}):
         found = compare([files["moe"]], files["dense"], settings=settings(tmp_path, **change))
         assert [False] == [row.resumed for row in found.rows], change
 
@@ -187,9 +190,9 @@ def _f16_cache_logits(path: Path, tokens: list[int]) -> np.ndarray:
 
 
 def test_only_refused_rows_run_nothing(files: dict[str, Path], tmp_path: Path) -> None:
-    """No reference is computed; the refusals are the result."""
+    """No reference is computed; the refusals are the result, and it is not a success."""
     found = compare([files["moe"]], files["dense"], used=[7], settings=settings(tmp_path))
-    assert ([("refused")], None, True) == ([row.status for row in found.rows], found.noise, found.ok)
+    assert (["refused"], None, False) == ([row.status for row in found.rows], found.noise, found.ok)
 
 
 def test_json_csv_and_table_say_the_same(swept: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,19 +230,43 @@ def test_rows_that_no_text_tells_apart_share_a_line(
 
 
 def test_settings_of_the_command_line(tmp_path: Path) -> None:
-    """Sizes are MiB there; a text that is not UTF-8 is read all the same."""
-    (tmp_path / "text").write_bytes(b"caf\xe9")
+    """Sizes are MiB there; a text that is not UTF-8 is refused; of a long one the start is read, amply."""
+    (tmp_path / "text").write_text("word " * 200_000)
     found = settings_from(tmp_path / "text", 5, context=64, memory=2, room=None, fresh=True)
-    assert ("caf\ufffd", 5, 64, 2**21, None, True) == (
-        found.text,
+    assert (5, 64, 2**21, None, True) == (
         found.n_token,
         found.n_context,
         found.memory_limit,
         found.room,
         found.fresh,
     )
-    with pytest.raises(HarnessError, match="cannot be read"):
-        settings_from(tmp_path, 5, context=64, memory=None, room=None)
+    assert 20 * 64 < len(found.text.text) < 200_000
+    whole = settings_from(tmp_path / "text", None, context=64, memory=None, room=None)
+    assert ("word " * 200_000, "text") == (whole.text.text, whole.text.label)
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(CalibrationError, match="not readable as UTF-8"):
+        settings_from(tmp_path / "latin", 5, context=64, memory=None, room=None)
+    assert EMBEDDED == settings_from(None, 5, context=64, memory=None, room=None).text.label
+
+
+def test_notes_name_files_calibrated_on_this_text_and_windows_that_are_too_long(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """The text's digest stands in such a file; a context is held against the model's own."""
+    text = settings(tmp_path).text
+    sliced = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
+    facts = {"moe2gguf.calibration.sha256": text.digest}
+    own = tiny_gguf.write_gguf(tmp_path / "own.gguf", sliced, strings=facts)
+    assert [] == notes_on([files["moe"]], text, 32)
+    (note,) = notes_on([files["moe"], own, own], text, 32)
+    assert "calibrated on the same text that is measured here" in note
+    assert ": own.gguf;" in note
+    assert [] == notes_on([own], Text(TEXT + "the", "tan"), 32)
+    trained = read_gguf(own).metadata["llama.context_length"]
+    (note,) = notes_on([files["moe"], files["dense"]], text, int(trained) + 1)  # type: ignore[call-overload]
+    assert f"moe.gguf ({trained}), dense.gguf ({trained})" in note
+    found = compare([own], files["dense"], settings=settings(tmp_path))
+    assert notes_on([own], text, 32) == list(found.notes) == found.to_dict()["notes"]
 
 
 def test_the_journal_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from moe2gguf import Options, convert
 from moe2gguf.cli import cli
 from moe2gguf.cli.tables_expert_usage import experts as show
 from moe2gguf.errors import HarnessError
+from moe2gguf.experts.text import Text
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.llama.child import run_in_child
@@ -48,7 +49,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(moe: Path) -> ExpertUse:
-    return measure_expert_usage(moe, text=TEXT, n_token=CONTEXT * N_WINDOW, n_context=CONTEXT, threads=1)
+    return measure_expert_usage(moe, text=Text(TEXT, "tan"), n_token=CONTEXT * N_WINDOW, n_context=CONTEXT, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +156,17 @@ def test_a_converted_file_carries_its_calibrations_load(tmp_path: Path) -> None:
     file = read_gguf(tmp_path / "m.gguf")
     load = np.array(file.metadata[CALIBRATION_LOAD], np.float64).reshape(3, 8)
     np.testing.assert_allclose(load.sum(axis=1), 4, rtol=1e-6)
-    found = measure_expert_usage(tmp_path / "m.gguf", text=TEXT * 40, n_token=1024, n_context=128, threads=1)
+    found = measure_expert_usage(
+        tmp_path / "m.gguf", text=Text(TEXT * 40, "tan"), n_token=1024, n_context=128, threads=1
+    )
     assert "compared with the load in calibration (text" in found.calibration
+    assert [True] == ["calibrated on the same text" in note and "m.gguf" in note for note in found.notes]
     assert max(one.moved or 0 for one in found.layers) < 0.05
     expected = [np.abs(np.array(one.load) - row).sum() / 8 for one, row in zip(found.layers, load, strict=True)]
     assert expected == pytest.approx([one.moved for one in found.layers])
-    other = measure_expert_usage(tmp_path / "m.gguf", used=2, text=TEXT * 10, n_token=128, n_context=128, threads=1)
+    other = measure_expert_usage(
+        tmp_path / "m.gguf", used=2, text=Text(TEXT * 10, "tan"), n_token=128, n_context=128, threads=1
+    )
     assert "is that of 4 experts per token, not of 2" in other.calibration
     assert [None] * 3 == [one.moved for one in other.layers]
 
@@ -177,16 +183,16 @@ def test_files_that_cannot_be_watched_say_why(moe: Path, tmp_path: Path) -> None
     """A dense file, a count that cannot run, a text that is too short."""
     dense = tiny_gguf.write_gguf(tmp_path / "dense.gguf", tiny_gguf.dense_weights())
     with pytest.raises(HarnessError, match="is dense, it has no experts"):
-        measure_expert_usage(dense, text=TEXT)
+        measure_expert_usage(dense, text=Text(TEXT, "tan"))
     with pytest.raises(HarnessError, match="there are only 8"):
-        measure_expert_usage(moe, used=9, text=TEXT)
+        measure_expert_usage(moe, used=9, text=Text(TEXT, "tan"))
     with pytest.raises(HarnessError, match="give a longer text"):
-        measure_expert_usage(moe, text="the man", n_context=CONTEXT, threads=1)
+        measure_expert_usage(moe, text=Text("the man", "man"), n_context=CONTEXT, threads=1)
 
 
 def test_the_whole_text_is_whole_windows(moe: Path) -> None:
     """n_token None runs every window the text fills."""
-    found = measure_expert_usage(moe, text=TEXT, n_token=None, n_context=CONTEXT, threads=1)
+    found = measure_expert_usage(moe, text=Text(TEXT, "tan"), n_token=None, n_context=CONTEXT, threads=1)
     assert len(run_in_child(_tokens, moe)) // CONTEXT * CONTEXT == found.n_token
 
 
@@ -216,7 +222,7 @@ def test_table_json_and_page_say_the_same(
 
 def test_with_all_experts_on_there_is_nothing_to_choose(moe: Path) -> None:
     """Every load is 1, nobody is dead or overloaded, and the map of pairs is left out."""
-    found = measure_expert_usage(moe, used=N, text=TEXT, n_token=CONTEXT, n_context=CONTEXT, threads=1)
+    found = measure_expert_usage(moe, used=N, text=Text(TEXT, "tan"), n_token=CONTEXT, n_context=CONTEXT, threads=1)
     assert {1.0} == {value for one in found.layers for value in one.load}
     assert [[], [], []] == [found.named(kind) for kind in ("always_on", "dead", "overloaded")]
     assert 2 == len(pictures(found))

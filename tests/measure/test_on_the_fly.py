@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from moe2gguf.cli import cli
 from moe2gguf.errors import PlanError
+from moe2gguf.experts.text import Text
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.measure.compare import CompareSettings, compare
 from moe2gguf.measure.on_the_fly import compare_types, plan_copies, write_copies
@@ -44,7 +45,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def settings() -> CompareSettings:
-    return CompareSettings(text=TEXT, n_token=CONTEXT // 2 - 1, n_context=CONTEXT, threads=1)
+    return CompareSettings(text=Text(TEXT, "tan"), n_token=CONTEXT // 2 - 1, n_context=CONTEXT, threads=1)
 
 
 def left(cache: Path) -> list[Path]:

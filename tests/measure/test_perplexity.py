@@ -9,6 +9,7 @@ import pytest
 from perplexity_cases import Case, smollm2, tiny
 from smollm2 import smollm2_folder
 
+from moe2gguf.experts.text import Text
 from moe2gguf.measure.compare import CompareSettings, compare
 from moe2gguf.measure.metrics import Summary
 
@@ -62,7 +63,11 @@ def ours(s: Summary) -> dict[str, tuple[float, float | None]]:
 
 def measured(case: Case, folder: Path) -> Summary:
     settings = CompareSettings(
-        text=case.text, n_token=case.n_token, n_context=case.n_context, threads=1, journal=folder / "journal"
+        text=Text(case.text, "case"),
+        n_token=case.n_token,
+        n_context=case.n_context,
+        threads=1,
+        journal=folder / "journal",
     )
     used = [] if case.n_expert_used is None else [case.n_expert_used]
     (row,) = compare([case.other], case.base, used=used, settings=settings).rows

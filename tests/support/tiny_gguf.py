@@ -92,6 +92,7 @@ def write_gguf(
     n_context: int = 512,
     texts: Mapping[int, str] | None = None,
     architecture: str = "llama",
+    strings: Mapping[str, str] | None = None,
 ) -> Path:
     """Write weights in numpy order as a complete file; `n_expert_used` defaults to all experts of a sliced file."""
     d_model = weights["token_embd.weight"].shape[1]
@@ -110,6 +111,8 @@ def write_gguf(
     if stack is not None:
         writer.add_expert_count(stack.shape[0])
         writer.add_expert_used_count(stack.shape[0] if n_expert_used is None else n_expert_used)
+    for name, value in (strings or {}).items():
+        writer.add_string(name, value)
     _add_vocabulary(writer, texts or {}, len(weights["token_embd.weight"]))
     for name, w in weights.items():
         keep_f32 = w.ndim == 1 or name.endswith("ffn_gate_inp.weight")
