@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 import cloup
@@ -11,39 +10,30 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
-from moe2gguf.cli.options import (
-    FILE,
-    emit,
-    json_option,
-)
+from moe2gguf.cli.options import emit, json_option
 
 
 @cloup.command()
 @cloup.argument("source", type=click.Path(exists=True, path_type=Path), help="A folder or a GGUF file with experts.")
 @cloup.argument("out", type=click.Path(path_type=Path), help="The folder or GGUF file to write.")
 @option_group(
-    "Experts whose weights depend on the input (healed, --amplify any or fitted)",
-    option("--text", type=FILE, help="Fit one factor per expert on this text, by least squares."),
-    option("-k", "--used", type=click.IntRange(1), help="At this count.  [default: what the folder says]"),
-    option("--tokens", "n_token", default=8192, show_default=True, type=click.IntRange(1024), help="Of the text."),
-)
-@option_group(
     "Output",
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
     json_option,
 )
-def densify(source: Path, out: Path, as_json: bool, **options: Any) -> None:
+def densify(source: Path, out: Path, force: bool, as_json: bool) -> None:
     """Write a model with experts as a dense one.
 
-    Slices fold back exactly; where the routers weigh experts by the input, one factor per expert is fitted.
+    All experts become one MLP, and the model computes what the experts compute together: of a sliced model, the dense
+    model it was made from. Refused where the weights of the experts depend on the input: healed, or sliced with
+    --amplify any or fitted.
 
     \b
     Example:
       moe2gguf densify half dense-again
-      moe2gguf densify healed dense-healed --text text.txt --used 8
       moe2gguf densify moe.gguf dense.gguf
     """
-    from moe2gguf.recipes.densify import densify as fold
+    from moe2gguf.recipes.densify import densify as write_dense
 
-    done = fold(source, out, progress=display.progress, **options)
+    done = write_dense(source, out, force=force, progress=display.progress)
     emit(done.to_dict(), as_json, lambda: tables_convert.densified(done))

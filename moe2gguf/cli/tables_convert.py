@@ -106,14 +106,8 @@ def _reused(done: Conversion | Quantization) -> str:
 
 
 def densified(done: Densified) -> None:
-    """One line, and what one MLP cannot reproduce."""
+    """One line: the output, and where the factors come from."""
     display.out().print(f"wrote {escape(str(done.path))}: dense; factors: {done.how}")
-    if done.errors:
-        worst = max(range(len(done.errors)), key=lambda i: done.errors[i])
-        mean = sum(done.errors) / len(done.errors)
-        display.out().print(
-            f"missed of the experts' output energy: {mean:.2%}, most in layer {worst}: {done.errors[worst]:.2%}"
-        )
 
 
 def folder(done: Conversion) -> None:

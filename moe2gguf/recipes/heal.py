@@ -19,7 +19,7 @@ from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import source_digest
 from moe2gguf.progress import Progress, silent
-from moe2gguf.recipes.healed_folder import Trained, write_healed
+from moe2gguf.recipes.hf_output import Trained, write_healed
 from moe2gguf.recipes.tensors_hf import expert_stacks
 from moe2gguf.recipes.write_folder import check_folder_target
 from moe2gguf.spec import MetadataValue

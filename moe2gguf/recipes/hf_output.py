@@ -1,11 +1,18 @@
-"""The recipe's other ending: a sliced model as a Hugging Face folder of the class `MixtralForCausalLM`."""
+"""What a Hugging Face folder of the class `MixtralForCausalLM` holds: a sliced model, or one whose experts were healed.
+
+The routing of the class is that of llama.cpp's graph: softmax over all experts, the k largest, renormalized
+(https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py).
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +22,50 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.gguf.writer import OutputTensor
-from moe2gguf.hf.companions import copy_companions
 from moe2gguf.hf.families import MIXTRAL_PER_EXPERT, MLPPlace, lay_out_tensors
-from moe2gguf.hf.folder import Checkpoint, open_checkpoint
-from moe2gguf.hf.json_file import read_json
+from moe2gguf.hf.folder import Checkpoint
+from moe2gguf.hf.json_file import read_bytes, read_json
 from moe2gguf.hf.paths import inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
+from moe2gguf.hf.write_config import hf_config
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.calibrate import calibrate_plan, require_own_calibration
 from moe2gguf.recipes.convert import Conversion
-from moe2gguf.recipes.mixtral import mixtral_card, mixtral_config
 from moe2gguf.recipes.plan import Plan
 from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, Maker, sliced_tensors
-from moe2gguf.recipes.write_folder import check_folder_target, replacing_folder, write_json, write_shards
-from moe2gguf.spec import Slicing
+from moe2gguf.recipes.write_folder import MARK, check_folder_target, to_json, write_hf_folder
+from moe2gguf.spec import Metadata, MetadataValue, Model, Slicing
+
+Array = NDArray[Any]
+MAX_CARD_BYTES = 4 << 20
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "initializer_range", "torch_dtype", "dtype")
+"""Keys of the source's config.json that are copied: the records of `moe2gguf.spec` do not have them."""
+
+FRONT_MATTER = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+}
+"""Key of a model card's front matter -> the `general.*` key of the metadata that it repeats."""
+
+LAYER_FIGURES = ("always_on", "always_on_rate", "energy_kept", "energy_oracle", "hit_rate", "refit_error")
+"""Columns of a card's table of layers; see `moe2gguf.experts.slice_layer.carve`."""
+
+CHANGED_BY = {"router": ("router",), "gate": ("experts", "lora"), "up": ("experts", "lora")}
+CHANGED_BY |= {"gate_up": CHANGED_BY["gate"], "down": ("down", "experts", "lora")}
+"""Role of an MLP's tensor -> the parts of `moe2gguf.experts.methods.TRAINED` that change it."""
+
+
+# --- a sliced model ---------------------------------------------------------------------------------------------------
 
 
 def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progress = silent) -> Conversion:
     """Write the sliced model that `plan` describes as the folder `out`; it appears only when it is complete.
 
     Tensors keep the type in which they are stored, or get that of `plan.options.type`; routers are float32. The
-    provenance stands in config.json under "moe2gguf". The finished folder is opened once more before it gets its name.
+    provenance stands in config.json under "moe2gguf".
 
     Raises:
         PlanError: what the class cannot hold: attention biases, a model that is not sliced here, block types.
@@ -44,27 +74,15 @@ def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progre
     found, checkpoint = folder_refusals(plan), plan.checkpoint
     if found or plan.slicing is None or not isinstance(checkpoint, Checkpoint):
         raise PlanError(found)
-    slicing, folder = plan.slicing, checkpoint.folder
-    check_folder_target(out, [folder], force=force)
+    check_folder_target(out, [checkpoint.folder], force=force)
     reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
-    digest, model = SourceDigest(), checkpoint.model
-    tensors = mixtral_tensors(plan, checkpoint, slicing, digest)
-    with replacing_folder(out) as partial:
-        with progress("write", sum(tensor.n_bytes for tensor in tensors)) as advance:
-            write_shards(partial, tensors, advance)
-        require_own_calibration(plan, digest)
-        provenance = {key: value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
-        if reports:
-            provenance[CALIBRATION_LOAD] = [share for report in reports for share in report["load"]]
-        provenance[SOURCE_DIGEST] = source = digest.hexdigest(checkpoint.tensors)
-        values = read_json(inside(folder, "config.json"))
-        write_json(partial / "config.json", mixtral_config(model, slicing, values, provenance))
-        (partial / "README.md").write_text(mixtral_card(plan.metadata, slicing, provenance, reports), "utf-8")
-        copy_companions(folder, partial)
-        open_checkpoint(partial)
+    digest = SourceDigest()
+    tensors = mixtral_tensors(plan, checkpoint, plan.slicing, digest)
+    make_texts = functools.partial(_describe_sliced, plan, checkpoint, plan.slicing, digest, reports)
+    write_hf_folder(out, tensors, checkpoint.folder, make_texts, progress=progress)
     if reports and not plan.saved:
         shutil.rmtree(work)
-    return Conversion(out, plan, source, reports)
+    return Conversion(out, plan, digest.hexdigest(checkpoint.tensors), reports)
 
 
 def folder_refusals(plan: Plan) -> list[str]:
@@ -102,33 +120,191 @@ def mixtral_tensors(
     for place in lay_out_tensors(checkpoint.model):
         if not isinstance(place, MLPPlace):
             rule, layer = place
-            tensors.append(_plain(checkpoint.tensors[rule.source.format(i=layer)], kind, digest))
+            tensors.append(_convert_tensor(checkpoint.tensors[rule.source.format(i=layer)], kind, digest))
             continue
         i = place.i
         router, *stacks = sliced_tensors(checkpoint, slicing, plan.experts, make, i)
         name = MIXTRAL_PER_EXPERT.tensors["router"][0].format(i=i)
         tensors.append(OutputTensor(name, router.shape, router.type, (), router.blocks))
         for role, stack in zip(("gate", "up", "down"), stacks, strict=True):
-            tensors += _experts(stack, MIXTRAL_PER_EXPERT.tensors[role][0], i, kind)
+            tensors += _split_stack(stack, MIXTRAL_PER_EXPERT.tensors[role][0], i, kind)
     return tuple(tensors)
 
 
-def _plain(source: StoredTensor, kind: TensorType | None, digest: SourceDigest) -> OutputTensor:
+def _convert_tensor(source: StoredTensor, kind: TensorType | None, digest: SourceDigest) -> OutputTensor:
     """A tensor as it is stored, or a matrix as `kind`."""
-    stored = types.of_dtype(DTYPES[source.dtype])
-    chosen = kind if kind is not None and len(source.shape) > 1 else stored
-    return OutputTensor(source.name, source.shape, chosen, (source.name,), lambda: digest.blocks(source, BLOCK_BYTES))
+    chosen = kind if kind is not None and len(source.shape) > 1 else types.of_dtype(DTYPES[source.dtype])
+    blocks = functools.partial(digest.blocks, source, BLOCK_BYTES)
+    return OutputTensor(source.name, source.shape, chosen, (source.name,), blocks)
 
 
-def _experts(stack: OutputTensor, name: str, i: int, kind: TensorType | None) -> Iterator[OutputTensor]:
-    """The experts of a stack one by one; it is made once, when the first of them is asked for."""
-    made: dict[int, NDArray[np.generic]] = {}
-
-    def piece(e: int) -> Iterator[NDArray[np.generic]]:
-        if e not in made:
-            made.update(enumerate(stack.blocks()))
-        yield made.pop(e)
-
+def _split_stack(stack: OutputTensor, name: str, i: int, kind: TensorType | None) -> Iterator[OutputTensor]:
+    """The experts of a stack one by one."""
+    experts = _Experts(stack)
     for e in range(stack.shape[0]):
         chosen = stack.type if kind is None else kind
-        yield OutputTensor(name.format(i=i, e=e), stack.shape[1:], chosen, stack.sources, functools.partial(piece, e))
+        blocks = functools.partial(experts.take, e)
+        yield OutputTensor(name.format(i=i, e=e), stack.shape[1:], chosen, stack.sources, blocks)
+
+
+class _Experts:
+    """The experts of a stack: all are made when the first is asked for, and each is let go when it is taken."""
+
+    def __init__(self, stack: OutputTensor) -> None:
+        self._stack = stack
+        self._made: dict[int, Array] = {}
+
+    def take(self, e: int) -> Iterator[Array]:
+        if e not in self._made:
+            self._made.update(enumerate(self._stack.blocks()))
+        yield self._made.pop(e)
+
+
+def _describe_sliced(
+    plan: Plan, checkpoint: Checkpoint, slicing: Slicing, digest: SourceDigest, reports: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """config.json and the model card, when all tensors have been read.
+
+    Raises:
+        CalibrationError: a loaded calibration is of another model, as its digest tells now.
+    """
+    require_own_calibration(plan, digest)
+    provenance = {key: value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
+    if reports:
+        provenance[CALIBRATION_LOAD] = [share for report in reports for share in report["load"]]
+    provenance[SOURCE_DIGEST] = digest.hexdigest(checkpoint.tensors)
+    n, k = slicing.n_expert, slicing.n_expert_used
+    sliced = replace(checkpoint.model, d_ff=slicing.d_expert, n_expert=n, n_expert_used=k)
+    return {
+        "config.json": make_config(checkpoint, sliced, provenance),
+        "README.md": sliced_card(plan.metadata, slicing, provenance, reports),
+    }
+
+
+def make_config(checkpoint: Checkpoint, model: Model, provenance: Metadata) -> str:
+    """config.json of `model`, which was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
+    source = read_json(inside(checkpoint.folder, "config.json"))
+    kept = {key: source[key] for key in KEPT if source.get(key) is not None}
+    return to_json({**hf_config(model), **kept, MARK: dict(provenance)})
+
+
+def sliced_card(
+    metadata: Metadata, slicing: Slicing, provenance: Metadata, reports: Sequence[Mapping[str, Any]]
+) -> str:
+    """README.md: what the model is, how it was made, what calibration found. `metadata` has the `general.*` keys."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {key: value for key, source in FRONT_MATTER.items() if (value := metadata.get(f"general.{source}"))}
+    front["tags"] = ["moe2gguf", "mixtral", "moe"]
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [
+        f"# {metadata.get('general.name', 'A sliced model')}",
+        "",
+        f"Every MLP of the dense model is cut into {slicing.n_expert} experts, of which {slicing.n_expert_used} run "
+        "per token. The weights are those of the dense model but for the down projections, which carry the experts' "
+        "amplification, and the routers. `moe2gguf convert` makes a GGUF file of this folder.",
+        "",
+        *_provenance_table("how it was made", "moe2gguf.", provenance),
+    ]
+    if reports:
+        lines += ["", *_layer_table(reports)]
+    return "\n".join(lines) + "\n"
+
+
+def _provenance_table(title: str, prefix: str, provenance: Metadata) -> list[str]:
+    """A Markdown table of keys, without their prefix, and values."""
+    return [f"| {title} | |", "|---|---|", *(f"| {k.removeprefix(prefix)} | {v} |" for k, v in provenance.items())]
+
+
+def _layer_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A Markdown table of what calibration found, one row per layer."""
+    present = [figure for figure in LAYER_FIGURES if any(figure in report for report in reports)]
+    rows = [
+        f"| {i} | " + " | ".join(f"{report[f]:.3f}" if f in report else "" for f in present) + " |"
+        for i, report in enumerate(reports)
+    ]
+    head = "| layer | " + " | ".join(figure.replace("_", " ") for figure in present) + " |"
+    return [head, "|--:|" + "--:|" * len(present), *rows]
+
+
+# --- a healed model ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`layer(i)` has float32 arrays router, gate, up, down, experts stacked; `train` names the parts that changed.
+
+    `others` has tensors outside of the MLPs that changed, float32, by their names.
+    """
+
+    layer: Callable[[int], Any]
+    train: Sequence[str]
+    others: Mapping[str, Array] = field(default_factory=dict)
+
+    def changes(self, role: str) -> bool:
+        """Whether tensors of that role differ from the source's."""
+        return any(part in self.train for part in CHANGED_BY[role])
+
+
+def write_healed(
+    source: Checkpoint,
+    trained: Trained,
+    out: Path,
+    provenance: Mapping[str, MetadataValue],
+    log: Sequence[Mapping[str, Any]],
+    *,
+    progress: Progress = silent,
+) -> None:
+    """Write the folder `out`: `source` with the trained layers, each tensor in the type it had; log and card beside.
+
+    Raises:
+        OutputError, CorruptWeightError: as in `moe2gguf.recipes.convert.convert`.
+    """
+    config = read_json(inside(source.folder, "config.json"))
+    texts = {
+        "config.json": to_json({**config, MARK: {**source.provenance, **provenance}}),
+        "README.md": healed_card(source.folder, provenance, log),
+        "heal.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+    }
+    write_hf_folder(out, healed_tensors(source, trained), source.folder, lambda: texts, progress=progress)
+
+
+def healed_tensors(source: Checkpoint, trained: Trained) -> list[OutputTensor]:
+    """Every tensor under its old name: copied bit for bit, or taken from the trained layer when asked for."""
+    read_layer = functools.lru_cache(maxsize=1)(trained.layer)
+    changed: dict[str, Callable[[], Iterator[Array]]] = {
+        name: functools.partial(iter, (array,)) for name, array in trained.others.items()
+    }
+    for role, (name, _) in source.mlp.tensors.items():
+        if trained.changes(role):
+            for i in range(source.model.n_layer):
+                for e in range(source.model.n_expert) if "{e}" in name else (None,):
+                    changed[name.format(i=i, e=e)] = functools.partial(_read_trained, read_layer, role, i, e)
+    copied = [copy_tensor(tensor) for tensor in source.tensors.values()]
+    return [replace(tensor, blocks=changed.get(tensor.name, tensor.blocks)) for tensor in copied]
+
+
+def _read_trained(read_layer: Callable[[int], Any], role: str, i: int, e: int | None) -> Iterator[Array]:
+    """Layer `i`'s tensor of a role, or expert `e` of it."""
+    layer = read_layer(i)
+    array = np.concatenate([layer.gate, layer.up], 1) if role == "gate_up" else getattr(layer, role)
+    yield array if e is None else array[e]
+
+
+def copy_tensor(source: StoredTensor) -> OutputTensor:
+    """A tensor as it is stored."""
+    kind = types.of_dtype(DTYPES[source.dtype])
+    blocks = functools.partial(source.blocks, BLOCK_BYTES)
+    return OutputTensor(source.name, source.shape, kind, (source.name,), blocks)
+
+
+def healed_card(folder: Path, provenance: Metadata, log: Sequence[Mapping[str, Any]]) -> str:
+    """The source's model card, and below it how the model was healed and what the held-out text says."""
+    path = inside(folder, "README.md")
+    before = read_bytes(path, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace") if path.is_file() else ""
+    lines = ["", "## Healed", "", *_provenance_table("how", "moe2gguf.heal.", provenance)]
+    if scores := [line for line in log if line["stage"] == "evaluation"]:
+        counts = list(scores[0]["kl"])
+        lines += ["", "Held-out KL divergence from the dense model, nats per token:", ""]
+        lines += ["| step | " + " | ".join(f"k = {k}" for k in counts) + " |", "|--:|" + "--:|" * len(counts)]
+        lines += [f"| {s['step']} | " + " | ".join(f"{s['kl'][k]:.4f}" for k in counts) + " |" for s in scores]
+    return before + "\n".join(lines) + "\n"

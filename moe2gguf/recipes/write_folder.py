@@ -1,7 +1,6 @@
-"""A Hugging Face folder on disk: safetensors shards and small files, written beside its final name, then renamed.
+"""Write a Hugging Face folder: safetensors shards and small files, beside its final name, then renamed.
 
-Nothing ever stands under the final name that is not complete: a crash leaves at most `NAME.partial`, which the next
-run replaces.
+A folder under the final name is always complete: a crash leaves at most `NAME.partial`, which the next run replaces.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.hf.companions import copy_companions
+from moe2gguf.hf.folder import open_checkpoint
+from moe2gguf.progress import Progress, silent
 
 SHARD_BYTES = 1 << 30
 """The size above which a shard is closed: as much of the model is in memory at once."""
@@ -41,7 +43,7 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
             raise OutputError(f"{out}: is the model itself; choose another name")
         if not force:
             raise OutputError(f"{out}: exists; choose another name, or replace it with --force")
-        if out.is_symlink() or not _ours(out):
+        if out.is_symlink() or not _is_ours(out):
             raise OutputError(f"{out}: exists and was not written by moe2gguf; choose another name")
     if not out.parent.is_dir():
         raise OutputError(f"{out.parent}: no such folder; create it first")
@@ -49,7 +51,7 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
         raise OutputError(f"{out.parent}: not writable; choose another folder")
 
 
-def _ours(folder: Path) -> bool:
+def _is_ours(folder: Path) -> bool:
     """Whether config.json of `folder` has our mark."""
     try:
         values = json.loads((folder / "config.json").read_text("utf-8"))
@@ -58,8 +60,38 @@ def _ours(folder: Path) -> bool:
     return isinstance(values, dict) and MARK in values
 
 
+def write_hf_folder(
+    out: Path,
+    tensors: Sequence[OutputTensor],
+    source: Path,
+    make_texts: Callable[[], Mapping[str, str]],
+    *,
+    progress: Progress = silent,
+) -> None:
+    """Write the folder `out`, which gets its name when it is complete and has been opened as a checkpoint.
+
+    Args:
+        tensors: what the shards hold, in order.
+        source: the folder whose tokenizer files, generation settings and licence are copied.
+        make_texts: gives the content of config.json and of other text files by name. It is called when the tensors are
+            written, since their provenance may name a digest of what was read for them.
+
+    Raises:
+        OutputError: a disk error; what stood at `out` is still there.
+        CorruptWeightError: a value is NaN, infinite, or too large for its type.
+        CheckpointError: a source cannot be read, or a link leads out of its folder.
+    """
+    with _replace_folder(out) as partial:
+        with progress("write", sum(tensor.n_bytes for tensor in tensors)) as advance:
+            write_shards(partial, tensors, advance)
+        for name, text in make_texts().items():
+            (partial / name).write_text(text, "utf-8")
+        copy_companions(source, partial)
+        open_checkpoint(partial)
+
+
 @contextlib.contextmanager
-def replacing_folder(out: Path) -> Iterator[Path]:
+def _replace_folder(out: Path) -> Iterator[Path]:
     """An empty `OUT.partial`; it gets the final name if the block succeeds, and is removed if it does not.
 
     Raises:
@@ -109,24 +141,24 @@ def write_shards(
     Raises:
         CorruptWeightError: a value is NaN, infinite, or too large for its type.
     """
-    shards = _shards(tensors, shard_bytes)
+    shards = _cut_into_shards(tensors, shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         many = len(shards) > 1
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
         arrays = {}
         for tensor in shard:
-            arrays[tensor.name] = _array(tensor)
+            arrays[tensor.name] = _read_whole(tensor)
             weight_map[tensor.name] = name
             advance(tensor.n_bytes)
         save_file(arrays, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(tensor.n_bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        (folder / "model.safetensors.index.json").write_text(to_json(index), "utf-8")
 
 
-def _shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
+def _cut_into_shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
     """The tensors in order, cut where a shard would grow above `shard_bytes`."""
     shards: list[list[OutputTensor]] = [[]]
     size = 0
@@ -139,12 +171,12 @@ def _shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[Outp
     return shards
 
 
-def _array(tensor: OutputTensor) -> NDArray[np.generic]:
+def _read_whole(tensor: OutputTensor) -> NDArray[np.generic]:
     """The whole tensor in its own type."""
     data = b"".join(bytes(types.encode(block, tensor.type, tensor.name)) for block in tensor.blocks())
     return np.frombuffer(data, types.FLOATS[tensor.type]).reshape(tensor.shape)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object, indented, keys as they come."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def to_json(values: Mapping[str, Any]) -> str:
+    """A JSON object as text, indented, keys as they come."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

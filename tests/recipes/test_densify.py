@@ -1,4 +1,4 @@
-"""moe2gguf.recipes.densify: slices fold back to the model they came from, other experts as well as one MLP can."""
+"""moe2gguf.recipes.densify: slices fold back to the model they came from, other experts are refused."""
 
 import checkpoints
 import gguf
@@ -11,12 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, TypeOptions, convert, plan_conversion, quantize
 from moe2gguf.cli import cli
-from moe2gguf.errors import PlanError
-from moe2gguf.experts.fold import factors
-from moe2gguf.experts.heal.moe_layer import Layer, Stored
-from moe2gguf.experts.text import read_text
+from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.recipes import source
-from moe2gguf.recipes.densify import densify, joined
+from moe2gguf.recipes.densify import densify, join_experts
 from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
@@ -48,7 +45,7 @@ def test_two_experts_by_hand():
     gate = np.array([[[1.0], [2.0]], [[3.0], [0.0]]], np.float32)  # (2, 2, 1)
     down = np.array([[[10.0, 20.0]], [[30.0, 0.0]]], np.float32)  # (2, 1, 2)
 
-    one = joined(gate, gate * 5, down, np.array([0.5, 0.5], np.float32), 3)
+    one = join_experts(gate, gate * 5, down, 0.5, 3)
 
     assert [[1.0], [2.0], [3.0]] == one["gate"].tolist()
     assert [[5.0], [10.0], [15.0]] == one["up"].tolist()
@@ -139,46 +136,16 @@ def test_quantized_experts_become_numbers(dense, tmp_path):
     assert np.abs(found.data - original).max() <= np.abs(original).max() / 127
 
 
-def test_factors_are_those_of_lstsq():
-    """Two experts and a real softmax router, against numpy's solver on the stacked outputs."""
-    rng = np.random.default_rng(0)
-    stored = Stored(*(rng.normal(size=s).astype(np.float32) for s in ((2, 6), (2, 5, 6), (2, 5, 6), (2, 6, 5))))
-    layer, x = Layer(stored, 1.0), torch.from_numpy(rng.normal(size=(400, 6)).astype(np.float32))
-
-    with torch.no_grad():
-        folded, y = factors(layer, x, 2)
-
-    def expert(e):
-        gate, up = x.numpy() @ stored.gate[e].T, x.numpy() @ stored.up[e].T
-        return (gate / (1 + np.exp(-gate)) * up) @ stored.down[e].T
-
-    columns = np.stack([expert(e).ravel() for e in (0, 1)], 1)
-    expected, left, *_ = np.linalg.lstsq(columns, y.numpy().ravel(), rcond=None)
-    assert np.allclose(expected, folded.factors, atol=1e-3)
-    assert float(left[0] / (y.numpy() ** 2).sum()) == pytest.approx(folded.error, abs=1e-3)
-
-
-def test_routers_with_a_say_need_a_text(dense, tmp_path):
-    """`--amplify any`: refused without a text, for a file in any case; with one, close to the sparse model at k = n."""
+def test_experts_weighed_by_the_input_are_refused(dense, tmp_path):
+    """`--amplify any`: no dense model computes the same, so a folder and a file are refused with the way out."""
     options = Options(experts=4, used=2, amplify="any", **ROUTED)
     folder = sliced(dense, tmp_path / "sliced", options)
     convert(folder, tmp_path / "sliced.gguf")
-    text = tmp_path / "text.txt"
-    text.write_text(read_text(None).text[:30000])
 
-    with pytest.raises(PlanError, match="--text"):
-        densify(folder, tmp_path / "back")
-    with pytest.raises(PlanError, match="Hugging Face folder"):
-        densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
-    done = densify(folder, tmp_path / "back", text=text, used=4, n_token=2048)
-
-    assert "least squares" == done.how
-    assert 3 == len(done.errors)
-    assert all(error < 0.1 for error in done.errors)
-    dense_logits, back = (checkpoints.torch_logits(path, TOKENS) for path in (dense, tmp_path / "back"))
-    assert np.corrcoef(dense_logits.ravel(), back.ravel())[0, 1] > 0.95
-    with pytest.raises(PlanError, match="--used 9"):
-        densify(folder, tmp_path / "other", text=text, used=9)
+    for model in (folder, tmp_path / "sliced.gguf"):
+        with pytest.raises(PlanError, match=r"do not add up to one MLP .*; use the dense model it was made from"):
+            densify(model, tmp_path / "back")
+    assert ["sliced", "sliced.gguf"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypatch):
@@ -187,8 +154,31 @@ def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypat
     monkeypatch.setattr(source, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
     convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
 
-    with pytest.raises(PlanError, match=r"one neuron of every layer became a bias "):
+    with pytest.raises(PlanError, match="a bias neuron"):
         densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
+
+
+def test_even_experts_of_another_program_fold_back(dense, tmp_path):
+    """Zero routers and no metadata of ours: each expert counts 1/n, and transformers computes the same."""
+    folder = sliced(dense, tmp_path / "sliced", Options(experts=4, recipe="seed"))
+    checkpoints.rewrite_config(folder, moe2gguf={"moe2gguf.slicing.expert_count": 4})
+
+    assert "even" == densify(folder, tmp_path / "back").how
+
+    found, expected = (checkpoints.torch_logits(path, TOKENS) for path in (tmp_path / "back", folder))
+    assert np.abs(found - expected).max() < 1e-3
+
+
+def test_a_file_without_a_projection_is_refused(dense, tmp_path):
+    """A tensor that the metadata promises is missing: named before anything is written."""
+    convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
+    data = (tmp_path / "sliced.gguf").read_bytes().replace(b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_op_exps.weight")
+    (tmp_path / "sliced.gguf").write_bytes(data)
+
+    with pytest.raises(GGUFError, match=r"1 tensors are missing: blk\.1\.ffn_up_exps\.weight"):
+        densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
+
+    assert not (tmp_path / "back.gguf").exists()
 
 
 def test_a_dense_model_is_refused(dense, tmp_path):
