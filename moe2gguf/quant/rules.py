@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
@@ -198,7 +197,7 @@ def read_type_rules(path: Path) -> list[tuple[str, str]]:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
             raise PlanError([f"{path}: a file of rules of more than {MAX_FILE} bytes"])
-        content = _parse(path, data.decode())
+        content = tomllib.loads(data.decode()) if path.suffix.lower() == ".toml" else json.loads(data)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, TOML or JSON
         raise PlanError([f"{path}: cannot be read as type rules ({error})"]) from error
     rules = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
@@ -208,13 +207,3 @@ def read_type_rules(path: Path) -> list[tuple[str, str]]:
     ):
         raise PlanError([f'{path}: must hold "rules", a list of tables with "pattern" and "type", and nothing else'])
     return [(rule["pattern"], rule["type"]) for rule in rules]
-
-
-def _parse(path: Path, text: str) -> Any:
-    if path.suffix.lower() != ".toml":
-        return json.loads(text)
-    if sys.version_info < (3, 11):
-        raise ValueError("TOML needs Python 3.11; write the rules as JSON")
-    import tomllib
-
-    return tomllib.loads(text)
