@@ -113,7 +113,7 @@ EXACT = Method()
 """Contiguous slices, a zero router: exactly the dense model with all experts on."""
 
 SPARSE = Method("routed", None, "least-squares", refit=True, amplify="used")
-"""For fewer experts than all: what measured best (docs/experts.md)."""
+"""For fewer experts than all: what measured best (docs/log/experts.md)."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from moe2gguf.experts.hidden_states import Rows, chunks
 from moe2gguf.experts.mlp import MLP
 
 ROUNDS = 2
-"""The first brings most of it, a third next to nothing (docs/experts.md)."""
+"""The first brings most of it, a third next to nothing (docs/log/experts.md)."""
 
 TOKENS = 8192
-"""At least so many, spread over the text, are looked at: enough (docs/experts.md)."""
+"""At least so many, spread over the text, are looked at: enough (docs/log/experts.md)."""
 
 
 def regrouped(mlp: MLP, x: Rows, groups: Groups, router: Tensor, n_shared: int, k: int, pinned: Tensor) -> Groups:
