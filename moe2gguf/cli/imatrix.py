@@ -10,7 +10,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.options import FILE, emit, json_option, llama_threads_option
+from moe2gguf.cli.options import FILE, emit, json_option, llama_threads_option, resume_option
 
 
 class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
@@ -48,7 +48,7 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
 )
 @option_group(
     "Output",
-    option("--fresh", is_flag=True, help="Begin again instead of going on with OUT.work."),
+    resume_option,
     option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
     llama_threads_option,
     json_option,

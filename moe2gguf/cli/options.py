@@ -50,7 +50,7 @@ json_option = option("--json", "as_json", is_flag=True, help="Print the result a
 resume_option = option(
     "--resume/--no-resume",
     default=True,
-    help="Go on where the same command was stopped (OUT.partial of other options is refused), or start anew.  "
+    help="Continue a stopped run of the same command (unfinished work of another is refused), or start anew.  "
     "[default: resume]",
 )
 shard_size_option = option(

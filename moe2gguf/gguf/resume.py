@@ -172,14 +172,24 @@ class Job:
         """Make the file or folder `name` of the job as a finished piece: the block writes to the path that it gets.
 
         It is flushed to the disk, renamed and recorded. The path keeps the ending of `name`.
+
+        Raises:
+            OutputError: the disk has an error or no room.
         """
         target = self.folder / name
         unfinished = target.with_name(f"unfinished-{target.name}")
         discard(unfinished)
-        yield unfinished
-        checksum = checksum_path(unfinished, flush=True)
-        discard(target)
-        unfinished.replace(target)
+        try:
+            yield unfinished
+            checksum = checksum_path(unfinished, flush=True)
+            discard(target)
+            unfinished.replace(target)
+        except OSError as error:
+            discard(unfinished)
+            raise OutputError(
+                f"{target}: cannot be written ({error.strerror or error}); make room, then repeat the command: it goes "
+                "on with what is finished"
+            ) from error
         self._journal.record(name, Piece(checksum, facts or {}), durable=True)
 
     def holds(self, name: str) -> bool:
@@ -196,6 +206,11 @@ class Job:
         """Remove a file or folder that is no longer needed."""
         self._journal.pieces.pop(name, None)
         discard(self.folder / name)
+
+    def drop_others(self, pattern: str, kept: str) -> None:
+        """Remove the files and folders that match the regular expression, except one."""
+        for name in [name for name in self._journal.pieces if re.fullmatch(pattern, name) and name != kept]:
+            self.drop(name)
 
     def remove(self) -> None:
         """The job is complete, or given up: remove the folder."""
@@ -219,6 +234,8 @@ class Job:
                         ]
                     )
                 )
+            for left in self.folder.glob("unfinished-*"):
+                discard(left)
             return journal
         for left in self.folder.iterdir():
             discard(left)

@@ -7,12 +7,9 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/imatrix/imatrix.cpp#L
 
 from __future__ import annotations
 
-import json
-import os
 import time
-import zipfile
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +17,12 @@ import numpy as np
 
 from moe2gguf.errors import HarnessError, ImportanceError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
+from moe2gguf.gguf.resume import Job, describe
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.writer import check_target
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.machine import package_version
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.watch_inputs import Sums, Watcher
 from moe2gguf.measure.grid import digest_identity
@@ -31,6 +30,37 @@ from moe2gguf.measure.logits import Windows, cut_windows
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, merge, read_imatrix, write_imatrix
 from moe2gguf.quant.imatrix_match import FEW
+
+SAVE_EVERY = 20.0
+"""Seconds of work that a sudden end may cost."""
+
+BATCH = 256
+
+_SAVED = r"sums-\d+\.npz"
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """What of a text is collected.
+
+    n_token         how much of it, rounded down to whole windows; None: all
+    n_context       tokens of a window
+    n_expert_used   None: the file's own count; "all": every expert
+    vocabulary      also the inputs of the output matrix
+    """
+
+    n_token: int | None
+    n_context: int
+    n_expert_used: int | Literal["all"] | None = None
+    vocabulary: bool = False
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The sums over the first `n_window` windows of a text."""
+
+    sums: Sums = field(default_factory=Sums)
+    n_window: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +123,7 @@ def collect_imatrix(
     n_expert_used: int | Literal["all"] | None = None,
     vocabulary: bool = False,
     merged: Sequence[Path] = (),
-    fresh: bool = False,
+    resume: bool = True,
     force: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
@@ -109,7 +139,7 @@ def collect_imatrix(
         n_expert_used: experts per token (None: what the file says).
         vocabulary: also the inputs of the output matrix, which llama.cpp's tool leaves out.
         merged: importance matrices of the same model.
-        fresh: begin again where an `OUT.work` of another job would be refused.
+        resume: continue an unfinished collection of the same job, and refuse one of another; False replaces either.
         force: replace `out` if it exists.
         threads: llama.cpp's (None: one per core).
         progress: receives a stage ("collect") and the tokens done.
@@ -118,44 +148,98 @@ def collect_imatrix(
         ImportanceError: a matrix to merge is broken or of another model, or there is nothing to do.
         CalibrationError: the text cannot be read.
         HarnessError: llama.cpp is missing or cannot run the file, or the text is too short.
-        OutputError: `out` cannot be written, or must not be replaced.
+        OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
     if text is None and not merged:
         raise ImportanceError("nothing to collect from: give --text, or --merge matrices")
     check_target(out, [model, *merged], force=force)
-    others = [read_imatrix(path) for path in merged]
-    work = out.with_name(out.name + ".work")
-    if fresh:
-        work.unlink(missing_ok=True)
-    collected, parts = None, others
-    if text is not None:
-        words = read_text(text, bytes_to_read(n_token and n_token + n_context))
-        job = CollectionKey(
-            digest_identity(read_model(model)), words.digest, n_token, n_context, n_expert_used, vocabulary
-        )
-        collected = _run(model, words, job, work, threads, progress)
-        parts = [_matrix(collected, words, n_context), *others]
+    parts = [read_imatrix(path) for path in merged]
+    if text is None:
+        matrix = _write_sum(parts, model, out, merged, n_context, force)
+        return Collection(out, matrix, 0, 0, len(merged), find_scarce_experts(matrix))
+    words = read_text(text, bytes_to_read(n_token and n_token + n_context))
+    settings = CollectionSettings(n_token, n_context, n_expert_used, vocabulary)
+    with Job(out.with_name(out.name + ".work"), _describe(model, words, settings), resume=resume) as job:
+        before = _load(job)
+        collected = _collect_and_save(model, words, settings, before, job, threads, progress)
+        matrix = _write_sum([_matrix(collected, words, n_context), *parts], model, out, merged, n_context, force)
+        job.remove()
+    done, resumed = collected.n_window * n_context, before.n_window * n_context
+    return Collection(out, matrix, done, resumed, len(merged), find_scarce_experts(matrix))
+
+
+def _write_sum(
+    parts: Sequence[ImportanceMatrix], model: Path, out: Path, merged: Sequence[Path], n_context: int, force: bool
+) -> ImportanceMatrix:
     matrix = merge(parts, n_context)
     _require_this_model(matrix, model)
     write_imatrix(matrix, out, [model, *merged], force=force)
-    work.unlink(missing_ok=True)
-    done, resumed = (collected.n_window, collected.n_resumed) if collected else (0, 0)
-    return Collection(out, matrix, done * n_context, resumed * n_context, len(others), find_scarce_experts(matrix))
+    return matrix
 
 
-def _run(model: Path, text: Text, job: CollectionKey, work: Path, threads: int | None, progress: Progress) -> Collected:
-    stream = collect_sums(model, text.text, job, work, threads=threads)
-    done, total = next(stream)
-    with progress("collect", total * job.n_context) as advance:
-        advance(done * job.n_context)
+def _describe(model: Path, text: Text, settings: CollectionSettings) -> dict[str, str]:
+    """The manifest: everything that decides the sums, the options by their names on the command line."""
+    options = {
+        "--tokens": settings.n_token,
+        "--context": settings.n_context,
+        "--used": settings.n_expert_used,
+        "--output-matrix": settings.vocabulary,
+    }
+    return {
+        "command": "imatrix",
+        "model": digest_identity(read_model(model)),
+        "text": text.digest,
+        **{name: describe(value) for name, value in options.items()},
+        "llama.cpp": package_version("llama-cpp-python"),
+    }
+
+
+def _collect_and_save(
+    model: Path,
+    text: Text,
+    settings: CollectionSettings,
+    before: Collected,
+    job: Job,
+    threads: int | None,
+    progress: Progress,
+) -> Collected:
+    """Go on after the windows of `before`; the job gets what is done so far every `SAVE_EVERY` seconds."""
+    stream = collect_sums(model, text.text, settings, before, threads=threads)
+    done, n_window, _ = next(stream)
+    with progress("collect", n_window * settings.n_context) as advance:
+        advance(done * settings.n_context)
         while True:
             try:
-                now, _ = next(stream)
+                now, _, sums = next(stream)
             except StopIteration as end:
                 found: Collected = end.value
                 return found
-            advance((now - done) * job.n_context)
+            if sums is not None:
+                _save(job, Collected(sums, now))
+            advance((now - done) * settings.n_context)
             done = now
+
+
+def _save(job: Job, collected: Collected) -> None:
+    arrays: dict[str, Any] = {f"squares/{name}": value for name, value in collected.sums.squares.items()}
+    arrays |= {f"counts/{name}": value for name, value in collected.sums.counts.items()}
+    name = f"sums-{collected.n_window}.npz"
+    with job.save(name) as path:
+        np.savez(path, n_window=np.array(collected.n_window), **arrays)
+    job.drop_others(_SAVED, name)
+
+
+def _load(job: Job) -> Collected:
+    """What the job has saved, or nothing."""
+    name = job.last(_SAVED)
+    if name is None:
+        return Collected()
+    with np.load(job.folder / name, allow_pickle=False) as file:
+        squares, counts = (
+            {name.removeprefix(kind): file[name] for name in file.files if name.startswith(kind)}
+            for kind in ("squares/", "counts/")
+        )
+        return Collected(Sums(squares, counts), int(file["n_window"]))
 
 
 def _matrix(collected: Collected, text: Text, n_context: int) -> ImportanceMatrix:
@@ -191,136 +275,47 @@ def find_scarce_experts(matrix: ImportanceMatrix) -> tuple[Coverage, ...]:
     )
 
 
-SAVE_EVERY = 20.0
-"""Seconds of work that a sudden end may cost."""
-
-BATCH = 256
-
-
-@dataclass(frozen=True)
-class CollectionKey:
-    """What is collected; two jobs are the same work if all fields are equal.
-
-    model           identity of the file
-    text            SHA-256 of the text
-    n_token         how much of it, rounded down to whole windows; None: all
-    n_context       tokens of a window
-    n_expert_used   None: the file's own count; "all": every expert
-    vocabulary      also the inputs of the output matrix
-    """
-
-    model: str
-    text: str
-    n_token: int | None
-    n_context: int
-    n_expert_used: int | Literal["all"] | None = None
-    vocabulary: bool = False
-
-
-@dataclass(frozen=True)
-class Collected:
-    """The sums over `n_window` windows, of which `n_resumed` had been done before; experts used per token."""
-
-    sums: Sums
-    n_window: int
-    n_resumed: int
-    n_expert_used: int
-
-
 def collect_sums(
-    path: Path, text: str, job: CollectionKey, work: Path, *, threads: int | None = None
-) -> Generator[tuple[int, int], None, Collected]:
-    """Run `text` through the file in a child process; yields (windows done, windows in all); returns the sums.
+    path: Path, text: str, settings: CollectionSettings, before: Collected, *, threads: int | None = None
+) -> Generator[tuple[int, int, Sums | None], None, Collected]:
+    """Run `text` through the file in a child process and add to what there is `before`; returns all sums.
 
-    What is done is kept in `work` every `SAVE_EVERY` seconds, and a `work` of the same job is continued; the result is
-    the same to the bit. The caller removes it.
+    Yields (windows done, windows in all, None), and every `SAVE_EVERY` seconds the sums so far in the place of None.
+    What is continued has the same sums to the bit as what was not stopped.
 
     Raises:
-        HarnessError: llama.cpp cannot run the file, the text is too short, activations are not finite, or `work` is of
-            another job (the difference is named).
+        HarnessError: llama.cpp cannot run the file, the text is too short, or activations are not finite.
     """
-    stream = stream_from_child(_collect, path, text, job, work, threads, what=f"running {path}")
-    collected: Collected = yield from stream
+    arguments = path, text, settings, before, threads, SAVE_EVERY
+    collected: Collected = yield from stream_from_child(_collect, *arguments, what=f"running {path}")
     return collected
 
 
 def _collect(
-    path: Path, text: str, job: CollectionKey, work: Path, threads: int | None
-) -> Generator[tuple[int, int], None, Collected]:
-    done, sums = _resume(job, work)
-    n_batch = min(BATCH, job.n_context)
-    setup = Setup(n_expert_used=job.n_expert_used, n_context=0, n_batch=n_batch, n_threads=threads)
+    path: Path, text: str, settings: CollectionSettings, before: Collected, threads: int | None, save_every: float
+) -> Generator[tuple[int, int, Sums | None], None, Collected]:
+    sums, n_context = before.sums, settings.n_context
+    setup = Setup(n_expert_used=settings.n_expert_used, n_context=0, n_batch=min(BATCH, n_context), n_threads=threads)
     with open_model(path, setup) as model:
-        watcher = Watcher(model.lib, sums, vocabulary=job.vocabulary)
-        model.start(job.n_context, watcher.callback)
-        windows = _windows(model, text, job)
-        n_resumed, saved = done, time.monotonic()
-        yield done, len(windows.tokens)
-        for window in windows.tokens[done:]:
+        watcher = Watcher(model.lib, sums, vocabulary=settings.vocabulary)
+        model.start(n_context, watcher.callback)
+        windows = _cut_text(model, text, settings)
+        n_window, saved = len(windows.tokens), time.monotonic()
+        yield before.n_window, n_window, None
+        for done, window in enumerate(windows.tokens[before.n_window :], before.n_window + 1):
             for _ in model.blocks(window):
                 watcher.finish()
-            done += 1
-            if time.monotonic() - saved >= SAVE_EVERY and done < len(windows.tokens):
-                _save(job, work, done, sums)
+            is_due = time.monotonic() - saved >= save_every and done < n_window
+            yield done, n_window, sums if is_due else None
+            if is_due:
                 saved = time.monotonic()
-            yield done, len(windows.tokens)
-        return Collected(sums, done, n_resumed, model.n_expert_used)
+        return Collected(sums, n_window)
 
 
-def _windows(model: Llama, text: str, job: CollectionKey) -> Windows:
-    tokens, n = model.tokenize(text), job.n_context
+def _cut_text(model: Llama, text: str, settings: CollectionSettings) -> Windows:
+    tokens, n = model.tokenize(text), settings.n_context
     available = len(tokens) // n
     if not available:
         raise HarnessError(f"the text has {len(tokens)} tokens, fewer than a window of {n}: give a longer text")
-    n_window = available if job.n_token is None else min(available, max(1, job.n_token // n))
+    n_window = available if settings.n_token is None else min(available, max(1, settings.n_token // n))
     return cut_windows(tokens, n_token=n_window * (n - 1), n_context=n, first=0, bos=model.bos())
-
-
-def _save(job: CollectionKey, work: Path, done: int, sums: Sums) -> None:
-    """By rename, so that there is always a whole one."""
-    unfinished = work.with_name(work.name + ".tmp")
-    arrays: dict[str, Any] = {f"squares/{name}": value for name, value in sums.squares.items()}
-    arrays |= {f"counts/{name}": value for name, value in sums.counts.items()}
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, job=np.array(json.dumps(asdict(job))), done=np.array(done), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(work)
-    except OSError as error:
-        raise HarnessError(f"{work}: cannot keep what was collected so far ({error.strerror})") from error
-
-
-def _resume(job: CollectionKey, work: Path) -> tuple[int, Sums]:
-    """Windows done and their sums: of `work`, or none. Raises HarnessError for one of another job."""
-    if not work.exists():
-        return 0, Sums()
-    try:
-        with np.load(work, allow_pickle=False) as file:
-            before, done = json.loads(str(file["job"])), int(file["done"])
-            sums = Sums(
-                {name.removeprefix("squares/"): file[name] for name in file.files if name.startswith("squares/")},
-                {name.removeprefix("counts/"): file[name] for name in file.files if name.startswith("counts/")},
-            )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise HarnessError(f"{work}: cannot be continued ({error}); start again with --fresh") from error
-    if differences := _differences(before, asdict(job)):
-        raise HarnessError(
-            f"{work}: was begun with another {' and another '.join(differences)}; go on with what it was begun with, "
-            "or start again with --fresh"
-        )
-    return done, sums
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    names = {
-        "n_token": "--tokens",
-        "n_context": "--context",
-        "n_expert_used": "--used",
-        "vocabulary": "--output-matrix",
-    }
-    return [
-        f"{names.get(key, key)} ({before.get(key)}, now {now[key]})" if key in names else key
-        for key in now
-        if before.get(key) != now[key]
-    ]

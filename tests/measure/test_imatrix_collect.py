@@ -1,13 +1,8 @@
 """Collecting an importance matrix in llama.cpp: the right sums, unchanged logits, continued to the same bytes."""
 
+import contextlib
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import imatrix_files
 import numpy as np
@@ -16,6 +11,7 @@ import reference
 import tiny_gguf
 
 from moe2gguf.errors import CalibrationError, HarnessError, ImportanceError, OutputError
+from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import open_model
@@ -130,57 +126,28 @@ def test_collecting_does_not_change_the_logits(files, name):
     assert "output.weight" in names
 
 
-def interrupted(path, text, job, work):
-    """Collects, saving after each window, until it is killed; runs in a process of its own."""
-    harness.SAVE_EVERY = 0
-    for done, _ in harness._collect(Path(path), text, job, Path(work), 1):
-        print(done, flush=True)
-        if done == 2:
-            time.sleep(60)
+def test_a_stopped_collection_tells_what_was_there(files, tmp_path, monkeypatch):
+    """The windows that an earlier run had done are counted."""
+    monkeypatch.setattr(harness, "SAVE_EVERY", 0)
 
+    @contextlib.contextmanager
+    def progress(stage, total):
+        told = []
 
-def test_a_killed_collection_is_continued_to_the_same_bytes(files, tmp_path):
-    """Killed after two windows: nothing stands under the final name, the rest is collected, the bytes are equal."""
-    collected(files, "routed", tmp_path / "whole.gguf", n_token=4 * CONTEXT)
-    work = tmp_path / "out.gguf.work"
-    tests = Path(__file__).parents[1]
-    places = [str(place) for place in (tests.parent, tests / "support", tests / "measure")]
-    code = f"""if True:
-        import sys; sys.path[:0] = {places!r}
-        from pathlib import Path
-        from test_imatrix_collect import interrupted, WORDS
-        from moe2gguf.experts.text import read_text
-        from moe2gguf.gguf.reader import read_gguf
-        from moe2gguf.measure.imatrix import Job
-        from moe2gguf.measure.grid import identity
-        model, text = Path({str(files["routed"])!r}), read_text(Path({str(files["text"])!r}))
-        job = Job(identity(read_gguf(model)), text.digest, {4 * CONTEXT}, {CONTEXT})
-        interrupted(model, text.text, job, {str(work)!r})
-    """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert ["0", "1", "2"] == [process.stdout.readline().strip() for _ in range(3)]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert work.exists()
-    assert not (tmp_path / "out.gguf").exists()
-    with pytest.raises(HarnessError, match=r"--tokens \(128, now 64\).*--fresh"):
-        collected(files, "routed", tmp_path / "out.gguf", n_token=2 * CONTEXT)
+        def advance(n):
+            told.append(n)
+            if sum(told) == 2 * CONTEXT:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    with pytest.raises(Interrupted, match=r"out.gguf.work keeps what is finished \(1 piece\)"):
+        collected(files, "routed", tmp_path / "out.gguf", n_token=4 * CONTEXT, progress=progress)
+    assert ["out.gguf.work"] == [path.name for path in tmp_path.iterdir()]
 
     done = collected(files, "routed", tmp_path / "out.gguf", n_token=4 * CONTEXT)
 
-    assert 2 * CONTEXT == done.n_resumed
-    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
-    assert not work.exists()
-
-
-def test_work_that_cannot_be_continued_is_refused(files, tmp_path):
-    """Damaged: said, with the way out; --fresh begins again."""
-    (tmp_path / "m.gguf.work").write_bytes(b"PK\x03\x04 but not a zip")
-    with pytest.raises(HarnessError, match=r"cannot be continued.*--fresh"):
-        collected(files, "dense", tmp_path / "m.gguf")
-
-    assert 0 == collected(files, "dense", tmp_path / "m.gguf", fresh=True, n_token=CONTEXT).n_resumed
+    assert (4 * CONTEXT, 2 * CONTEXT) == (done.n_token, done.n_resumed)
 
 
 def test_matrices_merge(files, tmp_path):

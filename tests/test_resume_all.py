@@ -1,0 +1,74 @@
+"""Every long job is killed after its first finished piece, and continued to what an undisturbed run makes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import long_jobs
+import pytest
+
+from moe2gguf.errors import OutputError
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models and texts that the jobs read."""
+    return long_jobs.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(name: str, inputs: Path, out: Path, *, stop: bool = False) -> list[str]:
+    """Run a job in a process of its own, with `stop` until its first piece is finished; returns its finished pieces."""
+    support = Path(long_jobs.__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(support), *sys.path]!r}; import long_jobs; long_jobs.main()"
+    command = [sys.executable, "-c", code, name, inputs, out, "same", "stop" if stop else "finish"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        if stop:
+            pieces = [json.loads(process.stdout.readline())]
+            process.kill()
+        else:
+            pieces = [json.loads(line) for line in process.stdout]
+    assert stop or process.returncode == 0
+    return pieces
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path below the folder -> bytes, of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", long_jobs.JOBS)
+def test_a_killed_job_goes_on_where_it_was(inputs: Path, tmp_path: Path, name: str) -> None:
+    """The same bytes, no finished piece made twice, nothing left over; another job is refused, or starts anew."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    all_pieces = run(name, inputs, whole / "out.gguf")
+    assert len(all_pieces) > 1
+    finished = run(name, inputs, stopped / "out.gguf", stop=True)
+    assert not [path for path in stopped.iterdir() if path.name.endswith((".gguf", ".npz"))]
+    left = contents(stopped)
+
+    function, difference = long_jobs.JOBS[name]
+    message = (
+        rf"{re.escape(str(stopped / 'out.gguf'))}\.\w+: holds the unfinished work of another job:\n"
+        rf"  - {re.escape(difference)}\n"
+        r"repeat that job to finish it, or start anew with --no-resume"
+    )
+    with pytest.raises(OutputError, match=rf"^{message}$"):
+        function(inputs, stopped / "out.gguf", True, resume=True)
+    assert left == contents(stopped)
+    anew = shutil.copytree(stopped, tmp_path / "anew")
+    function(inputs, anew / "out.gguf", True, resume=False)
+    assert contents(anew).keys() == contents(whole).keys()
+
+    pieces = run(name, inputs, stopped / "out.gguf")
+
+    assert not {*pieces} & {*finished}
+    assert {*all_pieces} == {*pieces, *finished}
+    assert contents(whole) == contents(stopped)
