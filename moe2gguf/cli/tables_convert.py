@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from moe2gguf.cli import tables as display
+from moe2gguf.experts.layer import LayerReport
 
 if TYPE_CHECKING:
     from moe2gguf.measure.check import Check
@@ -119,7 +120,7 @@ def folder(done: Conversion) -> None:
         layers(done.layers)
 
 
-def layers(reports: Sequence[dict[str, Any]]) -> None:
+def layers(reports: Sequence[LayerReport]) -> None:
     """What calibration found, layer by layer."""
     console = display.out()
     columns = (
@@ -137,17 +138,17 @@ def layers(reports: Sequence[dict[str, Any]]) -> None:
     for column in table.columns:
         column.justify = "right"
     for i, report in enumerate(reports):
-        routed = report["load"][int(report["always_on"]) :]
+        routed = report.load[report.n_shared :]
         table.add_row(
             str(i),
-            f"{report['always_on']:.0f}",
-            f"{report['always_on_rate']:.1%}",
-            _share(report, "energy_kept"),
-            _share(report, "energy_oracle"),
-            _share(report, "hit_rate"),
+            str(report.n_shared),
+            f"{report.shared_rate:.1%}",
+            _share(report.energy_kept),
+            _share(report.energy_oracle),
+            _share(report.hit_rate),
             f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
-            f"{report['constant_min']:.2f}",
-            _share(report, "refit_error"),
+            f"{report.constant_min:.2f}",
+            _share(report.refit_error),
         )
     console.print(table)
     console.print(
@@ -155,7 +156,7 @@ def layers(reports: Sequence[dict[str, Any]]) -> None:
         "largest were chosen); load: share of tokens, least and most busy routed expert; constant: smallest value, "
         "on tokens held out, of the direction that keeps experts always on (perfect: 1); after refit: error left"
     )
-    if weak := [i for i, report in enumerate(reports) if report["always_on_rate"] < WEAK]:
+    if weak := [i for i, report in enumerate(reports) if report.shared_rate < WEAK]:
         display.warnings(
             [f"always-on experts do not run for every token in layers {weak}; fewer of them may do better"]
         )
@@ -168,7 +169,7 @@ def _energy(done: Conversion) -> None:
     table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns:
         column.justify = "right"
-    for k, values in enumerate(zip(*(layer["energy_by_used"] for layer in done.layers), strict=True), 1):
+    for k, values in enumerate(zip(*(layer.energy_by_used for layer in done.layers), strict=True), 1):
         mean = sum(values) / len(values)
         mark = " (file)" if k == plan.n_expert_used else ""
         table.add_row(
@@ -178,8 +179,8 @@ def _energy(done: Conversion) -> None:
     console.print("energy kept: here of all experts, always-on ones included.")
 
 
-def _share(report: dict[str, Any], key: str) -> str:
-    return f"{report[key]:.1%}" if key in report else ""
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def quantization(done: Quantization) -> None:

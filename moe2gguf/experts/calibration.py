@@ -1,8 +1,9 @@
-"""The whole model, layer by layer: hidden states go in, experts come out, one layer's weights in memory at a time.
+"""The whole model, layer by layer: text goes in, experts come out, one layer's weights in memory at a time.
 
-Two streams run side by side: the dense model's hidden states, and those of the model whose earlier layers are sliced
-already. Each layer is fitted so that the second returns to the first (sequential refit), hence later layers mend what
-earlier ones lost. After every layer the result and both streams are on disk, so that a stopped run resumes.
+Two sets of hidden states move through the layers side by side: the dense model's, and those of the model whose earlier
+layers are sliced already. Each layer is fitted so that the second set returns to the first (sequential refit), hence
+later layers mend what earlier ones lost. After every layer the result and both sets are on disk, so that a stopped
+calibration resumes.
 """
 
 from __future__ import annotations
@@ -11,44 +12,44 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.forward import Layers, choose_device
-from moe2gguf.experts.hidden_states import Made, Rows, Shelf, Store, chunks
-from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.experts.mlp import MLP, Carved, Inputs
-from moe2gguf.experts.slice_layer import Contributions, carve, observe
-from moe2gguf.experts.slicing import PADDING
+from moe2gguf.experts.forward import Block, Layers, choose_device
+from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, Rows, allocate, chunks
+from moe2gguf.experts.layer import LayerExperts, LayerReport
+from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer
+from moe2gguf.experts.slice_layer import slice_layer
+from moe2gguf.experts.stats import ActivationStatistics, collect_statistics
 from moe2gguf.experts.text import Text
 from moe2gguf.spec import Slicing
 
-Carver = Callable[[MLP, Inputs, Slicing, Contributions], Carved]
-"""Makes one layer's experts, see `moe2gguf.experts.slice_layer.carve`."""
+Slicer = Callable[[MLP, LayerInputs, Slicing, ActivationStatistics], SlicedLayer]
+"""Slices one layer, see `moe2gguf.experts.slice_layer.slice_layer`."""
+
+
+class CalibrationModel(Protocol):
+    """The dense model to calibrate, wherever its weights and its tokenizer come from."""
+
+    @property
+    def identity(self) -> str:
+        """What tells its weights from others, for a calibration that is continued."""
+
+    def layers(self, device: torch.device, /) -> Layers:
+        """Its blocks, on a device."""
+
+    def windows(self, text: Text, n_token: int, n_context: int, /) -> NDArray[np.int64]:
+        """Token ids (n_window, n_context) of a text, see `moe2gguf.experts.text.windows`."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The dense model that is calibrated, wherever its weights and its tokenizer come from.
-
-    layers     its blocks, on a device
-    windows    (text, n_token, n_context) -> ids (n_window, n_context), see `moe2gguf.experts.text.windows`
-    identity   what tells its weights from others, for a calibration that is continued
-    """
-
-    layers: Callable[[torch.device], Layers]
-    windows: Callable[[Text, int, int], NDArray[np.int64]]
-    identity: str = ""
-
-
-@dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """How to calibrate: tokens, window length, device (None: the best there is).
 
     memory     bytes of hidden states that stay in memory; more of them go to disk, piece by piece
@@ -61,65 +62,55 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class _Streams:
+class _States:
     """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output."""
 
-    dense: Store
-    sliced: Store
-    output: Store
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same from layer to layer."""
-
-    layers: Layers
-    n_context: int
-    slicing: Slicing
-    carver: Carver
-    work: Path
+    dense: HiddenStates
+    sliced: HiddenStates
+    output: HiddenStates
 
 
 def calibrate(
-    subject: Subject,
+    model: CalibrationModel,
     text: Text,
     slicing: Slicing,
-    settings: Settings,
+    settings: CalibrationSettings,
     work: Path,
     advance: Callable[[int], None],
-    carver: Carver | None = None,
-) -> list[dict[str, Any]]:
+    slicer: Slicer | None = None,
+) -> list[LayerReport]:
     """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`; returns the layers' reports.
 
     A `work` folder of the same job is continued after its last finished layer. `advance` is told the tokens done, once
-    per layer. `carver` makes a layer's experts, if not `carve`.
+    per layer. `slicer` slices a layer in place of `slice_layer`.
 
     Raises:
-        CalibrationError: see `subject.windows`, `Shelf`, `carve` and `choose_device`; or `work` belongs to another job
-            (the difference is named).
+        CalibrationError: the text is too short, the activations are not finite, a device or the disk cannot be used, or
+            `work` belongs to another job (the difference is named).
     """
     device = choose_device(settings.device)
     with torch.inference_mode(), device:
-        layers = subject.layers(device)
-        ids = _windows(subject, text, settings)
-        job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": subject.identity}
-        begin = _resume(work, job)
-        advance(begin * ids.size)
-        run = _Run(layers, settings.n_context, slicing, carver or carve, work)
+        layers = model.layers(device)
+        ids = _cut_windows(model, text, settings)
+        job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": model.identity}
+        first = _find_first_layer(work, job)
+        advance(first * ids.size)
         with tempfile.TemporaryDirectory(prefix="states-", dir=work) as spill:
-            shelf = Shelf(ids.size, layers.d_model, 3, settings.memory, Path(spill))
-            streams = _Streams(shelf.store("dense"), shelf.store("sliced"), shelf.store("output"))
-            _start(work, begin, layers, ids, streams)
-            for i in range(begin, len(layers)):
-                _layer(run, i, streams)
+            names = ("dense", "sliced", "output")
+            states = _States(*allocate(names, ids.size, layers.d_model, settings.memory, Path(spill)))
+            _fill_states(states, work, first, layers, ids)
+            for i, block in layers.attend_blocks((states.dense, states.sliced), settings.n_context, first):
+                layer = _slice_block(block, states, slicing, slicer or slice_layer)
+                layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
+                _save_states(work, i, (states.dense, states.sliced))
                 advance(ids.size)
-        return [LayerExperts.load(work, i).report for i in range(len(layers))]
+        return [report for i in range(len(layers)) if (report := LayerExperts.load(work, i).report)]
 
 
-def _windows(subject: Subject, text: Text, settings: Settings) -> NDArray[np.int64]:
+def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSettings) -> NDArray[np.int64]:
     """The windows of the text, (n_window, n_context), all that are asked for."""
     n_context = settings.n_context
-    ids = subject.windows(text, settings.n_token, n_context)
+    ids = model.windows(text, settings.n_token, n_context)
     if ids.size < settings.n_token // n_context * n_context:
         raise CalibrationError(
             f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,} in windows of {n_context}; "
@@ -128,25 +119,21 @@ def _windows(subject: Subject, text: Text, settings: Settings) -> NDArray[np.int
     return ids
 
 
-def _layer(run: _Run, i: int, streams: _Streams) -> None:
-    """Layer `i`: attention, the dense MLP, its experts, and what both models add to their streams."""
-    dense, sliced, output = streams.dense, streams.sliced, streams.output
-    block, slicing = run.layers.block(i), run.slicing
-    for stream in (dense, sliced):
-        block.attend(stream, run.n_context)
+def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
+    """Slice one block, behind its attention, and add what both models' MLPs give to their hidden states."""
+    dense, sliced, output = states.dense, states.sliced, states.output
     x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
-    target = Made(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
-    seen = observe(block.mlp, x_dense, output)
-    carved = run.carver(block.mlp, Inputs(x_dense, output, x_sliced, target), slicing, seen)
+    target = LazyRows(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
+    statistics = collect_statistics(block.mlp, x_dense, output)
+    layer = slicer(block.mlp, LayerInputs(x_dense, output, x_sliced, target), slicing, statistics)
     for part in chunks(len(dense)):
         dense[part] = dense[part] + output[part]
-        sliced[part] = sliced[part] + carved(x_sliced[part], slicing.n_expert_used).cpu()
-    _save(run.work, i, carved, slicing, (dense, sliced))
-    run.layers.release(i)
+        sliced[part] = sliced[part] + layer(x_sliced[part], slicing.n_expert_used).cpu()
+    return layer
 
 
-def _resume(work: Path, job: dict[str, Any]) -> int:
-    """The first layer to do; makes the folder's manifest, or compares it with this job."""
+def _find_first_layer(work: Path, job: dict[str, Any]) -> int:
+    """The first layer to do; writes the folder's manifest, or compares it with this job."""
     manifest = work / "job.json"
     if not manifest.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -161,35 +148,28 @@ def _resume(work: Path, job: dict[str, Any]) -> int:
     return states[-1] + 1 if states else 0
 
 
-def _start(work: Path, first: int, layers: Layers, ids: NDArray[np.int64], streams: _Streams) -> None:
-    """Fill both streams with what layer `first` starts from: the embedding, or what was left on disk."""
+def _fill_states(states: _States, work: Path, first: int, layers: Layers, ids: NDArray[np.int64]) -> None:
+    """Fill the hidden states with what layer `first` starts from: the embedding, or what was left on disk."""
     if first == 0:
-        layers.embed(ids, streams.dense)
+        layers.embed(ids, states.dense)
         for part in chunks(ids.size):
-            streams.sliced[part] = streams.dense[part]
+            states.sliced[part] = states.dense[part]
         return
     with (work / f"state-{first - 1}.f32").open("rb") as file:
-        for stream in (streams.dense, streams.sliced):
+        for rows in (states.dense, states.sliced):
             for part in chunks(ids.size):
                 shape = part.stop - part.start, layers.d_model
                 values = np.fromfile(file, np.float32, shape[0] * shape[1])
                 if values.size < shape[0] * shape[1]:
                     raise CalibrationError(f"{file.name}: ends early; remove the folder {work} to start anew")
-                stream[part] = torch.from_numpy(values.reshape(shape))
+                rows[part] = torch.from_numpy(values.reshape(shape))
 
 
-def _save(work: Path, i: int, carved: Carved, slicing: Slicing, streams: tuple[Rows, Rows]) -> None:
-    """The layer first, then the state that says it is finished; both by rename."""
-    order = np.full((slicing.n_expert, slicing.d_expert), PADDING, np.int64)
-    for row, group in zip(order, carved.groups, strict=True):
-        row[: len(group)] = group.cpu().numpy()
-    made = LayerExperts(order, carved.router.cpu().numpy(), carved.scale.cpu().numpy(), report=carved.report)
-    if slicing.method.refit:
-        made = replace(made, down=carved.mlp.down.T.contiguous().cpu().numpy())
-    made.save(work, i)
+def _save_states(work: Path, i: int, states: tuple[Rows, Rows]) -> None:
+    """Write what layer `i` + 1 starts from, by rename: its file tells that layer `i` is finished."""
     unfinished = work / "state.tmp"
     with unfinished.open("wb") as file:
-        for rows in streams:
+        for rows in states:
             for part in chunks(len(rows)):
                 file.write(rows[part].contiguous().numpy().data)
     unfinished.replace(work / f"state-{i}.f32")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.hidden_states import Made, Rows, Store, chunks
+from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, Rows, chunks
 from moe2gguf.experts.mlp import MLP
 from moe2gguf.hf.write_config import hf_config
 from moe2gguf.spec import Model
+
+Device: TypeAlias = torch.device
 
 BATCH = 8
 """Windows that attention works on together."""
@@ -56,7 +58,7 @@ class Layers:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def embed(self, ids: NDArray[np.int64], hidden: Store) -> None:
+    def embed(self, ids: NDArray[np.int64], hidden: HiddenStates) -> None:
         """Write the rows of the token `ids` (n_window, n_context) into `hidden`, (n_token, d_model)."""
         used, place = np.unique(ids, return_inverse=True)
         table, place = self._load("model.embed_tokens.weight", used), place.reshape(-1)
@@ -81,6 +83,20 @@ class Layers:
         module.load_state_dict(state)
         return Block(module.eval().requires_grad_(False), self._rotary, self._device)
 
+    def attend_blocks(
+        self, states: Sequence[HiddenStates], n_context: int, first: int = 0
+    ) -> Iterator[tuple[int, Block]]:
+        """(i, block) from layer `first` on, one in memory, its attention added to all hidden `states`, in place.
+
+        The caller adds what the MLP gives, or what takes its place, before it asks for the next block.
+        """
+        for i in range(first, len(self)):
+            block = self.block(i)
+            for hidden in states:
+                block.attend(hidden, n_context)
+            yield i, block
+            self.release(i)
+
     def release(self, i: int) -> None:
         """Drop the weights of layer `i`."""
         self._blocks[i].to("meta")
@@ -98,7 +114,7 @@ class Block:
         mlp = self._module.mlp
         return MLP(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T.contiguous())
 
-    def attend(self, hidden: Store, n_context: int) -> None:
+    def attend(self, hidden: HiddenStates, n_context: int) -> None:
         """Add attention to `hidden` (n_token, d_model), in place; causal, each window of n_context on its own."""
         positions = torch.arange(n_context, device=self.device)[None]
         for part in chunks(len(hidden), BATCH * n_context):
@@ -108,10 +124,10 @@ class Block:
             attended = self._module.self_attn(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0]
             hidden[part] = (h + attended).flatten(0, 1)
 
-    def mlp_input(self, hidden: Rows) -> Made:
-        """The normed input of the MLP, (n_token, d_model) on the device, made of `hidden` piece by piece."""
+    def mlp_input(self, hidden: Rows) -> LazyRows:
+        """The normed input of the MLP, (n_token, d_model) on the device, computed of `hidden` piece by piece."""
         norm = self._module.post_attention_layernorm
-        return Made(len(hidden), lambda part: norm(hidden[part].to(self.device)))
+        return LazyRows(len(hidden), lambda part: norm(hidden[part].to(self.device)))
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,8 +1,8 @@
 """Balanced groups: which neurons share an expert.
 
-A grouping returns `groups`, a list of n_expert sorted index tensors whose lengths differ by at most one; the first
-n_shared of them are the always-on experts, made of the most important neurons. Nothing here keeps activations: the
-input is pairwise similarities (d_ff, d_ff) and an importance per neuron (d_ff,).
+A grouping is a list of n_expert sorted index tensors whose lengths differ by at most one; the first n_shared of them
+are the shared experts. Nothing here sees a token: a first grouping is made from how neurons contribute together, a
+later one from the energy that each neuron would keep in each expert (`moe2gguf.experts.stats`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Groups = list[Tensor]
+from moe2gguf.experts.mlp import Groups
 
 
 def group_sizes(n_neuron: int, n_group: int) -> list[int]:
@@ -21,10 +22,10 @@ def group_sizes(n_neuron: int, n_group: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(n_neuron), n_group)]
 
 
-def split(importance: Tensor, similarity: Tensor, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
-    """The n_shared always-on experts by importance, the others by clustering.
+def split_neurons(importance: Tensor, similarity: Tensor, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
+    """The n_shared shared experts by importance (d_ff,), the others by clustering of the similarity (d_ff, d_ff).
 
-    Always-on experts hold what matters for nearly every token: CMoE's shared experts
+    Shared experts hold what matters for nearly every token: those of CMoE
     (https://arxiv.org/abs/2502.04416, section 4.1), with output energy for importance.
     """
     order = importance.argsort(descending=True, stable=True)
@@ -35,6 +36,31 @@ def split(importance: Tensor, similarity: Tensor, sizes: Sequence[int], n_shared
         return groups
     label = cluster(similarity[rest][:, rest], sizes[n_shared:], seed)
     return groups + [rest[label == e] for e in range(len(sizes) - n_shared)]
+
+
+def regroup_neurons(kept: Tensor, sizes: Sequence[int], n_shared: int, outliers: Tensor) -> Groups:
+    """Groups that know their router: each neuron moves to the expert that runs when the neuron contributes.
+
+    kept      (d_ff, n_expert): the energy that each neuron keeps in each expert, see `stats.energy_by_expert`
+    sizes     (n_expert,): the groups' sizes, the `n_shared` shared experts first
+    outliers  (d_ff,) bool: neurons that go to a shared expert first, while there is room
+
+    A clustering puts together what fires together, but which experts run is up to a linear router. So router and groups
+    are found in turn, as k-means finds centers and labels. A shared expert runs for every token, so the neurons that
+    get there are those that lose most by being routed, not those with the most energy.
+    """
+    if not n_shared:
+        return _groups_of(balanced_assign(kept, sizes))
+    # All shared experts keep the same, everything: they are one group, which is cut afterwards. The bonus of an outlier
+    # is more than any neuron can keep.
+    shared_column = kept[:, 0] + outliers.float() * kept.sum()
+    score = torch.cat([shared_column[:, None], kept[:, n_shared:]], 1)
+    shared, *routed = _groups_of(balanced_assign(score, [sum(sizes[:n_shared]), *sizes[n_shared:]]))
+    return [*shared.split(list(sizes[:n_shared])), *routed]
+
+
+def _groups_of(label: Tensor) -> Groups:
+    return [(label == e).nonzero()[:, 0] for e in range(int(label.max()) + 1)]
 
 
 def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 30) -> Tensor:
@@ -49,8 +75,10 @@ def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 3
         return torch.zeros(m, dtype=torch.long)
     norm = similarity.diagonal().clamp_min(1e-20).sqrt()
     kernel = similarity / norm[:, None] / norm[None]
-    label = balanced_assign(kernel[:, _seeds(kernel, n, seed)], sizes)
+    label = balanced_assign(kernel[:, _choose_centers(kernel, n, seed)], sizes)
     for _ in range(n_iter):
+        # The mean of a group is not computed, only inner products with it: of neuron i the sum of kernel[i] over the
+        # members, and the mean's own length from the same sums over the members' rows.
         member = torch.nn.functional.one_hot(label, n).to(kernel.dtype)
         closeness = kernel @ member
         score = closeness / (member * closeness).sum(0).clamp_min(1e-12).sqrt()
@@ -61,7 +89,7 @@ def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 3
     return label
 
 
-def _seeds(kernel: Tensor, n: int, seed: int) -> list[int]:
+def _choose_centers(kernel: Tensor, n: int, seed: int) -> list[int]:
     """k-means++: each next center is drawn far from those already chosen."""
     generator = torch.Generator("cpu").manual_seed(seed)  # on the processor, whatever the device: the same numbers
     centers = [int(torch.randint(len(kernel), (1,), generator=generator, device="cpu"))]
@@ -87,6 +115,31 @@ def balanced_assign(score: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     values = score.double().cpu().numpy()  # many small steps: numpy does each in microseconds
     m, n = values.shape
+    label = _assign_by_regret(values, sizes)
+    starts = np.cumsum([0, *sizes[:-1]])
+    for _ in range(20 * m):
+        # The neurons group by group: those of group e are by_group[starts[e] : starts[e] + sizes[e]].
+        by_group = np.argsort(label, kind="stable")
+        # gain[i, f]: what the total gains when neuron by_group[i] moves to group f.
+        gain = values[by_group] - values[by_group, label[by_group]][:, None]
+        # best[e, f]: the best single move from e to f. An exchange is one move there and one back.
+        best = np.maximum.reduceat(gain, starts, axis=0)
+        exchange = np.triu(best + best.T, 1)
+        e, f = divmod(int(exchange.argmax()), n)
+        if exchange[e, f] <= 1e-12:
+            break
+        in_e, in_f = (slice(starts[g], starts[g] + sizes[g]) for g in (e, f))
+        one, two = by_group[in_e][gain[in_e, f].argmax()], by_group[in_f][gain[in_f, e].argmax()]
+        label[one], label[two] = f, e
+    return torch.from_numpy(label).to(score.device)
+
+
+def _assign_by_regret(values: NDArray[np.float64], sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Labels (m,): neurons choose their best group that has room, those first that would lose most by the second best.
+
+    values: (m, n). Every label e is used sizes[e] times.
+    """
+    m, n = values.shape
     top = np.sort(values, axis=1)[:, -min(2, n) :]
     room, label = list(sizes), np.empty(m, np.int64)
     preference = np.argsort(-values, axis=1, kind="stable").tolist()
@@ -94,16 +147,4 @@ def balanced_assign(score: Tensor, sizes: Sequence[int]) -> Tensor:
         e = next(e for e in preference[i] if room[e])
         room[e] -= 1
         label[i] = e
-    starts = np.cumsum([0, *sizes[:-1]])
-    for _ in range(20 * m):
-        by_group = np.argsort(label, kind="stable")
-        gain = values[by_group] - values[by_group, label[by_group]][:, None]  # of moving a neuron to each group
-        best = np.maximum.reduceat(gain, starts, axis=0)
-        exchange = np.triu(best + best.T, 1)
-        e, f = divmod(int(exchange.argmax()), n)
-        if exchange[e, f] <= 1e-12:
-            break
-        one = by_group[starts[e] : starts[e] + sizes[e]][gain[starts[e] : starts[e] + sizes[e], f].argmax()]
-        two = by_group[starts[f] : starts[f] + sizes[f]][gain[starts[f] : starts[f] + sizes[f], e].argmax()]
-        label[one], label[two] = f, e
-    return torch.from_numpy(label).to(score.device)
+    return label

@@ -1,12 +1,12 @@
-"""One row of numbers per token, (n_token, width) float32: in memory, in a file, or made when it is asked for.
+"""One row of numbers per token, (n_token, width) float32: in memory, in a file, or computed when it is asked for.
 
-Whoever uses rows takes them piece by piece (`chunks`), so that results do not depend on where they are kept.
+Rows are read piece by piece (`chunks`), so that results do not depend on where they are kept.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,33 +33,33 @@ class Rows(Protocol):
     def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
-class Store(Rows, Protocol):
+class HiddenStates(Rows, Protocol):
     """Rows that can be read and written; a tensor is one."""
 
     def __setitem__(self, part: slice, rows: Tensor, /) -> None: ...
 
 
 @dataclass(frozen=True)
-class Made:
-    """Rows that `make` computes, again at every reading."""
+class LazyRows:
+    """Rows that `compute` gives, again at every reading."""
 
     n_token: int
-    make: Callable[[slice], Tensor]
+    compute: Callable[[slice], Tensor]
 
     def __len__(self) -> int:
         return self.n_token
 
     def __getitem__(self, part: slice) -> Tensor:
-        return self.make(part)
+        return self.compute(part)
 
 
-def thinned(rows: Rows, n_token: int) -> Made:
+def sample_rows(rows: Rows, n_token: int) -> LazyRows:
     """At least `n_token` of the rows, at equal distances; all of them where there are fewer than twice as many."""
     step = max(len(rows) // n_token, 1)
-    return Made(len(rows) // step, lambda part: rows[slice(part.start * step, part.stop * step)][::step])
+    return LazyRows(len(rows) // step, lambda part: rows[slice(part.start * step, part.stop * step)][::step])
 
 
-class OnDisk:
+class RowsOnDisk:
     """Rows in a file of their own, in the machine's byte order; only the piece that is asked for is in memory."""
 
     def __init__(self, path: Path, n_token: int, width: int) -> None:
@@ -81,26 +81,18 @@ class OnDisk:
             file.write(rows.cpu().contiguous().numpy().data)
 
 
-class Shelf:
-    """Makes stores: `n_store` of them in memory if they fit into `limit` bytes, else in files of `folder`.
+def allocate(names: Sequence[str], n_token: int, width: int, limit: int, folder: Path) -> list[HiddenStates]:
+    """Hidden states (n_token, width) of zeros for each name: in memory if all fit into `limit` bytes, else in files.
 
     Raises:
-        CalibrationError: the disk has no room for them.
+        CalibrationError: the disk of `folder` has no room for the files.
     """
-
-    def __init__(self, n_token: int, width: int, n_store: int, limit: int, folder: Path) -> None:
-        self._n_token, self._width, self._folder = n_token, width, folder
-        size = n_store * n_token * width * 4
-        self.on_disk = size > limit
-        if self.on_disk and (free := shutil.disk_usage(folder).free) < size:
-            raise CalibrationError(
-                f"{folder}: {free:,} bytes are free, but the hidden states of {n_token:,} tokens need {size:,}; "
-                "allow more --calibration-memory, take fewer --calibration-tokens, or write to another disk"
-            )
-
-    def store(self, name: str) -> Store:
-        """Rows of zeros."""
-        if self.on_disk:
-            return OnDisk(self._folder / f"{name}.f32", self._n_token, self._width)
-        rows: Store = torch.zeros(self._n_token, self._width, device="cpu")
-        return rows
+    size = len(names) * n_token * width * 4
+    if size <= limit:
+        return [torch.zeros(n_token, width, device="cpu") for _ in names]
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise CalibrationError(
+            f"{folder}: {free:,} bytes are free, but the hidden states of {n_token:,} tokens need {size:,}; "
+            "allow more --calibration-memory, take fewer --calibration-tokens, or write to another disk"
+        )
+    return [RowsOnDisk(folder / f"{name}.f32", n_token, width) for name in names]

@@ -1,10 +1,11 @@
-"""What is decided about one layer's experts, and its file: the hand-over from calibration to writing."""
+"""What is decided about one layer's experts, as numpy arrays, and its file: what calibration hands over to writing."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +14,107 @@ from numpy.typing import NDArray
 
 from moe2gguf.experts.slicing import Order, contiguous_order, zero_router
 
+_OLDER_NAMES = {"always_on": "n_shared", "always_on_rate": "shared_rate"}
+"""Figures that an older version called otherwise."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What calibration found about one layer; shares lie between 0 and 1.
+
+    n_shared        number of shared experts, which run for every token
+    load            (n_expert,) share of the tokens that each expert runs for
+    constant_min    smallest v . x on held-out tokens, with v the constant direction (`moe2gguf.experts.routing`)
+    shared_rate     share of the tokens for which all shared experts run
+    energy_by_used  (n_expert,) share of all experts' output energy that the router's first 1, 2 ... n choices have
+    energy_kept     share of the routed experts' output energy that the chosen ones have
+    energy_oracle   the same if the experts with the largest outputs were chosen
+    hit_rate        share of the router's choices that are among the oracle's
+    refit_error     share of the squared error on held-out tokens that the refit leaves
+    refit_strength  ridge of the refit, relative to the mean diagonal; None where no ridge helped
+
+    The three after `energy_by_used` are None where nothing is routed, the last two where nothing was refitted.
+    """
+
+    n_shared: int
+    load: list[float]
+    constant_min: float
+    shared_rate: float
+    energy_by_used: list[float]
+    energy_kept: float | None = None
+    energy_oracle: float | None = None
+    hit_rate: float | None = None
+    refit_error: float | None = None
+    refit_strength: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; without what is None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """What `to_dict` gave; names that are not known are left out.
+
+        Raises:
+            TypeError, ValueError: a figure that every layer has is missing, or one is not a finite number.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError("a layer's report is not an object")
+        named = {_OLDER_NAMES.get(name, name): value for name, value in values.items()}
+        known = {field.name: named[field.name] for field in fields(cls) if field.name in named}
+        for name, value in known.items():
+            figures = value if isinstance(value, list) else [value]
+            if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):
+                raise ValueError(f"{name} of a layer is not a finite number")
+        report = cls(**known)
+        if not (isinstance(report.load, list) and isinstance(report.energy_by_used, list)):
+            raise TypeError("a layer has no list of its experts' figures")
+        return replace(report, n_shared=int(report.n_shared))
+
 
 @dataclass(frozen=True)
 class LayerExperts:
     """One layer's experts.
 
-    order          (n_expert, d_expert): neuron numbers, see `moe2gguf.experts.slicing`
-    router         (n_expert, d_model) float32
-    amplification  (n_expert,) float32, multiplies each expert's down projection
-    down           (d_model, d_ff) float32 in place of the checkpoint's down projection, or None
-    report         figures for the user, see `moe2gguf.experts.slice_layer.carve`
+    order   (n_expert, d_expert): neuron numbers, see `moe2gguf.experts.slicing`
+    router  (n_expert, d_model) float32
+    scale   (n_expert,) float32, multiplies each expert's down projection
+    down    (d_model, d_ff) float32 in place of the checkpoint's down projection, or None
+    report  what calibration found, or None where there was none
     """
 
     order: Order
     router: NDArray[np.float32]
-    amplification: NDArray[np.float32]
+    scale: NDArray[np.float32]
     down: NDArray[np.float32] | None = None
-    report: dict[str, Any] = field(default_factory=dict)
+    report: LayerReport | None = None
 
     @classmethod
-    def plain(
-        cls, d_ff: int, d_model: int, n_expert: int, align: int, amplification: float, grain: int = 1
-    ) -> LayerExperts:
-        """The preset `exact`: contiguous slices of whole `grain`s, a zero router, one amplification for all."""
+    def plain(cls, d_ff: int, d_model: int, n_expert: int, align: int, scale: float, grain: int = 1) -> LayerExperts:
+        """The preset `exact`: contiguous slices of whole `grain`s, a zero router, one scale for all."""
         order = contiguous_order(d_ff, n_expert, align, grain)
-        return cls(order, zero_router(n_expert, d_model), np.full(n_expert, amplification, np.float32))
+        return cls(order, zero_router(n_expert, d_model), np.full(n_expert, scale, np.float32))
 
-    def arrays(self) -> dict[str, Any]:
-        """All but the report, by name; what is None is left out."""
-        found: dict[str, Any] = {"order": self.order, "router": self.router, "amplification": self.amplification}
-        if self.down is not None:
-            found["down"] = self.down
-        return found
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by the names that files have for them; `down` is left out where it is None."""
+        found: dict[str, NDArray[Any]] = {"order": self.order, "router": self.router, "amplification": self.scale}
+        return found if self.down is None else found | {"down": self.down}
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Any], report: dict[str, Any]) -> LayerExperts:
-        """What has these `arrays`."""
+    def from_arrays(cls, arrays: Mapping[str, Any], report: LayerReport | None) -> LayerExperts:
+        """The experts with these `arrays`, named as by `arrays()`."""
         return cls(arrays["order"], arrays["router"], arrays["amplification"], arrays.get("down"), report)
 
     def save(self, folder: Path, i: int) -> None:
         """Write `layer-I.npz`, by rename."""
         unfinished = folder / f"layer-{i}.tmp.npz"
-        np.savez(unfinished, report=np.array(json.dumps(self.report)), **self.arrays())
+        report = self.report.to_dict() if self.report else {}
+        np.savez(unfinished, report=np.array(json.dumps(report)), **self.arrays())  # type: ignore[arg-type]
         unfinished.replace(folder / f"layer-{i}.npz")
 
     @classmethod
     def load(cls, folder: Path, i: int) -> LayerExperts:
         """Read what `save` wrote; nothing is unpickled."""
         with np.load(folder / f"layer-{i}.npz", allow_pickle=False) as file:
-            return cls.of(file, json.loads(str(file["report"])))
+            report = json.loads(str(file["report"]))
+            return cls.from_arrays(file, LayerReport.from_dict(report) if report else None)

@@ -1,22 +1,24 @@
-"""What one layer is made of: the dense MLP, the inputs it sees, and the experts and router that replace it.
+"""One layer in torch: the dense MLP, the inputs it is sliced on, and the experts and router that replace it.
 
-Shapes: x (n_token, d_model) is the post-norm MLP input, h (n_token, d_ff) = silu(G x) * (U x); `down` is kept as
-(d_ff, d_model), one row per neuron, so that the MLP is h @ down. Activations are made chunk by chunk and never kept.
+Shapes: x (n_token, d_model) is the MLP's input, behind its norm; h (n_token, d_ff) = silu(G x) * (U x) are the neurons'
+activations; `down` is kept as (d_ff, d_model), one row per neuron, so that the MLP's output is h @ down. Activations
+are computed chunk by chunk and never kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.grouping import Groups
 from moe2gguf.experts.hidden_states import Rows, chunks
+from moe2gguf.experts.layer import LayerExperts, LayerReport
+from moe2gguf.experts.slicing import PADDING
 
-Report = dict[str, Any]
-"""What is found about a layer, JSON-ready; the keys are listed at `moe2gguf.experts.slice_layer.carve`."""
+Groups = list[Tensor]
+"""For each expert the sorted numbers of its neurons."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,22 @@ class MLP:
     up: Tensor
     down: Tensor
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def activations(self, x: Tensor) -> Tensor:
         """(n_token, d_model) -> (n_token, d_ff)."""
         return torch.nn.functional.silu(x @ self.gate.T).mul_(x @ self.up.T)
 
     def __call__(self, x: Rows) -> Tensor:
         """(n_token, d_model) -> (n_token, d_model)."""
-        return torch.cat([self.hidden(x[part]) @ self.down for part in chunks(len(x))])
+        return torch.cat([self.activations(x[part]) @ self.down for part in chunks(len(x))])
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the layer sees, (n_token, d_model) each; read piece by piece.
+class LayerInputs:
+    """What the layer sees on the calibration text, (n_token, d_model) each; read piece by piece.
 
     dense   the MLP's input in the dense model
     output  what the dense MLP makes of it
-    sliced  its input in the model whose earlier layers are sliced already
+    sliced  the MLP's input in the model whose earlier layers are sliced already
     target  what the sliced MLP should add to that model's residual stream
     """
 
@@ -53,20 +55,17 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Carved:
-    """The sliced MLP: `groups` of neuron numbers, `router` (n_expert, d_model), `scale` (n_expert,), new weights.
-
-    `report` holds what the user is shown, see `moe2gguf.experts.slice_layer.carve`.
-    """
+class SlicedLayer:
+    """The sliced MLP: its weights, `groups` of neurons, `router` (n_expert, d_model), output `scale` (n_expert,)."""
 
     mlp: MLP
     groups: Groups
     router: Tensor
     scale: Tensor
-    report: Report = field(default_factory=dict)
+    report: LayerReport | None = None
 
-    def weights(self, x: Tensor, k: int) -> Tensor:
-        """(n_token, n_expert): renormalized top-k softmax times the amplification, zero where an expert does not run.
+    def expert_weights(self, x: Tensor, k: int) -> Tensor:
+        """(n_token, n_expert): renormalized top-k softmax times the scale, zero where an expert does not run.
 
         llama.cpp's graph: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2148-L2162
         """
@@ -74,18 +73,26 @@ class Carved:
         top, chosen = p.topk(k, dim=-1)
         return torch.zeros_like(p).scatter_(1, chosen, top / top.sum(-1, keepdim=True)) * self.scale
 
-    def masked(self, x: Tensor, k: int) -> Tensor:
-        """(n_token, d_ff): hidden activations times the weight of their expert."""
-        return self.mlp.hidden(x).mul_(self.weights(x, k)[:, owners(self.groups)])
+    def weighted_activations(self, x: Tensor, k: int) -> Tensor:
+        """(n_token, d_ff): each neuron's activation times the weight of its expert."""
+        return self.mlp.activations(x).mul_(self.expert_weights(x, k)[:, experts_of_neurons(self.groups)])
 
     def __call__(self, x: Rows, k: int) -> Tensor:
-        """(n_token, d_model) -> (n_token, d_model), as the file will compute it."""
-        return torch.cat([self.masked(x[part], k) @ self.mlp.down for part in chunks(len(x))])
+        """(n_token, d_model) -> (n_token, d_model), as the file will compute it with k experts used."""
+        return torch.cat([self.weighted_activations(x[part], k) @ self.mlp.down for part in chunks(len(x))])
+
+    def to_experts(self, d_expert: int, *, new_down: bool) -> LayerExperts:
+        """The layer as numpy arrays, padded to `d_expert`; with its down projection if that is not the checkpoint's."""
+        order = np.full((len(self.groups), d_expert), PADDING, np.int64)
+        for row, group in zip(order, self.groups, strict=True):
+            row[: len(group)] = group.cpu().numpy()
+        down = self.mlp.down.T.contiguous().cpu().numpy() if new_down else None
+        return LayerExperts(order, self.router.cpu().numpy(), self.scale.cpu().numpy(), down, self.report)
 
 
-def owners(groups: Groups) -> Tensor:
-    """(d_ff,): the expert each neuron belongs to."""
-    owner = torch.empty(sum(map(len, groups)), dtype=torch.long, device=groups[0].device)
+def experts_of_neurons(groups: Groups) -> Tensor:
+    """(d_ff,): the expert that each neuron belongs to."""
+    expert = torch.empty(sum(map(len, groups)), dtype=torch.long, device=groups[0].device)
     for e, group in enumerate(groups):
-        owner[group] = e
-    return owner
+        expert[group] = e
+    return expert

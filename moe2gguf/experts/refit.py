@@ -1,8 +1,14 @@
-"""Closed-form refit of the down projection: given which experts run, which weights reproduce the dense output best?
+"""What is solved in closed form for the experts that do not run: an output scale per expert, new down projections.
 
-Minimizes sum over tokens of w |y - W h|^2 + ridge toward the original W, with h the hidden activations times their
-expert's weight (zero where it does not run) and y what the layer should have given. Training-free: one Cholesky
-factorization per layer, from second moments only.
+The output scale multiplies an expert's down projection. With an ordering-only router every chosen expert weighs 1/k, so
+a scale a gives (a / k) * sum of the chosen outputs: `exact` a = n is the dense MLP with all experts used, `used` a = k
+the plain sum at that k, `fitted` what comes closest to the dense output at that k, expert by expert. `any` belongs to
+the concentrated router: one over the weight that an expert gets with all used.
+
+The refit asks: given which experts run, which down projections reproduce the dense output best? It minimizes the sum
+over tokens of w |y - W h|^2 plus a ridge toward the original W, with h the activations times their expert's weight
+(zero where it does not run) and y what the layer should have given. One Cholesky factorization per layer, from second
+moments only.
 """
 
 from __future__ import annotations
@@ -15,12 +21,45 @@ from torch import Tensor
 
 from moe2gguf.experts.hidden_states import chunks
 
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Ridge strengths, relative to the mean diagonal; the held-out tokens choose."""
+SCALE_RIDGE = 1e-3
+"""Ridge of fitted scales, relative to the mean diagonal."""
 
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Ridge strengths of the refit, relative to the mean diagonal; the held-out tokens choose."""
 
 BLOCKS = 8
-"""Symmetric sums are made in so many block rows, each from its diagonal on: nearly half of the work is saved."""
+"""Symmetric sums are computed in so many block rows, each from its diagonal on: nearly half of the work is saved."""
+
+
+def uniform_scale(n_expert: int, factor: float) -> Tensor:
+    """(n_expert,) of `exact` (factor = n_expert) and `used` (factor = n_expert_used)."""
+    return torch.full((n_expert,), float(factor))
+
+
+def fit_scale(gram: Tensor, dot: Tensor, energy: float, k: int) -> Tensor:
+    """k * m * c (n_expert,): c brings the sum of the chosen experts closest to the dense output, m to its energy.
+
+    gram (n_expert, n_expert), dot (n_expert,) and energy are those of `moe2gguf.experts.stats.expert_agreement`, at the
+    scale k for all.
+    """
+    # c are the least-squares constants, mostly above 1: what does not run points, on average, where what runs does.
+    # The ridge is toward 1, so that experts that hardly run keep their scale.
+    ridge = SCALE_RIDGE * gram.diagonal().mean().clamp_min(1e-30)
+    c = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), dot + ridge)
+    # Least squares shrinks what it cannot predict. m gives the sum the energy of the dense output again, which the
+    # layers behind it are used to.
+    ours = float(c @ gram @ c)
+    m = (energy / ours) ** 0.5 if ours > 0 else 1.0
+    return (k * m * c).float()
+
+
+def inverse_weights(weights: Tensor) -> Tensor:
+    """`any`: the factors a_e = sum p / sum p^2 that bring every expert's weight closest to 1 with all experts used.
+
+    weights p (n_token, n_expert): the router's, all experts used. With fewer, the output of those that run grows by the
+    part of the softmax that was left out.
+    """
+    return weights.sum(0) / weights.square().sum(0).clamp_min(1e-30)
 
 
 def add_gram(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -28,18 +67,18 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor) -> None:
 
     left, right: (n_token, m). `mirror` fills in the rest when the last tokens are in.
     """
-    for rows in _blocks(len(total)):
+    for rows in _block_rows(len(total)):
         total[rows, rows.start :].addmm_(left[:, rows].T, right[:, rows.start :])
 
 
 def mirror(total: Tensor) -> Tensor:
     """`total` (m, m) with what `add_gram` left out, in place, from the other side of the diagonal."""
-    for rows in _blocks(len(total)):
+    for rows in _block_rows(len(total)):
         total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total
 
 
-def _blocks(m: int) -> Iterator[slice]:
+def _block_rows(m: int) -> Iterator[slice]:
     return chunks(m, -(-m // BLOCKS))
 
 
@@ -98,9 +137,9 @@ def choose_ridge(train: Normal, held_out: Normal) -> tuple[float, float]:
 def refit(train: Normal, held_out: Normal) -> tuple[Tensor, float, float]:
     """(delta (m, d), ridge strength, share of the held-out error that is left), solved on all tokens of both.
 
-    The held-out tokens choose the ridge first; afterwards they are not held out any more. Where no ridge helps, delta
-    is zero.
+    Where no ridge helps, delta is zero.
     """
+    # The held-out tokens choose the ridge; afterwards they are not held out any more, and count in the solution.
     strength, error = choose_ridge(train, held_out)
     if error >= 1:
         return torch.zeros_like(train.hy), strength, error

@@ -1,10 +1,13 @@
 """Linear routers for llama.cpp's bias-free softmax, and the constant direction that stands in for a bias.
 
-All rows end up *ordering-only*: so small that the softmax is uniform to within their size, in F32. Then only the order
-of the logits counts, every chosen expert weighs 1/k, and with all experts on the file is still the dense model.
+All rows end up *ordering-only*: so small that the softmax is uniform to within their size, in float32. Then only the
+order of the logits counts, every chosen expert weighs 1/k, and with all experts used the file is still the dense model.
+Nothing here sees a token: routers are solved from the moments of the inputs (`moe2gguf.experts.stats`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +16,25 @@ SIZE = 1e-2
 """The largest |logit| on the calibration tokens: small, and far above the rounding of a float32 softmax."""
 
 EXACT_SIZE = 1e-3
-"""The same where the file must be the dense model with all experts on; near-ties are then decided by rounding."""
+"""The same where the file must be the dense model with all experts used; near-ties are then decided by rounding."""
+
+ROUTED_MASS = 0.3
+"""The routed experts' share of the softmax in the `any` mode."""
 
 RIDGE = 1e-3
 """Ridge of the regressions, relative to the mean diagonal."""
 
 
-def ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
+@dataclass(frozen=True)
+class RouterMoments:
+    """Sums over tokens: xx = X^T X (d_model, d_model), x1 = X^T 1 (d_model,), xt = X^T T (d_model, n) of targets T."""
+
+    xx: Tensor
+    x1: Tensor
+    xt: Tensor
+
+
+def solve_ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
     """Rows (n, d) that regress targets on inputs, from the moments xx = X^T X (d, d) and xt = X^T T (d, n).
 
     Raises:
@@ -30,46 +45,56 @@ def ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
     return torch.linalg.solve(a, b).T.float().to(xx.device)
 
 
-def constant_direction(xx: Tensor, x1: Tensor) -> Tensor:
-    """v (d,) with v . x close to 1 for every token, from E[x x^T] (d, d) and E[x] (d,).
+def constant_direction(moments: RouterMoments) -> Tensor:
+    """v (d_model,) with v . x close to 1 for every token: the least-squares fit of the constant 1.
 
-    A row B * v is then a constant logit B: an always-on expert, or a router bias. The fit is unweighted: up-weighting
-    the first token of a sequence costs all others more than it gains.
+    A row B * v is then a constant logit B: a shared expert, or a router bias. The fit is unweighted: up-weighting the
+    first token of a sequence costs all others more than it gains.
     """
-    return ridge(xx, x1[:, None])[0]
+    return solve_ridge(moments.xx, moments.x1[:, None])[0]
 
 
-def least_squares(xx: Tensor, xt: Tensor) -> Tensor:
-    """Rows (n, d_model) that predict the norm of each expert's output, from X^T X and X^T T.
+def expert_rows(moments: RouterMoments) -> Tensor:
+    """Centered rows (n, d_model) that predict the targets, the norm of each routed expert's output.
 
     The target is D2DMoE's (https://arxiv.org/abs/2310.04361, section 3.2), the regression linear and closed-form.
-    The intercept is implicit, because v . x is 1.
+    The intercept is implicit, because v . x is 1. The mean row is taken off, which the softmax does not see.
     """
-    return ridge(xx, xt)
+    return center_rows(solve_ridge(moments.xx, moments.xt))
 
 
-def assemble(rows: Tensor, v: Tensor, n_shared: int, largest: float, size: float = SIZE) -> Tensor:
-    """The router (n_shared + n, d_model): always-on rows B * v above every routed logit, all of it ordering-only.
+def center_rows(rows: Tensor) -> Tensor:
+    """The rows (n, d_model) less their mean."""
+    return rows - rows.mean(0) if len(rows) else rows
 
-    `largest` is the largest |logit| of the centered rows on the calibration tokens. The always-on rows descend a
-    little, so that their order is no tie.
+
+def assemble_router(rows: Tensor, v: Tensor, n_shared: int, largest: float, amplify: str) -> Tensor:
+    """The router (n_shared + n, d_model) of centered `rows` (n, d_model), for a mode of `--amplify`.
+
+    `largest` is the largest |logit| of the rows on the calibration tokens.
     """
+    if amplify == "any" and n_shared and len(rows):
+        return concentrate(rows, v, n_shared, ROUTED_MASS, largest)
+    return order_only(rows, v, n_shared, largest, EXACT_SIZE if amplify == "exact" else SIZE)
+
+
+def order_only(rows: Tensor, v: Tensor, n_shared: int, largest: float, size: float = SIZE) -> Tensor:
+    """Shared rows B * v above every routed logit, and all of it so small that the softmax is uniform.
+
+    The shared rows descend a little, so that their order is no tie.
+    """
+    # B is three times the largest routed logit, so that v . x may fall to about a third before the order breaks.
     top = 3.0 * largest if len(rows) and largest > 0 else 1.0
     steps = 1 + 0.05 * torch.arange(n_shared, 0, -1) / max(n_shared, 1)
     return torch.cat([(top * steps)[:, None] * v, rows]) * (size / (1.1 * top))
 
 
-def concentrated(rows: Tensor, v: Tensor, n_shared: int, routed_mass: float, largest: float) -> Tensor:
-    """The router (n_shared + n, d_model) of the `any` mode: the always-on experts hold most of the softmax.
+def concentrate(rows: Tensor, v: Tensor, n_shared: int, routed_mass: float, largest: float) -> Tensor:
+    """The rows of the `any` mode: the shared experts hold most of the softmax.
 
-    With all experts on they hold 1 - routed_mass of it, evenly, and each routed expert an equal part of the rest, up
+    With all experts used they hold 1 - routed_mass of it, evenly, and each routed expert an equal part of the rest, up
     to its ordering term. Leaving light experts out then rescales the others by at most 1 / (1 - routed_mass).
     """
     shared_weight, routed_weight = (1 - routed_mass) / n_shared, routed_mass / len(rows)
     gap = float(torch.log(torch.tensor(shared_weight / routed_weight)))
     return torch.cat([(gap * v).expand(n_shared, -1), rows * (SIZE / max(largest, 1e-30))])
-
-
-def centered(rows: Tensor) -> Tensor:
-    """The rows less their mean, which the softmax does not see."""
-    return rows - rows.mean(0) if len(rows) else rows

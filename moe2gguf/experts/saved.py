@@ -1,8 +1,8 @@
-"""A calibration in one file, to write the same experts again: as another type, with another name, amplified for another
-count, without another pass over the text.
+"""A calibration in one file, to write the same experts again: as another type, with another name, scaled for another
+count of experts used, without another pass over the text.
 
-The file is safetensors: per layer the order of neurons, the router, the amplification and, where it is not the
-checkpoint's, the down projection; its metadata says what it was made from. What depends on the inputs
+The file is safetensors: per layer the order of neurons, the router, the output scale and, where it is not the
+checkpoint's, the down projection; its metadata tells what it was made from. What depends on the inputs
 of a layer is not kept (it would be every hidden state), hence another number of experts, grouping, router or correction
 needs a new pass.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe2gguf.errors import CalibrationError, OutputError
-from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import PADDING, expert_width
 from moe2gguf.spec import Method, Slicing
 
@@ -37,7 +37,7 @@ EXACT_ROUTER, ROUTER = 1e-3, 1e-2
 
 
 @dataclass(frozen=True)
-class Job:
+class CalibrationRecord:
     """What a calibration was made from, and how: see `moe2gguf.spec` for the method's fields.
 
     checkpoint   digest of the checkpoint's embedding and layers
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def rescalable(self) -> bool:
-        """Whether only the router's size and the amplification depend on `n_expert_used` and `amplify`."""
+        """Whether only the router's size and the output scale depend on `n_expert_used` and `amplify`."""
         return not self.refit and self.amplify in ("exact", "used")
 
     def method(self) -> Method:
@@ -70,22 +70,22 @@ class Job:
         return Method(**{field.name: getattr(self, field.name) for field in fields(Method)})
 
 
-def save(path: Path, job: Job, layer: Callable[[int], LayerExperts]) -> None:
+def save_calibration(path: Path, record: CalibrationRecord, layer: Callable[[int], LayerExperts]) -> None:
     """Write a calibration, layer by layer; it appears under its name when it is complete.
 
     Raises:
         OutputError: it cannot be written.
     """
-    shapes = _shapes(job)
+    shapes = _shapes(record)
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
-            "job": json.dumps(asdict(job)),
-            "reports": json.dumps([layer(i).report for i in range(job.n_layer)]),
+            "job": json.dumps(asdict(record)),
+            "reports": json.dumps([r.to_dict() if (r := layer(i).report) else {} for i in range(record.n_layer)]),
         }
     }
     end = 0
-    for i in range(job.n_layer):
+    for i in range(record.n_layer):
         for name, (kind, shape) in shapes.items():
             start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
             stored = {"dtype": "I64" if kind is np.int64 else "F32", "shape": shape, "data_offsets": [start, end]}
@@ -96,9 +96,9 @@ def save(path: Path, job: Job, layer: Callable[[int], LayerExperts]) -> None:
     try:
         with partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for i in range(job.n_layer):
-                made = layer(i)
-                parts = made.arrays() | {"order": made.order[:, : shapes["order"][1][1]]}  # without padding
+            for i in range(record.n_layer):
+                experts = layer(i)
+                parts = experts.arrays() | {"order": experts.order[:, : shapes["order"][1][1]]}  # without padding
                 for name, (kind, shape) in shapes.items():
                     file.write(np.ascontiguousarray(parts[name], kind).reshape(shape).data)
         partial.replace(path)
@@ -107,39 +107,39 @@ def save(path: Path, job: Job, layer: Callable[[int], LayerExperts]) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _shapes(job: Job) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+def _shapes(record: CalibrationRecord) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
     """Element type and shape of each layer's tensors."""
-    n = job.n_expert
+    n = record.n_expert
     shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "order": (np.int64, (n, expert_width(job.d_ff, n))),
-        "router": (np.float32, (n, job.d_model)),
+        "order": (np.int64, (n, expert_width(record.d_ff, n))),
+        "router": (np.float32, (n, record.d_model)),
         "amplification": (np.float32, (n,)),
     }
-    if job.refit:
-        shapes["down"] = np.float32, (job.d_model, job.d_ff)
+    if record.refit:
+        shapes["down"] = np.float32, (record.d_model, record.d_ff)
     return shapes
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A calibration that was saved: what it was made from, and what it found. Its tensors are read layer by layer."""
+class SavedCalibration:
+    """A calibration in a file: what it was made from, and what it found. Its tensors are read layer by layer."""
 
     path: Path
-    job: Job
-    reports: tuple[dict[str, Any], ...]
+    record: CalibrationRecord
+    reports: tuple[LayerReport, ...]
 
     @property
     def n_shared(self) -> int:
-        """The most always-on experts that a layer has."""
-        return max(int(report["always_on"]) for report in self.reports)
+        """The most shared experts that a layer has."""
+        return max(report.n_shared for report in self.reports)
 
     def layer(self, i: int, slicing: Slicing) -> LayerExperts:
-        """The experts of layer `i`, padded, and amplified for the count and the mode of `slicing`.
+        """The experts of layer `i`, padded, and scaled for the count and the mode of `slicing`.
 
         Raises:
             CalibrationError: the tensors are not what the file's own description says.
         """
-        shapes, parts = _shapes(self.job), {}
+        shapes, parts = _shapes(self.record), {}
         with _opened(self.path) as file:
             for name, (kind, shape) in shapes.items():
                 view = file.get_slice(f"{i}.{name}")
@@ -147,32 +147,32 @@ class Saved:
                 if stored != (shape, "I64" if kind is np.int64 else "F32"):
                     raise _broken(self.path, f"layer {i} has a {name} of {stored[1]} {stored[0]}")
                 parts[name] = file.get_tensor(f"{i}.{name}")
-        order = np.full((self.job.n_expert, slicing.d_expert), PADDING, np.int64)
+        order = np.full((self.record.n_expert, slicing.d_expert), PADDING, np.int64)
         order[:, : parts["order"].shape[1]] = parts["order"]
         neurons = np.sort(order[order != PADDING])
-        if not np.array_equal(neurons, np.arange(self.job.d_ff)):
+        if not np.array_equal(neurons, np.arange(self.record.d_ff)):
             raise _broken(self.path, f"layer {i} does not place every neuron once")
         if not all(np.isfinite(part).all() for part in parts.values()):
             raise _broken(self.path, f"layer {i} holds numbers that are not finite")
-        made = LayerExperts.of(parts | {"order": order}, self.reports[i])
-        return _rescaled(made, self.job, slicing)
+        experts = LayerExperts.from_arrays(parts | {"order": order}, self.reports[i])
+        return _rescale(experts, self.record, slicing)
 
 
-def _rescaled(made: LayerExperts, job: Job, slicing: Slicing) -> LayerExperts:
+def _rescale(experts: LayerExperts, record: CalibrationRecord, slicing: Slicing) -> LayerExperts:
     """The same experts for another count or mode; what `moe2gguf.experts.slice_layer` would give with these groups."""
     amplify = slicing.method.amplify
-    if (job.amplify, job.n_expert_used) == (amplify, slicing.n_expert_used):
-        return made
+    if (record.amplify, record.n_expert_used) == (amplify, slicing.n_expert_used):
+        return experts
     size = {name: EXACT_ROUTER if name == "exact" else ROUTER for name in ("exact", "used")}
     factor = slicing.n_expert if amplify == "exact" else slicing.n_expert_used
     return replace(
-        made,
-        router=made.router * np.float32(size[amplify] / size[job.amplify]),
-        amplification=np.full(slicing.n_expert, factor, np.float32),
+        experts,
+        router=experts.router * np.float32(size[amplify] / size[record.amplify]),
+        scale=np.full(slicing.n_expert, factor, np.float32),
     )
 
 
-def read(path: Path) -> Saved:
+def read_calibration(path: Path) -> SavedCalibration:
     """Open a saved calibration; no tensor is read.
 
     Raises:
@@ -184,15 +184,18 @@ def read(path: Path) -> Saved:
         raise _broken(path, "its format is unknown")
     try:
         values = {RENAMED.get(name, name): value for name, value in json.loads(metadata["job"]).items()}
-        job = Job(**{name: value for name, value in values.items() if name not in DELETED or value is not False})
-        reports = tuple(json.loads(metadata["reports"]))
+        kept = {name: value for name, value in values.items() if name not in DELETED or value is not False}
+        record = CalibrationRecord(**kept)
+        reports = tuple(LayerReport.from_dict(report) for report in json.loads(metadata["reports"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
-    if not _sound(job) or len(reports) != job.n_layer or not all(_is_report(r, job.n_expert) for r in reports):
+    if not _is_valid(record) or len(reports) != record.n_layer:
         raise _broken(path, "its description does not make sense")
-    if names != {f"{i}.{name}" for i in range(job.n_layer) for name in _shapes(job)}:
+    if any(len(r.load) != record.n_expert or len(r.energy_by_used) != record.n_expert for r in reports):
+        raise _broken(path, "its reports have another number of experts")
+    if names != {f"{i}.{name}" for i in range(record.n_layer) for name in _shapes(record)}:
         raise _broken(path, "tensors are missing, or too many")
-    return Saved(path, job, reports)
+    return SavedCalibration(path, record, reports)
 
 
 @contextlib.contextmanager
@@ -208,32 +211,16 @@ def _broken(path: Path, why: str) -> CalibrationError:
     return CalibrationError(f"{path}: not a calibration that --save-calibration wrote ({why}); calibrate again")
 
 
-def _sound(job: Job) -> bool:
+def _is_valid(record: CalibrationRecord) -> bool:
     """Every field of its type, every count in its range."""
-    optional = job.n_shared is None or (type(job.n_shared) is int and 0 <= job.n_shared <= job.n_expert)
-    texts = (job.checkpoint, job.text, job.label, job.group, job.router, job.amplify)
-    counts = (job.n_token, job.n_layer, job.d_model, job.d_ff, job.n_expert, job.n_expert_used)
+    optional = record.n_shared is None or (type(record.n_shared) is int and 0 <= record.n_shared <= record.n_expert)
+    texts = (record.checkpoint, record.text, record.label, record.group, record.router, record.amplify)
+    counts = (record.n_token, record.n_layer, record.d_model, record.d_ff, record.n_expert, record.n_expert_used)
     return (
         optional
         and all(isinstance(text, str) for text in texts)
         and all(type(count) is int and 0 < count < 2**40 for count in counts)
-        and isinstance(job.refit, bool)
-        and type(job.seed) is int
-        and job.n_expert_used <= job.n_expert <= job.d_ff
+        and isinstance(record.refit, bool)
+        and type(record.seed) is int
+        and record.n_expert_used <= record.n_expert <= record.d_ff
     )
-
-
-def _is_report(report: Any, n_expert: int) -> bool:
-    """Finite numbers and lists of them, among them those that every layer has."""
-    if not isinstance(report, dict) or not all(_is_figure(value) for value in report.values()):
-        return False
-    one, each = (
-        (report.get("always_on"), report.get("always_on_rate")),
-        (report.get("load"), report.get("energy_by_used")),
-    )
-    return all(isinstance(v, float) for v in one) and all(isinstance(v, list) and len(v) == n_expert for v in each)
-
-
-def _is_figure(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return all(type(number) in (int, float) and math.isfinite(number) for number in values)

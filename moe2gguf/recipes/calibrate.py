@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.experts.saved import Job
-from moe2gguf.experts.saved import save as save_calibration
+from moe2gguf.experts.layer import LayerExperts, LayerReport
+from moe2gguf.experts.saved import CalibrationRecord, save_calibration
 from moe2gguf.experts.text import Text, spread, windows
+from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import Readable, SourceDigest, source_digest
 from moe2gguf.llama.tokens import read_tokens
@@ -24,10 +25,11 @@ from moe2gguf.recipes.source import Source
 from moe2gguf.spec import Slicing
 
 if TYPE_CHECKING:
-    from moe2gguf.experts.calibration import Subject
+    from moe2gguf.experts.calibration import CalibrationModel
+    from moe2gguf.experts.forward import Device, Layers
 
 
-def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str, Any], ...]:
+def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[LayerReport, ...]:
     """Find the experts of every layer, if they need text; the reports of the layers.
 
     They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
@@ -44,11 +46,11 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[dict[str
         return saved.reports
     if text is None:
         return ()
-    model = subject(plan.checkpoint)
+    model = open_calibration_model(plan.checkpoint)
     reports = _calibrate_on_text(plan, model, text, slicing, work, progress)
     plan.experts.load = functools.partial(LayerExperts.load, work)
     if target := plan.options.save_calibration:
-        save_calibration(target, _job(plan, text, slicing, model.identity), plan.experts.load)
+        save_calibration(target, _describe(plan, text, slicing, model.identity), plan.experts.load)
     return tuple(reports)
 
 
@@ -63,50 +65,67 @@ def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
     checkpoint, saved = plan.checkpoint, plan.saved
     if not saved or not isinstance(checkpoint, Checkpoint):
         return
-    if digest.hexdigest(_calibrated(checkpoint)) != saved.job.checkpoint:
+    if digest.hexdigest(_calibrated(checkpoint)) != saved.record.checkpoint:
         raise CalibrationError(
             f"{saved.path}: made from another checkpoint than {checkpoint.folder} (other weights, or those of a GGUF "
             "file); calibrate again without --load-calibration"
         )
 
 
-def subject(source: Source) -> Subject:
+def open_calibration_model(source: Source) -> CalibrationModel:
     """What a calibration runs on: blocks with the weights of `source`, windows from its tokenizer.
 
     Raises:
         CalibrationError: torch or transformers is missing.
     """
     try:
-        from moe2gguf.experts.calibration import Subject
-        from moe2gguf.experts.forward import Layers
+        import moe2gguf.experts.calibration  # noqa: F401 -- imports both
     except ImportError as error:
         raise CalibrationError(
             f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
             "or take --preset exact"
         ) from error
-    if isinstance(source, Checkpoint):
-        bos = source.vocabulary.first_id
-        return Subject(
-            lambda device: Layers(source.model, source.read, device),
-            lambda text, n_token, n_context: windows(source.folder, text, n_token, n_context, bos),
-            identity(source),
-        )
-    weights = Weights(source)
-    return Subject(
-        lambda device: Layers(source.model, weights.read, device, weights.rope_divisors()),
-        functools.partial(_gguf_windows, source.path),
-        identity(source),
-    )
+    return _Folder(source) if isinstance(source, Checkpoint) else _GGUF(source)
 
 
-def _gguf_windows(path: Path, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
-    ids, bos = read_tokens(path, text.text)
-    return spread(text, ids, n_token, n_context, bos)
+@dataclass(frozen=True)
+class _Folder:
+    """A Hugging Face folder to calibrate."""
+
+    checkpoint: Checkpoint
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return source_digest(_calibrated(self.checkpoint))
+
+    def layers(self, device: Device) -> Layers:
+        from moe2gguf.experts.forward import Layers
+
+        return Layers(self.checkpoint.model, self.checkpoint.read, device)
+
+    def windows(self, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
+        return windows(self.checkpoint.folder, text, n_token, n_context, self.checkpoint.vocabulary.first_id)
 
 
-def identity(source: Source) -> str:
-    """A digest of everything that a calibration depends on, which is read for it."""
-    return source_digest(_calibrated(source))
+@dataclass(frozen=True)
+class _GGUF:
+    """A dense GGUF file to calibrate; its tokenizer is llama.cpp's."""
+
+    dense: DenseFile
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return source_digest(_calibrated(self.dense))
+
+    def layers(self, device: Device) -> Layers:
+        from moe2gguf.experts.forward import Layers
+
+        weights = Weights(self.dense)
+        return Layers(self.dense.model, weights.read, device, weights.rope_divisors())
+
+    def windows(self, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
+        ids, bos = read_tokens(self.dense.path, text.text)
+        return spread(text, ids, n_token, n_context, bos)
 
 
 def _calibrated(source: Source) -> dict[str, Readable]:
@@ -116,14 +135,14 @@ def _calibrated(source: Source) -> dict[str, Readable]:
 
 
 def _calibrate_on_text(
-    plan: Plan, model: Subject, text: Text, slicing: Slicing, work: Path, progress: Progress
-) -> list[dict[str, Any]]:
+    plan: Plan, model: CalibrationModel, text: Text, slicing: Slicing, work: Path, progress: Progress
+) -> list[LayerReport]:
     """Make the experts of every layer in `work`."""
-    from moe2gguf.experts.calibration import Settings, calibrate
+    from moe2gguf.experts.calibration import CalibrationSettings, calibrate
 
     options, dense = plan.options, plan.checkpoint.model
     n_token, n_context = options.tokens_for(dense), window(dense)
-    settings = Settings(n_token, n_context, options.device, options.calibration_memory)
+    settings = CalibrationSettings(n_token, n_context, options.device, options.calibration_memory)
     total = n_token // n_context * n_context * dense.n_layer
     try:
         with progress("calibrate", total) as advance:
@@ -135,10 +154,11 @@ def _calibrate_on_text(
         ) from error
 
 
-def _job(plan: Plan, text: Text, slicing: Slicing, made_from: str) -> Job:
+def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> CalibrationRecord:
+    """What the calibration of a plan is made from."""
     model = plan.checkpoint.model
-    return Job(
-        checkpoint=made_from,
+    return CalibrationRecord(
+        checkpoint=identity,
         text=text.digest,
         label=text.label,
         n_token=plan.options.tokens_for(model),

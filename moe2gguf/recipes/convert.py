@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe2gguf.errors import OutputError
+from moe2gguf.experts.layer import LayerReport
 from moe2gguf.gguf.layout import Layout, array_offset, value_offset
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
 from moe2gguf.gguf.resume import describe_job
@@ -33,7 +34,7 @@ class Conversion:
     path: Path
     plan: Plan
     source_digest: str
-    layers: tuple[dict[str, Any], ...] = ()
+    layers: tuple[LayerReport, ...] = ()
     reused: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class Conversion:
         return {
             "path": str(self.path),
             "source_sha256": self.source_digest,
-            "layers": list(self.layers),
+            "layers": [layer.to_dict() for layer in self.layers],
             "reused_tensors": self.reused,
             **self.plan.to_dict(),
         }
@@ -123,13 +124,13 @@ def write_plan(
     return Conversion(path, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, n_reused)
 
 
-def _fill_in(plan: Plan, reports: Sequence[dict[str, Any]], descriptor: int, layout: Layout) -> None:
+def _fill_in(plan: Plan, reports: Sequence[LayerReport], descriptor: int, layout: Layout) -> None:
     """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
     require_own_calibration(plan, plan.digest)
     digest = plan.digest.hexdigest(plan.checkpoint.tensors)
     write_over(descriptor, digest.encode(), value_offset(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
     if reports and (not plan.shards or layout is plan.shards[0][1]):
-        load = np.array([report["load"] for report in reports], "<f4")
+        load = np.array([report.load for report in reports], "<f4")
         write_over(descriptor, load.tobytes(), array_offset(layout, CALIBRATION_LOAD, load.size))
 
 

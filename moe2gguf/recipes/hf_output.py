@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
+from moe2gguf.experts.layer import LayerReport
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
@@ -50,8 +51,8 @@ FRONT_MATTER = {
 }
 """Key of a model card's front matter -> the `general.*` key of the metadata that it repeats."""
 
-LAYER_FIGURES = ("always_on", "always_on_rate", "energy_kept", "energy_oracle", "hit_rate", "refit_error")
-"""Columns of a card's table of layers; see `moe2gguf.experts.slice_layer.carve`."""
+LAYER_FIGURES = ("n_shared", "shared_rate", "energy_kept", "energy_oracle", "hit_rate", "refit_error")
+"""Columns of a card's table of layers; see `moe2gguf.experts.layer.LayerReport`."""
 
 CHANGED_BY = {"router": ("router",), "gate": ("experts", "lora"), "up": ("experts", "lora")}
 CHANGED_BY |= {"gate_up": CHANGED_BY["gate"], "down": ("down", "experts", "lora")}
@@ -161,7 +162,7 @@ class _Experts:
 
 
 def _describe_sliced(
-    plan: Plan, checkpoint: Checkpoint, slicing: Slicing, digest: SourceDigest, reports: Sequence[Mapping[str, Any]]
+    plan: Plan, checkpoint: Checkpoint, slicing: Slicing, digest: SourceDigest, reports: Sequence[LayerReport]
 ) -> dict[str, str]:
     """config.json and the model card, when all tensors have been read.
 
@@ -171,7 +172,7 @@ def _describe_sliced(
     require_own_calibration(plan, digest)
     provenance = {key: value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
     if reports:
-        provenance[CALIBRATION_LOAD] = [share for report in reports for share in report["load"]]
+        provenance[CALIBRATION_LOAD] = [share for report in reports for share in report.load]
     provenance[SOURCE_DIGEST] = digest.hexdigest(checkpoint.tensors)
     n, k = slicing.n_expert, slicing.n_expert_used
     sliced = replace(checkpoint.model, d_ff=slicing.d_expert, n_expert=n, n_expert_used=k)
@@ -188,9 +189,7 @@ def make_config(checkpoint: Checkpoint, model: Model, provenance: Metadata) -> s
     return to_json({**hf_config(model), **kept, MARK: dict(provenance)})
 
 
-def sliced_card(
-    metadata: Metadata, slicing: Slicing, provenance: Metadata, reports: Sequence[Mapping[str, Any]]
-) -> str:
+def sliced_card(metadata: Metadata, slicing: Slicing, provenance: Metadata, reports: Sequence[LayerReport]) -> str:
     """README.md: what the model is, how it was made, what calibration found. `metadata` has the `general.*` keys."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {key: value for key, source in FRONT_MATTER.items() if (value := metadata.get(f"general.{source}"))}
@@ -215,12 +214,13 @@ def _provenance_table(title: str, prefix: str, provenance: Metadata) -> list[str
     return [f"| {title} | |", "|---|---|", *(f"| {k.removeprefix(prefix)} | {v} |" for k, v in provenance.items())]
 
 
-def _layer_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+def _layer_table(reports: Sequence[LayerReport]) -> list[str]:
     """A Markdown table of what calibration found, one row per layer."""
-    present = [figure for figure in LAYER_FIGURES if any(figure in report for report in reports)]
+    layers = [report.to_dict() for report in reports]
+    present = [figure for figure in LAYER_FIGURES if any(figure in layer for layer in layers)]
     rows = [
-        f"| {i} | " + " | ".join(f"{report[f]:.3f}" if f in report else "" for f in present) + " |"
-        for i, report in enumerate(reports)
+        f"| {i} | " + " | ".join(f"{layer[f]:.3f}" if f in layer else "" for f in present) + " |"
+        for i, layer in enumerate(layers)
     ]
     head = "| layer | " + " | ".join(figure.replace("_", " ") for figure in present) + " |"
     return [head, "|--:|" + "--:|" * len(present), *rows]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
-from moe2gguf.experts.saved import Saved
+from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.text import read_text
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.spec import EXACT, SPARSE, Method, Model
@@ -107,37 +107,37 @@ class Options:
         return max(DEFAULT_TOKENS, 2 * model.d_ff if self.choose_method().refit else 0)
 
 
-def adopted(options: Options, saved: Saved) -> tuple[Options, list[str]]:
+def adopted(options: Options, saved: SavedCalibration) -> tuple[Options, list[str]]:
     """The options with what they leave open taken from a saved calibration, and every one that does not fit it.
 
     Raises:
         CalibrationError: `options.calibration` cannot be read.
     """
-    job, file = saved.job, saved.path.name
+    record, file = saved.record, saved.path.name
     made: dict[str, Any] = {
-        "experts": job.n_expert,
-        "used": job.n_expert_used,
-        "group": job.group,
-        "n_shared": AUTO if job.n_shared is None else job.n_shared,
-        "router": job.router,
-        "refit": job.refit,
-        "amplify": job.amplify,
-        "calibration_tokens": job.n_token,
-        "seed": job.seed,
+        "experts": record.n_expert,
+        "used": record.n_expert_used,
+        "group": record.group,
+        "n_shared": AUTO if record.n_shared is None else record.n_shared,
+        "router": record.router,
+        "refit": record.refit,
+        "amplify": record.amplify,
+        "calibration_tokens": record.n_token,
+        "seed": record.seed,
     }
     unset = Options()
     given = {name: value for name in made if (value := getattr(options, name)) != getattr(unset, name)}
     together = made | given
-    rescalable = job.rescalable and together["amplify"] in ("exact", "used")
+    rescalable = record.rescalable and together["amplify"] in ("exact", "used")
     found = [
         f"--{FLAGS.get(name, name.replace('_', '-'))} {_said(name, value)}: {file} was made with "
         f"{_said(name, made[name])}; leave it out, or calibrate again without --load-calibration"
         for name, value in given.items()
         if value != made[name] and not (rescalable and name in ("used", "amplify"))
     ]
-    if options.calibration and read_text(options.calibration).digest != job.text:
-        found.append(f"--calibration {options.calibration.name}: {file} was made from another text, {job.label}")
-    if together["used"] <= saved.n_shared < job.n_expert:
+    if options.calibration and read_text(options.calibration).digest != record.text:
+        found.append(f"--calibration {options.calibration.name}: {file} was made from another text, {record.label}")
+    if together["used"] <= saved.n_shared < record.n_expert:
         found.append(f"--used {together['used']}: {file} has layers with {saved.n_shared} always-on experts; use more")
     if options.preset == "exact" or options.dense:
         found.append("--load-calibration: --preset exact and --dense use no calibration; leave one of them out")

@@ -10,8 +10,7 @@ from typing import Any
 
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.experts.saved import Saved
-from moe2gguf.experts.saved import read as read_calibration
+from moe2gguf.experts.saved import SavedCalibration, read_calibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.gguf import types
@@ -49,7 +48,7 @@ class Plan:
     slicing: Slicing | None
     experts: Experts
     text: Text | None
-    saved: Saved | None
+    saved: SavedCalibration | None
     assigned: Assignment
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[OutputTensor, ...]
@@ -162,7 +161,7 @@ def plan_conversion(model: Path, options: Options | None = None) -> Plan:
     text = read_text(options.calibration) if needs_text else None
     calibration = Calibration(text.label, text.digest, _whole_windows(checkpoint.model, options)) if text else None
     if saved:
-        calibration = Calibration(saved.job.label, saved.job.text, _whole_windows(checkpoint.model, options))
+        calibration = Calibration(saved.record.label, saved.record.text, _whole_windows(checkpoint.model, options))
     experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
     made = draft(checkpoint, slicing, experts, digest, options.types(), calibration)
     assigned, tensors, metadata = made.assigned, made.tensors, made.metadata
@@ -207,14 +206,15 @@ def window(model: Model) -> int:
     return min(WINDOW, model.n_context)
 
 
-def _refuse_saved(model: Model, saved: Saved) -> list[str]:
+def _refuse_saved(model: Model, saved: SavedCalibration) -> list[str]:
     """Whether a calibration was made for a model of this shape."""
     if model.n_expert:
         return ["--load-calibration: the checkpoint has experts already, which are kept; leave it out"]
+    record, file = saved.record, saved.path.name
     return [
-        f"--load-calibration {saved.path.name}: made for {name} {getattr(saved.job, name)}, the checkpoint has {value}"
+        f"--load-calibration {file}: made for {name} {getattr(record, name)}, the checkpoint has {value}"
         for name in ("n_layer", "d_model", "d_ff")
-        if (value := getattr(model, name)) != getattr(saved.job, name)
+        if (value := getattr(model, name)) != getattr(record, name)
     ]
 
 

@@ -76,7 +76,7 @@ def _ours(entry: Entry, experts: Experts) -> OutputTensor:
     """A router, or the experts' scales."""
     i = int(entry.name.split(".")[1])
     if entry.name.endswith(".scale"):
-        return made(entry.name, entry.shape, lambda: experts.layer(i).amplification)
+        return made(entry.name, entry.shape, lambda: experts.layer(i).scale)
     return made(entry.name, entry.shape, lambda: experts.layer(i).router)
 
 
@@ -121,7 +121,7 @@ def _down(
     source: SourceTensor, kind: TensorType, slicing: Slicing, layer: LayerExperts, weight: Array
 ) -> Iterator[Array]:
     """The down projection (d_model, d_ff), cut between its columns: as blocks where they stay whole."""
-    factors = np.ones_like(layer.amplification) if slicing.scale_tensor else layer.amplification
+    factors = np.ones_like(layer.scale) if slicing.scale_tensor else layer.scale
     if layer.down is not None:
         yield from cut.slice_columns(layer.down, layer.order, factors)
     elif source.info.type in types.FLOATS:

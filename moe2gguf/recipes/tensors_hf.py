@@ -148,10 +148,10 @@ def sliced_tensors(
     def columns(weight: Array) -> Iterator[Array]:
         layer = experts.layer(i)
         corrected = weight if layer.down is None else layer.down
-        factors = np.ones_like(layer.amplification) if slicing.scale_tensor else layer.amplification
+        factors = np.ones_like(layer.scale) if slicing.scale_tensor else layer.scale
         return cut.slice_columns(corrected, layer.order, factors)
 
-    scales = made(f"blk.{i}.ffn_down_exps.scale", (n,), lambda: experts.layer(i).amplification)
+    scales = made(f"blk.{i}.ffn_down_exps.scale", (n,), lambda: experts.layer(i).scale)
     return [
         made(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), lambda: experts.layer(i).router),
         *([scales] if slicing.scale_tensor else []),

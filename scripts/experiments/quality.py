@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe2gguf.experts.calibration import Settings, calibrate
+from moe2gguf.experts.calibration import CalibrationSettings, Slicer, calibrate
 from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.experts.mlp import Carved, Inputs
-from moe2gguf.experts.slice_layer import Contributions, carve
+from moe2gguf.experts.mlp import LayerInputs, SlicedLayer
+from moe2gguf.experts.slice_layer import slice_layer
+from moe2gguf.experts.stats import ActivationStatistics
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.measure.compare import CompareSettings, compare
 from moe2gguf.measure.logits import cut_windows
-from moe2gguf.recipes.calibrate import subject
+from moe2gguf.recipes.calibrate import open_calibration_model
 from moe2gguf.recipes.convert import convert, write_plan
 from moe2gguf.recipes.options import Options
 from moe2gguf.recipes.plan import Plan, plan_conversion
@@ -42,8 +43,6 @@ from measure import machine, table, write_json
 SPLIT = 0.7
 N_EXPERT = 16
 N_CONTEXT = 512
-
-Carver = Callable[[Any, Inputs, Slicing, Contributions], Carved]
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def _ignore(_: object) -> None:
     return None
 
 
-def by_carver(carver: Callable[[int], Carver], *, refit: bool = False, always_on_all: bool = False) -> Any:
-    """A method of ours or of others that is a carver; `always_on_all` runs a fixed choice of neurons."""
+def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, always_on_all: bool = False) -> Any:
+    """A method of ours or of others that is a slicer; `always_on_all` runs a fixed choice of neurons."""
 
     def make(run: Run, k: int, out: Path) -> None:
         plan = plan_conversion(run.model, run.options(k, refit=refit))
@@ -91,7 +90,7 @@ def by_carver(carver: Callable[[int], Carver], *, refit: bool = False, always_on
         if always_on_all:
             slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
         work = out.with_suffix(".layers")
-        _calibrated(run, plan, slicing, work, carver(k))
+        _calibrate(run, plan, slicing, work, slicer(k))
         plan.experts.load = functools.partial(LayerExperts.load, work)
         write_plan(replace(plan, text=None), out, threads=run.threads)
         shutil.rmtree(work)
@@ -99,9 +98,9 @@ def by_carver(carver: Callable[[int], Carver], *, refit: bool = False, always_on
     return make
 
 
-def _calibrated(run: Run, plan: Plan, slicing: Slicing, work: Path, carver: Carver) -> None:
-    settings = Settings(run.n_token, N_CONTEXT)
-    calibrate(subject(plan.checkpoint), plan.text, slicing, settings, work, _ignore, carver)
+def _calibrate(run: Run, plan: Plan, slicing: Slicing, work: Path, slicer: Slicer) -> None:
+    settings = CalibrationSettings(run.n_token, N_CONTEXT)
+    calibrate(open_calibration_model(plan.checkpoint), plan.text, slicing, settings, work, _ignore, slicer)
 
 
 def flap(keep: Callable[[Sequence[rivals.Fluctuation], float], list[torch.Tensor]]) -> Any:
@@ -125,12 +124,12 @@ def _fluctuations(run: Run) -> list[rivals.Fluctuation]:
     plan = plan_conversion(run.model, run.options(N_EXPERT, group="contiguous", router="least-squares", refit=False))
     found = []
 
-    def watch(mlp: Any, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
+    def watch(mlp: Any, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
         found.append(rivals.fluctuation(mlp, inputs.dense))
-        return carve(mlp, inputs, slicing, seen)
+        return slice_layer(mlp, inputs, slicing, statistics)
 
     work = run.work / "fluctuations"
-    _calibrated(run, plan, plan.slicing, work, watch)
+    _calibrate(run, plan, plan.slicing, work, watch)
     shutil.rmtree(work)
     return found
 
@@ -166,18 +165,18 @@ METHODS = (
     Method(
         "random, least squares",
         "LLaMA-MoE's split, our router",
-        by_carver(lambda _: rivals.random_groups),
+        by_slicer(lambda _: rivals.random_groups),
     ),
-    Method("EMoE", "arXiv 2310.10908", by_carver(lambda _: rivals.emoe)),
+    Method("EMoE", "arXiv 2310.10908", by_slicer(lambda _: rivals.emoe)),
     Method(
         "ExpertWeaver's rule, CMoE's split",
         "arXiv 2602.15521",
-        by_carver(lambda _: functools.partial(rivals.expert_weaver, n_context=N_CONTEXT)),
+        by_slicer(lambda _: functools.partial(rivals.expert_weaver, n_context=N_CONTEXT)),
     ),
     Method("FLAP, uniform", "arXiv 2312.11983", flap(rivals.flap_uniform)),
     Method("FLAP, its standard rule", "arXiv 2312.11983", flap(rivals.flap_standard)),
-    Method("static, most important neurons", "ours", by_carver(lambda _: carve, always_on_all=True)),
-    Method("static + our refit", "ours", by_carver(lambda _: carve, always_on_all=True, refit=True)),
+    Method("static, most important neurons", "ours", by_slicer(lambda _: slice_layer, always_on_all=True)),
+    Method("static + our refit", "ours", by_slicer(lambda _: slice_layer, always_on_all=True, refit=True)),
     Method("ours, no refit", "ours", by_options(refit=False)),
     Method("ours, no refit, fitted loudness", "ours", by_options(refit=False, amplify="fitted")),
     Method("ours, refit", "ours", by_options(refit=True)),
@@ -285,14 +284,14 @@ def cmoe_row(run: Run, k: int) -> dict[str, Any]:
     """CMoE in PyTorch, beside the dense model on the same windows."""
     began = time.monotonic()
     plan = plan_conversion(run.model, run.options(k, refit=False))
-    layers: list[Carved] = []
+    layers: list[SlicedLayer] = []
 
-    def keep(*arguments: Any) -> Carved:
+    def keep(*arguments: Any) -> SlicedLayer:
         layers.append(rivals.cmoe(*arguments, n_shared=cmoe_shared(k)))
         return layers[-1]
 
     work = run.work / "cmoe"
-    _calibrated(run, plan, plan.slicing, work, keep)
+    _calibrate(run, plan, plan.slicing, work, keep)
     shutil.rmtree(work)
     ids = held_out_ids(run, plan.checkpoint.vocabulary.first_id)
     perplexity, perplexity_dense = torch_perplexity(run.model, ids, layers, k), torch_perplexity(run.model, ids, [], k)
@@ -320,13 +319,13 @@ def held_out_ids(run: Run, bos: int | None) -> np.ndarray:
 
 
 @torch.inference_mode()
-def torch_perplexity(model: Path, ids: np.ndarray, layers: Sequence[Carved], k: int) -> float:
+def torch_perplexity(model: Path, ids: np.ndarray, layers: Sequence[SlicedLayer], k: int) -> float:
     """Perplexity of the second half of each window; `layers` take the place of the model's MLPs."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
-    for block, carved in zip(network.model.layers, layers, strict=False):
-        block.mlp.forward = lambda x, carved=carved: carved(x.flatten(0, 1), k).reshape(x.shape)
+    for block, sliced in zip(network.model.layers, layers, strict=False):
+        block.mlp.forward = lambda x, sliced=sliced: sliced(x.flatten(0, 1), k).reshape(x.shape)
     return math.exp(float(np.mean(list(_losses(network, ids)))))
 
 

@@ -1,6 +1,6 @@
 """Other methods in our protocol, for scripts/bench quality: written from their papers, on the same dense activations.
 
-Carvers take the place of `moe2gguf.experts.slice_layer.carve` and give one layer's experts; FLAP prunes, gives masks.
+Slicers take the place of `moe2gguf.experts.slice_layer.slice_layer` and give one layer's experts; FLAP gives masks.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe2gguf.experts import amplification, grouping, routing
-from moe2gguf.experts.grouping import Groups, balanced_assign, group_sizes
+from moe2gguf.experts import grouping, refit, routing
+from moe2gguf.experts.grouping import balanced_assign, group_sizes
 from moe2gguf.experts.hidden_states import Rows, chunks
-from moe2gguf.experts.mlp import MLP, Carved, Inputs
-from moe2gguf.experts.slice_layer import Contributions, carve_groups
+from moe2gguf.experts.layer import LayerReport
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, SlicedLayer
+from moe2gguf.experts.slice_layer import slice_groups
+from moe2gguf.experts.stats import ActivationStatistics, largest_logit, router_moments
 from moe2gguf.spec import Slicing
 
 MARKED = 10
@@ -31,7 +33,7 @@ def unit(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CMoE(Carved):
+class CMoE(SlicedLayer):
     """A layer with CMoE's router: not linear, so no GGUF file has it.
 
     `score_mlp` has the rows of each routed expert's representative neuron, at length 1.
@@ -39,11 +41,11 @@ class CMoE(Carved):
 
     score_mlp: MLP | None = field(default=None)
 
-    def weights(self, x: Tensor, k: int) -> Tensor:
+    def expert_weights(self, x: Tensor, k: int) -> Tensor:
         """1 for the shared experts and for those whose representative neuron is largest."""
         n_routed = len(self.score_mlp.gate)
         n_shared = len(self.groups) - n_routed
-        chosen = self.score_mlp.hidden(x).abs().topk(k - n_shared, dim=1).indices + n_shared
+        chosen = self.score_mlp.activations(x).abs().topk(k - n_shared, dim=1).indices + n_shared
         weights = torch.zeros(len(x), len(self.groups))
         weights[:, :n_shared] = 1
         return weights.scatter_(1, chosen, 1.0)
@@ -59,7 +61,7 @@ def cmoe_split(mlp: MLP, x: Rows, n_expert: int, n_shared: int) -> tuple[Groups,
     d_ff = len(mlp.gate)
     normed, together = MLP(unit(mlp.gate), unit(mlp.up), mlp.down), torch.zeros(d_ff, d_ff)
     for part in chunks(len(x)):
-        top = normed.hidden(unit(x[part])).abs_().topk(MARKED, 1).indices
+        top = normed.activations(unit(x[part])).abs_().topk(MARKED, 1).indices
         marks = torch.zeros(len(top), d_ff).scatter_(1, top, 1.0)
         together.addmm_(marks.T, marks)
     count, sizes = together.diagonal(), group_sizes(d_ff, n_expert)
@@ -79,49 +81,53 @@ def cmoe_split(mlp: MLP, x: Rows, n_expert: int, n_shared: int) -> tuple[Groups,
     return groups, torch.stack(representatives)
 
 
-def cmoe(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions, n_shared: int) -> Carved:
+def cmoe(
+    mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics, n_shared: int
+) -> SlicedLayer:
     """CMoE, training-free: its split, its representative neurons for a router, weights 1."""
-    del seen
+    del statistics
     groups, neurons = cmoe_split(mlp, inputs.dense, slicing.n_expert, n_shared)
     score = MLP(unit(mlp.gate[neurons]), unit(mlp.up[neurons]), mlp.down[neurons])
     zero = torch.zeros(slicing.n_expert, mlp.gate.shape[1])
-    return CMoE(mlp, groups, zero, amplification.uniform(slicing.n_expert, 1), score_mlp=score)
+    return CMoE(mlp, groups, zero, refit.uniform_scale(slicing.n_expert, 1), score_mlp=score)
 
 
-def expert_weaver(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions, n_context: int) -> Carved:
+def expert_weaver(
+    mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics, n_context: int
+) -> SlicedLayer:
     """ExpertWeaver's rule for how many experts are shared, and its router of mean gate rows, on CMoE's split.
 
     https://arxiv.org/abs/2602.15521: S = round((0.7 - 0.5 r) n), r the share of neurons whose mean activation varies
     from sample to sample by more than tau of its mean. Its own split ranks by |silu(g x)|, which did worse here; on
     CMoE's split the rule has been tested before. Capped at k: more would not fit the budget.
     """
-    del seen
+    del statistics
     n, k = slicing.n_expert, slicing.n_expert_used
     n_shared = min(weaver_count(mlp, inputs.dense, n, n_context), k)
     groups, _ = cmoe_split(mlp, inputs.dense, n, n_shared)
     router = mean_router(mlp, inputs.dense, groups, n_shared)
-    return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, n_shared))
+    return SlicedLayer(mlp, groups, router, refit.uniform_scale(n, k), _no_report(n, n_shared))
 
 
-def random_groups(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
+def random_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
     """LLaMA-MoE's split (https://arxiv.org/abs/2406.16554), neurons dealt out at random; our router, all routed."""
-    del seen
+    del statistics
     sizes = group_sizes(len(mlp.gate), slicing.n_expert)
     shuffled = torch.randperm(len(mlp.gate), generator=torch.Generator().manual_seed(slicing.method.seed))
     groups = [part.sort().values for part in shuffled.split(sizes)]
-    return carve_groups(mlp, inputs, slicing, groups, 0)
+    return slice_groups(mlp, inputs, slicing, groups, 0)
 
 
-def emoe(mlp: MLP, inputs: Inputs, slicing: Slicing, seen: Contributions) -> Carved:
+def emoe(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
     """EMoE (https://arxiv.org/abs/2310.10908): balanced k-means on gate rows at length 1, which is MoEfication's split
     (https://arxiv.org/abs/2110.01786, section 3.2), and a router of mean gate rows.
     """
-    del seen
+    del statistics
     n, k = slicing.n_expert, slicing.n_expert_used
     label = grouping.cluster(unit(mlp.gate) @ unit(mlp.gate).T, group_sizes(len(mlp.gate), n), slicing.method.seed)
     groups = [(label == e).nonzero()[:, 0] for e in range(n)]
     router = mean_router(mlp, inputs.sliced, groups, 0)
-    return Carved(mlp, groups, router, amplification.uniform(n, k), _no_report(n, 0))
+    return SlicedLayer(mlp, groups, router, refit.uniform_scale(n, k), _no_report(n, 0))
 
 
 def gate_mean(gate: Tensor, groups: Groups) -> Tensor:
@@ -131,14 +137,9 @@ def gate_mean(gate: Tensor, groups: Groups) -> Tensor:
 
 def mean_router(mlp: MLP, x: Rows, groups: Groups, n_shared: int) -> Tensor:
     """The router (n_expert, d_model) of mean gate rows, fitted to inputs x (n_token, d_model)."""
-    xx, x1, largest = torch.zeros_like(mlp.gate.T @ mlp.gate), torch.zeros(mlp.gate.shape[1]), 0.0
-    rows = routing.centered(gate_mean(mlp.gate, groups[n_shared:]))
-    for part in chunks(len(x)):
-        piece = x[part]
-        xx.addmm_(piece.T, piece)
-        x1 += piece.sum(0)
-        largest = max(largest, float((piece @ rows.T).abs().max()))
-    return routing.assemble(rows, routing.constant_direction(xx, x1), n_shared, largest)
+    rows = routing.center_rows(gate_mean(mlp.gate, groups[n_shared:]))
+    v = routing.constant_direction(router_moments(x, torch.empty(len(x), 0)))
+    return routing.order_only(rows, v, n_shared, largest_logit(x, rows))
 
 
 def weaver_count(mlp: MLP, x: Rows, n_expert: int, n_context: int) -> int:
@@ -150,8 +151,8 @@ def weaver_count(mlp: MLP, x: Rows, n_expert: int, n_context: int) -> int:
     return round(min(0.7, max(0.2, 0.7 - 0.5 * specialized)) * n_expert)
 
 
-def _no_report(n_expert: int, n_shared: int) -> dict[str, object]:
-    return {"always_on": float(n_shared), "load": [0.0] * n_expert}
+def _no_report(n_expert: int, n_shared: int) -> LayerReport:
+    return LayerReport(n_shared, [0.0] * n_expert, 0.0, 0.0, [0.0] * n_expert)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def fluctuation(mlp: MLP, x: Rows) -> Fluctuation:
     """FLAP (https://arxiv.org/abs/2312.11983, equation 4): var(h_i) |d_i|^2, and the mean of h_i for the bias."""
     total, square = torch.zeros(len(mlp.gate), dtype=torch.float64), torch.zeros(len(mlp.gate), dtype=torch.float64)
     for part in chunks(len(x)):
-        h = mlp.hidden(x[part]).double()
+        h = mlp.activations(x[part]).double()
         total += h.sum(0)
         square += h.square().sum(0)
     mean = total / len(x)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe2gguf.experts.mlp import MLP, Inputs
+from moe2gguf.experts.mlp import MLP, LayerInputs
 from moe2gguf.spec import Method, Slicing
 
 D_MODEL, D_FF, N, K = 12, 48, 8, 4
@@ -24,22 +24,22 @@ def test_every_rival_slices_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = MLP(*(torch.randn(D_FF, D_MODEL, generator=generator) for _ in range(3)))
     x = torch.randn(640, D_MODEL, generator=generator)
     x[:, 0] = 2.0
-    inputs = Inputs(x, mlp(x), x, mlp(x))
+    inputs = LayerInputs(x, mlp(x), x, mlp(x))
     slicing = Slicing(N, K, D_FF // N, Method(router="least-squares", amplify="used"))
-    carvers = [
+    slicers = [
         functools.partial(rivals.cmoe, n_shared=2),
         functools.partial(rivals.expert_weaver, n_context=64),
         rivals.random_groups,
         rivals.emoe,
     ]
-    for carver in carvers:
-        sliced = carver(mlp, inputs, slicing, None)
+    for slicer in slicers:
+        sliced = slicer(mlp, inputs, slicing, None)
         assert list(range(D_FF)) == sorted(torch.cat(sliced.groups).tolist())
         assert {D_FF // N} == {len(group) for group in sliced.groups}
-        assert {K} == {int(n) for n in (sliced.weights(x, K) > 0).sum(1)}
+        assert {K} == {int(n) for n in (sliced.expert_weights(x, K) > 0).sum(1)}
 
     layer = rivals.fluctuation(mlp, x)
     (keep,) = rivals.flap_uniform([layer], 0.5)
     assert D_FF // 2 == int(keep.sum())
-    expected = (mlp.hidden(x) * ~keep @ mlp.down).mean(0)
+    expected = (mlp.activations(x) * ~keep @ mlp.down).mean(0)
     torch.testing.assert_close(expected, rivals.flap_bias(layer, keep), rtol=1e-3, atol=1e-4)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import CalibrationError, PlanError
-from moe2gguf.experts.layer import LayerExperts
+from moe2gguf.experts.layer import LayerExperts, LayerReport
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
 QUICK = {"experts": 8, "calibration_tokens": 2048}
@@ -77,7 +77,7 @@ def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_p
 def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(folder, tmp_path):
     """On text it was not calibrated on (the tokens above): KL against the dense model, at half of the experts."""
     done = convert(folder, tmp_path / "ours.gguf", Options(**QUICK, used=4))
-    assert all(layer["always_on_rate"] > 0.99 for layer in done.layers)
+    assert all(layer.shared_rate > 0.99 for layer in done.layers)
     convert(folder, tmp_path / "seed.gguf", Options(experts=8, used=4, preset="exact"))
     expected = checkpoints.torch_logits(folder, TOKENS)
 
@@ -119,11 +119,8 @@ def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
         layers = Layers(checkpoint.model, checkpoint.read, torch.device("cpu"))
         hidden = torch.zeros(ids.size, 64)
         layers.embed(ids, hidden)
-        for i in range(len(layers)):
-            block = layers.block(i)
-            block.attend(hidden, 32)
+        for _, block in layers.attend_blocks([hidden], 32):
             hidden += block.mlp(block.mlp_input(hidden))
-            layers.release(i)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = model.model(torch.from_numpy(ids), output_hidden_states=True)
 
@@ -200,8 +197,9 @@ def test_a_layers_file_is_read_back(tmp_path):
     """With and without a corrected down projection."""
     rng = np.random.default_rng(0)
     for down in (None, rng.standard_normal((4, 6)).astype(np.float32)):
+        report = LayerReport(1, [1.0, 0.5], 0.9, 1.0, [0.6, 1.0], hit_rate=0.5)
         layer = LayerExperts(
-            np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, {"a": 1}
+            np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, report
         )
         layer.save(tmp_path, 7)
 
@@ -209,7 +207,7 @@ def test_a_layers_file_is_read_back(tmp_path):
 
         assert (down is None) == (again.down is None)
         assert layer.order.tolist() == again.order.tolist()
-        assert {"a": 1} == again.report
+        assert report == again.report
         if down is not None:
             assert np.array_equal(down, again.down)
 
@@ -284,7 +282,7 @@ def test_the_report_is_json_ready(folder, tmp_path):
         assert sorted(layer["energy_by_used"]) == layer["energy_by_used"]
         assert 8 == len(layer["energy_by_used"])
         assert abs(layer["energy_by_used"][-1] - 1) < 1e-6
-        assert {"hit_rate", "constant_min", "refit_error", "always_on"} <= layer.keys()
+        assert {"hit_rate", "constant_min", "refit_error", "n_shared"} <= layer.keys()
 
 
 def test_tokens_by_default(folder, tmp_path):

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe2gguf.experts.grouping import balanced_assign, cluster, group_sizes, split
+from moe2gguf.experts.grouping import balanced_assign, cluster, group_sizes, regroup_neurons, split_neurons
+from moe2gguf.experts.mlp import MLP
+from moe2gguf.experts.stats import energy_by_expert
 
+TOPICS, WIDTH = 4, 3
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -18,7 +21,7 @@ def test_groups_are_balanced_and_complete(m, n, n_shared, seed):
     n, n_shared = min(n, m), min(n_shared, n)
     a = torch.randn(100, m, generator=torch.Generator().manual_seed(seed))
     importance = a.square().sum(0)
-    groups = split(importance, a.T @ a, group_sizes(m, n), n_shared, seed)
+    groups = split_neurons(importance, a.T @ a, group_sizes(m, n), n_shared, seed)
 
     assert group_sizes(m, n) == [len(group) for group in groups]
     assert list(range(m)) == sorted(torch.cat(groups).tolist())
@@ -28,7 +31,7 @@ def test_groups_are_balanced_and_complete(m, n, n_shared, seed):
 def test_always_on_experts_hold_the_most_important_neurons():
     """No routed neuron matters more than an always-on one."""
     importance = torch.rand(32, generator=GENERATOR)
-    groups = split(importance, torch.eye(32), group_sizes(32, 4), 2, 0)
+    groups = split_neurons(importance, torch.eye(32), group_sizes(32, 4), 2, 0)
 
     assert importance[torch.cat(groups[:2])].min() >= importance[torch.cat(groups[2:])].max()
 
@@ -73,3 +76,69 @@ def test_identical_neurons_do_no_harm():
     label = cluster(torch.ones(12, 12), [4, 4, 4], seed=0)
 
     assert [4, 4, 4] == torch.bincount(label, minlength=3).tolist()
+
+
+def topical(always=0):
+    """(mlp, x, router, topic of each neuron): a neuron fires for one topic of four, `always` more for every token.
+
+    The router's rows are the topics, so the best groups are known.
+    """
+    g = torch.Generator().manual_seed(3)
+    topic = torch.arange(TOPICS).repeat_interleave(WIDTH)[torch.randperm(TOPICS * WIDTH, generator=g)]
+    topic = torch.cat([topic, torch.full((always,), -1)])
+    gate = torch.where((topic >= 0)[:, None], 4 * torch.eye(TOPICS + 1)[topic], 4 * torch.eye(TOPICS + 1)[TOPICS])
+    up = torch.rand(len(topic), TOPICS + 1, generator=g) + 0.5
+    down = torch.randn(len(topic), 6, generator=g)
+    x = torch.cat([torch.eye(TOPICS)[torch.randint(TOPICS, (400,), generator=g)], torch.ones(400, 1)], 1)
+    return MLP(gate, up, down), x, torch.eye(TOPICS, TOPICS + 1), topic
+
+
+def test_energy_by_expert():
+    """a_i^2 = h_i^2 |d_i|^2 summed over the tokens for which the expert is among the first k, in plain loops."""
+    mlp, x, router, _ = topical()
+    router = router + 0.01 * torch.randn(router.shape, generator=torch.Generator().manual_seed(0))
+
+    found = energy_by_expert(mlp, x, router, 2)
+
+    expected = torch.zeros_like(found)
+    for token in x:
+        h = torch.nn.functional.silu(mlp.gate @ token) * (mlp.up @ token)
+        for e in (router @ token).argsort(descending=True)[:2]:
+            expected[:, e] += h.square() * mlp.down.square().sum(1)
+    torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-4)
+
+
+def test_neurons_find_the_expert_that_runs_for_them():
+    """From any groups to those of the topics, in one round."""
+    mlp, x, router, topic = topical()
+
+    groups = regroup_neurons(energy_by_expert(mlp, x, router, 1), [WIDTH] * TOPICS, 0, topic < -1)
+
+    assert [WIDTH] * TOPICS == [len(group) for group in groups]
+    assert [{t} for t in range(TOPICS)] == [set(topic[group].tolist()) for group in groups]
+
+
+def test_who_loses_most_by_being_routed_always_runs():
+    """Not the loudest neurons, which their topic's expert keeps whole, but those that fire for every token."""
+    mlp, x, router, topic = topical(always=WIDTH)
+    loud = torch.where(topic >= 0, 3.0, 1.0)[:, None]
+    mlp = MLP(mlp.gate, mlp.up, mlp.down / mlp.down.norm(dim=1, keepdim=True) * loud)
+    router = torch.cat([10 * torch.eye(TOPICS + 1)[[TOPICS]], router])
+
+    groups = regroup_neurons(energy_by_expert(mlp, x, router, 2), [WIDTH] * (TOPICS + 1), 1, topic < -1)
+
+    assert {-1} == set(topic[groups[0]].tolist())
+    energy = energy_by_expert(mlp, x, router, 2)[:, 0]
+    assert energy[topic >= 0].mean() > energy[topic < 0].mean()
+
+
+def test_outliers_stay_in_shared_experts():
+    """While there is room, whatever they keep elsewhere."""
+    mlp, x, router, topic = topical(always=WIDTH)
+    router = torch.cat([10 * torch.eye(TOPICS + 1)[[TOPICS]], router])
+    outliers = torch.zeros(len(topic), dtype=torch.bool)
+    outliers[(topic >= 0).nonzero()[:4, 0]] = True
+
+    groups = regroup_neurons(energy_by_expert(mlp, x, router, 2), [WIDTH] * (TOPICS + 1), 1, outliers)
+
+    assert outliers[groups[0]].all()

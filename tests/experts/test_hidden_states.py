@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.hidden_states import Made, OnDisk, Shelf, chunks
+from moe2gguf.experts.hidden_states import LazyRows, RowsOnDisk, allocate, chunks, sample_rows
 
 
 def test_rows_on_disk_are_what_was_written(tmp_path):
     """Piece by piece, in any order, beside a tensor that takes the same writes; what was not written is zero."""
-    expected, rows = torch.zeros(1000, 7), OnDisk(tmp_path / "rows", 1000, 7)
+    expected, rows = torch.zeros(1000, 7), RowsOnDisk(tmp_path / "rows", 1000, 7)
     for part in (slice(300, 950), slice(0, 10), slice(5, 8)):
         value = torch.randn(part.stop - part.start, 7)
         expected[part], rows[part] = value, value
@@ -28,36 +28,48 @@ def test_pieces_cover_everything_once():
     assert [] == list(chunks(0))
 
 
-def test_made_rows_are_computed_when_asked_for():
+def test_lazy_rows_are_computed_when_asked_for():
     """A piece at a time, each time anew."""
     asked = []
-    rows = Made(10, lambda part: asked.append(part) or torch.arange(10)[part])
+    rows = LazyRows(10, lambda part: asked.append(part) or torch.arange(10)[part])
 
     assert [3, 4] == rows[slice(3, 5)].tolist()
     assert [slice(3, 5)] == asked
 
 
+def test_sampled_rows_are_spread_over_all():
+    """However they are read."""
+    rows = torch.arange(103.0)[:, None]
+
+    few = sample_rows(rows, 20)
+
+    assert len(few) == 20
+    assert torch.equal(rows[:100:5], few[slice(0, 20)])
+    assert torch.equal(few[slice(0, 20)], torch.cat([few[slice(0, 7)], few[slice(7, 20)]]))
+    assert 103 == len(sample_rows(rows, 60))
+
+
 def test_the_limit_decides_where_rows_are_kept(tmp_path):
     """Three stores of 100 x 4 float32: 4800 bytes."""
-    assert not Shelf(100, 4, 3, 4800, tmp_path).on_disk
-    shelf = Shelf(100, 4, 3, 4799, tmp_path)
-    shelf.store("a")
+    assert all(isinstance(rows, torch.Tensor) for rows in allocate("abc", 100, 4, 4800, tmp_path))
+    assert [] == list(tmp_path.iterdir())
 
-    assert shelf.on_disk
-    assert ["a.f32"] == [path.name for path in tmp_path.iterdir()]
+    allocate("abc", 100, 4, 4799, tmp_path)
+
+    assert ["a.f32", "b.f32", "c.f32"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
     """Before hours of work; the message has the ways out."""
     with pytest.raises(CalibrationError, match="more --calibration-memory, take fewer --calibration-tokens"):
-        Shelf(10**9, 10**6, 3, 0, tmp_path)
+        allocate("abc", 10**9, 10**6, 0, tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
 def test_rows_on_disk_take_no_memory(tmp_path):
     """A quarter of a gigabyte is written and read through a few megabytes."""
     n_token, width = 2**16, 2**10
-    rows = Shelf(n_token, width, 1, 10**6, tmp_path).store("rows")
+    rows = allocate(["rows"], n_token, width, 10**6, tmp_path)[0]
     piece = torch.ones(2048, width)
     rows[slice(0, 2048)] = piece
     first, most = resident(), 0

@@ -288,4 +288,4 @@ def test_the_file_is_read_by_the_safetensors_library(kept):
     assert {f"{i}.{name}" for i in range(3) for name in ("order", "router", "amplification")} == set(stored)
     assert ((8, 12), (8, 64)) == (stored["0.order"].shape, stored["0.router"].shape)
     assert list(range(96)) == sorted(stored["0.order"].ravel().tolist())
-    assert saved.read(kept[1]).job.label == "moe2gguf texts 1"
+    assert saved.read_calibration(kept[1]).record.label == "moe2gguf texts 1"

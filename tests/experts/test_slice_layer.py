@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts import amplification
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
-from moe2gguf.experts.mlp import MLP, Inputs
-from moe2gguf.experts.slice_layer import carve, observe
+from moe2gguf.experts.mlp import MLP, LayerInputs
+from moe2gguf.experts.refit import fit_scale
+from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.slicing import default_always_on
+from moe2gguf.experts.stats import collect_statistics, expert_agreement
 from moe2gguf.spec import Method, Slicing
 
 D_MODEL, D_FF, N, K = 24, 80, 8, 4
@@ -26,12 +27,12 @@ def layer(seed=0, n_token=1500):
     x = topics[torch.randint(10, (n_token,), generator=g)] * 0.4 + 0.3 * torch.randn(n_token, D_MODEL, generator=g)
     x[:, 0] = 1.0
     y = mlp(x)
-    return mlp, Inputs(x, y, x, y)
+    return mlp, LayerInputs(x, y, x, y)
 
 
-def carved_by(mlp, inputs, slicing):
-    """`carve` with what `observe` finds."""
-    return carve(mlp, inputs, slicing, observe(mlp, inputs.dense, torch.empty_like(inputs.output)))
+def slice_by(mlp, inputs, slicing):
+    """`slice_layer` with what `collect_statistics` finds."""
+    return slice_layer(mlp, inputs, slicing, collect_statistics(mlp, inputs.dense, torch.empty_like(inputs.output)))
 
 
 def slicing(**recipe):
@@ -39,9 +40,9 @@ def slicing(**recipe):
     return Slicing(N, K, D_FF // N, Method(**recipe))
 
 
-def error(carved, inputs, k=K):
+def error(sliced, inputs, k=K):
     """Share of the dense output's energy that is missing."""
-    return float((carved(inputs.sliced, k) - inputs.output).square().sum() / inputs.output.square().sum())
+    return float((sliced(inputs.sliced, k) - inputs.output).square().sum() / inputs.output.square().sum())
 
 
 @pytest.mark.parametrize(("group", "router"), list(itertools.product(GROUPS, ROUTERS)))
@@ -50,21 +51,21 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
     mlp, inputs = layer()
     shared = 0 if group == "contiguous" or router == "zero" else 2
 
-    carved = carved_by(mlp, inputs, slicing(group=group, router=router, n_shared=shared, amplify="exact"))
+    sliced = slice_by(mlp, inputs, slicing(group=group, router=router, n_shared=shared, amplify="exact"))
 
-    torch.testing.assert_close(inputs.output, carved(inputs.sliced, N), rtol=0.1, atol=0.06)
-    assert error(carved, inputs, N) < 1e-3
+    torch.testing.assert_close(inputs.output, sliced(inputs.sliced, N), rtol=0.1, atol=0.06)
+    assert error(sliced, inputs, N) < 1e-3
 
 
 def test_always_on_experts_always_run():
     """For every token, at every count above them."""
     mlp, inputs = layer()
-    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="used"))
+    sliced = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="used"))
 
     for k in (3, 4, 7):
-        assert (carved.weights(inputs.sliced, k)[:, :2] > 0).all()
-    assert 2.0 == carved.report["always_on"]
-    assert [1.0, 1.0] == carved.report["load"][:2]
+        assert (sliced.expert_weights(inputs.sliced, k)[:, :2] > 0).all()
+    assert 2.0 == sliced.report.n_shared
+    assert [1.0, 1.0] == sliced.report.load[:2]
 
 
 def test_what_was_learned_beats_what_was_not():
@@ -72,7 +73,7 @@ def test_what_was_learned_beats_what_was_not():
     mlp, inputs = layer()
 
     def left(**recipe):
-        return error(carved_by(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
+        return error(slice_by(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
 
     ours = left(group="activations", router="least-squares", n_shared=2)
     assert ours < left(group="contiguous", router="least-squares", n_shared=0)
@@ -83,52 +84,53 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
     """And here much better."""
     mlp, inputs = layer()
     recipe = {"group": "activations", "router": "least-squares", "n_shared": 2, "amplify": "used"}
-    without, with_refit = (carved_by(mlp, inputs, slicing(refit=refit, **recipe)) for refit in (False, True))
+    without, with_refit = (slice_by(mlp, inputs, slicing(refit=refit, **recipe)) for refit in (False, True))
 
     assert error(with_refit, inputs) < 0.9 * error(without, inputs)
-    assert 0 < with_refit.report["refit_error"] < 1
+    assert 0 < with_refit.report.refit_error < 1
     torch.testing.assert_close(mlp.gate, with_refit.mlp.gate)
 
 
 def test_router_rows_keep_the_oracles_order_better_than_chance():
     """Hit rate against the true largest outputs; energy kept is at most the oracle's."""
     mlp, inputs = layer()
-    report = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1)).report
+    report = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1)).report
 
-    assert report["hit_rate"] > 1.3 * (K - 1) / (N - 1)
-    assert report["energy_kept"] <= report["energy_oracle"] + 1e-6
-    assert abs(sum(report["load"]) - K) < 1e-5
+    assert report.hit_rate > 1.3 * (K - 1) / (N - 1)
+    assert report.energy_kept <= report.energy_oracle + 1e-6
+    assert abs(sum(report.load) - K) < 1e-5
 
 
 def test_groups_that_know_their_router_keep_more():
     """Of the dense output's energy, and of what the first k experts of the router's order have."""
     mlp, inputs = layer()
     recipe = {"router": "least-squares", "n_shared": 2, "amplify": "used"}
-    clustered, routed = (carved_by(mlp, inputs, slicing(group=g, **recipe)) for g in ("activations", "routed"))
+    clustered, routed = (slice_by(mlp, inputs, slicing(group=g, **recipe)) for g in ("activations", "routed"))
 
     assert error(routed, inputs) < 0.95 * error(clustered, inputs)
-    assert routed.report["energy_by_used"][K - 1] > clustered.report["energy_by_used"][K - 1]
+    assert routed.report.energy_by_used[K - 1] > clustered.report.energy_by_used[K - 1]
 
 
 def test_fitted_amplification_is_the_least_squares_constant_of_each_expert():
     """Against a solver that sees every expert's output for every token, as loud as the dense output; tokens without
     weight do not count."""
     mlp, inputs = layer()
-    carved = carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="fitted"))
+    sliced = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="fitted"))
 
-    h, runs = mlp.hidden(inputs.sliced), carved.weights(inputs.sliced, K) > 0
-    outputs = torch.stack([h[:, g] @ mlp.down[g] * runs[:, e, None] for e, g in enumerate(carved.groups)], 2)
+    h, runs = mlp.activations(inputs.sliced), sliced.expert_weights(inputs.sliced, K) > 0
+    outputs = torch.stack([h[:, g] @ mlp.down[g] * runs[:, e, None] for e, g in enumerate(sliced.groups)], 2)
     found = torch.linalg.lstsq(outputs.flatten(0, 1), inputs.output.flatten()[:, None]).solution[:, 0]
-    louder = carved.scale / (K * found)
+    louder = sliced.scale / (K * found)
     torch.testing.assert_close(louder.mean().expand(N), louder, rtol=0.01, atol=0)
-    assert carved.scale.std() > 0.01 * K
+    assert sliced.scale.std() > 0.01 * K
     assert 1.01 < louder.mean()
-    energy = carved(inputs.sliced, K).square().sum() / inputs.output.square().sum()
+    energy = sliced(inputs.sliced, K).square().sum() / inputs.output.square().sum()
     torch.testing.assert_close(torch.tensor(1.0), energy, rtol=0.01, atol=0)
-    plain = replace(carved, scale=torch.full((N,), float(K)))
+    plain = replace(sliced, scale=torch.full((N,), float(K)))
     weight = torch.ones(len(inputs.sliced)).index_fill_(0, torch.arange(700), 0.0)
-    ignored = amplification.fitted(plain, inputs.sliced, weight, K)
-    torch.testing.assert_close(amplification.fitted(plain, inputs.sliced[700:], weight[700:], K), ignored)
+    ignored = fit_scale(*expert_agreement(plain, inputs.sliced, weight, K), K)
+    without = fit_scale(*expert_agreement(plain, inputs.sliced[700:], weight[700:], K), K)
+    torch.testing.assert_close(without, ignored)
 
 
 @pytest.mark.parametrize("amplify", AMPLIFICATIONS)
@@ -137,25 +139,25 @@ def test_amplifications(amplify):
     on, and graceful below."""
     mlp, inputs = layer()
     recipe = {"group": "activations", "router": "least-squares", "n_shared": 2}
-    carved = carved_by(mlp, inputs, slicing(amplify=amplify, **recipe))
-    used = carved_by(mlp, inputs, slicing(amplify="used", **recipe))
+    sliced = slice_by(mlp, inputs, slicing(amplify=amplify, **recipe))
+    used = slice_by(mlp, inputs, slicing(amplify="used", **recipe))
 
     if amplify == "exact":
-        assert {float(N)} == set(carved.scale.tolist())
+        assert {float(N)} == set(sliced.scale.tolist())
     elif amplify == "used":
-        assert {float(K)} == set(carved.scale.tolist())
+        assert {float(K)} == set(sliced.scale.tolist())
     elif amplify == "fitted":
-        ours = carved(inputs.sliced, K)
+        ours = sliced(inputs.sliced, K)
         quieter = float((ours * inputs.output).sum() / ours.square().sum())
-        assert error(replace(carved, scale=quieter * carved.scale), inputs) <= error(used, inputs) + 1e-6
+        assert error(replace(sliced, scale=quieter * sliced.scale), inputs) <= error(used, inputs) + 1e-6
     else:
-        assert (carved.weights(inputs.sliced, N).mean(0) - 1).abs().max() < 0.02
-        assert error(carved, inputs, N) < 1e-3
-        exact = carved_by(mlp, inputs, slicing(amplify="exact", **recipe))
-        assert error(carved, inputs) < 0.2 * error(exact, inputs)
+        assert (sliced.expert_weights(inputs.sliced, N).mean(0) - 1).abs().max() < 0.02
+        assert error(sliced, inputs, N) < 1e-3
+        exact = slice_by(mlp, inputs, slicing(amplify="exact", **recipe))
+        assert error(sliced, inputs) < 0.2 * error(exact, inputs)
 
 
-def test_carriers_of_massive_activations_are_always_on():
+def test_outlier_neurons_are_always_on():
     """One neuron makes a huge output for one token in a hundred (an attention sink): it must be in an always-on expert,
     though its mean energy over all tokens may be small."""
     mlp, inputs = layer(n_token=20000)
@@ -169,11 +171,11 @@ def test_carriers_of_massive_activations_are_always_on():
     mlp = MLP(gate, up, down)
     y = mlp(x)
 
-    carved = carved_by(mlp, Inputs(x, y, x, y), slicing(group="activations", router="least-squares", n_shared=1))
+    sliced = slice_by(mlp, LayerInputs(x, y, x, y), slicing(group="activations", router="least-squares", n_shared=1))
 
-    a = mlp.hidden(x).abs() * down.norm(dim=1)
+    a = mlp.activations(x).abs() * down.norm(dim=1)
     assert int((a.square().mean(0) > a[:, 77].square().mean()).sum()) >= 10  # its mean alone would not put it there
-    assert 77 in carved.groups[0].tolist()
+    assert 77 in sliced.groups[0].tolist()
 
 
 def test_activations_that_are_not_finite():
@@ -182,7 +184,7 @@ def test_activations_that_are_not_finite():
     inputs.sliced[3, 3] = float("nan")
 
     with pytest.raises(CalibrationError, match="not finite"):
-        carved_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1))
+        slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1))
 
 
 @pytest.mark.parametrize(("k", "expected"), [(12, 8), (8, 4), (4, 2), (2, 1), (1, 0)])

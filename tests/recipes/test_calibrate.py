@@ -168,7 +168,9 @@ def test_a_calibration_is_kept_and_used_again(place, tmp_path):
     convert(place / "q8_0.gguf", tmp_path / "b.gguf", Options(load_calibration=kept))
 
     assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
-    assert (256, 8, 4) == tuple(getattr(saved.read(kept).job, name) for name in ("d_ff", "n_expert", "n_expert_used"))
+    assert (256, 8, 4) == tuple(
+        getattr(saved.read_calibration(kept).record, name) for name in ("d_ff", "n_expert", "n_expert_used")
+    )
     with pytest.raises(CalibrationError, match="other weights, or those of a GGUF file"):
         convert(place / "m", tmp_path / "c.gguf", Options(load_calibration=kept))
 

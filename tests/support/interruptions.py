@@ -5,7 +5,7 @@ from moe2gguf.experts import calibration
 
 def stop_in_third_layer(monkeypatch):
     """Interrupt the first calibration to come to its third layer; the list grows by one with every layer begun."""
-    real, done = calibration.carve, []
+    real, done = calibration.slice_layer, []
 
     def stops(*args):
         done.append(1)
@@ -13,5 +13,5 @@ def stop_in_third_layer(monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(calibration, "carve", stops)
+    monkeypatch.setattr(calibration, "slice_layer", stops)
     return done

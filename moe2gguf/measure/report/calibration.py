@@ -9,19 +9,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from moe2gguf.experts.layer import LayerReport
 from moe2gguf.experts.methods import AMPLIFICATIONS, CORRECTIONS, GROUPS, ROUTERS
 from moe2gguf.measure.report import page
 from moe2gguf.recipes.convert import Conversion
 from moe2gguf.recipes.plan import Plan
 
 _COLUMNS = (
-    ("always on", "always_on"),
-    ("for every token", "always_on_rate"),
+    ("always on", "n_shared"),
+    ("for every token", "shared_rate"),
     ("energy kept", "energy_kept"),
     ("best choice", "energy_oracle"),
     ("hit rate", "hit_rate"),
     ("constant, min", "constant_min"),
-    ("after bias", "bias_error"),
     ("after refit", "refit_error"),
     ("ridge", "refit_strength"),
 )
@@ -39,8 +39,8 @@ def render(done: Conversion, plotly: str, arguments: Sequence[str]) -> str:
     """Return the page; `plotly` is the text of plotly.js."""
     plan, layers = done.plan, done.layers
     figures = pictures(layers, plan.n_expert_used)
-    columns = [(title, name) for title, name in _COLUMNS if any(name in layer for layer in layers)]
-    rows = [[i, *(layer.get(name) for _, name in columns)] for i, layer in enumerate(layers)]
+    columns = [(title, name) for title, name in _COLUMNS if any(getattr(layer, name) is not None for layer in layers)]
+    rows = [[i, *(getattr(layer, name) for _, name in columns)] for i, layer in enumerate(layers)]
     made = {key.removeprefix("moe2gguf."): value for key, value in plan.metadata.items() if key.startswith("moe2gguf.")}
     sections = [
         f"<h1>Calibration of <code>{escape(done.path.name)}</code></h1>",
@@ -50,8 +50,8 @@ def render(done: Conversion, plotly: str, arguments: Sequence[str]) -> str:
         "<p>A click on a heading sorts by it. Energy kept: share of the routed experts' output energy that the chosen "
         "ones hold; best choice: if always the largest were chosen; hit rate: share of choices that are among those; "
         "constant: the smallest value of the direction that keeps experts always on, 1 for every token if it were "
-        "perfect, on tokens held out; after bias: share of the missing energy that the bias neuron leaves; after "
-        "refit: share of the held-out error that is left.</p>",
+        "perfect, on tokens held out; after refit: share of the held-out error that is "
+        "left.</p>",
         page.table(["layer", *(title for title, _ in columns)], rows, "layers"),
         "<h2>How it was made</h2>",
         f"<pre>{escape(shlex.join(['moe2gguf', *arguments[1:]]))}</pre>",
@@ -75,7 +75,7 @@ def summary(done: Conversion) -> list[str]:
     """Return the result in sentences of plain text."""
     plan, layers = done.plan, done.layers
     n, k = plan.n_expert, plan.n_expert_used
-    kept = [layer["energy_by_used"][k - 1] for layer in layers]
+    kept = [layer.energy_by_used[k - 1] for layer in layers]
     weakest = kept.index(min(kept))
     return [
         f"{k} of {n} experts per token in {len(layers)} layers. On the calibration text they hold {fmean(kept):.1%} of "
@@ -85,14 +85,14 @@ def summary(done: Conversion) -> list[str]:
     ]
 
 
-def pictures(layers: Sequence[dict[str, Any]], n_expert_used: int) -> list[tuple[str, dict[str, Any]]]:
+def pictures(layers: Sequence[LayerReport], n_expert_used: int) -> list[tuple[str, dict[str, Any]]]:
     """Return titles and figures, each a dictionary of plotly's `data` and `layout`."""
     figures = [
         ("Load: share of tokens that run each expert", _load(layers)),
         ("Energy kept against experts used", _energy(layers, n_expert_used)),
     ]
     shares = [("hit rate", "hit_rate"), ("energy kept", "energy_kept"), ("best choice", "energy_oracle")]
-    if all("hit_rate" in layer for layer in layers):
+    if all(layer.hit_rate is not None for layer in layers):
         figures.append(("The router against the best choice", _by_layer(layers, shares, "share")))
     figures.append(
         ("The constant direction on held-out tokens", _by_layer(layers, [("min", "constant_min")], "smallest v·x"))
@@ -100,10 +100,10 @@ def pictures(layers: Sequence[dict[str, Any]], n_expert_used: int) -> list[tuple
     return figures
 
 
-def _load(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _load(layers: Sequence[LayerReport]) -> dict[str, Any]:
     trace = {
         "type": "heatmap",
-        "z": [layer["load"] for layer in layers],
+        "z": [layer.load for layer in layers],
         "zmin": 0.0,
         "zmax": 1.0,
         "colorscale": "Viridis",
@@ -114,9 +114,9 @@ def _load(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"data": [trace], "layout": layout}
 
 
-def _energy(layers: Sequence[dict[str, Any]], n_expert_used: int) -> dict[str, Any]:
+def _energy(layers: Sequence[LayerReport], n_expert_used: int) -> dict[str, Any]:
     """Mean, best and worst layer at every count, in the order that the router prefers."""
-    by_used = list(zip(*(layer["energy_by_used"] for layer in layers), strict=True))
+    by_used = list(zip(*(layer.energy_by_used for layer in layers), strict=True))
     traces = [
         {
             "type": "scatter",
@@ -136,14 +136,14 @@ def _energy(layers: Sequence[dict[str, Any]], n_expert_used: int) -> dict[str, A
     return {"data": traces, "layout": layout}
 
 
-def _by_layer(layers: Sequence[dict[str, Any]], names: Sequence[tuple[str, str]], axis: str) -> dict[str, Any]:
+def _by_layer(layers: Sequence[LayerReport], names: Sequence[tuple[str, str]], axis: str) -> dict[str, Any]:
     traces = [
         {
             "type": "scatter",
             "mode": "lines+markers",
             "name": title,
             "x": list(range(len(layers))),
-            "y": [layer[name] for layer in layers],
+            "y": [getattr(layer, name) for layer in layers],
         }
         for title, name in names
     ]

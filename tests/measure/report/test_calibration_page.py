@@ -11,6 +11,7 @@ from html_page import Page
 
 from moe2gguf import Options, plan_conversion
 from moe2gguf.cli import cli
+from moe2gguf.experts.layer import LayerReport
 from moe2gguf.measure.report.calibration import pictures, render, summary
 from moe2gguf.recipes.convert import Conversion
 
@@ -22,12 +23,11 @@ def folder(tmp_path_factory):
 
 
 def layer(i, n=8):
-    """A layer's report, as `carve` makes it."""
-    return {
-        "always_on": 2.0, "always_on_rate": 1.0, "load": [1.0, 1.0, *([0.5] * (n - 2))], "constant_min": 0.9,
-        "energy_by_used": [(k + i) / (n + i) for k in range(1, n + 1)], "energy_kept": 0.4, "energy_oracle": 0.5,
-        "hit_rate": 0.6,
-    }  # fmt: skip
+    """A layer's report, as `slice_layer` makes it."""
+    return LayerReport(
+        n_shared=2, shared_rate=1.0, load=[1.0, 1.0, *([0.5] * (n - 2))], constant_min=0.9,
+        energy_by_used=[(k + i) / (n + i) for k in range(1, n + 1)], energy_kept=0.4, energy_oracle=0.5, hit_rate=0.6,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_pictures_have_the_figures(done):
     """Heat map layer x expert; energy against every count; the router; the constant direction."""
     (_, load), (_, energy), (_, router), (_, constant) = pictures(done.layers, 4)
 
-    assert [one["load"] for one in done.layers] == load["data"][0]["z"]
+    assert [one.load for one in done.layers] == load["data"][0]["z"]
     best, mean, worst = energy["data"]
     assert list(range(1, 9)) == mean["x"]
     assert best["y"][0] == pytest.approx(3 / 10)

@@ -1,0 +1,159 @@
+"""Everything that is summed over tokens: the one file of slicing that reads activations.
+
+What comes out are small matrices, from which `grouping`, `routing` and `refit` solve a layer's experts without seeing a
+token. Shapes and letters are those of `moe2gguf.experts.mlp`; k is the number of experts used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe2gguf.errors import CalibrationError
+from moe2gguf.experts.hidden_states import HiddenStates, Rows, chunks
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, SlicedLayer
+from moe2gguf.experts.refit import Normal, add_gram, mirror
+from moe2gguf.experts.routing import RouterMoments
+
+OUTLIER_SHARE = 1e-2
+"""Share of a token's output energy above which a neuron carries that token's massive activation."""
+
+MASSIVE_FACTOR = 100.0
+"""How many times the median output energy makes a token's activation massive."""
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """How neurons contribute to the dense MLP's output: a_i = |h_i| |d_i| for each token, d_i the row of `down`.
+
+    together  (d_ff, d_ff): the sum of a a^T over the tokens; its diagonal is each neuron's importance
+    outliers  (d_ff,) bool: neurons that carry a massive activation of some token (https://arxiv.org/abs/2402.17762)
+    """
+
+    together: Tensor
+    outliers: Tensor
+
+
+def collect_statistics(mlp: MLP, x: Rows, output: HiddenStates) -> ActivationStatistics:
+    """Run the dense MLP on x (n_token, d_model), write what it gives into `output`, and sum the contributions."""
+    size = mlp.down.norm(dim=1)
+    together, energies = torch.zeros(len(size), len(size)), []
+    for part in chunks(len(x)):
+        h = mlp.activations(x[part])
+        y = h @ mlp.down
+        output[part] = y
+        energies.append(y.square().sum(1))
+        a = h.abs_().mul_(size)
+        add_gram(together, a, a)
+    return ActivationStatistics(mirror(together), _find_outliers(mlp, x, torch.cat(energies), size))
+
+
+def _find_outliers(mlp: MLP, x: Rows, energy: Tensor, size: Tensor) -> Tensor:
+    """(d_ff,) bool, from each token's output energy (n_token,) and each neuron's |d_i| (d_ff,)."""
+    outliers = torch.zeros(len(size), dtype=torch.bool)
+    massive = energy > MASSIVE_FACTOR * energy.median()
+    for part in chunks(len(x)):
+        if massive[part].any():
+            a = mlp.activations(x[part][massive[part]]).abs_().mul_(size)
+            share = a.square() / energy[part][massive[part], None]
+            outliers |= (share > OUTLIER_SHARE).any(0)
+    return outliers
+
+
+def cap_massive_tokens(energy: Tensor) -> Tensor:
+    """How much each token counts in a fit, so that none owns it: 1, or less above 100 times the median `energy`."""
+    return (MASSIVE_FACTOR * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)
+
+
+def token_weights(target: Rows) -> Tensor:
+    """(n_token,): how much each token of the target (n_token, d_model) counts in a fit."""
+    return cap_massive_tokens(map_rows(target, lambda y: y.square().sum(1)))
+
+
+def require_finite(inputs: LayerInputs) -> None:
+    """Refuse NaN and infinities.
+
+    Raises:
+        CalibrationError: there are some.
+    """
+    for rows in (inputs.dense, inputs.sliced, inputs.target):
+        if not all(bool(rows[part].isfinite().all()) for part in chunks(len(rows))):
+            raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
+
+
+def map_rows(x: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function of every piece of x, joined to one tensor: for results of a few numbers per token."""
+    return torch.cat([function(x[part]) for part in chunks(len(x))])
+
+
+def expert_energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
+    """(n_token, n_expert): the squared norm of each expert's output on x, as h^T (D D^T) h over its own neurons."""
+    grams = [mlp.down[group] @ mlp.down[group].T for group in groups]
+    energy = torch.empty(len(x), len(groups))
+    for part in chunks(len(x)):
+        h = mlp.activations(x[part])
+        for e, (group, gram) in enumerate(zip(groups, grams, strict=True)):
+            own = h[:, group]
+            energy[part, e] = (own @ gram).mul_(own).sum(-1)
+    return energy.clamp_min_(0)
+
+
+def energy_by_expert(mlp: MLP, x: Rows, router: Tensor, k: int) -> Tensor:
+    """(d_ff, n_expert): the energy that a neuron would keep in each expert: the sum of a_i^2 over its tokens."""
+    size = mlp.down.square().sum(1)
+    kept = torch.zeros(len(size), len(router))
+    for part in chunks(len(x)):
+        rows = x[part]
+        chosen = (rows @ router.T).topk(k, dim=-1).indices
+        runs = torch.zeros(len(rows), len(router)).scatter_(1, chosen, 1.0)
+        kept.addmm_(mlp.activations(rows).square_().T, runs)
+    return kept * size[:, None]
+
+
+def router_moments(x: Rows, targets: Tensor) -> RouterMoments:
+    """X^T X, X^T 1 and X^T T of the inputs x (n_token, d_model) and the targets (n_token, n)."""
+    d_model = x[slice(0, 1)].shape[1]
+    xx, x1, xt = torch.zeros(d_model, d_model), torch.zeros(d_model), torch.zeros(d_model, targets.shape[1])
+    for part in chunks(len(x)):
+        rows = x[part]
+        xx.addmm_(rows.T, rows)
+        x1 += rows.sum(0)
+        xt.addmm_(rows.T, targets[part])
+    return RouterMoments(xx, x1, xt)
+
+
+def largest_logit(x: Rows, rows: Tensor) -> float:
+    """The largest |logit| that router `rows` (n, d_model) have on x; 0 without rows."""
+    return float(map_rows(x, lambda x: x @ rows.T).abs().max()) if len(rows) else 0.0
+
+
+def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """Weighted sums of <y_e, y_f> (n_expert, n_expert), <y_e, F> (n_expert,) and |F|^2, in doubles on the CPU.
+
+    y_e is what an expert gives, zero where it does not run; F is what the dense MLP gives; `weight` (n_token,) says how
+    much a token counts.
+    """
+    n, down = len(layer.groups), layer.mlp.down
+    gram, dot, energy = torch.zeros(n, n), torch.zeros(n), 0.0
+    for part in chunks(len(x)):
+        h, runs = layer.mlp.activations(x[part]), layer.expert_weights(x[part], k).T[..., None]
+        outputs = torch.stack([h[:, group] @ down[group] for group in layer.groups])
+        dense, chosen = outputs.sum(0), (outputs * runs).flatten(1)
+        weighted = (outputs * (runs * weight[part][:, None])).flatten(1)
+        gram.addmm_(weighted, chosen.T)
+        dot += weighted @ dense.flatten()
+        energy += float(dense.square().sum(1) @ weight[part])
+    return gram.cpu().double(), dot.cpu().double(), energy
+
+
+def normal_equations(layer: SlicedLayer, inputs: LayerInputs, weight: Tensor, k: int, span: range) -> Normal:
+    """The normal equations of the down projection on the tokens of `span`: what is still missing, given what runs."""
+    normal = Normal.empty(*layer.mlp.down.shape)
+    for part in chunks(len(span)):
+        tokens = slice(span.start + part.start, span.start + part.stop)
+        h = layer.weighted_activations(inputs.sliced[tokens], k)
+        normal.add(h, inputs.target[tokens] - h @ layer.mlp.down, weight[tokens])
+    return normal.finished()
