@@ -52,23 +52,29 @@ def test_a_killed_job_goes_on_where_it_was(inputs: Path, tmp_path: Path, name: s
     assert len(all_pieces) > 1
     finished = run(name, inputs, stopped / "out.gguf", stop=True)
     assert not [path for path in stopped.iterdir() if path.name.endswith((".gguf", ".npz"))]
-    left = contents(stopped)
 
-    function, difference = long_jobs.JOBS[name]
-    message = (
-        rf"{re.escape(str(stopped / 'out.gguf'))}\.\w+: holds the unfinished work of another job:\n"
-        rf"  - {re.escape(difference)}\n"
-        r"repeat that job to finish it, or start anew with --no-resume"
-    )
-    with pytest.raises(OutputError, match=rf"^{message}$"):
-        function(inputs, stopped / "out.gguf", True, resume=True)
-    assert left == contents(stopped)
-    anew = shutil.copytree(stopped, tmp_path / "anew")
-    function(inputs, anew / "out.gguf", True, resume=False)
-    assert contents(anew).keys() == contents(whole).keys()
+    _refuse_and_start_anew(name, inputs, stopped, whole, tmp_path / "anew")
 
     pieces = run(name, inputs, stopped / "out.gguf")
 
     assert not {*pieces} & {*finished}
     assert {*all_pieces} == {*pieces, *finished}
     assert contents(whole) == contents(stopped)
+
+
+def _refuse_and_start_anew(name: str, inputs: Path, stopped: Path, whole: Path, anew: Path) -> None:
+    """Another job on the unfinished work: one form of message, nothing touched; --no-resume replaces the work."""
+    function, difference = long_jobs.JOBS[name]
+    left = contents(stopped)
+    shutil.copytree(stopped, anew)
+    if difference:
+        message = (
+            rf"{re.escape(str(stopped / 'out.gguf'))}\.\w+: holds the unfinished work of another job:\n"
+            rf"  - {re.escape(difference)}\n"
+            r"repeat that job to finish it, or start anew with --no-resume"
+        )
+        with pytest.raises(OutputError, match=rf"^{message}$"):
+            function(inputs, stopped / "out.gguf", True, resume=True)
+        assert left == contents(stopped)
+    function(inputs, anew / "out.gguf", True, resume=False)
+    assert contents(anew).keys() == contents(whole).keys()

@@ -49,7 +49,11 @@ from moe2gguf.cli.options import (
     option("--room", type=click.IntRange(1), metavar="MIB", help="Disk for the reference's logits.  [default: 8192]"),
     option("--scheduler", metavar="ADDRESS", help="Measure on the workers of this Dask scheduler."),
     option("--journal", type=click.Path(path_type=Path), help="Finished rows.  [default: in the cache folder]"),
-    option("--fresh", is_flag=True, help="Measure again what the journal has."),
+    option(
+        "--resume/--no-resume",
+        default=True,
+        help="Take finished rows from the journal, or measure everything again.  [default: resume]",
+    ),
 )
 @option_group(
     "Results",

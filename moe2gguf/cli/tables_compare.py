@@ -129,7 +129,7 @@ def _verdicts(found: Comparison) -> None:
     resumed = sum(row.resumed for row in found.rows)
     if resumed:
         console.print(
-            f"{resumed} of {len(found.rows)} rows from {escape(found.settings['journal'])} (--fresh measures)"
+            f"{resumed} of {len(found.rows)} rows from {escape(found.settings['journal'])} (--no-resume measures again)"
         )
 
 

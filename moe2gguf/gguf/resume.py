@@ -87,6 +87,28 @@ class Journal:
             self.pieces[name] = piece
             self._append({"piece": name, "xxh3": piece.checksum, "facts": dict(piece.facts)}, durable=durable)
 
+    def record_facts(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Add a piece that is nothing but JSON-ready facts; the line is on the disk when this returns."""
+        self.record(name, Piece(_checksum_facts(facts), facts), durable=True)
+
+    def find_facts(self, name: str) -> Mapping[str, Any] | None:
+        """The facts of a piece of `record_facts`; None where there are none, or others than were recorded."""
+        piece = self.pieces.get(name)
+        return piece.facts if piece and piece.checksum == _checksum_facts(piece.facts) else None
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Turn an interrupt of the block into `Interrupted`, with the place of the pieces that the block finished."""
+        before = len(self.pieces)
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as error:
+            if len(self.pieces) > before:
+                raise Interrupted(_describe_kept(self.path, len(self.pieces) - before)) from error
+            raise
+
     def _append(self, entry: Mapping[str, Any], *, durable: bool) -> None:
         line = "\n" + json.dumps(entry, ensure_ascii=False)  # a line that a kill has torn ends before this one
         try:
@@ -139,10 +161,7 @@ class Job:
             self.remove()
         os.close(self._descriptor)
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted) and self.n_finished:
-            n = self.n_finished
-            raise Interrupted(
-                f"{self.folder} keeps what is finished ({n} piece{'s'[: n > 1]}); the same command goes on there"
-            ) from error
+            raise Interrupted(_describe_kept(self.folder, self.n_finished)) from error
 
     @property
     def n_finished(self) -> int:
@@ -369,6 +388,14 @@ def _read_lines(path: Path) -> Iterator[Any]:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(line)
+
+
+def _checksum_facts(facts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _describe_kept(place: Path, n: int) -> str:
+    return f"{place} keeps what is finished ({n} piece{'s'[: n > 1]}); the same command goes on there"
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

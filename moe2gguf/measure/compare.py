@@ -57,7 +57,7 @@ class CompareSettings:
     room       bytes of disk for the reference's logits before they take the compact form; None: 8 GiB or half of
                what is free, the smaller
     journal    file of finished rows; None: one in the user's cache folder
-    fresh      measure again what the journal has
+    resume     take from the journal what it has; False: measure it again
     scheduler  address of a Dask cluster that measures; None: this machine does
     """
 
@@ -69,7 +69,7 @@ class CompareSettings:
     memory_limit: int | None = None
     room: int | None = None
     journal: Path | None = None
-    fresh: bool = False
+    resume: bool = True
     scheduler: str | None = None
 
     @property
@@ -132,11 +132,12 @@ def compare(
     machine = _require_machine([base, *grid], devices, settings, timing)
     runs = _Runs(settings)
 
-    noise, rows = _measure_quality(runs, base, grid, on_row)
-    kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
-    rows = [replace(row, above_noise=_above_noise(row, kl_limit)) for row in rows]
-    agreements = _compare_devices(runs, rows)
-    rows, reference_speed = _time_rows(rows, base, timing, on_run) if timing else (rows, None)
+    with runs.journal.interruptible():
+        noise, rows = _measure_quality(runs, base, grid, on_row)
+        kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
+        rows = [replace(row, above_noise=_above_noise(row, kl_limit)) for row in rows]
+        agreements = _compare_devices(runs, rows)
+        rows, reference_speed = _time_rows(rows, base, timing, on_run) if timing else (rows, None)
 
     return Comparison(
         reference=base,
@@ -236,7 +237,7 @@ class _Runs:
 
     def answers(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Answer, bool]]:
         """Yield every measurement with its answer, as they come, and whether the journal had it."""
-        kept = {} if self.settings.fresh else {one: found for one in wanted if (found := self.journal.get(one))}
+        kept = {one: found for one in wanted if (found := self.journal.get(one))} if self.settings.resume else {}
         for one, found in kept.items():
             yield one, found, True
         for one, answer in self._measure([one for one in wanted if one not in kept]):

@@ -139,7 +139,9 @@ def test_a_worker_killed_in_mid_job_costs_nothing_but_time(
     assert [row.quality.summary for row in here.rows] == [row.quality.summary for row in found.rows]  # type: ignore[union-attr]
     assert ["bee"] * len(USED) == [row.to_dict()["quality"]["worker"] for row in found.rows]
     assert {"ant", "bee"} == set(found.environment["workers"])
-    keys = [json.loads(line)["key"] for line in (tmp_path / "there" / "journal.jsonl").read_text().splitlines()]
+    keys = [
+        json.loads(line)["piece"] for line in (tmp_path / "there" / "journal.jsonl").read_text().split("\n") if line
+    ]
     assert len(USED) + 1 == len(keys) == len(set(keys))
     comparison(found)
     assert "rows measured by workers: bee 3" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from moe2gguf.cli.tables_compare import comparison, write_csv
 from moe2gguf.errors import CalibrationError, HarnessError, OutputError
 from moe2gguf.experts.text import EMBEDDED, Text
 from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import DEVICES
 from moe2gguf.measure import compare as recipe
@@ -99,7 +100,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(files: dict[str, Path], t
     def stop(_: ResultRow) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"journal.jsonl keeps what is finished \(2 pieces\)"):
         compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path), on_row=stop)
     again = compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path))
     third = compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path))
@@ -109,9 +110,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(files: dict[str, Path], t
 
 
 def test_the_journal_is_not_used_for_anything_else(files: dict[str, Path], tmp_path: Path) -> None:
-    """Another text, length or context, and --fresh, are measured."""
+    """Another text, length or context, and --no-resume, are measured."""
     compare([files["moe"]], files["dense"], settings=settings(tmp_path))
-    for change in ({"text": Text(TEXT + "the", "tan")}, {"n_token": 20}, {"n_context": 30}, {"fresh": True}):
+    for change in ({"text": Text(TEXT + "the", "tan")}, {"n_token": 20}, {"n_context": 30}, {"resume": False}):
         found = compare([files["moe"]], files["dense"], settings=settings(tmp_path, **change))
         assert [False] == [row.resumed for row in found.rows], change
 
@@ -232,13 +233,13 @@ def test_rows_that_no_text_tells_apart_share_a_line(
 def test_settings_of_the_command_line(tmp_path: Path) -> None:
     """Sizes are MiB there; a text that is not UTF-8 is refused; of a long one the start is read, amply."""
     (tmp_path / "text").write_text("word " * 200_000)
-    found = settings_from(tmp_path / "text", 5, context=64, memory=2, room=None, fresh=True)
-    assert (5, 64, 2**21, None, True) == (
+    found = settings_from(tmp_path / "text", 5, context=64, memory=2, room=None, resume=False)
+    assert (5, 64, 2**21, None, False) == (
         found.n_token,
         found.n_context,
         found.memory_limit,
         found.room,
-        found.fresh,
+        found.resume,
     )
     assert 20 * 64 < len(found.text.text) < 200_000
     whole = settings_from(tmp_path / "text", None, context=64, memory=None, room=None)

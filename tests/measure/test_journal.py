@@ -1,4 +1,4 @@
-"""The journal of finished rows: kept through crashes, and never trusted further than it can be read."""
+"""The journal of finished measurements: kept through crashes, and never trusted further than it can be checked."""
 
 from __future__ import annotations
 
@@ -6,48 +6,51 @@ from pathlib import Path
 
 import pytest
 
-from moe2gguf.errors import HarnessError
-from moe2gguf.measure.journal import Journal, key
+from moe2gguf.errors import OutputError
+from moe2gguf.gguf.resume import Journal
+from moe2gguf.measure.journal import key
 
 
-def test_rows_come_back(tmp_path: Path) -> None:
+def test_facts_come_back(tmp_path: Path) -> None:
     """In the same process and in the next; the folder is made."""
     path = tmp_path / "new" / "journal.jsonl"
     first = Journal(path)
-    first.put("a", {"kl": 0.1, "name": "é"})
-    first.put("b", {"kl": None})
-    assert {"kl": 0.1, "name": "é"} == first.get("a") == Journal(path).get("a")
-    assert (None, {"kl": None}) == (Journal(path).get("c"), Journal(path).get("b"))
+    first.record_facts("a", {"kl": 0.1, "name": "é"})
+    first.record_facts("b", {"kl": None})
+    assert {"kl": 0.1, "name": "é"} == first.find_facts("a") == Journal(path).find_facts("a")
+    assert (None, {"kl": None}) == (Journal(path).find_facts("c"), Journal(path).find_facts("b"))
 
 
-def test_the_last_row_of_a_key_counts(tmp_path: Path) -> None:
+def test_the_last_facts_of_a_name_count(tmp_path: Path) -> None:
     """A row measured again replaces the old one."""
     journal = Journal(tmp_path / "j")
-    journal.put("a", {"n": 1})
-    journal.put("a", {"n": 2})
-    assert {"n": 2} == Journal(tmp_path / "j").get("a")
+    journal.record_facts("a", {"n": 1})
+    journal.record_facts("a", {"n": 2})
+    assert {"n": 2} == Journal(tmp_path / "j").find_facts("a")
 
 
-def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
-    """A line cut by a kill, other formats and plain nonsense lose only themselves, also for what is written next."""
+def test_torn_foreign_and_changed_lines_are_passed_over(tmp_path: Path) -> None:
+    """A line cut by a kill, other forms, nonsense and an edited row lose only themselves, also for what comes next."""
     path = tmp_path / "j"
     journal = Journal(path)
-    journal.put("a", {"n": 1})
-    lines = ['{"format": 2, "key": "b", "row": {}}', "[1]", "no json", '{"format": 1, "key": 3, "row": {}}', "\x00"]
-    path.write_text(path.read_text() + "\n".join(lines) + '\n{"format": 1, "key": "c", "ro')
+    journal.record_facts("a", {"n": 1})
+    journal.record_facts("e", {"n": 5})
+    lines = ['{"format": 2, "key": "b", "row": {}}', "[1]", "no json", '{"piece": 3, "xxh3": "", "facts": {}}', "\x00"]
+    text = path.read_text().replace('{"n": 5}', '{"n": 6}')
+    path.write_text(text + "\n".join(["", *lines]) + '\n{"piece": "c", "fac')
     again = Journal(path)
-    again.put("d", {"n": 4})
+    again.record_facts("d", {"n": 4})
     last = Journal(path)
-    assert [{"n": 1}, None, None, {"n": 4}] == [last.get(name) for name in "abcd"]
+    assert [{"n": 1}, None, None, {"n": 4}, None] == [last.find_facts(name) for name in "abcde"]
 
 
 def test_a_journal_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     """It names the file."""
-    with pytest.raises(HarnessError, match="name another file"):
-        Journal(tmp_path).get("a")
+    with pytest.raises(OutputError, match=r"cannot be read .*; choose another place"):
+        Journal(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(HarnessError, match="name another file"):
-        Journal(tmp_path / "file" / "j").put("a", {})
+    with pytest.raises(OutputError, match=r"j: cannot be .*; choose another place"):
+        Journal(tmp_path / "file" / "j").record_facts("a", {})
 
 
 def test_keys_differ_where_anything_differs() -> None:

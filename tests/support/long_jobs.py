@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import sweeps
 import tiny_gguf
 
 from moe2gguf import Options, convert
 from moe2gguf.gguf.resume import Journal, Piece
 from moe2gguf.measure import imatrix
+from moe2gguf.measure.compare import compare
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
@@ -55,13 +58,28 @@ def run_imatrix(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
     imatrix.collect_imatrix(inputs / "routed.gguf", out, text, n_context=32, n_token=n_token, threads=1, resume=resume)
 
 
-JOBS = {
+def run_compare(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
+    """Rows, whose journal other comparisons may share; `out` is the table of them, but for the time they took."""
+    journal = out.with_name("journal.jsonl")
+    found = compare(
+        [inputs / "routed.gguf"],
+        inputs / "dense.gguf",
+        used=[1, 2],
+        settings=sweeps.settings(out.parent, journal=journal, resume=resume, n_token=20 if changed else 30),
+    )
+    rows = [row.quality.to_dict() | {"seconds": None} for row in found.rows if row.quality]
+    out.write_text(json.dumps(rows))
+    journal.unlink()
+
+
+JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "convert": (run_convert, "experts: 4 there, 2 now"),
     "convert-shards": (run_convert_shards, "shard size: 100000 there, 90000 now"),
     "quantize": (run_quantize, "pure: False there, True now"),
     "imatrix": (run_imatrix, "--tokens: 128 there, 96 now"),
+    "compare": (run_compare, None),
 }
-"""The function of each job, and what it says of the unfinished work that the changed option differs from."""
+"""The function of each job, and how it names the changed option; None: the rows of other jobs are no obstacle."""
 
 
 def main() -> None:
