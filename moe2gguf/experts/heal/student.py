@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moe2gguf.experts.heal import masked
+from moe2gguf.experts.heal.load import load_model
 from moe2gguf.experts.heal.moe_layer import Stored
 from moe2gguf.experts.heal.optimize import part_of
 from moe2gguf.experts.heal.plan import HealSettings, Windows
@@ -24,7 +24,7 @@ def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Win
 
     Routers are scaled by what they see on the first window of `ids`.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = load_model(folder)
     for i, layer in enumerate(model.model.layers):
         if (stored := overlay(i)) is not None:
             _put(layer.mlp, stored)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from moe2gguf.experts.heal.load import load_model
 from moe2gguf.experts.heal.plan import Windows
 
 KEPT_BYTES = 4 << 30
@@ -22,7 +22,7 @@ class Teacher:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = load_model(folder)
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = device
         self._kept: dict[bytes, Tensor] = {}
