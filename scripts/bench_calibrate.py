@@ -131,9 +131,14 @@ def checkpoint(folder: Path, size: Size) -> None:
 
     folder.mkdir()
     random, d = np.random.default_rng(0), size.d_model
-    shapes = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (d, d), "self_attn.v_proj": (d, d)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (d, d),
+        "self_attn.v_proj": (d, d),
+    }
     shapes |= {"self_attn.o_proj": (d, d), "mlp.gate_proj": (size.d_ff, d), "mlp.up_proj": (size.d_ff, d)}
     shapes |= {"mlp.down_proj": (d, size.d_ff), "input_layernorm": (d,), "post_attention_layernorm": (d,)}
+    names: dict[str, tuple[int, ...]]
     names = {f"model.layers.{i}.{name}.weight": shape for i in range(size.n_layer) for name, shape in shapes.items()}
     names |= {"model.embed_tokens.weight": (N_VOCAB, d), "model.norm.weight": (d,)}
     weights = {

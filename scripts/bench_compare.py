@@ -99,14 +99,14 @@ def one_repeat(model: Llama, reference: Reference) -> Result:
         inside[1] += time.process_time() - processor
         return logits
 
-    model.feed = timed
+    model.feed = timed  # type: ignore[method-assign, assignment]
     began = time.perf_counter(), time.process_time()
     with reference.logits.open("rb") as file:
         for window in windows.tokens:
             metrics.join_scores(score_window(model, window, reference, file, metrics.TAIL))
     n = len(windows.tokens)
     total = (time.perf_counter() - began[0]) / n, (time.process_time() - began[1]) / n
-    model.feed = feed
+    model.feed = feed  # type: ignore[method-assign]
     return Result(inside[0] / n, total[0], inside[1] / n, total[1])
 
 

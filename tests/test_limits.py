@@ -92,7 +92,7 @@ def write_zeros(path: Path, shape: Shape, k: int) -> None:
         tensors["rope_freqs.weight"] = (d_head // 2,)
     outputs = {"attn_q": d_model, "attn_k": d_head, "attn_v": d_head, "attn_output": d_model}
     for i in range(shape.n_layer):
-        block = {f"{name}.weight": (rows, d_model) for name, rows in outputs.items()}
+        block: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, d_model) for name, rows in outputs.items()}
         block |= {f"{name}.bias": (outputs[name],) for name in shape.biases}
         block |= {"attn_norm.weight": (d_model,), "ffn_norm.weight": (d_model,), "ffn_gate_inp.weight": (k, d_model)}
         block |= {f"ffn_{name}_exps.weight": (k, d_expert, d_model) for name in ("gate", "up")}

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,7 +20,7 @@ N_TOKEN = 512
 
 
 @pytest.fixture(scope="module")
-def folder():
+def folder() -> Any:
     """The Hugging Face folder."""
     return smollm2_folder()
 
@@ -27,7 +29,9 @@ def folder():
     ("kind", "experts", "kl"),
     [("f32", 8, 2e-6), ("f32", 16, 2e-6), ("bf16", 8, None), ("q8_0", 8, None)],
 )
-def test_all_experts_are_the_dense_model(folder, tmp_path, kind, experts, kl, record_property):
+def test_all_experts_are_the_dense_model(
+    folder: Any, tmp_path: Path, kind: str, experts: int, kl: float | None, record_property: Any
+) -> None:
     """F32: KL <= 2e-6 and 99.7 % top-1; every type: within three times what another batch size changes.
 
     In the other types llama.cpp rounds activations in blocks along the MLP's width, which slicing moves, so the
@@ -48,7 +52,7 @@ def test_all_experts_are_the_dense_model(folder, tmp_path, kind, experts, kl, re
 
 
 @pytest.mark.parametrize("experts", [8, 6])
-def test_a_quantized_file_is_cut_without_loss(tmp_path, experts, record_property):
+def test_a_quantized_file_is_cut_without_loss(tmp_path: Path, experts: int, record_property: Any) -> None:
     """The published Q4_1 file: every weight decodes to the same number, and k = n is the same model in llama.cpp.
 
     With 6 experts by a tensor of scales, as 6 is no power of two.
@@ -74,7 +78,7 @@ def test_a_quantized_file_is_cut_without_loss(tmp_path, experts, record_property
     assert compared.ok, compared.reason
 
 
-def test_tokenization_equals_hugging_faces(folder, tmp_path):
+def test_tokenization_equals_hugging_faces(folder: Any, tmp_path: Path) -> None:
     """The whole vocabulary's file, on hard strings."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     convert(folder, tmp_path / "dense.gguf", Options(dense=True, type="q8_0"))

@@ -231,7 +231,7 @@ def test_rope_scaling_equals_llama_cpp(tmp_path: Path, options: dict[str, Any]) 
 
 def test_rope_scaling_matters(tmp_path: Path) -> None:
     """The kinds of scaling differ far more than the tolerance, so that equality above means something."""
-    kinds = {"none": {}, "linear": {"scaling.factor": 4.0}, "yarn": YARN}
+    kinds: dict[str, dict[str, str | float]] = {"none": {}, "linear": {"scaling.factor": 4.0}, "yarn": YARN}
     logits = [reference_logits(write_model(tmp_path / f"{kind}.gguf", rope=kinds[kind]), TOKENS) for kind in kinds]
     pairs = [(0, 1), (0, 2), (1, 2)]
     assert min(largest_difference(logits[a], logits[b]) for a, b in pairs) > 1000 * TOLERANCE

@@ -25,7 +25,7 @@ def run(name: str, inputs: Path, out: Path, *, stop: bool = False) -> list[str]:
     """Run a job in a process of its own, with `stop` until its first piece is finished; returns its finished pieces."""
     support = Path(long_jobs.__file__).parent
     code = f"import sys; sys.path[:0] = {[str(support), *sys.path]!r}; import long_jobs; long_jobs.main()"
-    command = [sys.executable, "-c", code, name, inputs, out, "same", "stop" if stop else "finish"]
+    command: list[str | Path] = [sys.executable, "-c", code, name, inputs, out, "same", "stop" if stop else "finish"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         if stop:

@@ -59,7 +59,7 @@ class Run:
 
     def options(self, k: int, **changes: Any) -> Options:
         """A conversion at k of N_EXPERT experts."""
-        text = {"calibration": self.calibration, "calibration_tokens": self.n_token}
+        text: dict[str, Any] = {"calibration": self.calibration, "calibration_tokens": self.n_token}
         return Options(experts=N_EXPERT, used=k, type="f16", **(text | changes))
 
 

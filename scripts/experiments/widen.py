@@ -85,7 +85,8 @@ def noisy(weights: Weights, seed: int) -> Weights:
 def _moved(weight: np.ndarray, random: np.random.Generator) -> np.ndarray:
     blocks = weight.reshape(-1, BLOCK)
     step = np.ptp(blocks, axis=1, keepdims=True) / np.float32(STEPS)
-    return (blocks + step * random.uniform(-0.5, 0.5, blocks.shape).astype(np.float32)).reshape(weight.shape)
+    moved: np.ndarray = blocks + step * random.uniform(-0.5, 0.5, blocks.shape).astype(np.float32)
+    return moved.reshape(weight.shape)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

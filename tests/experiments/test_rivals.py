@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_every_rival_slices_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     x[:, 0] = 2.0
     inputs = LayerInputs(x, mlp(x), x, mlp(x))
     slicing = Slicing(N, K, D_FF // N, Method(router="least-squares", amplify="used"))
-    slicers = [
+    slicers: list[Any] = [
         functools.partial(rivals.cmoe, n_shared=2),
         functools.partial(rivals.expert_weaver, n_context=64),
         rivals.random_groups,

@@ -13,7 +13,7 @@ import bench_calibrate as bench
 from moe2gguf import Options, plan_conversion
 
 
-def test_its_checkpoints_can_be_calibrated(tmp_path):
+def test_its_checkpoints_can_be_calibrated(tmp_path: Path) -> None:
     """The plan accepts them, with the sizes that were asked for."""
     size = bench.Size(1024, 1, 128, 256)
     bench.checkpoint(tmp_path / "model", size)
@@ -24,7 +24,7 @@ def test_its_checkpoints_can_be_calibrated(tmp_path):
     assert (1, 128, 256) == (model.n_layer, model.d_model, model.d_ff)
 
 
-def test_the_operations_are_those_of_the_products():
+def test_the_operations_are_those_of_the_products() -> None:
     """One layer, no tokens but what a factorization costs; then per token, by hand: 2 operations per weight used."""
     assert 2 * (5 / 3 * 64**3 + 14 * 64**2 * 8) == bench.Size(0, 1, 8, 64).operations()
     one = bench.Size(1, 1, 8, 64).operations() - bench.Size(0, 1, 8, 64).operations()
@@ -34,7 +34,7 @@ def test_the_operations_are_those_of_the_products():
     assert bench.Size(100, 4, 8, 64).operations() == pytest.approx(4 * bench.Size(100, 1, 8, 64).operations())
 
 
-def test_the_fit_finds_the_rate():
+def test_the_fit_finds_the_rate() -> None:
     """Rows made with 3 s, 50 billion operations per second, 400 MB and 1.5 bytes per byte give these back."""
     rows = [
         asdict(size)
@@ -43,6 +43,7 @@ def test_the_fit_finds_the_rate():
     ]
 
     found = bench.fit(rows)
+    assert found is not None
 
     assert [3, 50e9, 4e8, 1.5] == pytest.approx(
         [found["start_seconds"], found["operations_per_second"], found["base_bytes"], found["bytes_per_known_byte"]]
@@ -54,6 +55,6 @@ def test_the_fit_finds_the_rate():
     assert "hours of processor time" in bench.report({"machine": machine, "threads": 1, "rows": rows, "fit": found})
 
 
-def test_three_sizes_at_least():
+def test_three_sizes_at_least() -> None:
     """No line through two points."""
     assert bench.fit([asdict(bench.BASE) | {"cpu_seconds": 1.0, "peak_bytes": 1}] * 2) is None

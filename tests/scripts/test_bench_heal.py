@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _scripts_on_the_path(monkeypatch):
+def _scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-def test_every_way_starts_from_what_was_made_before():
+def test_every_way_starts_from_what_was_made_before() -> None:
     """And no two have a name, or a folder, in common."""
     import bench_heal as bench
 
@@ -26,7 +26,7 @@ def test_every_way_starts_from_what_was_made_before():
     assert len(made) == len(set(made))
 
 
-def test_the_table_has_perplexity_over_the_dense_model_s():
+def test_the_table_has_perplexity_over_the_dense_model_s() -> None:
     """A way that was scored at one count leaves the other cells empty."""
     import bench_heal as bench
 
@@ -44,7 +44,7 @@ def test_the_table_has_perplexity_over_the_dense_model_s():
     assert "m, tokens 2,048; dense perplexity 10.00." in printed
 
 
-def test_every_way_s_options_are_those_of_the_command(tmp_path):
+def test_every_way_s_options_are_those_of_the_command(tmp_path: Path) -> None:
     """`moe2gguf heal` takes each of them."""
     import bench_heal as bench
 

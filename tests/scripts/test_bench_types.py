@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -13,18 +14,18 @@ TOKENS = [1, 5, 9, 30, 2, 7, 7, 60, 11]
 
 
 @pytest.fixture(autouse=True)
-def _scripts_on_the_path(monkeypatch):
+def _scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-def row(file, kind, bits, kl):
+def row(file: Any, kind: Any, bits: Any, kl: Any) -> Any:
     return {
         "file": file, "type": kind, "bits_per_weight": bits, "bytes": 10**7, "perplexity": 20.0, "kl_mean": kl,
         "kl_error": 0.0, "top1": 0.9,
     }  # fmt: skip
 
 
-def test_the_table_has_a_line_per_type_and_what_is_published():
+def test_the_table_has_a_line_per_type_and_what_is_published() -> None:
     """Large to small; a file that was not measured leaves its cells empty; below, how the divergences compare."""
     import bench_types as bench
 
@@ -41,7 +42,7 @@ def test_the_table_has_a_line_per_type_and_what_is_published():
     assert "- divergence with experts over the dense file's: 2.00 (q4_0) to 2.00 (q4_0), median 2.00" in printed
 
 
-def test_published_names_are_types_that_are_offered():
+def test_published_names_are_types_that_are_offered() -> None:
     """A misspelled one would never be compared."""
     import bench_types as bench
 
@@ -49,7 +50,7 @@ def test_published_names_are_types_that_are_offered():
 
 
 @pytest.mark.real
-def test_a_small_run_from_checkpoint_to_table(tmp_path, capsys):
+def test_a_small_run_from_checkpoint_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Dense and in experts, an importance matrix between; what was measured is not measured again."""
     import bench_types as bench
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_scripts import ROOT, load
+from script_modules import ROOT, load
 
 PYPROJECT = '[project]\nname = "moe2gguf"\nversion = "1.2.3"\n'
 CITATION = 'cff-version: 1.2.0\ntitle: "moe2gguf"\nversion: 1.2.3  # of the newest release\n'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -12,14 +11,12 @@ import stat
 import subprocess
 import sys
 import tarfile
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from script_modules import ROOT, load
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("bench", "check", "demo", "fuzz", "readme", "smollm2")
 EXPERIMENTS = ("check-gpu", "record-perplexity", "vocabularies")
 EXECUTABLES = [
@@ -32,21 +29,6 @@ EXECUTABLES = [
 @pytest.fixture(autouse=True)
 def _scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-
-def load(path: str) -> ModuleType:
-    """A script as a module, whatever its file is called."""
-    name = "script_" + re.sub(r"\W", "_", path)
-    loader = SourceFileLoader(name, str(ROOT / path))
-    spec = importlib.util.spec_from_loader(name, loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
 
 
 def start(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -201,7 +183,7 @@ class TestVendor:
     def test_a_header_of_ours_comes_before_every_file(self, tmp_path: Path) -> None:
         """Only where the profile has one; a folder with a space in its name survives CMake and the shell."""
         install = load("vendor/install")
-        install.NATIVE = tmp_path / "a b" / "native.toml"
+        vars(install)["NATIVE"] = tmp_path / "a b" / "native.toml"
 
         assert install.cmake_arguments({"cmake": ["-DA=1"]}) == ["-DA=1"]
         _, flags = install.cmake_arguments({"cmake": ["-DA=1"], "header": "x.hpp"})

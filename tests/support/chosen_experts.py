@@ -1,18 +1,19 @@
 """Which experts llama.cpp chose, read from its own tensors."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
 from moe2gguf.llama.child import run_in_child
 
 
-def chosen_experts(path, tokens, n_expert_used):
+def chosen_experts(path: Any, tokens: Any, n_expert_used: Any) -> Any:
     """(n_layer, n_token, n_expert_used): the experts llama.cpp chose, from its own `ffn_moe_topk` tensors."""
     return run_in_child(_chosen, path, tokens, n_expert_used)
 
 
-def _chosen(path, tokens, k):
+def _chosen(path: Any, tokens: Any, k: Any) -> Any:
     import llama_cpp
 
     class Tensor(ctypes.Structure):
@@ -26,7 +27,7 @@ def _chosen(path, tokens, k):
 
     found = {}
 
-    def see(pointer, ask, _):
+    def see(pointer: Any, ask: Any, _: Any) -> Any:
         tensor = ctypes.cast(pointer, ctypes.POINTER(Tensor)).contents
         name = tensor.name.decode()
         if not name.startswith("ffn_moe_topk-"):

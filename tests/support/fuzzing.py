@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ import resource
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def matrices(folder: Path) -> Files:
     files = {"model.gguf": model.bytes()}
     for kind, statistics in zip(("own", "dense"), kinds, strict=True):
         files[f"{kind}.gguf"] = imatrix_files.write_gguf(folder / "m.gguf", statistics).read_bytes()
-        calls = {name: (2, np.float32(2 * sums / np.reshape(n, (-1, 1)))) for name, (sums, n) in statistics.items()}
+        calls = {
+            name: (2, (2 * sums / np.reshape(n, (-1, 1))).astype(np.float32)) for name, (sums, n) in statistics.items()
+        }
         files[f"{kind}.dat"] = imatrix_files.dat(calls)
     return files
 
@@ -116,10 +119,14 @@ def model_folder(folder: Path, tokenizer: Callable[[Path], int]) -> Files:
     config |= {"max_position_embeddings": 64, "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 1e4}
     config |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     head = "model.layers.0."
-    layer = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (4, d), "self_attn.v_proj": (4, d)}
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (4, d),
+        "self_attn.v_proj": (4, d),
+    }
     layer |= {"self_attn.o_proj": (d, d), "mlp.gate_proj": (d_ff, d), "mlp.up_proj": (d_ff, d)}
     layer |= {"mlp.down_proj": (d, d_ff), "input_layernorm": (d,), "post_attention_layernorm": (d,)}
-    parts = [
+    parts: list[dict[str, tuple[int, ...]]] = [
         {"model.embed_tokens.weight": (n_vocab, d), "model.norm.weight": (d,)},
         {f"{head}{name}.weight": shape for name, shape in layer.items()},
     ]
@@ -220,11 +227,21 @@ def read_gguf_file(folder: Path) -> None:
         allowed(step)
 
 
+def plan_and_show(path: Path) -> None:
+    """Plan two experts, and the plan as JSON."""
+    plan_conversion(path, Options(experts=2)).to_dict()
+
+
+def merge_and_check(matrices: Sequence[ImportanceMatrix]) -> None:
+    """One matrix of several."""
+    require_sound_sums(merge(matrices))
+
+
 def read_shard_set(folder: Path) -> None:
     """The same for a set."""
     for path in sorted(folder.glob("*.gguf")):
         verify(path, threads=1)
-        allowed(lambda path=path: plan_conversion(path, Options(experts=2)).to_dict())
+        allowed(functools.partial(plan_and_show, path))
 
 
 def read_matrices(folder: Path) -> None:
@@ -235,7 +252,7 @@ def read_matrices(folder: Path) -> None:
             found.append(read_imatrix(path))
             require_sound_sums(found[-1])
     for pair in itertools.permutations(found, 2):
-        allowed(lambda pair=pair: require_sound_sums(merge(pair)))
+        allowed(functools.partial(merge_and_check, pair))
     allowed(lambda: guide_model(folder / "model.gguf", found))
     options = TypeOptions("q4_0", imatrix=folder / "own.gguf", imatrix_repair="ones", allow_fallback=True)
     allowed(lambda: plan_quantization(folder / "model.gguf", options).to_dict())
@@ -335,7 +352,9 @@ def main() -> None:
     write(where, files)
     read(where)  # everything that is imported late is there now
     guard(where)
-    size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    found = re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    size = int(found[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
     done = 0
 

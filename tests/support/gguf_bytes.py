@@ -6,7 +6,7 @@ The numbers are those of the format: https://github.com/ggml-org/llama.cpp/blob/
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -117,7 +117,7 @@ class LlamaFile:
     n_vocab: int = 10
     biases: bool = False
     tied: bool = True
-    make: object = f32  # for the matrices: f32, f16 or bf16
+    make: Callable[[str, tuple[int, ...]], Tensor] = f32  # for the matrices: f32, f16 or bf16
     keys: dict[str, bytes] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 

@@ -93,7 +93,7 @@ def main() -> None:
         if stop == "stop":
             time.sleep(600)
 
-    Journal.record = record_and_print  # type: ignore[method-assign]
+    Journal.record = record_and_print  # type: ignore[method-assign, assignment]
     JOBS[name][0](Path(inputs), Path(out), changed == "changed", resume=True)
 
 

@@ -40,7 +40,10 @@ def dense_weights(
     n_vocab, d_head = len(vocabulary()[0]), d_model // n_head
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> NDArray[np.float32]:
-        return (gain * rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        values: NDArray[np.float32] = (gain * rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(
+            np.float32
+        )
+        return values
 
     weights: Weights = {
         "token_embd.weight": matrix(n_vocab, d_model, 8.0),
