@@ -103,8 +103,8 @@ def compare(
     from moe2gguf.measure.bench import Timing
     from moe2gguf.measure.compare import settings_from
     from moe2gguf.measure.on_the_fly import compare_types
-    from moe2gguf.measure.report.compare import write_report
-    from moe2gguf.measure.report.page import require_plotly
+    from moe2gguf.measure.report.compare import make_page
+    from moe2gguf.measure.report.page import require_plotly, write_page
     from moe2gguf.measure.report.picture import require_picture, write_picture
 
     if report:
@@ -129,7 +129,7 @@ def compare(
     if csv_file:
         display_compare.write_csv(found, csv_file)
     if report:
-        write_report(found, report, sys.argv)
+        write_page(make_page(found, sys.argv), report)
     if picture:
         write_picture(found, picture)
     emit(found.to_dict(), as_json, lambda: display_compare.comparison(found))

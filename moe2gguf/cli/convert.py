@@ -139,8 +139,8 @@ def convert(
     if form == "hf" and (plan_only or check or report):
         raise click.UsageError("--plan, --check and --report are for GGUF files; make one of the folder to look at it.")
     if report:
-        from moe2gguf.measure.report.calibration import write_report
-        from moe2gguf.measure.report.page import require_plotly
+        from moe2gguf.measure.report.calibration import make_page
+        from moe2gguf.measure.report.page import require_plotly, write_page
     try:
         plan = plan_conversion(model, Options(**options))
     except PlanError as error:
@@ -161,7 +161,7 @@ def convert(
         return
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     if report:
-        write_report(done, report, sys.argv)
+        write_page(make_page(done, sys.argv), report)
     checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.conversion(done, checked))

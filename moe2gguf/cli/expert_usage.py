@@ -56,8 +56,8 @@ def experts(
     from moe2gguf.cli import tables_expert_usage as display_experts
     from moe2gguf.experts.text import bytes_to_read, read_text
     from moe2gguf.measure.expert_usage import measure_expert_usage
-    from moe2gguf.measure.report.experts import write_report
-    from moe2gguf.measure.report.page import require_plotly
+    from moe2gguf.measure.report.expert_usage import make_page
+    from moe2gguf.measure.report.page import require_plotly, write_page
 
     if report:
         require_plotly(report)
@@ -65,5 +65,5 @@ def experts(
     found = measure_expert_usage(file, text=words, n_token=tokens or None, n_context=context, **options)
     display.warnings(found.notes)
     if report:
-        write_report(found, report, sys.argv)
+        write_page(make_page(found, sys.argv), report)
     emit(found.to_dict(), as_json, lambda: display_experts.experts(found))

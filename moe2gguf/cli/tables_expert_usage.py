@@ -18,7 +18,7 @@ _SHOWN = 6
 
 def experts(found: ExpertUse) -> None:
     """One line per layer: how evenly its experts are used, which stand out, and which come together."""
-    from moe2gguf.measure.report.experts import summary
+    from moe2gguf.measure.report.expert_usage import summarize
 
     moved = any(one.moved is not None for one in found.layers)
     table = Table(*_COLUMNS, "together", *(["moved"] if moved else []), box=None, pad_edge=False)
@@ -29,7 +29,7 @@ def experts(found: ExpertUse) -> None:
     display.lines(table)
     console = display.out()
     console.print()
-    for line in summary(found):
+    for line in summarize(found):
         console.print(escape(line))
 
 

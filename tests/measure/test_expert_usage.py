@@ -33,7 +33,8 @@ from moe2gguf.measure.expert_usage import (
     measure_expert_usage,
     read_calibration_load,
 )
-from moe2gguf.measure.report.experts import pictures, render, write_report
+from moe2gguf.measure.report.expert_usage import draw_figures, make_page
+from moe2gguf.measure.report.page import render_page, write_page
 from moe2gguf.measure.watch_routing import RoutingWatcher
 
 CONTEXT, N_WINDOW, K, N = 32, 4, 3, 8
@@ -207,16 +208,16 @@ def test_table_json_and_page_say_the_same(
     text = capsys.readouterr().out
     assert f"{found.layers[1].effective:.1f}" in text
     assert f"{CONTEXT * N_WINDOW} tokens; 3 of 8 experts per token in 2 layers" in text
-    page = Page(render(found, "/* plotly */", ["prog", "experts"]))
+    page = Page(render_page(make_page(found, ["prog", "experts"]), "/* plotly */"))
     assert [] == page.open == page.addresses
-    titles, figures = zip(*pictures(found), strict=True)
-    assert 3 == len(titles) == page.tags["h2"] - 2
-    assert [list(one.load) for one in found.layers] == figures[0]["data"][0]["z"]
-    assert ["layer 0", "layer 1"] == [b["label"] for b in figures[2]["layout"]["updatemenus"][0]["buttons"]]
+    figures = draw_figures(found)
+    assert 3 == len(figures) == page.tags["h2"] - 2
+    assert [list(one.load) for one in found.layers] == figures[0].data[0]["z"]
+    assert ["layer 0", "layer 1"] == [b["label"] for b in figures[2].layout["updatemenus"][0]["buttons"]]
     rows = [cells for cells in page.cells if len(cells) == 6]
     assert [str(e) for _ in range(2) for e in range(N)] == [cells[1] for cells in rows]
-    monkeypatch.setattr("moe2gguf.measure.report.experts.plotly_script", lambda: "/* plotly */")
-    write_report(found, tmp_path / "out.html", ["prog"])
+    monkeypatch.setattr("moe2gguf.measure.report.page.plotly_script", lambda: "/* plotly */")
+    write_page(make_page(found, ["prog"]), tmp_path / "out.html")
     assert ["out.html"] == [path.name for path in tmp_path.iterdir()]
 
 
@@ -225,7 +226,7 @@ def test_with_all_experts_on_there_is_nothing_to_choose(moe: Path) -> None:
     found = measure_expert_usage(moe, used=N, text=Text(TEXT, "tan"), n_token=CONTEXT, n_context=CONTEXT, threads=1)
     assert {1.0} == {value for one in found.layers for value in one.load}
     assert [[], [], []] == [found.named(kind) for kind in ("always_on", "dead", "overloaded")]
-    assert 2 == len(pictures(found))
+    assert 2 == len(draw_figures(found))
 
 
 def test_the_command(moe: Path, tmp_path: Path) -> None:

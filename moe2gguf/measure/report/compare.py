@@ -1,31 +1,24 @@
-"""A comparison as one HTML file: words first, then pictures, every number in a table, and how it was measured.
-
-The file needs nothing but itself; see `page`.
-"""
+"""A comparison as one HTML page: words first, then figures, every number in a table, and how it was measured."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.measure.report import page
-from moe2gguf.measure.report.experts import load_map
-from moe2gguf.measure.report.page import plotly_script, write_page
-from moe2gguf.measure.results import Comparison, ResultRow
+from moe2gguf.measure.grid import RunConfig
+from moe2gguf.measure.report.expert_usage import draw_load
+from moe2gguf.measure.report.page import Figure, Page, Table, draw_line, label_axes, mark_value, plain_table
+from moe2gguf.measure.results import Comparison, Quality
+from moe2gguf.measure.speed import Spread
 
 _KL = "mean KL divergence, nats per token"
+_LOSS = "loss, nats per token"
 _WINDOW, _POSITION = "window of the text", "position in the window, tokens"
-_DETAILS = {
-    "window_kl": ("KL divergence window by window", _WINDOW),
-    "window_nll": ("Loss window by window", _WINDOW),
-    "position_kl": ("KL divergence by position in the window", _POSITION),
-    "position_nll": ("Loss by position in the window", _POSITION),
-}
 _COLUMNS = (
     ("file", "file"),
     ("type", "type"),
@@ -59,31 +52,86 @@ _COLUMNS = (
 )
 
 
-def write_report(found: Comparison, target: Path, arguments: Sequence[str]) -> None:
-    """Write the report; `arguments` is the command line that made the comparison, the program first.
+@dataclass(frozen=True)
+class Point:
+    """A run that was scored, as the figures show it; `speed`, tokens per second of generation, if it was timed.
 
-    Raises HarnessError without plotly, OutputError if `target` cannot be written.
+    file   name and device, the same for every count
+    kl     not below a tenth of what is noise, where there is nothing to see on a logarithmic axis
     """
-    write_page(render(found, plotly_script(), arguments), target)
+
+    config: RunConfig
+    quality: Quality
+    kl: float
+    speed: Spread | None
+
+    @property
+    def file(self) -> str:
+        """The file's name, and the device unless it is the CPU."""
+        device = "" if self.config.device == "cpu" else f" {self.config.device}"
+        return f"{_file_name(self.config)}{device}"
+
+    @property
+    def words(self) -> str:
+        """The number of experts used, or that it is dense."""
+        return str(self.config.n_expert_used) if self.config.n_expert else "dense"
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Speed and divergence. Raises ValueError for one that was not timed."""
+        if self.speed is None:
+            raise ValueError(f"{self.config.label} was not timed")
+        return self.speed.median, self.kl
 
 
-def render(found: Comparison, plotly: str, arguments: Sequence[str]) -> str:
-    """Return the page; `plotly` is the text of plotly.js."""
-    figures = pictures(found)
-    sections = [
-        "<h1>Quality and speed against the dense model</h1>",
-        *(f"<p>{line}</p>" for line in summary(found)),
-        *(page.figure(i, title) for i, (title, _) in enumerate(figures)),
-        "<h2>Every number</h2>",
-        "<p>A click on a heading sorts by it. The pictures show no divergence below a tenth of the noise limit.</p>",
-        _rows_table(found),
-        "<h2>How it was measured</h2>",
-        *_method(found, arguments),
+def list_points(found: Comparison) -> list[Point]:
+    """Return the sound rows of a comparison as points."""
+    return [
+        Point(
+            config=row.config,
+            quality=row.quality,
+            kl=clip_to_noise(row.quality.summary.kl_mean, found),
+            speed=row.speed.generation if row.speed else None,
+        )
+        for row in found.rows
+        if row.status == "ok" and row.quality
     ]
-    return page.document("moe2gguf compare", sections, [figure for _, figure in figures], plotly)
 
 
-def summary(found: Comparison) -> list[str]:
+def list_front(found: Comparison, points: Iterable[Point]) -> list[Point]:
+    """Return the points of the Pareto front, fastest first."""
+    by_label = {point.config.label: point for point in points}
+    return [by_label[label] for label in found.recommendation.front] if found.recommendation else []
+
+
+def group_by_file(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """Group points by file and device, in the order of their first appearance."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.file, []).append(point)
+    return groups
+
+
+def clip_to_noise(value: float, found: Comparison) -> float:
+    """Return a value for a logarithmic axis: not below a tenth of what is noise, where there is nothing to see."""
+    return max(value, found.kl_limit / 10)
+
+
+def make_page(found: Comparison, arguments: Sequence[str]) -> Page:
+    """Return the page; `arguments` is the command line that made the comparison, the program first."""
+    return Page(
+        title="moe2gguf compare",
+        heading="Quality and speed against the dense model",
+        summary=summarize(found),
+        figures=draw_figures(found),
+        table=_table_rows(found),
+        arguments=arguments,
+        method=_describe_method(found),
+        facts=found.environment | {key: value for key, value in found.settings.items() if key != "made"},
+    )
+
+
+def summarize(found: Comparison) -> list[str]:
     """Return the result in sentences of HTML."""
     sound = [row for row in found.rows if row.status == "ok"]
     lines = [f"{len(sound)} of {len(found.rows)} runs completed."]
@@ -107,182 +155,156 @@ def summary(found: Comparison) -> list[str]:
                 f"{_name(pair.second)} against {_name(pair.first)}, over the first window: mean KL divergence "
                 f"{s.kl_mean:.3g}, same top token {s.top1:.2%}, largest logit difference {s.max_difference:.3g}."
             )
+    lines += [escape(note[0].upper() + note[1:]) + "." for note in found.notes]
     for row in found.rows:
         if row.reason:
             lines.append(f"{_name(row.config.label)} {row.status}: {escape(row.reason)}")
     return lines
 
 
-def pictures(found: Comparison) -> list[tuple[str, dict[str, Any]]]:
-    """Return titles and figures, each a dictionary of plotly's `data` and `layout`; none without a sound row."""
-    sound = [row for row in found.rows if row.status == "ok" and row.quality]
-    if not sound:
+def draw_figures(found: Comparison) -> list[Figure]:
+    """Return the figures of what was measured; none without a sound row."""
+    points = list_points(found)
+    if not points:
         return []
-    figures = []
-    if found.recommendation:
-        figures.append(("Quality and generation speed", _quality_and_speed(found, sound)))
-    sliced = [row for row in sound if row.config.n_expert]
-    if sliced:
-        figures.append(("KL divergence and experts used", _divergence_by_count(found, sliced)))
-    for name, (title, axis) in _DETAILS.items():
-        figures.append((title, _series(found, sound, name, axis)))
-    return [*figures, *((f"Experts of {one.config.label}: load", load_map(one)) for one in found.experts)]
-
-
-def _quality_and_speed(found: Comparison, sound: Sequence[ResultRow]) -> dict[str, Any]:
-    traces = [
-        {
-            "type": "scatter",
-            "mode": "markers+text",
-            "name": escape(name),
-            "x": [row.speed.generation.median for row in rows if row.speed],
-            "y": [clip_to_noise(row.quality.summary.kl_mean, found) for row in rows if row.speed and row.quality],
-            "error_x": {
-                "type": "data",
-                "symmetric": False,
-                "array": [row.speed.generation.high - row.speed.generation.median for row in rows if row.speed],
-                "arrayminus": [row.speed.generation.median - row.speed.generation.low for row in rows if row.speed],
-            },
-            "text": [str(row.config.n_expert_used) if row.config.n_expert else "dense" for row in rows],
-            "hovertext": [escape(row.config.label) for row in rows],
-            "textposition": "top center",
-            "marker": {"size": 12},
-        }
-        for name, rows in group_by_file([row for row in sound if row.speed]).items()
+    sliced = [point for point in points if point.config.n_expert]
+    return [
+        *([_draw_quality_and_speed(found, points)] if found.recommendation else []),
+        *([_draw_divergence_by_count(found, sliced)] if sliced else []),
+        _draw_windows("KL divergence window by window", found, points, "window_kl"),
+        _draw_windows("Loss window by window", found, points, "window_nll"),
+        _draw_positions("KL divergence by position in the window", found, points, "position_kl"),
+        _draw_positions("Loss by position in the window", found, points, "position_nll"),
+        *(draw_load(one, f"Experts of {one.config.label}: load") for one in found.experts),
     ]
-    points = {row.config.label: row for row in sound}
-    front = [points[label] for label in found.recommendation.front] if found.recommendation else []
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "front",
-            "line": {"dash": "dot"},
-            "x": [row.speed.generation.median for row in front if row.speed],
-            "y": [clip_to_noise(row.quality.summary.kl_mean, found) for row in front if row.quality],
-        }
-    )
-    layout = _axes("generation, tokens per second", _KL)
+
+
+def _draw_quality_and_speed(found: Comparison, points: Sequence[Point]) -> Figure:
+    """Every timed run a point with its spread, the Pareto front a dotted line, the reference's speed a dashed one."""
+    timed = [point for point in points if point.speed]
+    lines = [_draw_timed(name, group) for name, group in group_by_file(timed).items()]
+    x, y = zip(*(point.place for point in list_front(found, timed)), strict=True)
+    lines.append(draw_line("Pareto front", x, y, mode="lines", line={"dash": "dot"}))
+    layout = label_axes("generation, tokens per second", _KL, log=True)
     if found.reference_speed:
-        layout["shapes"] = [_line("x", found.reference_speed.generation.median)]
-        layout["annotations"] = [
-            {
-                "x": found.reference_speed.generation.median,
-                "y": 1,
-                "yref": "paper",
-                "text": "reference",
-                "showarrow": False,
-            }
-        ]
-    return {"data": traces, "layout": layout}
+        speed = found.reference_speed.generation.median
+        layout["shapes"] = [mark_value("x", speed)]
+        layout["annotations"] = [{"x": speed, "y": 1, "yref": "paper", "text": "reference", "showarrow": False}]
+    return Figure("Quality and generation speed", lines, layout)
 
 
-def _divergence_by_count(found: Comparison, sound: Sequence[ResultRow]) -> dict[str, Any]:
-    traces = []
-    for name, rows in group_by_file(sound).items():
-        ordered = sorted(rows, key=lambda row: row.config.n_expert_used)
-        intervals = [row.quality.kl_interval for row in ordered if row.quality]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": escape(name),
-                "x": [row.config.n_expert_used for row in ordered],
-                "y": [clip_to_noise(i.mean, found) for i in intervals],
-                "error_y": {"type": "data", "array": [_half(i.high - i.mean) for i in intervals]},
-                "hovertext": [escape(row.config.label) for row in ordered],
-            }
+def _draw_timed(name: str, points: Sequence[Point]) -> dict[str, Any]:
+    """Return the points of a file at its counts, each with the lowest and highest speed of its runs."""
+    x, y = zip(*(point.place for point in points), strict=True)
+    speeds = [point.speed for point in points if point.speed]
+    return draw_line(
+        name,
+        x,
+        y,
+        mode="markers+text",
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [speed.high - speed.median for speed in speeds],
+            "arrayminus": [speed.median - speed.low for speed in speeds],
+        },
+        text=[point.words for point in points],
+        hovertext=[escape(point.config.label) for point in points],
+        textposition="top center",
+        marker={"size": 12},
+    )
+
+
+def _draw_divergence_by_count(found: Comparison, points: Sequence[Point]) -> Figure:
+    """A line per file over its counts, with confidence intervals, and the noise limit."""
+    lines = []
+    for name, group in group_by_file(points).items():
+        ordered = sorted(group, key=lambda point: point.config.n_expert_used)
+        intervals = [point.quality.kl_interval for point in ordered]
+        lines.append(
+            draw_line(
+                name,
+                [point.config.n_expert_used for point in ordered],
+                [clip_to_noise(i.mean, found) for i in intervals],
+                error_y={"type": "data", "array": [_finite_or_none(i.high - i.mean) for i in intervals]},
+                hovertext=[escape(point.config.label) for point in ordered],
+            )
         )
-    layout = _axes("experts used per token", _KL)
-    layout["shapes"] = [_line("y", found.kl_limit)]
+    layout = label_axes("experts used per token", _KL, log=True)
+    layout["shapes"] = [mark_value("y", found.kl_limit)]
     layout["annotations"] = [
         {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "text": "noise", "showarrow": False}
         | {"y": math.log10(found.kl_limit)}
     ]
-    return {"data": traces, "layout": layout}
+    return Figure("KL divergence and experts used", lines, layout)
 
 
-def _series(found: Comparison, sound: Sequence[ResultRow], name: str, axis: str) -> dict[str, Any]:
-    """A line per row of one of the series of `Quality`, by window or by position; losses with the reference's."""
-    by_position, is_loss = name.startswith("position"), name.endswith("nll")
-    lines = {row.config.label: getattr(row.quality, name) for row in sound}
-    if is_loss:
-        lines = {"reference": getattr(sound[0].quality, f"{name}_base"), **lines}
-    traces = [
-        {
-            "type": "scatter",
-            "mode": "lines" if by_position else "lines+markers",
-            "name": escape(label),
-            "x": _positions(found, len(values)) if by_position else list(range(1, len(values) + 1)),
-            "y": [value if is_loss else clip_to_noise(value, found) for value in values],
-            **({"line": {"dash": "dot", "color": "gray"}} if is_loss and label == "reference" else {}),
-        }
-        for label, values in lines.items()
+def _draw_windows(title: str, found: Comparison, points: Sequence[Point], name: str) -> Figure:
+    """A line per run of one of the series of `Quality` by window."""
+    lines = [
+        draw_line(label, range(1, len(values) + 1), values, **look)
+        for label, values, look in _list_series(found, points, name)
     ]
-    return {"data": traces, "layout": _axes(axis, "loss, nats per token" if is_loss else _KL, log=not is_loss)}
+    return Figure(title, lines, _label_series(_WINDOW, name))
 
 
-def _positions(found: Comparison, n_span: int) -> list[float]:
-    """Return the middles of the spans of positions, counted in tokens from the start of a window."""
+def _draw_positions(title: str, found: Comparison, points: Sequence[Point], name: str) -> Figure:
+    """The same by position in the window: x is the middle of each span, in tokens from the window's start."""
     n_context = int(found.settings["context"])
     first = n_context // 2
+    n_span = len(getattr(points[0].quality, name))
     width = (n_context - 1 - first) / max(n_span, 1)
-    return [first + (i + 0.5) * width for i in range(n_span)]
+    x = [first + (i + 0.5) * width for i in range(n_span)]
+    lines = [
+        draw_line(label, x, values, mode="lines", **look) for label, values, look in _list_series(found, points, name)
+    ]
+    return Figure(title, lines, _label_series(_POSITION, name))
 
 
-def _axes(x: str, y: str, *, log: bool = True) -> dict[str, Any]:
-    scale = {"type": "log", "exponentformat": "power"} if log else {}
-    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **scale}}
+def _list_series(
+    found: Comparison, points: Sequence[Point], name: str
+) -> list[tuple[str, list[float], dict[str, Any]]]:
+    """Return label, values and look of every run's series; of losses the reference's before them, gray and dotted."""
+    if not name.endswith("nll"):
+        return [
+            (point.config.label, [clip_to_noise(value, found) for value in getattr(point.quality, name)], {})
+            for point in points
+        ]
+    gray = {"line": {"dash": "dot", "color": "gray"}}
+    reference = ("reference", list(getattr(points[0].quality, f"{name}_base")), gray)
+    return [reference, *((point.config.label, list(getattr(point.quality, name)), {}) for point in points)]
 
 
-def _line(axis: str, value: float) -> dict[str, Any]:
-    other = "y" if axis == "x" else "x"
-    ends = {f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
-    return {"type": "line", "line": {"dash": "dash", "width": 1, "color": "gray"}, **ends}
+def _label_series(axis: str, name: str) -> dict[str, Any]:
+    is_loss = name.endswith("nll")
+    return label_axes(axis, _LOSS if is_loss else _KL, log=not is_loss)
 
 
-def group_by_file(rows: Iterable[ResultRow]) -> dict[str, list[ResultRow]]:
-    """Group rows by file and device, in the order of their first appearance."""
-    groups: dict[str, list[ResultRow]] = {}
-    for row in rows:
-        device = "" if row.config.device == "cpu" else f" {row.config.device}"
-        groups.setdefault(f"{row.config.name or row.config.path.name}{device}", []).append(row)
-    return groups
-
-
-def clip_to_noise(value: float, found: Comparison) -> float:
-    """Return a value for a logarithmic axis: not below a tenth of what is noise, where there is nothing to see."""
-    return max(value, found.kl_limit / 10)
-
-
-def _half(width: float) -> float | None:
+def _finite_or_none(width: float) -> float | None:
     return width if math.isfinite(width) else None
 
 
-def _rows_table(found: Comparison) -> str:
-    lines = [row.flat() | {"file": row.config.name or row.config.path.name} for row in found.rows]
+def _table_rows(found: Comparison) -> Table:
+    lines = [row.flat() | {"file": _file_name(row.config)} for row in found.rows]
     columns = [(title, name) for title, name in _COLUMNS if any(line.get(name) not in (None, "") for line in lines)]
-    return page.table(
-        [title for title, _ in columns], [[line.get(name) for _, name in columns] for line in lines], "rows"
+    return Table(
+        title="Every number",
+        words="The figures show no divergence below a tenth of the noise limit.",
+        columns=[title for title, _ in columns],
+        rows=[[line.get(name) for _, name in columns] for line in lines],
     )
 
 
-def _method(found: Comparison, arguments: Sequence[str]) -> list[str]:
-    files = dict.fromkeys([found.reference.path, *(row.config.path for row in found.rows)])
+def _describe_method(found: Comparison) -> list[str]:
+    paths = dict.fromkeys([found.reference.path, *(row.config.path for row in found.rows)])
     made = found.settings.get("made", {})
-    digests = "".join(
-        f"<tr><td>{escape(path.name)}</td><td><code>{escape(made.get(path.name) or _sha256(path))}</code></td></tr>"
-        for path in files
-    )
     return [
-        f"<pre>{escape(shlex.join(['moe2gguf', *arguments[1:]]))}</pre>",
         "<p>Definitions are those of llama.cpp's perplexity tool: the text in windows, the second half of each scored; "
         "KL divergence of the next-token distributions from the reference, in nats. Confidence intervals (95 %) are "
         f"Student's t over windows, paired where two runs are compared. The noise limit, {found.kl_limit:.2g} nats per "
-        "token, is what the reference differs from itself when it is computed token by token, with a margin. Speeds "
+        "token, is how far the reference differs from itself when it is computed token by token, with a margin. Speeds "
         "are medians of interleaved runs, defined as in llama-bench.</p>",
-        f'<div class="wide"><table><thead><tr><th>file</th><th>SHA-256</th></tr></thead>{digests}</table></div>',
-        page.facts(found.environment | {key: value for key, value in found.settings.items() if key != "made"}),
+        plain_table("file", "SHA-256", {path.name: made.get(path.name) or _sha256(path) for path in paths}),
     ]
 
 
@@ -295,6 +317,10 @@ def _sha256(path: Path) -> str:
     except OSError as error:
         return f"not readable any more: {error.strerror}"
     return digest.hexdigest()
+
+
+def _file_name(one: RunConfig) -> str:
+    return one.name or one.path.name
 
 
 def _name(label: str) -> str:

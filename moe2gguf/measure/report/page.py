@@ -1,6 +1,7 @@
-"""Pages that need nothing but themselves: style for phones and dark mode, a small script, and plotly's JavaScript.
+"""Pages that need nothing but themselves: words, figures, a table and how it was measured, with plotly's JavaScript.
 
-A content security policy forbids all network, so a page can be opened, mailed and kept.
+A page is a `Page`, made of `Figure` and `Table`; everything in it is plain text but `heading`, `summary` and `method`,
+which are HTML. A content security policy forbids all network, so a page can be opened, mailed and kept.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import contextlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,49 @@ from moe2gguf.errors import HarnessError, OutputError
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-Figure = Mapping[str, Any]
-"""plotly's `data` and `layout`."""
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with a heading; `data` and `layout` are plotly's."""
+
+    title: str
+    data: Sequence[Mapping[str, Any]]
+    layout: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that sorts at a click on a heading; see `_cell` for the values. `words` (HTML) explain its columns."""
+
+    title: str
+    words: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    name: str = "rows"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page from top to bottom.
+
+    title      of the window
+    heading    HTML
+    summary    paragraphs of HTML: the result in sentences
+    figures, table
+    arguments  the command line that made it, the program first
+    method     how it was measured: blocks of HTML
+    facts      settings, versions and the machine, by name
+    """
+
+    title: str
+    heading: str
+    summary: Sequence[str]
+    figures: Sequence[Figure]
+    table: Table
+    arguments: Sequence[str]
+    method: Sequence[str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --back: #ffffff; --edge: #d0d4da; --soft: #f3f5f7; }
@@ -81,33 +125,101 @@ heads.forEach((head, column) => head.addEventListener('click', () => {
 """
 
 
-def document(title: str, sections: Sequence[str], figures: Sequence[Figure], plotly: str) -> str:
-    """Return a page of HTML `sections`; figure I is drawn in the element `figureI`. `plotly` is plotly.js."""
-    data = json.dumps([*figures], allow_nan=False).replace("<", "\\u003c")
+def render_page(page: Page, plotly: str) -> str:
+    """Return the page as HTML; `plotly` is the text of plotly.js."""
+    sections = [
+        f"<h1>{page.heading}</h1>",
+        *(f"<p>{line}</p>" for line in page.summary),
+        *(
+            f'<h2>{escape(one.title)}</h2><div class="figure" id="figure{i}"></div>'
+            for i, one in enumerate(page.figures)
+        ),
+        f"<h2>{page.table.title}</h2>",
+        f"<p>A click on a heading sorts by it. {page.table.words}</p>",
+        _table(page.table),
+        "<h2>How it was measured</h2>",
+        f"<pre>{escape(shlex.join(['moe2gguf', *page.arguments[1:]]))}</pre>",
+        *page.method,
+        plain_table("setting", "value", page.facts),
+    ]
+    figures = [{"data": [*one.data], "layout": one.layout} for one in page.figures]
+    data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        f"<title>{escape(page.title)}</title><style>{STYLE}</style></head><body><main>\n"
         + "\n".join(sections)
         + f"\n</main><script>{plotly}</script><script>const FIGURES = {data};\n{SCRIPT}</script></body></html>\n"
     )
 
 
-def figure(number: int, title: str) -> str:
-    """Return the heading and the place of a figure."""
-    return f'<h2>{escape(title)}</h2><div class="figure" id="figure{number}"></div>'
+def write_page(page: Page, target: Path) -> None:
+    """Write a page, whole or not at all. Raises HarnessError without plotly, OutputError for an error of the disk."""
+    text = render_page(page, plotly_script())
+    with write_whole(target) as partial:
+        partial.write_text(text, "utf-8")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], name: str) -> str:
-    """Return a table that sorts at a click on a heading; see `cell` for the values."""
-    head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title in columns)
-    body = "".join("<tr>" + "".join(cell(value) for value in row) + "</tr>" for row in rows)
-    start = f'<div class="wide"><table class="sortable" id="{name}">'
+# --- figures ---
+
+
+def draw_line(
+    name: str, x: Sequence[Any], y: Sequence[Any], mode: str = "lines+markers", **more: Any
+) -> dict[str, Any]:
+    """Return a line or points of a figure; `name` is plain text."""
+    return {"type": "scatter", "mode": mode, "name": escape(name), "x": [*x], "y": [*y], **more}
+
+
+def draw_map(
+    rows: Sequence[Sequence[float]],
+    hover: str,
+    y: Sequence[int] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """Return a heat map of numbers, row after row from the top; `hover` may use plotly's %{x}, %{y} and %{z}."""
+    trace: dict[str, Any] = {
+        "type": "heatmap",
+        "z": [list(row) for row in rows],
+        "x": [*range(len(rows[0]))],
+        "y": [*range(len(rows))] if y is None else [*y],
+        "colorscale": "Viridis",
+        "colorbar": {"thickness": 12},
+        "hovertemplate": f"{hover}<extra></extra>",
+    }
+    return trace | ({"zmin": limits[0], "zmax": limits[1]} if limits else {})
+
+
+def label_axes(x: str, y: str, *, log: bool = False) -> dict[str, Any]:
+    """Return the layout of a figure with these titles; `log`: the upright axis is logarithmic."""
+    scale = {"type": "log", "exponentformat": "power"} if log else {}
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **scale}}
+
+
+def label_map(x: str, y: str) -> dict[str, Any]:
+    """Return the layout of a heat map: whole numbers only, the first row on top."""
+    axes = [{"title": {"text": title}, "type": "category"} for title in (x, y)]
+    return {"xaxis": axes[0], "yaxis": axes[1] | {"autorange": "reversed"}}
+
+
+def mark_value(axis: str, value: float) -> dict[str, Any]:
+    """Return a dashed line across a figure at a value of its axis, "x" or "y"."""
+    other = "y" if axis == "x" else "x"
+    ends = {f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
+    return {"type": "line", "line": {"dash": "dash", "width": 1, "color": "gray"}, **ends}
+
+
+# --- tables ---
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th><button type="button">{escape(title)}</button></th>' for title in table.columns)
+    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in table.rows)
+    start = f'<div class="wide"><table class="sortable" id="{table.name}">'
     return f"{start}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def cell(value: Any) -> str:
+def _cell(value: Any) -> str:
     """Return a value as a table cell: text, yes or no, a number to four digits, nothing for what is not there."""
     if value is None:
         return "<td></td>"
@@ -118,14 +230,17 @@ def cell(value: Any) -> str:
     return f"<td>{escape(str(value))}</td>"
 
 
-def facts(values: Mapping[str, Any]) -> str:
-    """Return settings by name as a table."""
+def plain_table(name: str, value: str, values: Mapping[str, Any]) -> str:
+    """Return values by name as a table of two columns with these headings."""
     items = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
-    return f'<div class="wide"><table><thead><tr><th>setting</th><th>value</th></tr></thead>{items}</table></div>'
+    return f'<div class="wide"><table><thead><tr><th>{name}</th><th>{value}</th></tr></thead>{items}</table></div>'
+
+
+# --- files ---
 
 
 def require_plotly(target: Path) -> None:
-    """Raise HarnessError if the page cannot be made: better before the measurements than after them."""
+    """Raise HarnessError if the page cannot be made; call it before the measurements, not after them."""
     plotly_script()
     if not target.parent.is_dir():
         raise HarnessError(f"{target}: there is no folder {target.parent}; make it, or name another file")
@@ -140,15 +255,9 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
-def write_page(page: str, target: Path) -> None:
-    """Write a page, whole or not at all. Raises OutputError if `target` cannot be written."""
-    with write_whole(target) as partial:
-        partial.write_text(page, "utf-8")
-
-
 @contextlib.contextmanager
 def write_whole(target: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `target` if the block succeeds. Raises OutputError for an error of the disk."""
+    """Yield a name to write to; it becomes `target` if the block succeeds. Raises OutputError for disk errors."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         yield partial

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.measure.report.compare import clip_to_noise, group_by_file
+from moe2gguf.measure.report.compare import Point, group_by_file, list_front, list_points
 from moe2gguf.measure.report.page import write_whole
-from moe2gguf.measure.results import Comparison, ResultRow
+from moe2gguf.measure.results import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ _DPI = 150
 
 
 def require_picture(target: Path) -> None:
-    """Raise HarnessError if the picture cannot be made: better before the measurements than after them."""
+    """Raise HarnessError if the picture cannot be made: call it before the measurements, not after them."""
     if target.suffix.lower() not in FORMATS:
         raise HarnessError(f"{target}: a picture is {' or '.join(FORMATS)}; name the file so")
     if not target.parent.is_dir():
@@ -32,17 +32,17 @@ def write_picture(found: Comparison, target: Path) -> None:
 
     Raises HarnessError without matplotlib or without a row to draw, OutputError if `target` cannot be written.
     """
-    sound = [row for row in found.rows if row.status == "ok" and row.quality]
-    if not sound:
+    points = list_points(found)
+    if not points:
         raise HarnessError(f"{target}: no row ran, there is nothing to draw")
     matplotlib = _matplotlib()
     with matplotlib.rc_context({"svg.hashsalt": "moe2gguf", "text.parse_math": False, "font.size": 10}):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         if found.recommendation:
-            _over_speed(axes, found, sound)
+            _draw_over_speed(axes, found, points)
         else:
-            _over_count(axes, found, sound)
+            _draw_over_count(axes, points)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers in mathematics, which names must not be
         axes.set_ylabel("mean KL divergence from the dense model, nats per token")
@@ -54,37 +54,31 @@ def write_picture(found: Comparison, target: Path) -> None:
             figure.savefig(partial, format=kind, dpi=_DPI, metadata=metadata)
 
 
-def _over_speed(axes: Axes, found: Comparison, sound: list[ResultRow]) -> None:
-    """Every (file, k) a point, the front a dotted line, the dense model's speed a dashed one, the choice a ring."""
-    for name, rows in group_by_file([row for row in sound if row.speed]).items():
-        points = [_point(row, found) for row in rows]
-        axes.scatter(*zip(*points, strict=True), label=_legend(name), zorder=3)
-        for row, point in zip(rows, points, strict=True):
-            words = f"k={row.config.n_expert_used}" if row.config.n_expert else "dense"
-            axes.annotate(words, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
-    points_of = {row.config.label: _point(row, found) for row in sound if row.speed}
-    if found.recommendation:
-        front = [points_of[label] for label in found.recommendation.front]
-        axes.plot(*zip(*front, strict=True), ":", color="gray", label="beaten by no other")
-        x, y = points_of[found.recommendation.label]
-        axes.scatter([x], [y], s=220, facecolors="none", edgecolors="black", label="take this one")
+def _draw_over_speed(axes: Axes, found: Comparison, points: list[Point]) -> None:
+    """Draw runs as points, the Pareto front dotted, the dense model's speed dashed, the recommended run ringed."""
+    for name, group in group_by_file(point for point in points if point.speed).items():
+        axes.scatter(*zip(*(point.place for point in group), strict=True), label=_legend(name), zorder=3)
+        for point in group:
+            words = f"k={point.words}" if point.config.n_expert else point.words
+            axes.annotate(words, point.place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    front = list_front(found, points)
+    axes.plot(*zip(*(point.place for point in front), strict=True), ":", color="gray", label="Pareto front")
+    for point in front:
+        if found.recommendation and point.config.label == found.recommendation.label:
+            x, y = point.place
+            axes.scatter([x], [y], s=220, facecolors="none", edgecolors="black", label="recommended")
     if found.reference_speed:
         axes.axvline(found.reference_speed.generation.median, linestyle="--", color="gray", label="the dense model")
     axes.set_xlabel("generation, tokens per second")
 
 
-def _over_count(axes: Axes, found: Comparison, sound: list[ResultRow]) -> None:
-    for name, rows in group_by_file(sound).items():
-        ordered = sorted(rows, key=lambda row: row.config.n_expert_used)
-        heights = [clip_to_noise(row.quality.summary.kl_mean, found) for row in ordered if row.quality]
-        axes.plot([row.config.n_expert_used for row in ordered], heights, "o-", label=_legend(name))
+def _draw_over_count(axes: Axes, points: list[Point]) -> None:
+    """Draw a line per file over its numbers of experts."""
+    for name, group in group_by_file(points).items():
+        ordered = sorted(group, key=lambda point: point.config.n_expert_used)
+        x = [point.config.n_expert_used for point in ordered]
+        axes.plot(x, [point.kl for point in ordered], "o-", label=_legend(name))
     axes.set_xlabel("experts used per token")
-
-
-def _point(row: ResultRow, found: Comparison) -> tuple[float, float]:
-    if row.speed is None or row.quality is None:
-        raise ValueError(f"{row.config.label} was not timed")
-    return row.speed.generation.median, clip_to_noise(row.quality.summary.kl_mean, found)
 
 
 def _legend(name: str) -> str:

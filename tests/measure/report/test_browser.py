@@ -12,8 +12,9 @@ import pytest
 
 from moe2gguf.measure.expert_usage import ExpertUse, summarize_layers
 from moe2gguf.measure.grid import RunConfig
-from moe2gguf.measure.report import experts as experts_report
-from moe2gguf.measure.report.compare import pictures, write_report
+from moe2gguf.measure.report import expert_usage
+from moe2gguf.measure.report.compare import draw_figures, make_page
+from moe2gguf.measure.report.page import write_page
 from moe2gguf.measure.results import Comparison
 from moe2gguf.measure.watch_routing import LayerTally, Tally
 
@@ -72,9 +73,9 @@ def columns(page: Any, number: int) -> list[str]:
 
 def test_the_comparison_opens_draws_and_sorts(browser: Any, found: Comparison, tmp_path: Path) -> None:
     """Every figure is drawn, nothing is asked of the network, a heading sorts up and, clicked again, down."""
-    write_report(found, tmp_path / "report.html", ["prog", "compare"])
+    write_page(make_page(found, ["prog", "compare"]), tmp_path / "report.html")
     page, problems = opened(browser, tmp_path / "report.html")
-    n = len(pictures(found))
+    n = len(draw_figures(found))
     assert n == page.locator(".figure").count() == page.locator(".figure svg.main-svg >> nth=0").count() - 1 + n
     for i in range(n):
         assert page.locator(f"#figure{i} .main-svg").count() > 0, i
@@ -98,7 +99,7 @@ def test_a_phone_shows_it_in_both_schemes(
     scheme: str,
 ) -> None:
     """Nothing is wider than the screen but the table in its own frame; text and background follow the scheme."""
-    write_report(found, tmp_path / "report.html", ["prog", "compare"])
+    write_page(make_page(found, ["prog", "compare"]), tmp_path / "report.html")
     page, problems = opened(browser, tmp_path / "report.html", viewport=PHONE, color_scheme=scheme)
     assert PHONE["width"] == page.evaluate("document.documentElement.scrollWidth")
     back, text = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
@@ -110,7 +111,7 @@ def test_a_phone_shows_it_in_both_schemes(
 
 def test_experts_open_draw_and_change_layer(browser: Any, tmp_path: Path) -> None:
     """Three maps; the list of layers redraws the third; the table sorts; a hostile name is only text."""
-    experts_report.write_report(use(), tmp_path / "experts.html", ["prog", "experts"])
+    write_page(expert_usage.make_page(use(), ["prog", "experts"]), tmp_path / "experts.html")
     page, problems = opened(browser, tmp_path / "experts.html")
     page.wait_for_selector("#figure2 .hm image")
     assert 3 == page.locator(".figure .hm image").count()

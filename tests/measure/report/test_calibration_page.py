@@ -12,7 +12,8 @@ from html_page import Page
 from moe2gguf import Options, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.experts.layer import LayerReport
-from moe2gguf.measure.report.calibration import pictures, render, summary
+from moe2gguf.measure.report.calibration import draw_figures, make_page, summarize
+from moe2gguf.measure.report.page import render_page
 from moe2gguf.recipes.convert import Conversion
 
 
@@ -39,7 +40,7 @@ def done(folder):
 
 def test_the_page_is_sound_and_needs_nothing_else(done):
     """Balanced tags, no address, all network forbidden; names that look like markup stay text."""
-    text = render(done, "/* plotly */", ["moe2gguf", "convert", "<x>"])
+    text = render_page(make_page(done, ["moe2gguf", "convert", "<x>"]), "/* plotly */")
     page = Page(text)
 
     assert [] == page.open
@@ -52,7 +53,7 @@ def test_the_page_is_sound_and_needs_nothing_else(done):
 
 def test_every_layer_is_a_row(done):
     """Its number, then the figures."""
-    page = Page(render(done, "", ["moe2gguf"]))
+    page = Page(render_page(make_page(done, ["moe2gguf"]), ""))
 
     rows = [row for row in page.cells if row and row[0] in "012"]
     assert [["0", "2", "1", "0.4", "0.5", "0.6", "0.9"]] == [row for row in rows if row[0] == "0"][:1]
@@ -60,21 +61,21 @@ def test_every_layer_is_a_row(done):
 
 def test_the_pictures_have_the_figures(done):
     """Heat map layer x expert; energy against every count; the router; the constant direction."""
-    (_, load), (_, energy), (_, router), (_, constant) = pictures(done.layers, 4)
+    load, energy, router, constant = (one.data for one in draw_figures(done.layers, 4))
 
-    assert [one.load for one in done.layers] == load["data"][0]["z"]
-    best, mean, worst = energy["data"]
+    assert [one.load for one in done.layers] == load[0]["z"]
+    best, mean, worst = energy
     assert list(range(1, 9)) == mean["x"]
     assert best["y"][0] == pytest.approx(3 / 10)
     assert worst["y"][0] == pytest.approx(1 / 8)
     assert mean["y"][-1] == pytest.approx(1)
-    assert ["hit rate", "energy kept", "best choice"] == [trace["name"] for trace in router["data"]]
-    assert [0.9, 0.9, 0.9] == constant["data"][0]["y"]
+    assert ["hit rate", "energy kept", "best choice"] == [trace["name"] for trace in router]
+    assert [0.9, 0.9, 0.9] == constant[0]["y"]
 
 
 def test_the_words_name_the_weakest_layer(done):
     """Energy at the file's own count."""
-    lines = summary(done)
+    lines = summarize(done)
 
     assert "4 of 8 experts per token in 3 layers" in lines[0]
     assert "50.0% in layer 0" in lines[0]

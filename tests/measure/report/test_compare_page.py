@@ -16,18 +16,17 @@ from html_page import Page
 
 from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.measure import metrics
-from moe2gguf.measure.report import compare as report
 from moe2gguf.measure.report import page as pages
-from moe2gguf.measure.report.compare import pictures, render, summary, write_report
-from moe2gguf.measure.report.page import require_plotly
+from moe2gguf.measure.report.compare import draw_figures, make_page, summarize
+from moe2gguf.measure.report.page import render_page, require_plotly, write_page
 from moe2gguf.measure.results import Comparison, Quality, compare_pairs, is_above_noise, summarize_quality
 
 
 def test_the_page_is_sound_and_complete(found: Comparison) -> None:
     """Balanced tags, a line per row with its numbers, one place per picture, and hostile names as text only."""
-    page = Page(render(found, "/* plotly */", ["prog", "compare", "a b.gguf"]))
+    page = Page(render_page(make_page(found, ["prog", "compare", "a b.gguf"]), "/* plotly */"))
     assert [] == page.open
-    assert 6 == page.tags["h2"] - 2 == len(pictures(found))
+    assert 6 == page.tags["h2"] - 2 == len(draw_figures(found))
     assert 2 == page.tags["script"]
     assert page.tags["b"] == 1  # the recommendation's, none from the file's name
     rows = [cells for cells in page.cells if "F16" in cells]
@@ -39,7 +38,7 @@ def test_the_page_is_sound_and_complete(found: Comparison) -> None:
 def test_nothing_comes_from_elsewhere(found: Comparison) -> None:
     """No address in any attribute, a policy that forbids the network, and with plotly inside still so."""
     plotly = pages.plotly_script() if _has_plotly() else "/* plotly */"
-    page = Page(render(found, plotly, ["prog"]))
+    page = Page(render_page(make_page(found, ["prog"]), plotly))
     assert [] == page.addresses
     assert page.policy.startswith("default-src 'none'")
     assert "http" not in page.policy
@@ -47,28 +46,28 @@ def test_nothing_comes_from_elsewhere(found: Comparison) -> None:
 
 def test_data_cannot_end_the_script(found: Comparison) -> None:
     """Figures are strict JSON in which no tag can be written."""
-    text = render(found, "", ["prog"])
+    text = render_page(make_page(found, ["prog"]), "")
     data = re.search(r"const FIGURES = (.*);\n", text)
     assert data is not None
     assert "<" not in data[1]
-    assert len(pictures(found)) == len(json.loads(data[1]))
+    assert len(draw_figures(found)) == len(json.loads(data[1]))
 
 
 def test_the_words_come_first(found: Comparison) -> None:
     """How many ran, what is the reference itself, what to take, what failed and why."""
-    lines = summary(found)
+    lines = summarize(found)
     text = "\n".join(lines)
     assert lines[0].startswith("3 of 5 runs completed. The reference, <code>")
     assert "the same model as the reference: <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=8/8</code>." in text
     assert "<b>Take <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=4/8</code></b>: the fastest of 3 within" in text
     assert "refused: only &lt;8&gt; &amp; no more" in text
-    page = render(found, "", ["prog"])
+    page = render_page(make_page(found, ["prog"]), "")
     assert page.index("runs completed") < page.index('id="figure0"') < page.index('id="rows"')
 
 
 def test_pictures_hold_the_numbers(found: Comparison) -> None:
     """Quality over speed with the front, divergence over k in order with the noise limit, a line of windows each."""
-    figures: dict[str, Any] = dict(pictures(found))
+    figures: dict[str, Any] = {one.title: {"data": one.data} for one in draw_figures(found)}
     points, front = figures["Quality and generation speed"]["data"]
     assert ([10.0, 20.0, 30.0], ["8", "4", "2"]) == (points["x"], points["text"])
     assert [30.0, 20.0, 10.0] == front["x"]
@@ -107,24 +106,24 @@ def test_details_are_means_over_windows_and_over_positions() -> None:
 
 def test_how_it_was_measured(found: Comparison) -> None:
     """The command to repeat it, digests of the files, versions."""
-    text = render(found, "", ["/usr/bin/prog", "compare", "a b.gguf"])
+    text = render_page(make_page(found, ["/usr/bin/prog", "compare", "a b.gguf"]), "")
     assert "moe2gguf compare &#x27;a b.gguf&#x27;" in text
     assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in text  # of "abc": FIPS 180-4
     found.reference.path.unlink()
-    assert "not readable any more" in render(found, "", ["prog"])
+    assert "not readable any more" in render_page(make_page(found, ["prog"]), "")
 
 
 def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None:
     """Fewer pictures, the same words, no empty columns."""
     quiet = tuple(replace(row, speed=None) for row in found.rows)
     silent = replace(found, rows=quiet, recommendation=None, reference_speed=None)
-    assert 5 == len(pictures(silent))
-    assert "generation t/s" not in render(silent, "", ["prog"])
+    assert 5 == len(draw_figures(silent))
+    assert "generation t/s" not in render_page(make_page(silent, ["prog"]), "")
     nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
-    assert [] == pictures(nothing)
-    assert Page(render(nothing, "", ["prog"])).open == []
+    assert [] == draw_figures(nothing)
+    assert Page(render_page(make_page(nothing, ["prog"]), "")).open == []
     dense = replace(silent, rows=(replace(quiet[0], config=candidate(found.reference.path, 0)),), pairs=())
-    assert "KL divergence and experts used" not in [title for title, _ in pictures(dense)]
+    assert "KL divergence and experts used" not in [one.title for one in draw_figures(dense)]
 
 
 def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> None:
@@ -138,21 +137,21 @@ def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> N
         above_noise=None,
         quality=replace(first.quality, summary=replace(first.quality.summary, kl_mean=math.nan)),
     )
-    text = render(replace(found, rows=(one, bad), pairs=(), recommendation=None), "", ["prog"])
+    text = render_page(make_page(replace(found, rows=(one, bad), pairs=(), recommendation=None), ["prog"]), "")
     assert "NaN" not in text.split("const FIGURES")[1].split("\n")[0]
     assert ">nan<" not in text
 
 
 def test_writing_is_all_or_nothing(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file appears whole; a folder that is not there is an error before and after measuring."""
-    monkeypatch.setattr(report, "plotly_script", lambda: "/* plotly */")
-    write_report(found, tmp_path / "out.html", ["prog"])
+    monkeypatch.setattr(pages, "plotly_script", lambda: "/* plotly */")
+    write_page(make_page(found, ["prog"]), tmp_path / "out.html")
     assert ["out.html"] == [path.name for path in tmp_path.glob("*out.html*")]
     require_plotly(tmp_path / "new.html")
     with pytest.raises(HarnessError, match="there is no folder"):
         require_plotly(tmp_path / "no" / "out.html")
     with pytest.raises(OutputError, match="cannot be written"):
-        write_report(found, tmp_path / "no" / "out.html", ["prog"])
+        write_page(make_page(found, ["prog"]), tmp_path / "no" / "out.html")
 
 
 def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
