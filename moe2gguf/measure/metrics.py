@@ -10,9 +10,9 @@ from two tokens on, and top-5 overlap, largest logit difference and the count of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,10 +102,20 @@ def score_block(
 
     KL sums p_base * (ln p_base - ln p_other) over the entries with ln p_base > `tail`; -inf takes them all.
     """
-    step = max(1, CHUNK_ENTRIES // base.shape[1])
-    chunks = [slice(i, i + step) for i in range(0, len(base), step)]
+    return score_chunks(lambda part: FullReference(base[part], targets[part], tail), other, targets)
+
+
+def score_chunks(
+    reference: Callable[[slice], ReferenceChunk], other: NDArray[np.float32], targets: NDArray[np.int32]
+) -> TokenScores:
+    """Score a block of tokens, as many at a time as the processor's cache holds.
+
+    `other` are logits (n_token, n_vocab), `targets` (n_token,) token ids; `reference` gives that of a part of them.
+    """
+    step = max(1, CHUNK_ENTRIES // other.shape[1])
+    chunks = [slice(i, i + step) for i in range(0, len(other), step)]
     with np.errstate(all="ignore"):  # bad numbers are counted, not warned about
-        return join_scores(_compare_chunk(base[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
+        return join_scores(_score_chunk(reference(chunk), other[chunk], targets[chunk]) for chunk in chunks)
 
 
 def join_scores(parts: Iterable[TokenScores]) -> TokenScores:
@@ -155,40 +165,108 @@ def _summarize(scores: TokenScores, n: int) -> Summary:
     )
 
 
-def _compare_chunk(
-    base: NDArray[np.float32], other: NDArray[np.float32], targets: NDArray[np.int32], tail: float
-) -> TokenScores:
-    row = np.arange(len(base))
-    b, q = base.astype(np.float64), other.astype(np.float64)
-    nll_base, nll = -b[row, targets], -q[row, targets]
-    difference = b - q
-    lse_b, weight, total = log_sum_exp(b)  # weight / total = p_base; overwrites b
-    lse_q, _, _ = log_sum_exp(q)
-    nll_base += lse_b
-    nll += lse_q
-    if tail > -np.inf:
-        weight *= base > (lse_b + tail)[:, None]
-    # sum p_b (ln p_b - ln p_q) = sum p_b (b - q) - (lse_b - lse_q) sum p_b, over the entries that are kept
-    kl = (np.einsum("ij,ij->i", weight, difference) - (lse_b - lse_q) * weight.sum(axis=1)) / total
-    top_b, top_q = top_ids(base, 5), top_ids(other, 5)
-    same_top = (top_b[:, 0] == top_q[:, 0]).astype(np.float64)
-    top5_overlap = (top_b[:, :, None] == top_q[:, None, :]).any(axis=2).mean(axis=1)
-    np.abs(difference, out=difference)
-    max_difference = difference.max(axis=1)
-    n_bad = _count_bad(base, other, max_difference)
-    same_top[n_bad > 0] = np.nan  # an order among bad numbers says nothing
-    top5_overlap[n_bad > 0] = np.nan
+@dataclass(frozen=True)
+class OtherChunk:
+    """The other model's logits of a chunk of tokens, and their softmax before it is divided by its sum.
+
+    logits   (n_token, n_vocab) float32
+    lse      (n_token,): ln sum exp of them
+    weights  (n_token, n_vocab): exp(logit - largest logit); whoever reads it may overwrite it
+    total    (n_token,): the sum of the weights
+    """
+
+    logits: NDArray[np.float32]
+    lse: Floats
+    weights: Floats
+    total: Floats
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a chunk is from its reference: the fields of `TokenScores` that need more than likelihoods and ranks."""
+
+    kl: Floats
+    kl_slack: Floats
+    max_difference: Floats
+    n_bad: NDArray[np.int64]
+
+
+class ReferenceChunk(Protocol):
+    """The reference of a chunk of tokens, in full (`FullReference`) or in part (`top_logits.TopReference`)."""
+
+    @property
+    def nll(self) -> Floats:
+        """Negative log-likelihood of the token that follows, nats, (n_token,)."""
+
+    @property
+    def top_ids(self) -> NDArray[Any]:
+        """Ids of the five most likely tokens, (n_token, at most 5), most likely first."""
+
+    def divergence(self, other: OtherChunk) -> Divergence:
+        """Return how far the other model is."""
+
+
+def _score_chunk(reference: ReferenceChunk, other: NDArray[np.float32], targets: NDArray[np.int32]) -> TokenScores:
+    # Likelihoods: nll = ln sum exp(logits) - logit of the token that follows, in float64.
+    wide = other.astype(np.float64)
+    chosen = wide[np.arange(len(wide)), targets]
+    lse, weights, total = log_sum_exp(wide)  # overwrites `wide`
+    nll, nll_base = lse - chosen, reference.nll
+
+    # Distributions: what the reference can say of them, exactly or within bounds.
+    found = reference.divergence(OtherChunk(other, lse, weights, total))
+
+    # Ranks: an order among bad numbers says nothing.
+    top, top_base = top_ids(other, 5), reference.top_ids
+    same_top = (top_base[:, 0] == top[:, 0]).astype(np.float64)
+    top5_overlap = (top_base[:, :, None] == top[:, None, :]).any(axis=2).mean(axis=1)
+    same_top[found.n_bad > 0] = np.nan
+    top5_overlap[found.n_bad > 0] = np.nan
     return TokenScores(
         nll=nll,
         nll_base=nll_base,
-        kl=kl,
+        kl=found.kl,
         p_change=np.exp(-nll) - np.exp(-nll_base),
         same_top=same_top,
         top5_overlap=top5_overlap,
-        max_difference=max_difference,
-        kl_slack=np.zeros(len(kl)),
-        n_bad=n_bad,
+        max_difference=found.max_difference,
+        kl_slack=found.kl_slack,
+        n_bad=found.n_bad,
     )
+
+
+class FullReference:
+    """All logits of the reference for a chunk of tokens: `logits` (n_token, n_vocab), `targets` (n_token,)."""
+
+    def __init__(self, logits: NDArray[np.float32], targets: NDArray[np.int32], tail: float) -> None:
+        self.logits = logits
+        self.tail = tail
+        wide = logits.astype(np.float64)
+        chosen = wide[np.arange(len(wide)), targets]
+        self._lse, self._weights, self._total = log_sum_exp(wide)  # weights / total = p_base
+        self.nll = self._lse - chosen
+
+    @property
+    def top_ids(self) -> NDArray[np.intp]:
+        """Ids of the five most likely tokens, (n_token, at most 5)."""
+        return top_ids(self.logits, 5)
+
+    def divergence(self, other: OtherChunk) -> Divergence:
+        """Return the exact KL divergence, with p the reference and q the other model, over the entries above the tail.
+
+        sum p (ln p - ln q) = sum p (b - o) - (lse_b - lse_o) sum p, where b and o are the logits.
+        """
+        difference = np.subtract(self.logits, other.logits, dtype=np.float64)
+        # Entries below the tail are left out of both sums, as llama.cpp does.
+        p = self._weights
+        if self.tail > -np.inf:
+            p *= self.logits > (self._lse + self.tail)[:, None]
+        kl = (np.einsum("ij,ij->i", p, difference) - (self._lse - other.lse) * p.sum(axis=1)) / self._total
+        # A NaN or infinity anywhere in either model makes the largest difference one: only such rows are counted.
+        np.abs(difference, out=difference)
+        max_difference = difference.max(axis=1)
+        n_bad = _count_bad(self.logits, other.logits, max_difference)
+        return Divergence(kl, np.zeros(len(kl)), max_difference, n_bad)
 
 
 def log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:

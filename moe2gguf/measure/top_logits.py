@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.measure import metrics
-from moe2gguf.measure.metrics import CHUNK_ENTRIES, Floats, TokenScores
+from moe2gguf.measure.metrics import CHUNK_ENTRIES, Divergence, Floats, OtherChunk, TokenScores
 
 Rows = NDArray[np.void]
 """Structured array (n_token,) of `row_type`."""
@@ -70,7 +70,7 @@ def keep_top(logits: NDArray[np.float32], targets: NDArray[np.int32], n_kept: in
     step = max(1, CHUNK_ENTRIES // logits.shape[1])
     with np.errstate(all="ignore"):
         for i in range(0, len(logits), step):
-            _shrink_chunk(logits[i : i + step], targets[i : i + step], tail, rows[i : i + step])
+            _keep_chunk(logits[i : i + step], targets[i : i + step], tail, rows[i : i + step])
     return rows
 
 
@@ -81,25 +81,25 @@ def score_block(
 
     The largest logit difference is over the kept entries only. `tail` is the one the rows were made with.
     """
-    step = max(1, CHUNK_ENTRIES // other.shape[1])
-    chunks = [slice(i, i + step) for i in range(0, len(other), step)]
-    with np.errstate(all="ignore"):
-        return metrics.join_scores(_compare_chunk(rows[chunk], other[chunk], targets[chunk], tail) for chunk in chunks)
+    return metrics.score_chunks(lambda part: TopReference(rows[part], tail), other, targets)
 
 
-def _shrink_chunk(logits: NDArray[np.float32], targets: NDArray[np.int32], tail: float, rows: Rows) -> None:
+def _keep_chunk(logits: NDArray[np.float32], targets: NDArray[np.int32], tail: float, rows: Rows) -> None:
     n_kept = rows.dtype["ids"].shape[0]
+    # Likelihoods and the count of bad numbers, over the whole vocabulary.
     wide = logits.astype(np.float64)
     lse, p, total = metrics.log_sum_exp(wide.copy())
     p /= total[:, None]
     rows["lse"] = lse
     rows["nll"] = lse - wide[np.arange(len(wide)), targets]
     rows["n_bad"] = np.sum(~np.isfinite(logits), axis=1)
+    # The most likely entries, sorted by logit, of equals the lowest id first.
     ids = np.argpartition(-logits, n_kept - 1, axis=1)[:, :n_kept]
     kept = np.take_along_axis(logits, ids, axis=1)
     order = np.lexsort((ids, -kept))
     rows["ids"] = np.take_along_axis(ids, order, axis=1)
     rows["logits"] = np.take_along_axis(kept, order, axis=1)
+    # Sums over the rest, without what is below the tail.
     log_p = wide - lse[:, None]
     p *= log_p > tail
     np.put_along_axis(p, ids, 0.0, axis=1)
@@ -107,37 +107,39 @@ def _shrink_chunk(logits: NDArray[np.float32], targets: NDArray[np.int32], tail:
     rows["rest_plogp"] = np.einsum("ij,ij->i", p, np.where(p > 0, log_p, 0.0))
 
 
-def _compare_chunk(rows: Rows, other: NDArray[np.float32], targets: NDArray[np.int32], tail: float) -> TokenScores:
-    wide = other.astype(np.float64)
-    nll = -wide[np.arange(len(wide)), targets]
-    lse, weight, total = metrics.log_sum_exp(wide)
-    nll += lse
-    ids = rows["ids"]
-    np.put_along_axis(weight, ids, 0.0, axis=1)
-    other_rest = weight.sum(axis=1) / total  # not 1 - sum of the kept: that has no digits left where little is
-    q = np.take_along_axis(other, ids, axis=1).astype(np.float64)
-    base = rows["logits"].astype(np.float64)
-    log_p, log_q = base - rows["lse"][:, None], q - lse[:, None]
-    kl = np.sum(np.exp(log_p) * (log_p - log_q) * (log_p > tail), axis=1)
-    low, high = _rest_bounds(rows, other_rest, other.min(axis=1) - lse)
-    n_bad = rows["n_bad"] + np.sum(~np.isfinite(other), axis=1)
-    top = metrics.top_ids(other, 5)
-    best = ids[:, : top.shape[1]]
-    same_top = (best[:, 0] == top[:, 0]).astype(np.float64)
-    top5_overlap = (best[:, :, None] == top[:, None, :]).any(axis=2).mean(axis=1)
-    same_top[n_bad > 0] = np.nan  # an order among bad numbers says nothing
-    top5_overlap[n_bad > 0] = np.nan
-    return TokenScores(
-        nll=nll,
-        nll_base=np.array(rows["nll"]),
-        kl=kl + low,
-        p_change=np.exp(-nll) - np.exp(-rows["nll"]),
-        same_top=same_top,
-        top5_overlap=top5_overlap,
-        max_difference=np.abs(base - q).max(axis=1),
-        kl_slack=high - low,
-        n_bad=n_bad,
-    )
+class TopReference:
+    """The records of the reference for a chunk of tokens."""
+
+    def __init__(self, rows: Rows, tail: float) -> None:
+        self.rows = rows
+        self.tail = tail
+
+    @property
+    def nll(self) -> Floats:
+        """Negative log-likelihood of the token that follows, nats, (n_token,)."""
+        return np.array(self.rows["nll"])
+
+    @property
+    def top_ids(self) -> NDArray[np.int32]:
+        """Ids of the five most likely tokens, or of as many as are kept, (n_token, at most 5)."""
+        ids: NDArray[np.int32] = self.rows["ids"][:, :5]
+        return ids
+
+    def divergence(self, other: OtherChunk) -> Divergence:
+        """Return the KL divergence's lower bound and the slack to its upper one; differences of kept entries only."""
+        ids = self.rows["ids"]
+        # Q, the other model's mass of what is not kept; not 1 - sum of the kept, which has no digits where Q is small.
+        np.put_along_axis(other.weights, ids, 0.0, axis=1)
+        other_rest = other.weights.sum(axis=1) / other.total
+        # The kept entries, exactly.
+        q = np.take_along_axis(other.logits, ids, axis=1).astype(np.float64)
+        base = self.rows["logits"].astype(np.float64)
+        log_p, log_q = base - self.rows["lse"][:, None], q - other.lse[:, None]
+        kl = np.sum(np.exp(log_p) * (log_p - log_q) * (log_p > self.tail), axis=1)
+        # The rest, between its bounds.
+        low, high = _rest_bounds(self.rows, other_rest, other.logits.min(axis=1) - other.lse)
+        n_bad = self.rows["n_bad"] + np.sum(~np.isfinite(other.logits), axis=1)
+        return Divergence(kl + low, high - low, np.abs(base - q).max(axis=1), n_bad)
 
 
 def _rest_bounds(rows: Rows, other_rest: Floats, log_q_min: Floats) -> tuple[Floats, Floats]:
