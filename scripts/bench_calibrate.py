@@ -102,7 +102,7 @@ def measured(size: Size, folder: Path, threads: int) -> dict[str, Any]:
     out = folder.with_suffix(".gguf")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     options = [
-        "-n",
+        "-e",
         N_EXPERT,
         "-k",
         N_EXPERT_USED,

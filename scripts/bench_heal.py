@@ -160,7 +160,7 @@ class Bench:
         n_token = self.options.layer_tokens if way.name == LAYERS else self.options.tokens
         every = max(self.options.long // 4, 1)
         return [
-            *MOE2GGUF, "heal", self.folder(way.start), "--teacher", self.model, "--text", self.train, "-o", out,
+            *MOE2GGUF, "heal", self.folder(way.start), out, "--teacher", self.model, "--text", self.train,
             *way.options(self.options), "--tokens", n_token, "--held-out-tokens", min(n_token // 8, 2048), "--batch", 2,
             "--evaluate-at", "4,8,12,16", "--evaluate-every", every, "--save-every", every,
         ]  # fmt: skip

@@ -122,7 +122,7 @@ class Bench:
             moe2gguf(self.python, "convert", self.model, sliced, "--type", "f16", *cut)
         if not matrix.exists():
             text = ["--text", self.work / "calibration.txt", "--tokens", self.options.tokens]
-            moe2gguf(self.python, "imatrix", dense, "-o", matrix, *text, *self._threads())
+            moe2gguf(self.python, "imatrix", dense, matrix, *text, *self._threads())
 
     def _threads(self) -> list[object]:
         return ["--threads", self.options.threads] if self.options.threads else []

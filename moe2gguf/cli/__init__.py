@@ -20,7 +20,7 @@ from moe2gguf.cli.bench import bench
 from moe2gguf.cli.compare import compare
 from moe2gguf.cli.convert import convert
 from moe2gguf.cli.densify import densify
-from moe2gguf.cli.expert_usage import experts
+from moe2gguf.cli.expert_usage import expert_usage
 from moe2gguf.cli.heal import heal
 from moe2gguf.cli.imatrix import imatrix
 from moe2gguf.cli.inspect import inspect
@@ -73,7 +73,7 @@ def completion(shell: str) -> None:
 
 
 cli.section("Making", convert, quantize, densify, heal, set_used)
-cli.section("Looking", inspect, verify, run, experts)
+cli.section("Looking", inspect, verify, run, expert_usage)
 cli.section("Measuring", compare, bench)
 cli.section("Preparing", imatrix, sample)
 cli.section("Your shell", completion)

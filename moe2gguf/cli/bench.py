@@ -5,38 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
+    ONE,
     devices_from,
     devices_option,
     emit,
     json_option,
-    llama_threads_option,
+    number,
     rpc_option,
+    threads_option,
     used_list_option,
 )
 
 
-@cloup.command()
+@cloup.command(cls=Command)
 @cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to time.")
 @option_group(
-    "What",
-    option("--reference", type=FILE, metavar="DENSE", help="A dense file that speeds are divided by."),
+    "What to time",
+    option("--reference", type=FILE, metavar="DENSE", help="Dense file; the speeds are also given relative to it."),
     used_list_option,
     devices_option,
     rpc_option,
 )
 @option_group(
     "Running",
-    llama_threads_option,
-    option("--prompt", "n_prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of a prompt."),
-    option("--generate", "n_generate", default=128, show_default=True, type=click.IntRange(1), help="Tokens after it."),
-    option("--repeat", default=5, show_default=True, type=click.IntRange(1), help="Runs of each."),
-    option("--timeout", default=1800.0, show_default=True, help="Seconds that a run may take."),
+    threads_option,
+    number("--prompt", "n_prompt", default=512, type=ONE, help="Tokens of the prompt."),
+    number("--generate", "n_generate", default=128, type=ONE, help="Tokens to generate."),
+    number("--repeat", default=5, type=ONE, help="Number of rounds."),
+    option("--timeout", default=1800.0, show_default=True, help="Seconds allowed per run."),
 )
 @json_option
 def bench(
@@ -48,10 +50,10 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure how fast files run, and how fast memory would let them.
+    """Measure the speed of files and its bandwidth limit.
 
-    Prompt and generation speed are those of llama-bench. Every file at every K runs once in each round, so that a
-    busy machine slows all of them alike; shown are the median and the lowest and highest of all rounds.
+    Prompt and generation are measured as by llama-bench. Each file runs with each K once per round, so that a busy
+    machine slows all of them alike. The table has the median, the lowest and the highest of the rounds.
 
     \b
     Example:

@@ -6,63 +6,79 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
+from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
+    NONE,
+    PATH,
+    Size,
+    context_option,
     devices_from,
     devices_option,
     emit,
     json_option,
-    llama_threads_option,
+    number,
+    report_option,
+    resume_option,
     rpc_option,
+    text_option,
+    threads_option,
     used_list_option,
     words,
 )
 
 
-@cloup.command()
+@cloup.command(cls=Command)
 @cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to compare.")
 @option_group(
-    "What",
-    option("--reference", required=True, type=FILE, metavar="DENSE", help="The dense file they are compared with."),
+    "What to compare",
+    option("--reference", required=True, type=FILE, metavar="DENSE", help="The dense file to compare with."),
     used_list_option,
     devices_option,
     rpc_option,
-    option("--types", callback=words, metavar="T,T", help="Also in these types, such as q4_k_m,q8_0, made on the fly."),
-    option("--imatrix", type=FILE, help="Importance matrix for them, of a file or of its dense parent."),
+    option("--types", callback=words, metavar="T,T", help="Also in these types, such as q8_0,q4_k_m."),
+    option("--imatrix", type=FILE, help="Importance matrix for --types, of this model or its dense original."),
 )
 @option_group(
     "Text",
-    option("--text", type=FILE, help="A text file.  [default: a built-in text]"),
-    option("--tokens", default=2048, show_default=True, type=click.IntRange(0), help="Tokens to score; 0 is all."),
-    option("--context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."),
+    text_option,
+    number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all."),
+    context_option,
 )
 @option_group(
     "Running",
-    llama_threads_option,
-    option("--timeout", default=600.0, show_default=True, help="Seconds that a window may take."),
-    option("--memory", type=click.IntRange(1), metavar="MIB", help="Private memory that a run may have (Linux)."),
-    option("--room", type=click.IntRange(1), metavar="MIB", help="Disk for the reference's logits.  [default: 8192]"),
-    option("--scheduler", metavar="ADDRESS", help="Measure on the workers of this Dask scheduler."),
-    option("--journal", type=click.Path(path_type=Path), help="Finished rows.  [default: in the cache folder]"),
+    threads_option,
+    option("--timeout", default=600.0, show_default=True, help="Seconds allowed per window."),
     option(
-        "--resume/--no-resume",
-        default=True,
-        help="Take finished rows from the journal, or measure everything again.  [default: resume]",
+        "--memory",
+        "memory_limit",
+        type=Size(),
+        metavar="SIZE",
+        help="RAM that a run may take (Linux).  [default: no limit]",
     ),
+    option(
+        "--room",
+        type=Size(),
+        metavar="SIZE",
+        help="Disk space for the logits of DENSE.  [default: 8GiB, at most half of what is free]",
+    ),
+    option("--scheduler", metavar="ADDRESS", help="Measure on the workers of this Dask scheduler."),
+    option("--journal", type=PATH, metavar="FILE", help="File of finished rows.  [default: in the cache folder]"),
+    resume_option,
 )
 @option_group(
     "Results",
+    option("--speed", is_flag=True, help="Also measure the speed, and recommend one of the files."),
+    option("--expert-usage", is_flag=True, help="Also count which experts are used (for --json and --report)."),
+    option("--wide", is_flag=True, help="Print all columns."),
     json_option,
-    option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the rows to this file."),
-    option("--speed", is_flag=True, help="Also time 256 and 64 tokens, 3 rounds; recommend one."),
-    option("--experts", is_flag=True, help="Also count which experts run (JSON, report); see `moe2gguf experts`."),
-    option("--report", type=click.Path(path_type=Path), help="Also write one HTML file with pictures."),
-    option("--picture", type=click.Path(path_type=Path), help="Also draw quality against speed, as .svg or .png."),
+    option("--csv", "csv_file", type=PATH, metavar="FILE.csv", help="Also write the rows as a table."),
+    report_option,
+    option("--picture", type=PATH, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
 )
 def compare(
     files: tuple[Path, ...],
@@ -77,19 +93,21 @@ def compare(
     as_json: bool,
     csv_file: Path | None,
     speed: bool,
-    experts: bool,
+    expert_usage: bool,
+    wide: bool,
     report: Path | None,
     picture: Path | None,
+    resume: bool,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Measure what fewer experts or another type cost in quality.
 
-    Every file at every K on every device runs in llama.cpp, in a process of its own, and is compared with the dense
-    file token by token. The definitions are those of llama.cpp's perplexity tool. A sweep that was interrupted goes
-    on where it stopped.
+    Each file runs in llama.cpp with each K on each device, in a process of its own, and is compared with the dense
+    file token by token, with the definitions of llama-perplexity. An interrupted comparison continues where it stopped.
 
-    --types quantizes every f32, f16 or bf16 file of FILES (as `moe2gguf quantize --allow-fallback`) into the cache
-    folder, measures it like the others, and removes it when the sweep is done.
+    With --types, files in f32, f16 or bf16 are also quantized (as by moe2gguf quantize --allow-fallback) into the
+    cache folder, measured, and removed.
 
     \b
     Example:
@@ -116,12 +134,12 @@ def compare(
         reference,
         kinds=types,
         imatrix=imatrix,
-        experts=experts,
+        experts=expert_usage,
         progress=display.progress,
         used=used,
         devices=devices_from(device, rpc),
-        settings=settings_from(text, tokens or None, **options),
-        timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=options["threads"]) if speed else None,
+        settings=settings_from(text, tokens or None, resume=resume, threads=threads, **options),
+        timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None,
         on_row=display_compare.row_done,
         on_run=display_compare.run_done,
     )
@@ -132,6 +150,6 @@ def compare(
         write_page(make_page(found, sys.argv), report)
     if picture:
         write_picture(found, picture)
-    emit(found.to_dict(), as_json, lambda: display_compare.comparison(found))
+    emit(found.to_dict(), as_json, lambda: display_compare.comparison(found, wide=wide))
     if not found.ok:
         raise SystemExit(1)

@@ -12,94 +12,117 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
+from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
     PATH,
-    AlwaysOn,
+    Shared,
     Size,
     emit,
+    expert_type_rules,
+    force_option,
     json_option,
+    refusals_as_json,
+    report_option,
     resume_option,
+    seed_option,
     shard_size_option,
     threads_option,
-    type_options,
+    type_rules,
 )
-from moe2gguf.errors import PlanError
 from moe2gguf.experts import methods
 
 
-@cloup.command()
-@cloup.argument("model", type=click.Path(path_type=Path), help="Hugging Face folder, or a dense GGUF file.")
-@cloup.argument("out", type=click.Path(path_type=Path), required=False, help="The GGUF file to write.")
+@cloup.command(cls=Command)
+@cloup.argument("model", type=PATH, help="A Hugging Face folder, or a dense GGUF file.")
+@cloup.argument("out", type=PATH, required=False, help="The GGUF file to write.")
 @option_group(
-    "Slicing",
-    option("-n", "--experts", type=int, help="Experts per MLP; a Mixtral model keeps its own.  [default: 8]"),
-    option("-k", "--used", type=int, help="Experts that run per token.  [default: all, the exact dense model]"),
-    option("--align", type=int, default=1, help="Pad experts with zero neurons to a multiple of 32 or 256."),
-    option("--expert-scale", is_flag=True, help="Amplify by a tensor of scales, not in the weights (new llama.cpp)."),
-    option("--dense", is_flag=True, help="Do not slice: write the ordinary dense file, the reference."),
-)
-@option_group(
-    "Experts that hold together when only some run (defaults: exact if all run, sparse below)",
-    option("--preset", type=click.Choice(["exact", "sparse"]), help="Where the options below start from."),
-    option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped."),
-    option("--shared", "n_shared", type=AlwaysOn(), metavar="N|auto", help="Experts that every token runs."),
-    option("--router", type=click.Choice([*methods.ROUTERS]), help="How experts are chosen."),
-    option("--refit/--no-refit", default=None, help="Correct the down projections for what does not run."),
-    option("--amplify", type=click.Choice([*methods.AMPLIFICATIONS]), help="Which counts sound right."),
-    option(
-        "--calibration",
-        type=FILE,
-        help="Text, or JSONL with a text field; `sample` writes one.  [default: a text of many kinds]",
-    ),
-    option(
-        "--calibration-tokens",
-        type=int,
-        help="How much of it.  [default: 16384, or 2 per neuron to refit]",
-    ),
-    option("--device", help="torch device of the calibration.  [default: cuda, mps or cpu]"),
-    option(
-        "--calibration-memory", type=Size(), default="4GB", show_default=True, help="More hidden states go to disk."
-    ),
-    option("--save-calibration", type=PATH, metavar="FILE", help="Keep the calibration for other files."),
-    option("--load-calibration", type=FILE, metavar="FILE", help="Use a kept one; it decides what is left open here."),
-    option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the grouping."),
-)
-@option_group(
-    "Output",
+    "What to make",
+    option("-e", "--experts", type=int, help="Experts per layer; a Mixtral model keeps its own.  [default: 8]"),
+    option("-k", "--used", type=int, help="Experts used per token.  [default: all, which is exactly the dense model]"),
+    option("--dense", is_flag=True, help="Write the ordinary dense file, the reference for comparisons."),
     option(
         "--format",
         "form",
         type=click.Choice(["gguf", "hf"]),
         default="gguf",
         show_default=True,
-        help="gguf: one file. hf: a folder that transformers loads as MixtralForCausalLM.",
+        help="gguf: a file for llama.cpp. hf: a folder that transformers loads as MixtralForCausalLM.",
+    ),
+    option("--name", help="Name of the model in the metadata."),
+)
+@option_group(
+    "Fewer experts than all",
+    option(
+        "--preset",
+        type=click.Choice(["exact", "sparse"]),
+        help="exact: plain slices. sparse: slices fitted to a text.  [default: exact if all are used, else sparse]",
     ),
     option(
-        "-t",
+        "--calibration",
+        type=FILE,
+        help="Text, or JSONL with a text field.  [default: a built-in mix of eight genres]",
+    ),
+    option("--save-calibration", type=PATH, metavar="FILE", help="Save the calibration for further conversions."),
+    option(
+        "--load-calibration",
+        type=FILE,
+        metavar="FILE",
+        help="Reuse a saved calibration; options that are not given are taken from it.",
+    ),
+)
+@option_group(
+    "Types",
+    option(
         "--type",
         default="auto",
         show_default=True,
-        help="auto (as stored), f32, f16, bf16, or a type of llama.cpp such as q8_0, q6_k, q4_k_m or iq4_xs.",
+        help="Type of the weights: auto (as stored), f32, f16, bf16, q8_0, q4_k_m, iq4_xs or another of llama.cpp.",
     ),
-    option("--name", help="The model's name in the metadata."),
-    shard_size_option,
-    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
-    resume_option,
-    threads_option,
+    *type_rules,
+    option("--align", type=int, default=1, help="Pad each expert with zeros to a multiple of 32 or 256 columns."),
 )
-@type_options
+@option_group("Output", shard_size_option, force_option, resume_option, threads_option, json_option)
 @option_group(
-    "Looking first, checking after",
-    option("--plan", "plan_only", is_flag=True, help="Print what would be written, read no weights, and stop."),
+    "Before and after",
+    option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop; nothing is converted."),
     option(
         "--check",
         metavar="auto|FILE",
-        help="Compare OUT in llama.cpp with its dense twin FILE (auto: make one, then remove it).",
+        help="Compare the result with this dense file in llama.cpp; auto makes one and removes it.",
     ),
-    option("--report", type=PATH, metavar="FILE.html", help="Also write a page with pictures of the calibration."),
-    json_option,
+    report_option,
 )
+@option_group(
+    "Expert options: slicing and calibration",
+    option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped into experts."),
+    option("--shared", "n_shared", type=Shared(), metavar="N|auto", help="Experts that every token uses."),
+    option("--router", type=click.Choice([*methods.ROUTERS]), help="How the router's weights are made."),
+    option("--refit/--no-refit", default=None, help="Refit the down projections at --used by least squares."),
+    option(
+        "--amplify",
+        type=click.Choice([*methods.AMPLIFICATIONS]),
+        help="Scale expert outputs for: all experts (exact), --used (used), --used with a fitted factor per expert "
+        "(fitted), or any count (any).",
+    ),
+    option(
+        "--expert-scale",
+        is_flag=True,
+        help="Store these factors in a tensor of their own (new llama.cpp only).",
+    ),
+    option("--calibration-tokens", type=int, help="Tokens of the text.  [default: 16384, or 2 per neuron to refit]"),
+    option(
+        "--calibration-memory",
+        type=Size(),
+        default="4GB",
+        show_default=True,
+        help="RAM for hidden states; the rest is spilled to disk.",
+    ),
+    option("--torch-device", "device", help="Device of the calibration in torch.  [default: cuda, mps or cpu]"),
+    seed_option,
+    hidden=True,
+)
+@option_group("Expert options: types", *expert_type_rules, hidden=True)
 def convert(
     model: Path,
     out: Path | None,
@@ -115,8 +138,8 @@ def convert(
 ) -> None:
     """Convert a dense model into a GGUF file with experts.
 
-    Folders of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 and Mixtral in f32, f16 or bf16; GGUF files of arch llama or
-    qwen2, whose blocks are copied, not quantized again. The file appears under its name only when it is complete and
+    MODEL is a folder of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 or Mixtral in f32, f16 or bf16, or a GGUF file of
+    architecture llama or qwen2, whose quantized blocks are copied unchanged. OUT appears when it is complete and
     verified.
 
     \b
@@ -124,9 +147,9 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct moe.gguf --experts 8 --check auto
       moe2gguf convert SmolLM2-135M-Instruct --plan
       moe2gguf convert dense-q4_k_m.gguf moe-q4_k_m.gguf --experts 7 --shard-size 2GB
-      moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf -n 16 --align 32 --type q8_0
-      moe2gguf convert SmolLM2-135M-Instruct half.gguf -n 16 --used 8 --calibration text.txt
-      moe2gguf convert SmolLM2-135M-Instruct half -n 16 --used 8 --calibration text.txt --format hf
+      moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf --experts 16 --align 32 --type q8_0
+      moe2gguf convert SmolLM2-135M-Instruct half.gguf --experts 16 --used 8 --calibration text.txt
+      moe2gguf convert SmolLM2-135M-Instruct half --experts 16 --used 8 --format hf
     """
     from moe2gguf.measure.check import check_conversion
     from moe2gguf.recipes.convert import write_plan
@@ -141,12 +164,8 @@ def convert(
     if report:
         from moe2gguf.measure.report.calibration import make_page
         from moe2gguf.measure.report.page import require_plotly, write_page
-    try:
+    with refusals_as_json(as_json and plan_only):
         plan = plan_conversion(model, Options(**options))
-    except PlanError as error:
-        if as_json and plan_only:
-            emit({"refusals": error.refusals}, as_json, lambda: None)
-        raise
     if report and not (plan.text or plan.saved):
         raise click.UsageError("--report shows a calibration, and these options need none; add --used below --experts.")
     display.warnings(plan.warnings)

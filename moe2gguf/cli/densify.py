@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
 import cloup
-from cloup import option, option_group
+from cloup import option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
-from moe2gguf.cli.options import emit, json_option
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import MODEL, PATH, emit, force_option, json_option
 
 
-@cloup.command()
-@cloup.argument("source", type=click.Path(exists=True, path_type=Path), help="A folder or a GGUF file with experts.")
-@cloup.argument("out", type=click.Path(path_type=Path), help="The folder or GGUF file to write.")
-@option_group(
-    "Output",
-    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
-    json_option,
-)
+@cloup.command(cls=Command)
+@cloup.argument("source", type=MODEL, help="A folder or a GGUF file with experts.")
+@cloup.argument("out", type=PATH, help="The folder or GGUF file to write.")
+@option_group("Output", force_option, json_option)
 def densify(source: Path, out: Path, force: bool, as_json: bool) -> None:
-    """Write a model with experts as a dense one.
+    """Convert a model with experts back into a dense one.
 
-    All experts become one MLP, and the model computes what the experts compute together: of a sliced model, the dense
-    model it was made from. Refused where the weights of the experts depend on the input: healed, or sliced with
+    All experts become one MLP, which computes what they compute together. A sliced model becomes the dense model it was
+    made from. Models whose router weights depend on the input are refused: healed ones, and those sliced with
     --amplify any or fitted.
 
     \b

@@ -12,10 +12,24 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_heal
-from moe2gguf.cli.options import FILE, emit, json_option, whole_numbers
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import (
+    FILE,
+    NONE,
+    ONE,
+    PATH,
+    context_option,
+    emit,
+    force_option,
+    json_option,
+    number,
+    seed_option,
+    whole_numbers,
+)
 from moe2gguf.experts import methods
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+RATE = click.FloatRange(0)
 
 
 class CountRange(click.ParamType):  # type: ignore[type-arg]
@@ -33,71 +47,71 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
         return int(match[1]), int(match[2] or match[1])
 
 
-@cloup.command()
+@cloup.command(cls=Command)
 @cloup.argument("student", type=FOLDER, help="The sliced model: a folder made by convert --format hf.")
+@cloup.argument("out", type=PATH, help="The folder to write.")
 @option_group(
-    "What",
+    "What to train on",
     option("--teacher", required=True, type=FOLDER, metavar="DENSE", help="Folder of the dense model it was cut from."),
-    option("--text", "texts", required=True, multiple=True, type=FILE, help="Text to train on; may be given again."),
-    option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write."),
+    option("--text", "texts", required=True, multiple=True, type=FILE, help="Training text; may be repeated."),
     option("--held-out", type=FILE, help="Text to evaluate on.  [default: the last tenth of --text]"),
+    option(
+        "--tokens", "n_token", default=65536, show_default=True, type=click.IntRange(1024), help="Tokens of the text."
+    ),
+    context_option,
 )
 @option_group(
     "Training",
-    option("--train", multiple=True, type=click.Choice([*methods.TRAINED]), help="Parts.  [default: router, experts]"),
-    option("--used-range", type=CountRange(), required=True, metavar="A..B", help="Experts per token, drawn per step."),
+    option("--used-range", type=CountRange(), required=True, metavar="A..B", help="Experts used; each step draws one."),
     option(
-        "--layerwise", default=1, show_default=True, type=click.IntRange(0), help="Layer-wise passes over the text."
+        "--train",
+        multiple=True,
+        type=click.Choice([*methods.TRAINED]),
+        help="What to train; may be repeated.  [default: router, experts]",
     ),
-    option(
-        "--steps", default=200, show_default=True, type=click.IntRange(0), help="Steps of the whole model after it."
-    ),
-    option("--tokens", "n_token", default=65536, show_default=True, type=click.IntRange(1024), help="Of the text."),
-    option(
-        "--context", "n_context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."
-    ),
-    option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Windows per step."),
-    option("--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a step is computed in."),
-    option(
-        "--layer-lr", default=1e-3, show_default=True, type=click.FloatRange(0), help="Rate of the layer-wise stage."
-    ),
-    option("--lr", default=2e-4, show_default=True, type=click.FloatRange(0), help="Rate of the steps."),
-    option("--router-lr", default=5e-5, show_default=True, type=click.FloatRange(0), help="That of the routers."),
-    option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="Of AdamW."),
-    option("--warmup", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Share of the steps."),
-    option("--clip", default=1.0, show_default=True, type=click.FloatRange(0), help="Largest norm of the gradient."),
-    option("--lora-rank", default=16, show_default=True, type=click.IntRange(1), help="Of --train lora."),
-    option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of order and counts."),
-)
-@option_group(
-    "Losses of the whole-model steps, as weights (the KL divergence has 1)",
-    option(
-        "--top", default=0, show_default=True, type=click.IntRange(0), help="Compare the N likeliest tokens; 0: all."
-    ),
-    option(
-        "--next-token",
-        default=0.0,
-        show_default=True,
-        type=click.FloatRange(0),
-        help="The text itself: fits its domain.",
-    ),
+    number("--layerwise", default=1, type=NONE, help="Passes that train layer by layer."),
+    number("--steps", default=200, type=NONE, help="Steps that train the whole model."),
+    number("--batch", default=4, type=ONE, help="Windows per step."),
+    number("--layer-lr", default=1e-3, type=RATE, help="Learning rate of the layer-wise passes."),
+    number("--lr", default=2e-4, type=RATE, help="Learning rate of the steps."),
+    number("--router-lr", default=5e-5, type=RATE, help="Learning rate of the routers."),
+    seed_option,
 )
 @option_group(
     "Running",
-    option("--evaluate-at", callback=whole_numbers, metavar="K,K", help="Counts.  [default: both ends of the range]"),
-    option("--evaluate-every", default=50, show_default=True, type=click.IntRange(1), help="Steps."),
-    option("--save-every", default=50, show_default=True, type=click.IntRange(1), help="Steps between checkpoints."),
+    option("--torch-device", "device", help="Device of the layer-wise passes in torch; cpu keeps everything there."),
     option(
-        "--held-out-tokens", "n_held_out", default=4096, show_default=True, type=click.IntRange(1), help="Evaluated."
+        "--precision",
+        default="no",
+        show_default=True,
+        type=click.Choice(["no", "bf16", "fp16"]),
+        help="Mixed precision.",
     ),
-    option("--checkpointing", is_flag=True, help="Recompute activations: less memory, more time."),
-    option("--precision", default="no", show_default=True, type=click.Choice(["no", "bf16", "fp16"]), help="Mixed."),
-    option("--device", help="torch device of the layer-wise stage; cpu keeps all of it there."),
+    option("--checkpointing", is_flag=True, help="Recompute activations, which saves memory and costs time."),
 )
+@option_group("Output", force_option, json_option)
 @option_group(
-    "Output",
-    option("-f", "--force", is_flag=True, help="Replace OUT if moe2gguf wrote it."),
-    json_option,
+    "Expert options",
+    number("--top", default=0, type=NONE, help="Compare the N likeliest tokens; 0: all."),
+    number("--next-token", default=0.0, type=RATE, help="Weight of the loss on the text itself."),
+    number("--accumulate", default=1, type=ONE, help="Parts that a step is computed in."),
+    number("--weight-decay", default=0.0, type=RATE, help="Weight decay of AdamW."),
+    option(
+        "--warmup", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Share of steps that warm up."
+    ),
+    number("--clip", default=1.0, type=RATE, help="Largest norm of the gradient."),
+    number("--lora-rank", default=16, type=ONE, help="Rank with --train lora."),
+    option("--evaluate-at", callback=whole_numbers, metavar="K,K", help="Counts.  [default: both ends of the range]"),
+    number("--evaluate-every", default=50, type=ONE, help="Steps between evaluations."),
+    number("--save-every", default=50, type=ONE, help="Steps between checkpoints."),
+    number(
+        "--held-out-tokens",
+        "n_held_out",
+        default=4096,
+        type=ONE,
+        help="Tokens to score.",
+    ),
+    hidden=True,
 )
 def heal(
     student: Path,
@@ -112,16 +126,17 @@ def heal(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train a sliced model to need fewer experts.
+    """Train a sliced model so that it needs fewer experts.
 
-    The dense model teaches: first layer by layer, one in memory, then the whole model by the divergence of its
-    predictions. What does not train stays bit for bit. A run that was stopped goes on where it stood.
+    The dense model is the teacher: first layer by layer, with one layer in memory, then for the whole model, by the KL
+    divergence of the predictions. Weights that are not trained stay unchanged. An interrupted run continues where it
+    stopped.
 
     \b
     Example:
-      moe2gguf heal half --teacher SmolLM2-135M-Instruct --text wiki.txt -o healed --used-range 4..16
-      moe2gguf heal half --teacher dense --text a.txt -o healed --used-range 8 --layerwise 0 --train router --steps 100
-      accelerate launch "$(which moe2gguf)" heal half --teacher dense --text a.txt -o out --used-range 8 --layerwise 0
+      moe2gguf heal half healed --teacher SmolLM2-135M-Instruct --text wiki.txt --used-range 4..16
+      moe2gguf heal half healed --teacher dense --text a.txt --used-range 8 --layerwise 0 --train router --steps 100
+      accelerate launch "$(which moe2gguf)" heal half healed --teacher dense --text a.txt --used-range 8 --layerwise 0
     """
     from moe2gguf.experts.heal.plan import HealSettings
     from moe2gguf.recipes.heal import heal as heal_folder

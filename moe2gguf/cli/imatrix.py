@@ -10,7 +10,19 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.options import FILE, emit, json_option, llama_threads_option, resume_option
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import (
+    FILE,
+    NONE,
+    PATH,
+    context_option,
+    emit,
+    force_option,
+    json_option,
+    number,
+    resume_option,
+    threads_option,
+)
 
 
 class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
@@ -25,44 +37,36 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
         return self.fail(f"{value!r} is neither a number nor all", param, ctx)
 
 
-@cloup.command()
-@cloup.argument("model", type=FILE, help="The GGUF file whose inputs are watched; f16 or better.")
+@cloup.command(cls=Command)
+@cloup.argument("model", type=FILE, help="The GGUF file to collect from, best in f16, bf16 or f32.")
+@cloup.argument("out", type=PATH, help="The importance matrix to write.")
 @option_group(
-    "What",
-    option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The importance matrix to write."),
+    "What to collect",
     option("--text", type=FILE, help="Text of the kind the model is meant for, or JSONL with a text field."),
-    option("--tokens", "n_token", default=65536, show_default=True, type=click.IntRange(0), help="Of it; 0 is all."),
-    option(
-        "--context", "n_context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."
-    ),
+    number("--tokens", "n_token", default=65536, type=NONE, help="Tokens; 0 means all."),
+    context_option,
     option(
         "-k",
         "--used",
         "n_expert_used",
         type=UsedOrAll(),
         metavar="K|all",
-        help="Experts per token.  [default: the file's]",
+        help="Experts used per token.  [default: as in the file]",
     ),
-    option("--output-matrix", "vocabulary", is_flag=True, help="Also the output matrix, which llama.cpp leaves out."),
-    option("--merge", "merged", multiple=True, type=FILE, help="Add this matrix of the same model; can be repeated."),
+    option("--output-matrix", "vocabulary", is_flag=True, help="Include output.weight, which llama.cpp leaves out."),
+    option("--merge", "merged", multiple=True, type=FILE, help="Add this matrix of the same model; may be repeated."),
 )
-@option_group(
-    "Output",
-    resume_option,
-    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
-    llama_threads_option,
-    json_option,
-)
+@option_group("Output", force_option, resume_option, threads_option, json_option)
 def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bool, **options: Any) -> None:
-    """Collect what a text uses most: an importance matrix.
+    """Collect an importance matrix from a text.
 
-    Runs the text through llama.cpp, in a process of its own, per expert where the file has experts, and writes
-    llama.cpp's GGUF format. What was stopped goes on where it was. Experts that few tokens reached are named.
+    Runs the text through llama.cpp and writes llama.cpp's GGUF format, with one row per expert where the file has
+    experts. Experts that few tokens reached are listed.
 
     \b
     Example:
-      moe2gguf imatrix dense.gguf -o dense-imatrix.gguf --text wiki.train.raw
-      moe2gguf imatrix moe.gguf -o moe-imatrix.gguf --text chat.jsonl --used all --merge older.gguf
+      moe2gguf imatrix dense.gguf dense-imatrix.gguf --text wiki.train.raw
+      moe2gguf imatrix moe.gguf moe-imatrix.gguf --text chat.jsonl --used all --merge older.gguf
     """
     from moe2gguf.measure.imatrix import collect_imatrix
 

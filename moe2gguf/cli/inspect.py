@@ -8,15 +8,16 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
+from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import FILE, emit, json_option
 
 
-@cloup.command()
-@cloup.argument("file", type=FILE, help="The GGUF file to look into.")
+@cloup.command(cls=Command)
+@cloup.argument("file", type=FILE, help="The GGUF file to inspect.")
 @option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
 def inspect(file: Path, tensors: bool, as_json: bool) -> None:
-    """Show metadata, experts, types and sizes of a GGUF file.
+    """Show the metadata, experts, types and sizes of a GGUF file.
 
     \b
     Example:

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from cloup import option, option_group
+from cloup import option
 
+from moe2gguf.errors import PlanError
+from moe2gguf.llama.devices import DEVICES
 from moe2gguf.quant.repairs import REPAIRS
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+MODEL = click.Path(exists=True, path_type=Path)
 PATH = click.Path(path_type=Path)
 
 
-class AlwaysOn(click.ParamType):  # type: ignore[type-arg]
-    """A number of experts, or "auto" (-1): see `moe2gguf.recipes.options`."""
+class Shared(click.ParamType):  # type: ignore[type-arg]
+    """A number of shared experts, or "auto" (-1): see `moe2gguf.recipes.options`."""
 
     name = "number or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number; -1 for auto."""
-        if value == "auto":
-            return -1
-        try:
-            return max(int(value), 0)
-        except ValueError:
-            self.fail(f"{value!r} is no number, nor auto", param, ctx)
+        if value == "auto" or str(value).isdecimal():
+            return -1 if value == "auto" else int(value)
+        return self.fail(f"{value!r} is neither a number nor auto", param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -46,19 +47,40 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
+ONE = click.IntRange(1)
+NONE = click.IntRange(0)
+"""Counts from 1 and from 0."""
+
+
+def number(*names: str, default: float, type: click.ParamType[Any], help: str) -> Callable[[Any], Any]:
+    """An option with a number that has a default, which its help shows."""
+    return option(*names, default=default, show_default=True, type=type, help=help)
+
+
 json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+force_option = option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
 resume_option = option(
-    "--resume/--no-resume",
-    default=True,
-    help="Continue a stopped run of the same command (unfinished work of another is refused), or start anew.  "
-    "[default: resume]",
+    "--no-resume",
+    "resume",
+    is_flag=True,
+    callback=lambda _context, _parameter, value: not value,
+    help="Start anew instead of continuing where the same command was stopped.",
 )
 shard_size_option = option(
-    "--shard-size", type=Size(), metavar="2GB", help="Write files of at most this size; llama.cpp opens the first."
+    "--shard-size", type=Size(), metavar="SIZE", help="Split the output into files of at most this size, such as 2GB."
 )
 threads_option = option(
-    "--threads", type=click.IntRange(1), help="Threads to use.  [default: the number of cores, at most 4]"
+    "-t",
+    "--threads",
+    type=click.IntRange(1),
+    help="Number of CPU threads.  [default: one per core; at most 4 to read and write files]",
 )
+text_option = option(
+    "--text", type=FILE, help="Text file, or JSONL with a text field.  [default: a built-in mix of eight genres]"
+)
+context_option = number("--context", "n_context", default=512, type=click.IntRange(8), help="Tokens per window.")
+seed_option = number("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.")
+report_option = option("--report", type=PATH, metavar="FILE.html", help="Also write a page with figures.")
 
 
 def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[int]:
@@ -74,38 +96,55 @@ def words(_context: click.Context, _parameter: click.Parameter, text: str | None
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-type_options = option_group(
-    "Types of single tensors",
+_REPAIRS = "; ".join(f"{name}: {text}" for name, text in REPAIRS.items())
+type_rules = (
+    option("--target-size", type=Size(), metavar="SIZE", help="Choose the types that lose least at this file size."),
+    option("--allow-fallback", is_flag=True, help="Where a type does not fit a tensor, use llama.cpp's substitute."),
+    option("--imatrix", type=FILE, help="Importance matrix of this model or its dense original (.gguf or .dat)."),
     option(
         "--tensor-type",
         "tensor_types",
         multiple=True,
         metavar="PATTERN=TYPE",
-        help="Another type for tensors whose whole name matches this regular expression; the first match decides.",
+        help="Type of the tensors whose name matches this regular expression; the first match counts.",
     ),
-    option("--type-rules", type=FILE, help="A TOML or JSON file of such rules, tried after them."),
-    option("--pure", is_flag=True, help="The type for every matrix, those of the vocabulary included."),
-    option("--allow-fallback", is_flag=True, help="Where a type does not fit, take llama.cpp's substitute, listed."),
-    option("--target-size", type=Size(), metavar="SIZE", help="Choose the types with the least error for this size."),
-    option("--target-bpw", type=click.FloatRange(0.5, 32), metavar="BITS", help="The same, in bits per weight."),
-    option("--imatrix", type=FILE, help="An importance matrix, of this file or of its dense parent (.gguf or .dat)."),
+)
+expert_type_rules = (
+    option("--type-rules", type=FILE, hidden=True, help="TOML or JSON file with more of these rules."),
+    option(
+        "--target-bpw",
+        type=click.FloatRange(0.5, 32),
+        metavar="BITS",
+        help="As --target-size, in bits per weight.",
+        hidden=True,
+    ),
+    option("--pure", is_flag=True, hidden=True, help="Use the type for every matrix, embeddings and output included."),
     option(
         "--imatrix-repair",
         type=click.Choice([*REPAIRS]),
         default="none",
         show_default=True,
-        help="What tensors and experts without data get: " + "; ".join(f"{k}: {v}" for k, v in REPAIRS.items()) + ".",
+        hidden=True,
+        help=f"Weights of tensors and experts that the importance matrix lacks: {_REPAIRS}.",
     ),
-    option("--llama-cpp-mix", is_flag=True, help="Choose for experts as llama.cpp does, not as for the dense parent."),
+    option(
+        "--llama-cpp-mix",
+        is_flag=True,
+        hidden=True,
+        help="Choose types as llama.cpp does for a file with experts, not as for the dense model.",
+    ),
 )
 
 
-llama_threads_option = option("--threads", type=click.IntRange(1), help="Threads to use.  [default: all]")
+used_option = option("-k", "--used", type=click.IntRange(1), help="Experts used per token.  [default: as in the file]")
 used_list_option = option(
-    "-k", "--used", callback=whole_numbers, metavar="K,K", help="Experts per token.  [default: what the file says]"
+    "-k", "--used", callback=whole_numbers, metavar="K,K", help="Experts used per token.  [default: as in the file]"
 )
-devices_option = option("--device", metavar="D,D", help="Of cpu, gpu and gpu:experts-on-cpu.  [default: cpu]")
-rpc_option = option("--rpc", metavar="HOST:PORT,..", help="A device made of these llama.cpp RPC servers.")
+device_option = option(
+    "--device", type=click.Choice([*DEVICES]), default="cpu", show_default=True, help="Where llama.cpp runs."
+)
+devices_option = option("--device", metavar="D,D", help=f"Where llama.cpp runs: {', '.join(DEVICES)}.  [default: cpu]")
+rpc_option = option("--rpc", metavar="HOST:PORT,..", help="Also run on these llama.cpp RPC servers, as one device.")
 
 
 def devices_from(device: str | None, rpc: str | None) -> list[str]:
@@ -122,3 +161,14 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> Non
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         show()
+
+
+@contextlib.contextmanager
+def refusals_as_json(wanted: bool) -> Iterator[None]:
+    """Print the refusals of a plan as JSON too, if that is `wanted`, before they are raised."""
+    try:
+        yield
+    except PlanError as error:
+        if wanted:
+            emit({"refusals": error.refusals}, True, lambda: None)
+        raise

@@ -11,37 +11,34 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
+from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
+    PATH,
     emit,
+    expert_type_rules,
+    force_option,
     json_option,
+    refusals_as_json,
     resume_option,
     shard_size_option,
-    type_options,
+    threads_option,
+    type_rules,
 )
-from moe2gguf.errors import PlanError
 
 
-@cloup.command()
-@cloup.argument("source", type=FILE, help="The GGUF file to quantize (f32, f16 or bf16).")
-@cloup.argument("out", type=click.Path(path_type=Path), help="The GGUF file to write.")
-@cloup.argument(
-    "type", required=False, help="A type of llama.cpp, such as q4_k_m, iq4_xs or q8_0; auto keeps what no rule names."
-)
-@type_options
+@cloup.command(cls=Command)
+@cloup.argument("source", type=FILE, help="The GGUF file to quantize, in f32, f16 or bf16.")
+@cloup.argument("out", type=PATH, help="The GGUF file to write.")
+@cloup.argument("type", required=False, help="q4_k_m, iq4_xs, q8_0 or another of llama.cpp; auto keeps them as stored.")
 @option_group(
-    "Output",
-    option("--allow-requantize", is_flag=True, help="Also change tensors that are quantized already."),
-    shard_size_option,
-    option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
-    resume_option,
-    option("--threads", type=click.IntRange(1), help="Threads that quantize.  [default: one per core]"),
+    "Types",
+    *type_rules,
+    option("--allow-requantize", is_flag=True, help="Also convert tensors that are quantized already."),
 )
-@option_group(
-    "Looking first",
-    option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop."),
-    json_option,
-)
+@option_group("Output", shard_size_option, force_option, resume_option, threads_option, json_option)
+@option_group("Before", option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop."))
+@option_group("Expert options: types", *expert_type_rules, hidden=True)
 def quantize(
     source: Path,
     out: Path,
@@ -54,10 +51,10 @@ def quantize(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Write a GGUF file again with smaller types.
+    """Quantize a GGUF file to smaller types.
 
-    With llama.cpp's own kernels, and the choice of types of its quantizer for the dense model. A type that does not
-    fit a tensor is an error that lists the ways out, never a silent substitute.
+    The kernels are llama.cpp's, and each tensor gets the type that llama-quantize chooses for the dense model. A type
+    that does not fit a tensor is an error that lists the alternatives; nothing is substituted silently.
 
     \b
     Example:
@@ -72,14 +69,10 @@ def quantize(
         if options["target_size"] is None and options["target_bpw"] is None:
             raise click.UsageError("Missing argument 'TYPE' (only --target-size and --target-bpw work without).")
         options["type"] = "auto"
-    try:
+    with refusals_as_json(as_json and plan_only):
         plan = plan_quantization(
             source, TypeOptions(**options), allow_requantize=allow_requantize, shard_size=shard_size
         )
-    except PlanError as error:
-        if as_json and plan_only:
-            emit({"refusals": error.refusals}, as_json, lambda: None)
-        raise
     display.warnings(plan.warnings)
     if plan_only:
         emit(plan.to_dict(), as_json, lambda: tables_convert.quantization_plan(plan))

@@ -9,17 +9,18 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.options import FILE, threads_option
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, threads_option, used_option
 
 
-@cloup.command()
+@cloup.command(cls=Command)
 @cloup.argument("file", type=FILE, help="The GGUF file to run.")
-@option("-p", "--prompt", required=True, help="The text to continue; no chat template is applied.")
-@option("-k", "--used", type=int, help="Experts that run per token.  [default: what the file says]")
-@option("-n", "--tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens to generate.")
+@option("-p", "--prompt", required=True, help="Text to continue; no chat template is applied.")
+@used_option
+@number("-n", "--tokens", default=64, type=ONE, help="Tokens to generate.")
 @option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 takes the likeliest token.")
-@option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="For temperatures above 0.")
-@option("--gpu", is_flag=True, help="Run all layers on the GPU.")
+@seed_option
+@device_option
 @threads_option
 def run(
     file: Path,
@@ -28,10 +29,10 @@ def run(
     tokens: int,
     temperature: float,
     seed: int,
-    gpu: bool,
+    device: str,
     threads: int | None,
 ) -> None:
-    """Generate text with llama.cpp and report the speed.
+    """Generate text with llama.cpp and print the speed.
 
     \b
     Example:
@@ -41,6 +42,13 @@ def run(
     from moe2gguf.llama.generate import generate
 
     pieces = generate(
-        file, prompt, n_token=tokens, n_expert_used=used, gpu=gpu, temperature=temperature, seed=seed, threads=threads
+        file,
+        prompt,
+        n_token=tokens,
+        n_expert_used=used,
+        device=device,
+        temperature=temperature,
+        seed=seed,
+        threads=threads,
     )
     display.stream(prompt, pieces)

@@ -7,18 +7,18 @@ from pathlib import Path
 import cloup
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.options import (
-    FILE,
-)
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import FILE
 
 
-@cloup.command("set-used")
+@cloup.command("set-used", cls=Command)
 @cloup.argument("file", type=FILE, help="The GGUF file to change.")
-@cloup.argument("count", type=int, help="Experts that run per token.")
+@cloup.argument("count", type=int, help="Experts used per token.")
 def set_used(file: Path, count: int) -> None:
-    """Change how many experts run per token, in place.
+    """Change how many experts a file uses per token.
 
-    Refused where the experts were amplified or refitted for one count (see convert --amplify).
+    The file is changed in place. Files whose experts were scaled or refitted for one count are refused; see the
+    option --amplify of convert.
 
     \b
     Example:
@@ -27,4 +27,4 @@ def set_used(file: Path, count: int) -> None:
     from moe2gguf.gguf.set_used import set_used as change
 
     change(file, count)
-    display.out().print(f"{file}: {count} experts per token from now on", markup=False)
+    display.out().print(f"{file}: now uses {count} experts per token", markup=False)

@@ -16,7 +16,6 @@ from moe2gguf.errors import OutputError
 if TYPE_CHECKING:
     from moe2gguf.measure.bench import Bench
     from moe2gguf.measure.grid import RunConfig
-    from moe2gguf.measure.metrics import Summary
     from moe2gguf.measure.results import Comparison, ResultRow
     from moe2gguf.measure.speed import Run, Speed, Spread
 
@@ -35,20 +34,29 @@ def row_done(row: ResultRow) -> None:
     console.print(f"{escape(row.config.label)}: {row.status}, {escape(what)}")
 
 
-def comparison(found: Comparison) -> None:
-    """The reference, one line per row, the reasons of those that did not run, and what cannot be told apart."""
+def comparison(found: Comparison, *, wide: bool = False) -> None:
+    """The reference, one line per row, the reasons of those that did not run, and what cannot be told apart.
+
+    The table fits 80 columns; `wide` adds the other measures.
+    """
     console = display.out()
     _heading(found)
-    columns = ("file", "type", "used", "device", "perplexity", "KL mean", "99 %", "top-1", "top-5", "RMS dp", "corr")
-    table = Table(*columns, "max dlogit", "NaN", box=None, pad_edge=False)
-    for column in table.columns[4:]:
+    more = ("99 %", "top-5", "RMS dp", "corr", "max dlogit", "NaN") if wide else ()
+    columns = ("file", "used", "perplexity", "KL mean", "top-1", *more)
+    devices = wide or len({row.config.device for row in found.rows}) > 1
+    table = Table(*columns, "type", *["device"] * devices, box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[2 : len(columns)]:
         column.justify = "right"
-    if found.noise:
-        names = ("noise floor (1 window)", found.reference.type, "dense", found.reference.device)
-        table.add_row(*names, *_scores_of(found.noise.summary, ""))
     for row in found.rows:
-        table.add_row(*_names(row), *_scores(row))
+        c = row.config
+        used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"
+        cells = [escape(c.name or c.path.name), used, *_scores(row, wide), c.type, c.device]
+        table.add_row(*cells[: len(table.columns)])
     display.lines(table)
+    if found.noise:
+        s = found.noise.summary
+        console.print(f"noise floor (the reference against itself): KL mean {s.kl_mean:.2g}, top-1 {s.top1:.2%}")
     console.print()
     _reasons(found)
     _devices(found)
@@ -69,30 +77,24 @@ def _heading(found: Comparison) -> None:
     console.print()
 
 
-def _names(row: ResultRow) -> tuple[str, str, str, str]:
-    c = row.config
-    used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"
-    return escape(c.name or c.path.name), c.type, used, c.device
-
-
-def _scores(row: ResultRow) -> tuple[str, ...]:
+def _scores(row: ResultRow, wide: bool) -> tuple[str, ...]:
+    """The cells of a row's measures: three, or nine where they are `wide`."""
+    n_cell = 9 if wide else 3
     if row.quality is None:
-        return (row.status,)
-    return _scores_of(row.quality.summary, "=" if row.above_noise is False else "")
-
-
-def _scores_of(s: Summary, mark: str) -> tuple[str, ...]:
-    return (
+        return (row.status, *[""] * (n_cell - 1))
+    s = row.quality.summary
+    cells = (
         f"{s.perplexity:.5g} +- {s.perplexity_error:.2g}",
-        f"{s.kl_mean:.3g}{mark}",
-        f"{s.kl_percentiles['99']:.3g}",
+        f"{s.kl_mean:.3g}{'=' if row.above_noise is False else ''}",
         f"{s.top1:.2%}",
+        f"{s.kl_percentiles['99']:.3g}",
         f"{s.top5:.2%}",
         f"{s.p_change_rms:.2%}",
         f"{s.correlation:.4f}",
         f"{s.max_difference:.3g}",
         str(s.n_bad),
     )
+    return cells[:n_cell]
 
 
 def _reasons(found: Comparison) -> None:
@@ -129,7 +131,8 @@ def _verdicts(found: Comparison) -> None:
     resumed = sum(row.resumed for row in found.rows)
     if resumed:
         console.print(
-            f"{resumed} of {len(found.rows)} rows from {escape(found.settings['journal'])} (--no-resume measures again)"
+            f"{resumed} of {len(found.rows)} rows were measured before (--no-resume measures them again): "
+            f"{escape(found.settings['journal'])}"
         )
 
 

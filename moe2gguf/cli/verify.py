@@ -8,18 +8,19 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
+from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import FILE, emit, json_option, threads_option
 
 
-@cloup.command()
+@cloup.command(cls=Command)
 @cloup.argument("file", type=FILE, help="The GGUF file to verify.")
 @option("--check", "dense", type=FILE, metavar="DENSE", help="Also compare with this dense file in llama.cpp.")
 @threads_option
 @json_option
 def verify(file: Path, dense: Path | None, threads: int | None, as_json: bool) -> None:
-    """Re-read a GGUF file and check everything in it.
+    """Read a GGUF file and check everything in it.
 
-    The header, every tensor inside the file, shapes against the metadata, no NaN or infinity.
+    Checks the header, the place of each tensor, the shapes against the metadata, and that no weight is NaN or infinite.
 
     \b
     Example:

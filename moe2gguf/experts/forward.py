@@ -143,7 +143,7 @@ def choose_device(name: str | None) -> torch.device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             raise CalibrationError(
-                f"--device {name}: torch cannot use it ({reason}); leave it out or take cpu"
+                f"--torch-device {name}: torch cannot use it ({reason}); leave it out or take cpu"
             ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import stream_from_child
-from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.devices import Setup, place_on_device
 from moe2gguf.llama.model import Llama, open_model
 
 _N_BATCH = 512
@@ -58,7 +58,7 @@ def generate(
     *,
     n_token: int = 64,
     n_expert_used: int | Literal["all"] | None = None,
-    gpu: bool = False,
+    device: str = "cpu",
     temperature: float = 0.0,
     seed: int = 0,
     threads: int | None = None,
@@ -66,8 +66,8 @@ def generate(
     """Continue `prompt` by up to `n_token` tokens; iterate over the result for the text.
 
     The prompt is completed as it stands: no chat template is applied, but special tokens written in it, such as
-    `<|im_start|>`, are recognized. Temperature 0 takes the most likely token each time. `gpu` computes all layers
-    there. Nothing runs before the first piece is asked for.
+    `<|im_start|>`, are recognized. Temperature 0 takes the most likely token each time. `device` is one of
+    `moe2gguf.llama.devices.DEVICES`. Nothing runs before the first piece is asked for.
 
     Raises HarnessError (at once for numbers out of range, else from the iteration) if llama.cpp cannot run the
     file, has no GPU support, or prompt and text exceed the context the model was trained for.
@@ -82,12 +82,11 @@ def generate(
         n_context=0,
         n_batch=_N_BATCH,
         n_threads=threads,
-        n_gpu_layers=-1 if gpu else 0,
         kv_type="f16",
         flash_attention=True,
         repack=True,
     )
-    args = (path, setup, prompt, n_token, temperature, seed)
+    args = (path, place_on_device(setup, device), prompt, n_token, temperature, seed)
     return Generation(stream_from_child(_generate, *args, what=f"running {path}"))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import stream_from_child
-from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.devices import Setup, place_on_device
 from moe2gguf.llama.model import Llama, Logits, open_model
 
 MIN_CONTEXT = 8
@@ -34,7 +34,7 @@ class Draw:
 
 
 def sample(
-    path: Path, draw: Draw, *, gpu: bool = False, threads: int | None = None
+    path: Path, draw: Draw, *, device: str = "cpu", threads: int | None = None
 ) -> Generator[tuple[str, int], None, None]:
     """Yield (text, its tokens) as texts end: at the model's own end of text, or at `n_context`.
 
@@ -58,11 +58,10 @@ def sample(
         n_batch=draw.n_sequence,
         n_sequence=draw.n_sequence,
         n_threads=threads,
-        n_gpu_layers=-1 if gpu else 0,
         kv_type="f16",
         repack=True,
     )
-    yield from stream_from_child(_sample, path, setup, draw, what=f"running {path}")
+    yield from stream_from_child(_sample, path, place_on_device(setup, device), draw, what=f"running {path}")
 
 
 @dataclass

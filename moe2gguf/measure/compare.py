@@ -83,21 +83,13 @@ class CompareSettings:
         }
 
 
-def settings_from(
-    text: Path | None, n_token: int | None, *, context: int, memory: int | None, room: int | None, **options: Any
-) -> CompareSettings:
-    """Return the command line's settings: a text file (None: the built-in text), and sizes in MiB.
+def settings_from(text: Path | None, n_token: int | None, *, n_context: int, **options: Any) -> CompareSettings:
+    """Return the command line's settings; `text` None is the built-in text.
 
     Raises CalibrationError for a text that cannot be read.
     """
-    return CompareSettings(
-        text=read_text(text, bytes_to_read(n_token and 3 * n_token + context)),  # about half of a window is scored
-        n_token=n_token,
-        n_context=context,
-        memory_limit=memory and memory * 2**20,
-        room=room and room * 2**20,
-        **options,
-    )
+    n_byte = bytes_to_read(n_token and 3 * n_token + n_context)  # about half of a window is scored
+    return CompareSettings(text=read_text(text, n_byte), n_token=n_token, n_context=n_context, **options)
 
 
 def compare(

@@ -37,7 +37,7 @@ def sample_text(
     out: Path,
     draw: Draw,
     *,
-    gpu: bool = False,
+    device: str = "cpu",
     force: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
@@ -54,7 +54,7 @@ def sample_text(
     check_target(out, [model], force=force)
     texts, n_token = [], 0
     with _gguf(model, out, threads, progress) as file, progress("sample", draw.n_token) as advance:
-        for text, n in sample(file, draw, gpu=gpu, threads=threads):
+        for text, n in sample(file, draw, device=device, threads=threads):
             texts.append(text)
             n_token += n
             advance(n)

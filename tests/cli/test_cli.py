@@ -32,14 +32,14 @@ def model(tmp_path_factory):
 def files(model, tmp_path_factory):
     """(sliced, dense) files of it."""
     folder = tmp_path_factory.mktemp("files")
-    for name, options in (("sliced.gguf", ["-n", "4"]), ("dense.gguf", ["--dense"])):
+    for name, options in (("sliced.gguf", ["-e", "4"]), ("dense.gguf", ["--dense"])):
         assert 0 == moe2gguf("convert", model, folder / name, *options).returncode
     return folder / "sliced.gguf", folder / "dense.gguf"
 
 
 def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
     """stdout: what was written; stderr: nothing."""
-    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4)
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-e", 4)
 
     size = f"{(tmp_path / 'out.gguf').stat().st_size:,}"
     assert (0, "") == (done.returncode, done.stderr)
@@ -48,7 +48,7 @@ def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
 
 def test_json_is_the_only_thing_on_stdout(model, tmp_path):
     """Warnings go to stderr, so that a pipe gets JSON whatever happens."""
-    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-n", 4, "-k", 2, "--preset", "exact", "--json")
+    done = moe2gguf("convert", model, tmp_path / "out.gguf", "-e", 4, "-k", 2, "--preset", "exact", "--json")
 
     assert 4 == json.loads(done.stdout)["expert_count"]
     assert "not be coherent" in done.stderr
@@ -56,7 +56,7 @@ def test_json_is_the_only_thing_on_stdout(model, tmp_path):
 
 def test_plan_writes_nothing_and_needs_no_target(model, tmp_path):
     """Every tensor, the exact size, bytes and bound at each count."""
-    done = moe2gguf("convert", model, "--plan", "-n", 4)
+    done = moe2gguf("convert", model, "--plan", "-e", 4)
 
     assert 0 == done.returncode
     assert re.search(r"blk\.2\.ffn_down_exps\.weight +4 x 64 x 24 +F32 +24,576", done.stdout)
@@ -68,7 +68,7 @@ def test_plan_writes_nothing_and_needs_no_target(model, tmp_path):
 
 def test_a_plan_that_is_refused_says_so_in_json_too(model):
     """The same refusals on stdout for machines, exit code 1."""
-    done = moe2gguf("convert", model, "--plan", "--json", "-n", 1000, "-k", 2000)
+    done = moe2gguf("convert", model, "--plan", "--json", "-e", 1000, "-k", 2000)
 
     assert 1 == done.returncode
     assert ["--experts 1000", "--used 2000"] == [text.split(":")[0] for text in json.loads(done.stdout)["refusals"]]
@@ -143,8 +143,8 @@ def test_run_streams_text(files):
         (["convert", "MODEL"], 2, "Missing argument 'OUT'"),
         (["convert", "MODEL", "no/such/folder/out.gguf"], 1, "no such folder"),
         (["convert", "MODEL", "/dev/full", "--force"], 1, "not a regular file"),
-        (["convert", "MODEL", "out.gguf", "-n", "1000"], 1, "--experts 1000"),
-        (["convert", "MODEL", "out.gguf", "-n", "x"], 2, "not a valid integer"),
+        (["convert", "MODEL", "out.gguf", "-e", "1000"], 1, "--experts 1000"),
+        (["convert", "MODEL", "out.gguf", "-e", "x"], 2, "not a valid integer"),
         (["convert", "MODEL", "out.gguf", "--frobnicate"], 2, "No such option"),
         (["verify", "nowhere"], 2, "does not exist"),
         (["inspect", "MODEL/config.json"], 1, "config.json"),
@@ -231,8 +231,8 @@ def test_quantize_in_one_pass_and_from_a_file_give_the_same_tensors(model, tmp_p
     """`convert --type` and `quantize` share kernels and rules; one line on stdout."""
     rule = r"blk\..*\.ffn_down_exps\.weight=q8_0"
     options = ["--tensor-type", rule, "--allow-fallback"]
-    moe2gguf("convert", model, tmp_path / "full.gguf", "-n", 3)
-    direct = moe2gguf("convert", model, tmp_path / "direct.gguf", "-n", 3, "--type", "Q4_K_M", *options)
+    moe2gguf("convert", model, tmp_path / "full.gguf", "-e", 3)
+    direct = moe2gguf("convert", model, tmp_path / "direct.gguf", "-e", 3, "--type", "Q4_K_M", *options)
     done = moe2gguf("quantize", tmp_path / "full.gguf", tmp_path / "out.gguf", "Q4_K_M", *options)
 
     assert (0, 0) == (direct.returncode, done.returncode), direct.stderr + done.stderr
@@ -265,7 +265,7 @@ def test_check_auto_compares_the_same_types(tmp_path):
     """The dense twin of a quantized file has the sliced file's types, tensor by tensor, so only slicing is judged."""
     model = checkpoints.make(tmp_path / "model", intermediate_size=128)
     done = moe2gguf(
-        "convert", model, tmp_path / "out.gguf", "-n", 4, "--type", "q8_0",
+        "convert", model, tmp_path / "out.gguf", "-e", 4, "--type", "q8_0",
         "--tensor-type", r"blk\.1\.ffn_.*_exps\.weight=q4_0", "--check", "auto", "--json",
     )  # fmt: skip
 

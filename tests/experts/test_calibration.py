@@ -150,7 +150,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(folder, tmp_path):
 def test_a_device_that_is_not_there(folder, tmp_path):
     """One error with the way out, for a name torch does not know and for one it knows but has not got."""
     for device in ("nonsense", "cuda:99"):
-        with pytest.raises(CalibrationError, match=f"--device {device}: torch cannot use it"):
+        with pytest.raises(CalibrationError, match=f"--torch-device {device}: torch cannot use it"):
             convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, device=device))
 
 

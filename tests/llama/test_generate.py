@@ -113,4 +113,4 @@ def test_gpu_without_a_gpu_build(story: Path) -> None:
     if llama_cpp.llama_supports_gpu_offload():
         pytest.skip("this llama.cpp can use a GPU")
     with pytest.raises(HarnessError, match=r"run vendor/install cuda\|vulkan\|metal \(see vendor/README.md\)"):
-        list(generate(story, "a", gpu=True))
+        list(generate(story, "a", device="gpu"))

@@ -76,7 +76,7 @@ class TestGpu:
         assert found.ok
         assert [True, False] == [row.speed.bound is not None for row in found.rows if row.speed]
         assert "".join(generate(files["moe"], "the", n_token=4)) == "".join(
-            generate(files["moe"], "the", n_token=4, gpu=True)
+            generate(files["moe"], "the", n_token=4, device="gpu")
         )
 
 

@@ -231,10 +231,10 @@ def test_rows_that_no_text_tells_apart_share_a_line(
 
 
 def test_settings_of_the_command_line(tmp_path: Path) -> None:
-    """Sizes are MiB there; a text that is not UTF-8 is refused; of a long one the start is read, amply."""
+    """A text that is not UTF-8 is refused; of a long one the start is read, amply."""
     (tmp_path / "text").write_text("word " * 200_000)
-    found = settings_from(tmp_path / "text", 5, context=64, memory=2, room=None, resume=False)
-    assert (5, 64, 2**21, None, False) == (
+    found = settings_from(tmp_path / "text", 5, n_context=64, memory_limit=2, resume=False)
+    assert (5, 64, 2, None, False) == (
         found.n_token,
         found.n_context,
         found.memory_limit,
@@ -242,12 +242,12 @@ def test_settings_of_the_command_line(tmp_path: Path) -> None:
         found.resume,
     )
     assert 20 * 64 < len(found.text.text) < 200_000
-    whole = settings_from(tmp_path / "text", None, context=64, memory=None, room=None)
+    whole = settings_from(tmp_path / "text", None, n_context=64)
     assert ("word " * 200_000, "text") == (whole.text.text, whole.text.label)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(CalibrationError, match="not readable as UTF-8"):
-        settings_from(tmp_path / "latin", 5, context=64, memory=None, room=None)
-    assert EMBEDDED == settings_from(None, 5, context=64, memory=None, room=None).text.label
+        settings_from(tmp_path / "latin", 5, n_context=64)
+    assert EMBEDDED == settings_from(None, 5, n_context=64).text.label
 
 
 def test_notes_name_files_calibrated_on_this_text_and_windows_that_are_too_long(

@@ -232,7 +232,7 @@ def test_with_all_experts_on_there_is_nothing_to_choose(moe: Path) -> None:
 def test_the_command(moe: Path, tmp_path: Path) -> None:
     """JSON on stdout; a report in a folder that is not there is refused before anything runs."""
     (tmp_path / "text").write_text(TEXT)
-    arguments = ["experts", str(moe), "--text", str(tmp_path / "text"), "--tokens", "64", "--context", "32"]
+    arguments = ["expert-usage", str(moe), "--text", str(tmp_path / "text"), "--tokens", "64", "--context", "32"]
     done = CliRunner().invoke(cli, [*arguments, "--threads", "1", "--used", "2", "--json"])
     assert 0 == done.exit_code, done.output
     assert (2, 64) == (json.loads(done.stdout)["n_expert_used"], json.loads(done.stdout)["tokens"])

@@ -133,7 +133,7 @@ def test_numbers_out_of_range(model, draw):
 
 def test_the_command_writes_a_text_that_calibration_reads(model, tmp_path):
     out = tmp_path / "own.txt"
-    command = ["sample", str(model), "-o", str(out), "--tokens", "80", "--parallel", "4", "--threads", "1"]
+    command = ["sample", str(model), str(out), "--tokens", "80", "--parallel", "4", "--threads", "1"]
     done = CliRunner().invoke(cli, [*command, "--json"], catch_exceptions=False)
     found = json.loads(done.stdout)
     drawn = list(sample(model, Draw(80, n_sequence=4), threads=1))

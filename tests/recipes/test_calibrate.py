@@ -177,7 +177,7 @@ def test_a_calibration_is_kept_and_used_again(place, tmp_path):
 
 def test_the_command_plans_and_reports(place, tmp_path):
     """--plan writes nothing; --report and --json have the figures of every layer."""
-    arguments = ["convert", str(place / "f32.gguf"), "-n", "8", "-k", "4", "--calibration-tokens", "1024"]
+    arguments = ["convert", str(place / "f32.gguf"), "-e", "8", "-k", "4", "--calibration-tokens", "1024"]
     plan = CliRunner().invoke(cli, [*arguments, "--plan"])
     assert 0 == plan.exit_code, plan.output
     assert [] == list(tmp_path.iterdir())

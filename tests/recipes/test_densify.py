@@ -160,7 +160,7 @@ def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypat
 
 def test_even_experts_of_another_program_fold_back(dense, tmp_path):
     """Zero routers and no metadata of ours: each expert counts 1/n, and transformers computes the same."""
-    folder = sliced(dense, tmp_path / "sliced", Options(experts=4, recipe="seed"))
+    folder = sliced(dense, tmp_path / "sliced", Options(experts=4, preset="exact"))
     checkpoints.rewrite_config(folder, moe2gguf={"moe2gguf.slicing.expert_count": 4})
 
     assert "even" == densify(folder, tmp_path / "back").how

@@ -251,7 +251,7 @@ def test_counts_and_batches_follow_from_the_seed():
 def test_the_command_heals(models, tmp_path):
     """Options reach the run, and the table has a row per count."""
     dense, sliced, text = models
-    arguments = ["heal", sliced, "--teacher", dense, "--text", text, "-o", tmp_path / "out", "--used-range", "2..8"]
+    arguments = ["heal", sliced, tmp_path / "out", "--teacher", dense, "--text", text, "--used-range", "2..8"]
     arguments += ["--layerwise", 1, "--steps", 2, "--tokens", 1024, "--context", 64, "--held-out-tokens", 128]
 
     done = CliRunner().invoke(cli, list(map(str, arguments)))

@@ -164,7 +164,7 @@ def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path):
     dense = checkpoints.make(tmp_path / "dense", "llama")
     out = tmp_path / "out"
 
-    done = CliRunner().invoke(cli, ["convert", str(dense), str(out), "-n", "4", "--format", "hf"])
+    done = CliRunner().invoke(cli, ["convert", str(dense), str(out), "-e", "4", "--format", "hf"])
     refused = CliRunner().invoke(cli, ["convert", str(dense), str(out), "--format", "hf", "--check", "auto"])
 
     assert (0, 2) == (done.exit_code, refused.exit_code)

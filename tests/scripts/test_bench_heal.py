@@ -50,7 +50,7 @@ def test_every_way_s_options_are_those_of_the_command(tmp_path: Path) -> None:
 
     text = tmp_path / "text.txt"
     text.touch()
-    given = [tmp_path, "--teacher", tmp_path, "--text", text, "-o", tmp_path / "out"]
+    given = [tmp_path, tmp_path / "out", "--teacher", tmp_path, "--text", text]
     for way in bench.WAYS:
         options = way.options(Namespace(steps=1, long=2))
         context = cli.commands["heal"].make_context("heal", [str(part) for part in (*given, *options)])

@@ -83,7 +83,7 @@ def test_the_words_name_the_weakest_layer(done):
 
 def test_the_command_writes_it_and_the_json_has_the_same(folder, tmp_path):
     """convert --report, on a real calibration."""
-    arguments = ["-n", "8", "-k", "4", "--calibration-tokens", "1024", "--json", "--report", tmp_path / "r.html"]
+    arguments = ["-e", "8", "-k", "4", "--calibration-tokens", "1024", "--json", "--report", tmp_path / "r.html"]
     ran = CliRunner().invoke(cli, ["convert", str(folder), str(tmp_path / "x.gguf"), *map(str, arguments)])
 
     assert 0 == ran.exit_code, ran.output

@@ -1,0 +1,98 @@
+"""What every command has: hints for the spellings of other programs, and a second page of help for experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import cloup
+
+FOREIGN = {
+    "-m": "MODEL",
+    "--model": "MODEL",
+    "--outfile": "OUT",
+    "-o": "OUT",
+    "--output": "OUT",
+    "--outtype": "--type",
+    "--dtype": "--type",
+    "--torch_dtype": "--type",
+    "--dry-run": "--plan",
+    "--split-max-size": "--shard-size",
+    "-ngl": "--device gpu",
+    "--gpu-layers": "--device gpu",
+    "--n-gpu-layers": "--device gpu",
+    "-c": "--context",
+    "--ctx-size": "--context",
+    "--predict": "--tokens",
+    "--n-predict": "--tokens",
+    "--max-new-tokens": "--tokens",
+    "--temp": "--temperature",
+    "--file": "--text",
+    "--include-weights": "--tensor-type",
+}
+"""Options of llama.cpp and Hugging Face, and what they are called here: an option, or an argument in capitals."""
+
+
+class Command(cloup.Command):
+    """A command with these hints. Options made with `hidden=True` are shown by `--help-all`."""
+
+    def __init__(self, *args: Any, params: list[click.Parameter] | None = None, **kwargs: Any) -> None:
+        params = params or []
+        if any(isinstance(one, click.Option) and one.hidden for one in params):
+            params = [*params, _help_all()]
+        super().__init__(*args, params=params, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, or name our option where they have another program's."""
+        ours = {name for option in self._options() for name in (*option.opts, *option.secondary_opts)}
+        for arg in args:
+            if arg == "--":
+                break
+            name = arg.partition("=")[0]
+            if name in FOREIGN and name not in ours:
+                raise click.UsageError(f"No such option: {name}. {self._hint(FOREIGN[name], ours)}", ctx)
+        return super().parse_args(ctx, args)
+
+    def _options(self) -> list[click.Option]:
+        return [parameter for parameter in self.params if isinstance(parameter, click.Option)]
+
+    def _hint(self, name: str, ours: set[str]) -> str:
+        if name.startswith("-"):
+            return f"It is {name} here." if name.split()[0] in ours else f"{self.name} has no option for it."
+        arguments = [parameter for parameter in self.params if isinstance(parameter, click.Argument)]
+        metavars = [argument.human_readable_name.upper() for argument in arguments]
+        usage = " ".join(["moe2gguf", str(self.name), *metavars])
+        if name == "OUT":
+            return f"The output is an argument here: {usage}" if "OUT" in metavars else "This command writes no file."
+        return f"The model is the first argument here: {usage}"
+
+
+def _help_all() -> click.Option:
+    """The option that prints the help with the options that `--help` leaves out."""
+
+    def show(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            with _everything_shown(ctx.command):
+                text = ctx.get_help()
+            click.echo(text, color=ctx.color)
+            ctx.exit()
+
+    help_text = "Show this message with the options for experts, and exit."
+    names = ["--help-all"]
+    return cloup.Option(names, is_flag=True, is_eager=True, expose_value=False, callback=show, help=help_text)
+
+
+@contextmanager
+def _everything_shown(command: click.Command) -> Iterator[None]:
+    """Show the hidden options and groups of a command."""
+    shown = [*command.params, *getattr(command, "option_groups", [])]
+    hidden = [one for one in shown if getattr(one, "hidden", False)]
+    for one in hidden:
+        one.hidden = False
+    try:
+        yield
+    finally:
+        for one in hidden:
+            one.hidden = True
