@@ -1,4 +1,4 @@
-"""What llama.cpp can run: how many experts a layer may have, and how many of them may run per token.
+"""What llama.cpp can run: which tensors a graph has, and how many experts a layer may have and use per token.
 
 llama.cpp reserves its compute graph from the number of tensors in the file and aborts the whole process, with no
 exception to catch, when a graph does not fit. So these limits are known before a file is written.
@@ -33,6 +33,9 @@ from the source, neither does a GPU, apart from weights it duplicates, for which
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from moe2gguf.spec import Dimensions, Model
 
 MAX_EXPERTS = 1024
 """LLAMA_MAX_EXPERTS (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L12). Older builds stop
@@ -148,3 +151,87 @@ def expert_count_warnings(n_expert_used: int, *, n_layer: int, n_tensor: int, n_
 def _hash_size(pool: int) -> int:
     """Slots of the scheduler's table; beyond the listed primes (16384 tensors) no slot is promised past the pool."""
     return next((size for size in HASH_SIZES if size >= pool), pool)
+
+
+@dataclass(frozen=True)
+class GraphTensor:
+    """A tensor `NAME.weight` of a target graph, and what may come with it.
+
+    name      `{i}` stands for the layer
+    shape     in numpy order, names of the glossary in `moe2gguf.spec` and those of `graph_sizes`
+    when      only for a dense MLP or for experts; of q, k and v only one fused matrix or three
+    required  llama.cpp refuses a file without it
+    bias      there may be a `NAME.bias`, one number per row
+    scales    there may be a `NAME.scale` and a `NAME.input_scale`, one number per matrix
+    f32       llama.cpp takes it only in F32
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    when: Literal["always", "dense", "experts", "fused", "split"] = "always"
+    required: bool = True
+    bias: bool = False
+    scales: bool = False
+    f32: bool = False
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph that llama.cpp builds for a file: the file's architecture, and every tensor that it may have."""
+
+    architecture: str
+    tensors: tuple[GraphTensor, ...]
+
+    def shape_of(self, name: str) -> tuple[str, ...]:
+        """The shape of a weight or bias, by its full name with `{i}` for the layer."""
+        stem, _, ending = name.rpartition(".")
+        shape = next(tensor.shape for tensor in self.tensors if tensor.name == stem)
+        return shape if ending == "weight" else shape[:1]
+
+
+GRAPHS = {
+    "mixtral": Graph(
+        "llama",
+        (
+            GraphTensor("token_embd", ("n_vocab", "d_model")),
+            GraphTensor("output_norm", ("d_model",)),
+            GraphTensor("output", ("n_vocab", "d_model"), required=False, scales=True),
+            GraphTensor("rope_freqs", ("d_head/2",), required=False, f32=True),
+            GraphTensor("rope_factors_long", ("d_head/2",), required=False, f32=True),
+            GraphTensor("rope_factors_short", ("d_head/2",), required=False, f32=True),
+            GraphTensor("blk.{i}.attn_norm", ("d_model",)),
+            GraphTensor("blk.{i}.attn_q", ("d_q", "d_model"), "split", bias=True, scales=True),
+            GraphTensor("blk.{i}.attn_k", ("d_kv", "d_model"), "split", bias=True, scales=True),
+            GraphTensor("blk.{i}.attn_v", ("d_kv", "d_model"), "split", bias=True, scales=True),
+            GraphTensor("blk.{i}.attn_qkv", ("d_q+2*d_kv", "d_model"), "fused", bias=True, scales=True),
+            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), bias=True, scales=True),
+            GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
+            GraphTensor("blk.{i}.ffn_gate", ("d_ff", "d_model"), "dense", bias=True, scales=True),
+            GraphTensor("blk.{i}.ffn_up", ("d_ff", "d_model"), "dense", bias=True, scales=True),
+            GraphTensor("blk.{i}.ffn_down", ("d_model", "d_ff"), "dense", bias=True, scales=True),
+            GraphTensor("blk.{i}.ffn_gate_inp", ("n_expert", "d_model"), "experts", f32=True),
+            GraphTensor("blk.{i}.ffn_gate_exps", ("n_expert", "d_ff", "d_model"), "experts", scales=True),
+            GraphTensor("blk.{i}.ffn_up_exps", ("n_expert", "d_ff", "d_model"), "experts", scales=True),
+            GraphTensor("blk.{i}.ffn_down_exps", ("n_expert", "d_model", "d_ff"), "experts", scales=True),
+        ),
+    )
+}
+"""Every target graph. `mixtral`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39-L91 and,
+for the scales, https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1635. Biases of q, k and v are
+known beside a fused matrix too; a `d_ff` is that of one expert where there are experts."""
+
+
+def graph_sizes(m: Model | Dimensions) -> dict[str, int]:
+    """The value of every name in a shape: `d_q` and `d_kv` are the widths of all query and all key heads."""
+    d_q, d_kv = m.n_head * m.d_head, m.n_head_kv * m.d_head
+    return {
+        "n_vocab": m.n_vocab,
+        "d_model": m.d_model,
+        "d_ff": m.d_ff,
+        "2*d_ff": 2 * m.d_ff,
+        "d_q": d_q,
+        "d_kv": d_kv,
+        "d_q+2*d_kv": d_q + 2 * d_kv,
+        "d_head/2": m.d_head // 2,
+        "n_expert": m.n_expert,
+    }

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MetadataValue = str | bool | int | float | list[str] | list[int] | list[float]
 """A GGUF metadata value. On disk: str -> STRING, bool -> BOOL, int -> UINT32, float -> FLOAT32;
@@ -62,6 +62,19 @@ class Model:
     bias_output: bool = False
     n_expert: int = 0  # 0: a dense MLP
     n_expert_used: int = 0
+
+
+class Dimensions(NamedTuple):
+    """What the shapes of tensors depend on; names as in the glossary."""
+
+    n_layer: int
+    d_model: int
+    d_ff: int  # of one expert, if there are experts
+    n_head: int
+    n_head_kv: int
+    d_head: int
+    n_vocab: int
+    n_expert: int
 
 
 @dataclass(frozen=True)

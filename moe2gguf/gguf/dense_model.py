@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
-from moe2gguf.gguf.expected import Dimensions, check_architecture, llama_dimensions
+from moe2gguf.gguf.expected import check_architecture, llama_dimensions
 from moe2gguf.gguf.file import GGUFFile, ValueType, shown
 from moe2gguf.gguf.findings import Findings
 from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.spec import MetadataValue, Model, Rope
+from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
 
 ARCHITECTURES = {"llama": False, "qwen2": True}
 """The architectures that arch `llama` can compute, and whether they rotate halves of a head instead of pairs."""

@@ -12,26 +12,14 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import list_names
 from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, shown
 from moe2gguf.gguf.findings import Findings
-from moe2gguf.limits import MAX_EXPERTS, max_experts_used
+from moe2gguf.limits import GRAPHS, MAX_EXPERTS, Graph, graph_sizes, max_experts_used
+from moe2gguf.spec import Dimensions
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
 MOST_NAMES = 1000
 """Tensors that a message names: all of a real file, not the hundred thousand of a hostile one."""
 
 Shape = tuple[int, ...]
-
-
-class Dimensions(NamedTuple):
-    """What the shapes of arch `llama` depend on; names as in the glossary of `moe2gguf.spec`."""
-
-    n_layer: int
-    d_model: int
-    d_ff: int  # of one expert, if there are experts
-    n_head: int
-    n_head_kv: int
-    d_head: int
-    n_vocab: int
-    n_expert: int
 
 
 def check_architecture(file: GGUFFile, found: Findings) -> None:
@@ -59,11 +47,8 @@ def _check_llama(file: GGUFFile, found: Findings) -> None:
     if len(found.problems) > before and 0 in dimensions[:-1]:
         found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
         return
-    required, optional = _llama_tensors(dimensions, fused_qkv="blk.0.attn_qkv.weight" in file.tensors)
-    _check_tensor_set(file.tensors, required, optional, found.problems)
-    for tensor in file.tensors.values():
-        if re.search(r"(ffn_gate_inp\.weight|rope_\w+\.weight|scale)$", tensor.name) and tensor.type != GGMLType.F32:
-            found.problems.append(f"tensor {shown(tensor.name)} must be F32, found {tensor.type.name}")
+    expected = graph_tensors(GRAPHS["mixtral"], dimensions, fused="blk.0.attn_qkv.weight" in file.tensors)
+    _check_tensor_set(file.tensors, expected, found.problems)
     n_used = file.metadata.get("llama.expert_used_count")
     n_scale = sum(re.fullmatch(r"blk\.0\.\w+_exps\.scale", name) is not None for name in file.tensors)
     limit = max_experts_used(n_layer=dimensions.n_layer, n_tensor=len(file.tensors), n_scale=n_scale)
@@ -74,63 +59,51 @@ def _check_llama(file: GGUFFile, found: Findings) -> None:
         )
 
 
-def _check_tensor_set(
-    tensors: dict[str, TensorInfo], required: dict[str, Shape], optional: dict[str, Shape], problems: list[str]
-) -> None:
-    """Every required tensor is there, no other than these, and each has its shape."""
-    expected = required | optional
-    missing = [name for name in required if name not in tensors]
+def _check_tensor_set(tensors: dict[str, TensorInfo], expected: dict[str, ExpectedTensor], problems: list[str]) -> None:
+    """Every required tensor is there, no other than the expected ones, and each has its shape and type."""
+    missing = [name for name, one in expected.items() if one.required and name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {list_names(missing, MOST_NAMES)}")
     if unexpected:
         names = list_names([shown(name) for name in unexpected], MOST_NAMES)
         problems.append(f"{len(unexpected)} tensors are unexpected, llama.cpp refuses a file with such: {names}")
+    known = [(name, tensor, expected[name]) for name, tensor in tensors.items() if name in expected]
     problems += [
-        f"tensor {name}: expected the shape {expected[name]}, found {tensor.shape}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name]
+        f"tensor {name}: expected the shape {one.shape}, found {tensor.shape}"
+        for name, tensor, one in known
+        if tensor.shape != one.shape
+    ]
+    problems += [
+        f"tensor {shown(name)} must be F32, found {tensor.type.name}"
+        for name, tensor, one in known
+        if one.f32 and tensor.type != GGMLType.F32
     ]
 
 
-def _llama_tensors(m: Dimensions, fused_qkv: bool) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """The required and the optional tensors of arch `llama` with their shapes.
+class ExpectedTensor(NamedTuple):
+    """What a graph wants of a tensor; `f32`: it must be F32."""
 
-    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39 and, for the scales,
-    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1635
-    """
-    q, kv = m.n_head * m.d_head, m.n_head_kv * m.d_head
-    attention = {"attn_qkv": q + 2 * kv} if fused_qkv else {"attn_q": q, "attn_k": kv, "attn_v": kv}
-    matrices: dict[str, Shape] = {name: (width, m.d_model) for name, width in attention.items()}
-    matrices["attn_output"] = (m.d_model, q)
-    biases: dict[str, Shape] = {"attn_q": (q,), "attn_k": (kv,), "attn_v": (kv,)}
-    biases |= {name: shape[:1] for name, shape in matrices.items()}
-    if m.n_expert:
-        experts = {"ffn_gate_exps": (m.d_ff, m.d_model), "ffn_up_exps": (m.d_ff, m.d_model)}
-        experts["ffn_down_exps"] = (m.d_model, m.d_ff)
-        matrices |= {name: (m.n_expert, *shape) for name, shape in experts.items()}
-    else:
-        dense: dict[str, Shape] = {"ffn_gate": (m.d_ff, m.d_model), "ffn_up": (m.d_ff, m.d_model)}
-        dense["ffn_down"] = (m.d_model, m.d_ff)
-        matrices |= dense
-        biases |= {name: shape[:1] for name, shape in dense.items()}
+    shape: Shape
+    required: bool
+    f32: bool
 
-    layer: dict[str, Shape] = {f"{name}.weight": shape for name, shape in matrices.items()}
-    layer |= {"attn_norm.weight": (m.d_model,), "ffn_norm.weight": (m.d_model,)}
-    if m.n_expert:
-        layer["ffn_gate_inp.weight"] = (m.n_expert, m.d_model)
-    extra: dict[str, Shape] = {f"{name}.bias": shape for name, shape in biases.items()}
-    for name, shape in matrices.items():
-        extra |= {f"{name}.{end}": (shape[0] if len(shape) == 3 else 1,) for end in ("scale", "input_scale")}
 
-    required: dict[str, Shape] = {"token_embd.weight": (m.n_vocab, m.d_model), "output_norm.weight": (m.d_model,)}
-    optional: dict[str, Shape] = {"output.weight": (m.n_vocab, m.d_model)}
-    optional |= {f"rope_{kind}.weight": (m.d_head // 2,) for kind in ("freqs", "factors_long", "factors_short")}
-    optional |= {f"output.{end}": (1,) for end in ("scale", "input_scale")}
-    for i in range(m.n_layer):
-        required |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
-        optional |= {f"blk.{i}.{name}": shape for name, shape in extra.items()}
-    return required, optional
+def graph_tensors(graph: Graph, m: Dimensions, *, fused: bool) -> dict[str, ExpectedTensor]:
+    """Every tensor that a file of this graph and size may have, by name; `fused`: q, k and v are one matrix."""
+    sizes, left_out = graph_sizes(m), {"dense" if m.n_expert else "experts", "split" if fused else "fused"}
+    found: dict[str, ExpectedTensor] = {}
+    for tensor in graph.tensors:
+        shape = tuple(sizes[name] for name in tensor.shape)
+        n_matrix = shape[0] if len(shape) == 3 else 1
+        extra = {} if tensor.when in left_out else {".weight": ExpectedTensor(shape, tensor.required, tensor.f32)}
+        if tensor.scales and extra:
+            extra |= dict.fromkeys((".scale", ".input_scale"), ExpectedTensor((n_matrix,), False, True))
+        if tensor.bias and (extra or tensor.when == "split"):
+            extra[".bias"] = ExpectedTensor(shape[:1], False, False)
+        layers = range(m.n_layer) if "{i}" in tensor.name else (0,)
+        found |= {tensor.name.format(i=i) + ending: one for i in layers for ending, one in extra.items()}
+    return found
 
 
 # The values with which keys that arch `llama` does not read mean what it does anyway.

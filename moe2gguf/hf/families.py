@@ -3,9 +3,7 @@
 A family says which tensors a checkpoint must hold, under which names and shapes, and where each goes in the GGUF file.
 Adding a family means adding a row to `FAMILIES`; an architecture that cannot be written gets a row in `REFUSED`.
 
-Shapes are written with the glossary of `moe2gguf.spec` (`d_q` = n_head * d_head, `d_kv` = n_head_kv * d_head).
-Target names follow llama.cpp's arch `llama`:
-https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39-L91
+Targets and their shapes are those of the graph `mixtral` in `moe2gguf.limits`.
 """
 
 from __future__ import annotations
@@ -13,12 +11,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from moe2gguf.limits import GRAPHS, graph_sizes
 from moe2gguf.spec import Model
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor outside the MLP: where it comes from, where it goes, how large it is.
+    """One tensor outside the MLP: its name in the GGUF file and in the checkpoint.
 
     `{i}` stands for the layer. `permute` names the head count by which rotary halves become rotary pairs.
     `when` names a field of `Model` that must be true for the tensor to exist.
@@ -26,9 +25,13 @@ class Rule:
 
     target: str
     source: str
-    shape: tuple[str, ...]
     permute: str = ""
     when: str = ""
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Names of its dimensions, the same in both files."""
+        return GRAPHS["mixtral"].shape_of(self.target)
 
 
 @dataclass(frozen=True)
@@ -52,27 +55,26 @@ class Family:
 _LAYER = "model.layers.{i}."
 
 BASE: tuple[Rule, ...] = (
-    Rule("token_embd.weight", "model.embed_tokens.weight", ("n_vocab", "d_model")),
-    Rule("blk.{i}.attn_norm.weight", _LAYER + "input_layernorm.weight", ("d_model",)),
-    Rule("blk.{i}.attn_q.weight", _LAYER + "self_attn.q_proj.weight", ("d_q", "d_model"), permute="n_head"),
-    Rule("blk.{i}.attn_q.bias", _LAYER + "self_attn.q_proj.bias", ("d_q",), permute="n_head", when="bias_qkv"),
-    Rule("blk.{i}.attn_k.weight", _LAYER + "self_attn.k_proj.weight", ("d_kv", "d_model"), permute="n_head_kv"),
-    Rule("blk.{i}.attn_k.bias", _LAYER + "self_attn.k_proj.bias", ("d_kv",), permute="n_head_kv", when="bias_qkv"),
-    Rule("blk.{i}.attn_v.weight", _LAYER + "self_attn.v_proj.weight", ("d_kv", "d_model")),
-    Rule("blk.{i}.attn_v.bias", _LAYER + "self_attn.v_proj.bias", ("d_kv",), when="bias_qkv"),
-    Rule("blk.{i}.attn_output.weight", _LAYER + "self_attn.o_proj.weight", ("d_model", "d_q")),
-    Rule("blk.{i}.attn_output.bias", _LAYER + "self_attn.o_proj.bias", ("d_model",), when="bias_output"),
-    Rule("blk.{i}.ffn_norm.weight", _LAYER + "post_attention_layernorm.weight", ("d_model",)),
-    Rule("output_norm.weight", "model.norm.weight", ("d_model",)),
-    Rule("output.weight", "lm_head.weight", ("n_vocab", "d_model"), when="untied_embeddings"),
+    Rule("token_embd.weight", "model.embed_tokens.weight"),
+    Rule("blk.{i}.attn_norm.weight", _LAYER + "input_layernorm.weight"),
+    Rule("blk.{i}.attn_q.weight", _LAYER + "self_attn.q_proj.weight", permute="n_head"),
+    Rule("blk.{i}.attn_q.bias", _LAYER + "self_attn.q_proj.bias", permute="n_head", when="bias_qkv"),
+    Rule("blk.{i}.attn_k.weight", _LAYER + "self_attn.k_proj.weight", permute="n_head_kv"),
+    Rule("blk.{i}.attn_k.bias", _LAYER + "self_attn.k_proj.bias", permute="n_head_kv", when="bias_qkv"),
+    Rule("blk.{i}.attn_v.weight", _LAYER + "self_attn.v_proj.weight"),
+    Rule("blk.{i}.attn_v.bias", _LAYER + "self_attn.v_proj.bias", when="bias_qkv"),
+    Rule("blk.{i}.attn_output.weight", _LAYER + "self_attn.o_proj.weight"),
+    Rule("blk.{i}.attn_output.bias", _LAYER + "self_attn.o_proj.bias", when="bias_output"),
+    Rule("blk.{i}.ffn_norm.weight", _LAYER + "post_attention_layernorm.weight"),
+    Rule("output_norm.weight", "model.norm.weight"),
+    Rule("output.weight", "lm_head.weight", when="untied_embeddings"),
 )
 """Every tensor of the supported families that is not part of an MLP."""
 
 DENSE = MLP(
     {
-        "gate": (_LAYER + "mlp.gate_proj.weight", ("d_ff", "d_model")),
-        "up": (_LAYER + "mlp.up_proj.weight", ("d_ff", "d_model")),
-        "down": (_LAYER + "mlp.down_proj.weight", ("d_model", "d_ff")),
+        role: (_LAYER + f"mlp.{role}_proj.weight", GRAPHS["mixtral"].shape_of(f"blk.{{i}}.ffn_{role}.weight"))
+        for role in ("gate", "up", "down")
     }
 )
 
@@ -146,19 +148,6 @@ def ignored(source: str) -> bool:
     return _IGNORED.fullmatch(source) is not None
 
 
-def dimensions(model: Model) -> dict[str, int]:
-    """The value of every name that a shape in this module uses."""
-    return {
-        "n_vocab": model.n_vocab,
-        "d_model": model.d_model,
-        "d_ff": model.d_ff,
-        "2*d_ff": 2 * model.d_ff,
-        "d_q": model.n_head * model.d_head,
-        "d_kv": model.n_head_kv * model.d_head,
-        "n_expert": model.n_expert,
-    }
-
-
 @dataclass(frozen=True)
 class MLPPlace:
     """Stands in `lay_out_tensors` where the tensors of layer `i`'s MLP belong."""
@@ -202,6 +191,6 @@ def mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
 
 def expected(model: Model, mlp: MLP) -> dict[str, tuple[int, ...]]:
     """Source name -> shape of every tensor the checkpoint must hold."""
-    size = dimensions(model)
+    size = graph_sizes(model)
     names = {rule.source.format(i=i): rule.shape for rule, i in rules(model)} | mlp_tensors(mlp, model)
     return {name: tuple(size[d] for d in shape) for name, shape in names.items()}
