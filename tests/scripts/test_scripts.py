@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from script_modules import ROOT, load
 
-SCRIPTS = ("bench", "check", "demo", "fuzz", "readme", "smollm2")
+SCRIPTS = ("bench", "check", "demo", "fuzz", "smollm2")
 EXPERIMENTS = ("check-gpu", "record-perplexity", "vocabularies")
 EXECUTABLES = [
     *(f"scripts/{name}" for name in SCRIPTS),
@@ -75,40 +75,6 @@ class TestEnvironment:
         assert log.read_text().split() == [str(tmp_path / "env")] * 2
         message = r"error: installing .*env failed at: python -c raise SystemExit\(3\)\n"
         assert re.fullmatch(message, capsys.readouterr().err)
-
-
-class TestReadme:
-    """The help blocks of README.md."""
-
-    HELPS = {"moe2gguf": "all\n", "moe2gguf run": "run it\n"}  # noqa: RUF012
-
-    def test_fills_every_place_and_nothing_else(self) -> None:
-        """Old text between the marks goes, the rest stays, and a second pass changes nothing."""
-        readme = load("scripts/readme")
-        text = (
-            "a\n<!-- help: moe2gguf -->\nold\nolder\n<!-- /help -->\nb\n<!-- help: moe2gguf run -->\n<!-- /help -->\n"
-        )
-
-        filled = readme.filled(text, self.HELPS)
-
-        expected = (
-            "a\n<!-- help: moe2gguf -->\nall\n<!-- /help -->\nb\n<!-- help: moe2gguf run -->\nrun it\n<!-- /help -->\n"
-        )
-        assert expected == filled
-        assert filled == readme.filled(filled, self.HELPS)
-
-    def test_names_every_problem(self) -> None:
-        """A command without a place, a place without a command and a place given twice are all listed."""
-        readme = load("scripts/readme")
-        place = "<!-- help: {} -->\n<!-- /help -->\n"
-        text = place.format("moe2gguf") * 2 + place.format("moe2gguf gone")
-
-        expected = [
-            "add a place for it: <!-- help: moe2gguf run --> and <!-- /help -->",
-            "there is no command 'moe2gguf gone'",
-            "'moe2gguf' has 2 places",
-        ]
-        assert expected == readme.problems(text, self.HELPS)
 
 
 class TestVendor:
