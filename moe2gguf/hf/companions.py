@@ -27,7 +27,7 @@ def companions(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name inside the folder, path) of every such file that `folder` has.
 
     Raises:
-        CheckpointError: a link leads out of the folder.
+        CheckpointError: a folder on the way is elsewhere, or one of them is no file.
     """
     names = [*TOKENIZER_FILES, *OTHER_FILES]
     if (extra := inside(folder, TEMPLATES)).is_dir():

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.errors import CheckpointError, PlanError, VocabularyError
+from moe2gguf.errors import CheckpointError, PlanError, VocabularyError, list_names
 from moe2gguf.hf import card, config
 from moe2gguf.hf.families import MLP, Family, expected, ignored
 from moe2gguf.hf.json_file import read_json
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import inside, links_out_of
 from moe2gguf.hf.safetensors import DTYPES, StoredTensor, read_headers
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Metadata, Model, Vocabulary
@@ -68,6 +68,8 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
     warnings: list[str] = []
+    if links := links_out_of(folder):
+        warnings.append(f"{folder}: {len(links)} files are links to other places: {list_names(links)}")
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
     tensors = _attempt(lambda: read_headers(folder), problems)

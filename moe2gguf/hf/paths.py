@@ -1,4 +1,4 @@
-"""Where a name that stands inside a checkpoint may lead: to a file of that checkpoint, and nowhere else."""
+"""Which files may be read as part of a checkpoint: names stay in its folder, links to files are followed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,53 @@ _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
 def inside(folder: Path, relative_name: str) -> Path:
-    """Return `folder / relative_name` after making sure that it lies in `folder`, links followed.
+    """Return `folder / relative_name`, a file or folder that may be read as part of the checkpoint in `folder`.
 
-    One way out is allowed, the Hugging Face hub's cache, where `models--x/snapshots/REVISION/file` is a link to
-    `models--x/blobs/HASH`: if `folder` is such a snapshot, a link may lead anywhere in the same `models--x`.
-    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache)
-
-    The file need not exist.
+    The name may have been written by a stranger, so it must not lead out of the folder. A link to a file is followed
+    wherever it leads: it was put there on this machine, by the hub's cache, whose snapshots consist of links, or by the
+    user. A link to a folder must stay within `folder`. The file need not exist.
 
     Raises:
-        CheckpointError: the name is empty, absolute, has `..`, a backslash, a drive letter or a NUL, or a link on
-            the way leaves the folder.
+        CheckpointError: the name is empty, absolute, has `..`, a backslash, a drive letter or a NUL; a folder on the
+            way lies elsewhere; a link leads nowhere; or what is there is no file (a pipe would block for ever).
     """
     reason = _bad_name(relative_name)
     if reason:
         raise CheckpointError(f"{folder}: refused the file name {relative_name!r}: {reason}")
     path = folder / relative_name
     try:
-        target, root = path.resolve(), folder.resolve()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not to be encoded
+        reason = _bad_target(path, folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long or not to be encoded
         cause = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{folder}: cannot follow the file name {relative_name[:200]!r} ({cause})") from error
-    if not target.is_relative_to(_boundary(root)):
-        raise CheckpointError(f"{path}: is a link that leaves the model's folder; put the file itself there")
+    if reason:
+        raise CheckpointError(f"{path}: {reason}")
     return path
+
+
+def links_out_of(folder: Path) -> list[str]:
+    """Return "NAME -> TARGET" of the files in `folder` that are links to somewhere else.
+
+    Within the hub's cache `models--x/snapshots/REVISION/file` is a link to `models--x/blobs/HASH`; links to the same
+    `models--x` are left out. (https://huggingface.co/docs/huggingface_hub/guides/manage-cache)
+    """
+    root = folder.resolve()
+    cache = root.parent.parent
+    home = cache if root.parent.name == "snapshots" and cache.name.startswith("models--") else root
+    links = sorted(path for path in folder.iterdir() if path.is_symlink() and path.is_file())
+    return [f"{path.name} -> {path.resolve()}" for path in links if not path.resolve().is_relative_to(home)]
+
+
+def _bad_target(path: Path, root: Path) -> str | None:
+    """Say why what is at `path` must not be read as a part of the (resolved) folder `root`."""
+    if not path.parent.resolve().is_relative_to(root):
+        return "lies behind a link to another folder; link the files instead, or copy the folder"
+    if not path.exists():
+        return f"is a link to {path.readlink()}, where no file is" if path.is_symlink() else None
+    if path.is_dir():
+        outside = not path.resolve().is_relative_to(root)
+        return "is a link to another folder; link the files instead, or copy the folder" if outside else None
+    return None if path.is_file() else "is a pipe, a socket or a device; expected a file"
 
 
 def _bad_name(name: str) -> str | None:
@@ -52,11 +74,3 @@ def _bad_name(name: str) -> str | None:
     if all(part in ("", ".") for part in parts):
         return "it names no file"
     return None
-
-
-def _boundary(root: Path) -> Path:
-    """Return the directory that links in the (resolved) folder `root` must not leave."""
-    cache = root.parent.parent
-    if root.parent.name == "snapshots" and cache.name.startswith("models--"):
-        return cache
-    return root

@@ -102,7 +102,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         CheckpointError: no safetensors files, a missing or surplus shard, a name outside the folder, a broken
             header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
     """
-    index = folder / INDEX
+    index = inside(folder, INDEX)
     files = _indexed_files(folder, index) if index.exists() else [_single_file(folder)]
     tensors: dict[str, StoredTensor] = {}
     twice = []

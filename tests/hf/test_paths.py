@@ -1,5 +1,6 @@
-"""No name inside a checkpoint leads out of it."""
+"""Names inside a checkpoint stay in its folder; links to files are followed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe2gguf.errors import CheckpointError
 from moe2gguf.hf.json_file import read_bytes
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import inside, links_out_of
 
 
 @pytest.mark.parametrize("name", ["a.json", "sub/a.json", "./a.json", "sub//a.json", "..a", "a..b/c...", "missing/x"])
@@ -40,23 +41,52 @@ def test_names_outside(tmp_path: Path, name: str, says: str) -> None:
         inside(tmp_path, name)
 
 
-def test_links(tmp_path: Path) -> None:
-    """A link within the folder is fine; one out of it, or through a folder out of it, or in a circle, is not."""
+def test_links_to_files_are_followed(tmp_path: Path) -> None:
+    """Wherever they lead: whoever keeps models on another disk has folders of links."""
     model, other = tmp_path / "model", tmp_path / "other"
     model.mkdir()
     other.mkdir()
-    (model / "real").touch()
-    (other / "secret").touch()
+    (model / "real").write_bytes(b"inside")
+    (other / "weights").write_bytes(b"outside")
     (model / "alias").symlink_to("real")
-    (model / "out").symlink_to("../other/secret")
-    (model / "folder").symlink_to(other)
-    (model / "circle").symlink_to("circle")
-    assert model / "alias" == inside(model, "alias")
-    for name in ("out", "folder/secret", "folder/not-yet-there"):
-        with pytest.raises(CheckpointError, match="leaves the model's folder"):
+    (model / "out").symlink_to("../other/weights")
+
+    assert b"inside" == read_bytes(inside(model, "alias"), max_bytes=10)
+    assert b"outside" == read_bytes(inside(model, "out"), max_bytes=10)
+
+
+def test_links_to_folders_stay_inside(tmp_path: Path) -> None:
+    """A name such as sub/file in an index must not lead out of the folder by way of a linked folder."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    (model / "real").mkdir(parents=True)
+    other.mkdir()
+    (other / "secret").touch()
+    (model / "near").symlink_to("real")
+    (model / "far").symlink_to(other)
+
+    assert model / "near" / "a" == inside(model, "near/a")
+    for name in ("far", "far/secret", "far/not-yet-there"):
+        with pytest.raises(CheckpointError, match="link to another folder"):
             inside(model, name)
-    with pytest.raises(CheckpointError, match="circle"):
-        read_bytes(inside(model, "circle"), max_bytes=1)
+
+
+@pytest.mark.parametrize("target", ["gone", "circle"])
+def test_links_to_nothing(tmp_path: Path, target: str) -> None:
+    """A dangling link is not an absent file: something that belongs to the model is missing."""
+    (tmp_path / "circle").symlink_to(target)
+
+    with pytest.raises(CheckpointError, match=f"is a link to {target}, where no file is"):
+        inside(tmp_path, "circle")
+
+
+def test_pipes_are_no_files(tmp_path: Path) -> None:
+    """A pipe, or a link to a device, is refused before anything waits for it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+
+    for name in ("pipe", "device"):
+        with pytest.raises(CheckpointError, match="expected a file"):
+            inside(tmp_path, name)
 
 
 def test_folder_behind_a_link(tmp_path: Path) -> None:
@@ -66,31 +96,32 @@ def test_folder_behind_a_link(tmp_path: Path) -> None:
     assert tmp_path / "latest" / "a" == inside(tmp_path / "latest", "a")
 
 
-def test_hub_cache(tmp_path: Path) -> None:
-    """A snapshot of the hub's cache may link to the blobs of the same model, not to another model's."""
-    cache = tmp_path / "models--org--name"
-    snapshot = cache / "snapshots" / "0123abc"
-    snapshot.mkdir(parents=True)
-    for blobs in (cache / "blobs", tmp_path / "models--evil" / "blobs"):
-        blobs.mkdir(parents=True)
-        (blobs / "hash").touch()
-    (snapshot / "config.json").symlink_to("../../blobs/hash")
-    (snapshot / "evil.json").symlink_to("../../../models--evil/blobs/hash")
-    assert snapshot / "config.json" == inside(snapshot, "config.json")
-    with pytest.raises(CheckpointError, match="leaves"):
-        inside(snapshot, "evil.json")
+def test_links_out_of_a_folder_are_listed(tmp_path: Path) -> None:
+    """With their targets; a snapshot of the hub's cache may link to the blobs of the same model, not to another's."""
+    for name, elsewhere in (("models--org--name", "models--evil"), ("models--org--other", "model")):
+        snapshot, blobs = tmp_path / name / "snapshots" / "0123abc", tmp_path / name / "blobs"
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        (tmp_path / elsewhere).mkdir()
+        for folder in (blobs, tmp_path / elsewhere):
+            (folder / "hash").touch()
+        (snapshot / "real").touch()
+        (snapshot / "alias").symlink_to("real")
+        (snapshot / "config.json").symlink_to("../../blobs/hash")
+        (snapshot / "README.md").symlink_to(f"../../../{elsewhere}/hash")
+
+        assert [f"README.md -> {tmp_path / elsewhere / 'hash'}"] == links_out_of(snapshot)
 
 
-def test_only_a_cache_is_a_cache(tmp_path: Path) -> None:
-    """The exception needs both names, `snapshots` and `models--...`."""
-    for parts in (("models--x", "copies"), ("model", "snapshots")):
-        folder = tmp_path.joinpath(*parts, "rev")
-        folder.mkdir(parents=True)
-        blob = tmp_path / parts[0] / "blob"
-        blob.touch()
-        (folder / "a").symlink_to("../../blob")
-        with pytest.raises(CheckpointError, match="leaves"):
-            inside(folder, "a")
+@pytest.mark.parametrize("parts", [("models--x", "copies"), ("model", "snapshots")])
+def test_only_a_cache_is_a_cache(tmp_path: Path, parts: tuple[str, str]) -> None:
+    """It needs both names, `snapshots` and `models--...`."""
+    folder = tmp_path.joinpath(*parts, "revision")
+    folder.mkdir(parents=True)
+    (tmp_path / parts[0] / "blob").touch()
+    (folder / "a").symlink_to("../../blob")
+
+    assert 1 == len(links_out_of(folder))
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=20) | st.text("./\\a:\0", max_size=12))

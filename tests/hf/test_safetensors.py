@@ -1,6 +1,7 @@
 """moe2gguf.hf.safetensors: which files make a checkpoint, hostile headers, and reading in blocks."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe2gguf.errors import CheckpointError
-from moe2gguf.hf.safetensors import INDEX, SourceDigest, read_headers
+from moe2gguf.hf.safetensors import INDEX, SourceDigest, read_headers, source_digest
 
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 B = np.array([1.5, -2.0], np.float16)
@@ -145,14 +146,43 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     assert "refused the file name" in refused(folder)
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path):
-    """The same for a link with an innocent name."""
+def test_a_folder_of_links_is_its_targets(tmp_path):
+    """Index and shards may lie anywhere: names, values and digest are those of the files behind the links."""
+    real, folder = tmp_path / "real", tmp_path / "model"
+    real.mkdir()
+    folder.mkdir()
+    sharded(real, TWO)
+    for path in real.iterdir():
+        (folder / path.name).symlink_to(path)
+
+    tensors = read_headers(folder)
+
+    assert ["a", "b"] == sorted(tensors)
+    assert A.tolist() == tensors["a"].read().tolist()
+    assert source_digest(read_headers(real)) == source_digest(tensors)
+
+
+def test_a_name_behind_a_linked_folder_is_refused(tmp_path):
+    """A link to a folder would let an index name files outside."""
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"a": A}, tmp_path / "x.safetensors")
-    (folder / "model.safetensors").symlink_to(tmp_path / "x.safetensors")
+    (folder / "sub").symlink_to(tmp_path)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "sub/x.safetensors"}}))
 
-    assert "leaves the model's folder" in refused(folder)
+    assert "link to another folder" in refused(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, "model.safetensors"])
+def test_a_link_to_nothing_or_to_a_pipe_is_refused(tmp_path, name):
+    """Neither taken for an absent file nor waited for."""
+    save_file({"a": A}, tmp_path / "x.safetensors")
+    (tmp_path / name).symlink_to("gone")
+    assert "where no file is" in refused(tmp_path)
+
+    os.mkfifo(tmp_path / "gone")
+
+    assert "expected a file" in refused(tmp_path)
 
 
 def test_the_hubs_cache_layout_is_allowed(tmp_path):

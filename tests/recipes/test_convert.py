@@ -384,6 +384,24 @@ def test_targets(made, tmp_path):
     assert checkpoints.torch_logits(folder, [5, 6]).shape[0] == 2
 
 
+@pytest.mark.parametrize("place", ["models--org--name/snapshots/0123abc", "links"])
+def test_a_folder_of_links_gives_the_same_bytes(made, place, tmp_path):
+    """A snapshot of the hub's cache, and a user's folder of links, which a warning names; neither is an output."""
+    blobs, folder = tmp_path / "models--org--name" / "blobs", tmp_path / place
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(made("llama").iterdir())):
+        (folder / path.name).symlink_to(shutil.copyfile(path, blobs / str(number)))
+    convert(made("llama"), tmp_path / "real.gguf", Options(name="Tiny"))
+
+    done = convert(folder, tmp_path / "links.gguf", Options(name="Tiny"))
+
+    assert (tmp_path / "real.gguf").read_bytes() == (tmp_path / "links.gguf").read_bytes()
+    assert (place == "links") == any("links to other places" in warning for warning in done.plan.warnings)
+    with pytest.raises(OutputError, match="file of the model itself"):
+        convert(folder, blobs / "3", force=True)
+
+
 def test_the_model_card_becomes_metadata(tmp_path):
     """Licence, languages, base model and name as llama.cpp's converter writes them; a local path never."""
     folder = checkpoints.make(tmp_path / "model")

@@ -26,7 +26,7 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     or underscore becomes an underscore, since a name is part of a GGUF key. Empty templates are left out.
 
     Raises:
-        CheckpointError: a file cannot be read, or is a link that leaves the folder.
+        CheckpointError: a file cannot be read, or its folder is a link to elsewhere.
         VocabularyError: a template is no text, or two have the same name.
     """
     templates = _from_files(folder) or _from_entry(config.get("chat_template"), folder / "tokenizer_config.json")
