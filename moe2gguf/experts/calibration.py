@@ -39,20 +39,23 @@ class CalibrationModel(Protocol):
 
     @property
     def identity(self) -> str:
-        """What tells its weights from others, for a calibration that is continued."""
+        """A digest of its weights: a stopped calibration of other weights is not continued."""
 
     def layers(self, device: torch.device, /) -> Layers:
-        """Its blocks, on a device."""
+        """Return its blocks, on a device."""
 
     def windows(self, text: Text, n_token: int, n_context: int, /) -> NDArray[np.int64]:
-        """Token ids (n_window, n_context) of a text, see `moe2gguf.experts.text.windows`."""
+        """Return token ids (n_window, n_context) of a text, see `moe2gguf.experts.text.tokenize_windows`."""
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to calibrate: tokens, window length, device (None: the best there is).
+    """How to calibrate.
 
-    memory     bytes of hidden states that stay in memory; more of them go to disk, piece by piece
+    n_token    how many tokens of the text
+    n_context  tokens of a window
+    device     torch device (None: the best there is)
+    memory     bytes of hidden states that are kept in memory; the rest is spilled to disk
     """
 
     n_token: int = 16384
@@ -79,7 +82,7 @@ def calibrate(
     advance: Callable[[int], None],
     slicer: Slicer | None = None,
 ) -> list[LayerReport]:
-    """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`; returns the layers' reports.
+    """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`, and return the layers' reports.
 
     A `work` folder of the same job is continued after its last finished layer. `advance` is told the tokens done, once
     per layer. `slicer` slices a layer in place of `slice_layer`.
@@ -108,7 +111,7 @@ def calibrate(
 
 
 def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSettings) -> NDArray[np.int64]:
-    """The windows of the text, (n_window, n_context), all that are asked for."""
+    """Return the windows of the text, (n_window, n_context), all that are asked for."""
     n_context = settings.n_context
     ids = model.windows(text, settings.n_token, n_context)
     if ids.size < settings.n_token // n_context * n_context:
@@ -120,7 +123,7 @@ def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSetti
 
 
 def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
-    """Slice one block, behind its attention, and add what both models' MLPs give to their hidden states."""
+    """Slice one block, whose attention is added already, and add what both MLPs give to the hidden states."""
     dense, sliced, output = states.dense, states.sliced, states.output
     x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
     target = LazyRows(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
@@ -133,7 +136,7 @@ def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer
 
 
 def _find_first_layer(work: Path, job: dict[str, Any]) -> int:
-    """The first layer to do; writes the folder's manifest, or compares it with this job."""
+    """Return the first layer to do; write the folder's manifest, or compare it with this job."""
     manifest = work / "job.json"
     if not manifest.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -149,7 +152,7 @@ def _find_first_layer(work: Path, job: dict[str, Any]) -> int:
 
 
 def _fill_states(states: _States, work: Path, first: int, layers: Layers, ids: NDArray[np.int64]) -> None:
-    """Fill the hidden states with what layer `first` starts from: the embedding, or what was left on disk."""
+    """Fill the hidden states that layer `first` starts from: with the embedding, or with what was saved."""
     if first == 0:
         layers.embed(ids, states.dense)
         for part in chunks(ids.size):

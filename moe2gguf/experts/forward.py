@@ -28,7 +28,7 @@ class Load(Protocol):
     """Reads the model's tensors."""
 
     def __call__(self, name: str, rows: NDArray[np.int64] | None = None, /) -> NDArray[np.generic]:
-        """The tensor of that Hugging Face name, in Hugging Face's layout, or these of its rows."""
+        """Return the tensor of a Hugging Face name, in Hugging Face's layout, or these of its rows."""
 
 
 class Layers:
@@ -66,7 +66,7 @@ class Layers:
             hidden[part] = torch.from_numpy(table[place[part]].astype(np.float32))
 
     def head(self, tied: bool) -> Callable[[Tensor], Tensor]:
-        """What turns the last layer's hidden states (n_token, d_model) into logits (n_token, n_vocab)."""
+        """Return the function from the last layer's hidden states (n_token, d_model) to logits (n_token, n_vocab)."""
         norm = self._norm.to_empty(device=self._device)
         norm.load_state_dict({"weight": torch.from_numpy(self._load("model.norm.weight").astype(np.float32))})
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -74,7 +74,7 @@ class Layers:
         return lambda hidden: norm(hidden.to(self._device)) @ matrix.T
 
     def block(self, i: int) -> Block:
-        """Layer `i` with its weights."""
+        """Load layer `i`, with its weights."""
         module = self._blocks[i].to_empty(device=self._device)
         state = {
             name: torch.from_numpy(self._load(f"model.layers.{i}.{name}").astype(np.float32))
@@ -86,7 +86,7 @@ class Layers:
     def attend_blocks(
         self, states: Sequence[HiddenStates], n_context: int, first: int = 0
     ) -> Iterator[tuple[int, Block]]:
-        """(i, block) from layer `first` on, one in memory, its attention added to all hidden `states`, in place.
+        """Yield (i, block) from layer `first` on, one in memory, after its attention is added to all hidden `states`.
 
         The caller adds what the MLP gives, or what takes its place, before it asks for the next block.
         """
@@ -110,7 +110,7 @@ class Block:
 
     @functools.cached_property
     def mlp(self) -> MLP:
-        """The weights of the dense MLP; a block with experts has none."""
+        """The weights of the dense MLP; a block of experts has none."""
         mlp = self._module.mlp
         return MLP(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T.contiguous())
 
@@ -125,13 +125,13 @@ class Block:
             hidden[part] = (h + attended).flatten(0, 1)
 
     def mlp_input(self, hidden: Rows) -> LazyRows:
-        """The normed input of the MLP, (n_token, d_model) on the device, computed of `hidden` piece by piece."""
+        """Return the MLP's normed input, (n_token, d_model) on the device, computed from `hidden` piece by piece."""
         norm = self._module.post_attention_layernorm
         return LazyRows(len(hidden), lambda part: norm(hidden[part].to(self.device)))
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`name`, or the best that is there: CUDA, then Apple's MPS, then the CPU.
+    """Return the device `name`, or the best that is there: CUDA, then Apple's MPS, then the CPU.
 
     Raises:
         CalibrationError: torch knows no device of this name, or it is not there.

@@ -18,12 +18,14 @@ from moe2gguf.experts.mlp import Groups
 
 
 def group_sizes(n_neuron: int, n_group: int) -> list[int]:
-    """Sizes that sum to n_neuron and differ by at most one, the larger ones first."""
+    """Return sizes that sum to n_neuron and differ by at most one, the larger ones first."""
     return [len(part) for part in np.array_split(np.arange(n_neuron), n_group)]
 
 
 def split_neurons(importance: Tensor, similarity: Tensor, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
-    """The n_shared shared experts by importance (d_ff,), the others by clustering of the similarity (d_ff, d_ff).
+    """Give the most important neurons to the shared experts, and cluster the others by similarity.
+
+    importance: (d_ff,); similarity: (d_ff, d_ff), symmetric; sizes: (n_expert,), the `n_shared` shared experts first.
 
     Shared experts hold what matters for nearly every token: those of CMoE
     (https://arxiv.org/abs/2502.04416, section 4.1), with output energy for importance.
@@ -39,7 +41,7 @@ def split_neurons(importance: Tensor, similarity: Tensor, sizes: Sequence[int], 
 
 
 def regroup_neurons(kept: Tensor, sizes: Sequence[int], n_shared: int, outliers: Tensor) -> Groups:
-    """Groups that know their router: each neuron moves to the expert that runs when the neuron contributes.
+    """Move each neuron to the expert that runs when the neuron contributes.
 
     kept      (d_ff, n_expert): the energy that each neuron keeps in each expert, see `stats.energy_by_expert`
     sizes     (n_expert,): the groups' sizes, the `n_shared` shared experts first
@@ -64,7 +66,7 @@ def _groups_of(label: Tensor) -> Groups:
 
 
 def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 30) -> Tensor:
-    """Balanced spherical kernel k-means: similarity (m, m), symmetric -> labels (m,), label e used sizes[e] times.
+    """Cluster by balanced spherical kernel k-means: similarity (m, m) -> labels (m,), label e used sizes[e] times.
 
     k-means++ seeding; then groups and cosine similarity to their means are updated in turn until nothing moves. With
     gate rows' inner products this is the clustering of MoEfication (https://arxiv.org/abs/2110.01786, section 3.2)
@@ -90,7 +92,7 @@ def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 3
 
 
 def _choose_centers(kernel: Tensor, n: int, seed: int) -> list[int]:
-    """k-means++: each next center is drawn far from those already chosen."""
+    """Choose n centers by k-means++: each next one is drawn far from those already chosen."""
     generator = torch.Generator("cpu").manual_seed(seed)  # on the processor, whatever the device: the same numbers
     centers = [int(torch.randint(len(kernel), (1,), generator=generator, device="cpu"))]
     closest = kernel[centers[0]].clone()
@@ -106,7 +108,7 @@ def _choose_centers(kernel: Tensor, n: int, seed: int) -> list[int]:
 
 
 def balanced_assign(score: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Labels (m,) near the best total of score (m, n), label e used exactly sizes[e] times (sum(sizes) = m).
+    """Return labels (m,) near the best total of score (m, n), label e used sizes[e] times (sum(sizes) = m).
 
     Greedy by regret (best minus second best), then the best exchange of two neurons until none improves. A stand-in
     for the assignment problem of CMoE, whose exact solution is cubic in m.
@@ -135,9 +137,10 @@ def balanced_assign(score: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _assign_by_regret(values: NDArray[np.float64], sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Labels (m,): neurons choose their best group that has room, those first that would lose most by the second best.
+    """Return labels (m,) of values (m, n): each neuron gets the best group that has room, in the order of regret.
 
-    values: (m, n). Every label e is used sizes[e] times.
+    The regret is what a neuron would lose by its second best group; the largest comes first. Label e is used sizes[e]
+    times.
     """
     m, n = values.shape
     top = np.sort(values, axis=1)[:, -min(2, n) :]

@@ -21,7 +21,7 @@ CHUNK = 2048
 
 
 def chunks(n_token: int, size: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover range(n_token)."""
+    """Return slices that cover range(n_token)."""
     return (slice(start, min(start + size, n_token)) for start in range(0, n_token, size))
 
 
@@ -54,7 +54,7 @@ class LazyRows:
 
 
 def sample_rows(rows: Rows, n_token: int) -> LazyRows:
-    """At least `n_token` of the rows, at equal distances; all of them where there are fewer than twice as many."""
+    """Return at least `n_token` of the rows, at equal distances, or all where there are fewer than twice as many."""
     step = max(len(rows) // n_token, 1)
     return LazyRows(len(rows) // step, lambda part: rows[slice(part.start * step, part.stop * step)][::step])
 
@@ -82,7 +82,9 @@ class RowsOnDisk:
 
 
 def allocate(names: Sequence[str], n_token: int, width: int, limit: int, folder: Path) -> list[HiddenStates]:
-    """Hidden states (n_token, width) of zeros for each name: in memory if all fit into `limit` bytes, else in files.
+    """Make hidden states (n_token, width) of zeros for each name.
+
+    They are in memory if all fit into `limit` bytes, else in files of `folder`.
 
     Raises:
         CalibrationError: the disk of `folder` has no room for the files.

@@ -48,15 +48,16 @@ class LayerReport:
     refit_strength: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; without what is None."""
+        """Return the figures as JSON-ready values, without those that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
-        """What `to_dict` gave; names that are not known are left out.
+    def from_dict(cls, values: Mapping[str, Any], n_expert: int) -> LayerReport:
+        """Make the report of an expert count from what `to_dict` gave; names that are not known are left out.
 
         Raises:
-            TypeError, ValueError: a figure that every layer has is missing, or one is not a finite number.
+            TypeError, ValueError: a figure that every layer has is missing, one is not a finite number, or a list has
+                another length than the number of experts.
         """
         if not isinstance(values, Mapping):
             raise TypeError("a layer's report is not an object")
@@ -67,8 +68,8 @@ class LayerReport:
             if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):
                 raise ValueError(f"{name} of a layer is not a finite number")
         report = cls(**known)
-        if not (isinstance(report.load, list) and isinstance(report.energy_by_used, list)):
-            raise TypeError("a layer has no list of its experts' figures")
+        if not len(report.load) == len(report.energy_by_used) == n_expert:
+            raise ValueError(f"a layer has figures of {len(report.load)} experts instead of {n_expert}")
         return replace(report, n_shared=int(report.n_shared))
 
 
@@ -91,18 +92,18 @@ class LayerExperts:
 
     @classmethod
     def plain(cls, d_ff: int, d_model: int, n_expert: int, align: int, scale: float, grain: int = 1) -> LayerExperts:
-        """The preset `exact`: contiguous slices of whole `grain`s, a zero router, one scale for all."""
+        """Make the experts of the preset `exact`: contiguous slices of whole `grain`s, a zero router, one `scale`."""
         order = contiguous_order(d_ff, n_expert, align, grain)
         return cls(order, zero_router(n_expert, d_model), np.full(n_expert, scale, np.float32))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays by the names that files have for them; `down` is left out where it is None."""
+        """Return the arrays by the names that files have for them, without `down` where it is None."""
         found: dict[str, NDArray[Any]] = {"order": self.order, "router": self.router, "amplification": self.scale}
         return found if self.down is None else found | {"down": self.down}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], report: LayerReport | None) -> LayerExperts:
-        """The experts with these `arrays`, named as by `arrays()`."""
+        """Make the experts with these `arrays`, named as by `arrays()`."""
         return cls(arrays["order"], arrays["router"], arrays["amplification"], arrays.get("down"), report)
 
     def save(self, folder: Path, i: int) -> None:
@@ -117,4 +118,4 @@ class LayerExperts:
         """Read what `save` wrote; nothing is unpickled."""
         with np.load(folder / f"layer-{i}.npz", allow_pickle=False) as file:
             report = json.loads(str(file["report"]))
-            return cls.from_arrays(file, LayerReport.from_dict(report) if report else None)
+            return cls.from_arrays(file, LayerReport.from_dict(report, len(file["router"])) if report else None)

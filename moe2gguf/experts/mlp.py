@@ -30,11 +30,11 @@ class MLP:
     down: Tensor
 
     def activations(self, x: Tensor) -> Tensor:
-        """(n_token, d_model) -> (n_token, d_ff)."""
+        """Return the activations of inputs x (n_token, d_model): (n_token, d_ff)."""
         return torch.nn.functional.silu(x @ self.gate.T).mul_(x @ self.up.T)
 
     def __call__(self, x: Rows) -> Tensor:
-        """(n_token, d_model) -> (n_token, d_model)."""
+        """Return the output of inputs x (n_token, d_model): (n_token, d_model)."""
         return torch.cat([self.activations(x[part]) @ self.down for part in chunks(len(x))])
 
 
@@ -65,7 +65,7 @@ class SlicedLayer:
     report: LayerReport | None = None
 
     def expert_weights(self, x: Tensor, k: int) -> Tensor:
-        """(n_token, n_expert): renormalized top-k softmax times the scale, zero where an expert does not run.
+        """Return (n_token, n_expert): renormalized top-k softmax times the scale, zero where an expert does not run.
 
         llama.cpp's graph: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2148-L2162
         """
@@ -74,15 +74,15 @@ class SlicedLayer:
         return torch.zeros_like(p).scatter_(1, chosen, top / top.sum(-1, keepdim=True)) * self.scale
 
     def weighted_activations(self, x: Tensor, k: int) -> Tensor:
-        """(n_token, d_ff): each neuron's activation times the weight of its expert."""
+        """Return (n_token, d_ff): each neuron's activation times the weight of its expert."""
         return self.mlp.activations(x).mul_(self.expert_weights(x, k)[:, experts_of_neurons(self.groups)])
 
     def __call__(self, x: Rows, k: int) -> Tensor:
-        """(n_token, d_model) -> (n_token, d_model), as the file will compute it with k experts used."""
+        """Return the output (n_token, d_model) of inputs x, as the file will compute it with k experts used."""
         return torch.cat([self.weighted_activations(x[part], k) @ self.mlp.down for part in chunks(len(x))])
 
     def to_experts(self, d_expert: int, *, new_down: bool) -> LayerExperts:
-        """The layer as numpy arrays, padded to `d_expert`; with its down projection if that is not the checkpoint's."""
+        """Return the layer as numpy arrays, padded to `d_expert`; with its down projection if that is a new one."""
         order = np.full((len(self.groups), d_expert), PADDING, np.int64)
         for row, group in zip(order, self.groups, strict=True):
             row[: len(group)] = group.cpu().numpy()
@@ -91,7 +91,7 @@ class SlicedLayer:
 
 
 def experts_of_neurons(groups: Groups) -> Tensor:
-    """(d_ff,): the expert that each neuron belongs to."""
+    """Return (d_ff,): the expert that each neuron belongs to."""
     expert = torch.empty(sum(map(len, groups)), dtype=torch.long, device=groups[0].device)
     for e, group in enumerate(groups):
         expert[group] = e

@@ -32,12 +32,14 @@ BLOCKS = 8
 
 
 def uniform_scale(n_expert: int, factor: float) -> Tensor:
-    """(n_expert,) of `exact` (factor = n_expert) and `used` (factor = n_expert_used)."""
+    """Return the scale (n_expert,) of `exact` (factor = n_expert) and `used` (factor = n_expert_used)."""
     return torch.full((n_expert,), float(factor))
 
 
 def fit_scale(gram: Tensor, dot: Tensor, energy: float, k: int) -> Tensor:
-    """k * m * c (n_expert,): c brings the sum of the chosen experts closest to the dense output, m to its energy.
+    """Return the scale k * m * c (n_expert,) of `fitted`, for k experts used.
+
+    c brings the sum of the chosen experts closest to the dense output, m brings it to the dense output's energy.
 
     gram (n_expert, n_expert), dot (n_expert,) and energy are those of `moe2gguf.experts.stats.expert_agreement`, at the
     scale k for all.
@@ -54,7 +56,7 @@ def fit_scale(gram: Tensor, dot: Tensor, energy: float, k: int) -> Tensor:
 
 
 def inverse_weights(weights: Tensor) -> Tensor:
-    """`any`: the factors a_e = sum p / sum p^2 that bring every expert's weight closest to 1 with all experts used.
+    """Return the scale of `any`: a_e = sum p / sum p^2 brings every expert's weight closest to 1 with all experts used.
 
     weights p (n_token, n_expert): the router's, all experts used. With fewer, the output of those that run grows by the
     part of the softmax that was left out.
@@ -72,7 +74,7 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def mirror(total: Tensor) -> Tensor:
-    """`total` (m, m) with what `add_gram` left out, in place, from the other side of the diagonal."""
+    """Fill in what `add_gram` left out of `total` (m, m), in place, from the other side of the diagonal."""
     for rows in _block_rows(len(total)):
         total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total
@@ -92,7 +94,7 @@ class Normal:
 
     @classmethod
     def empty(cls, m: int, d: int) -> Normal:
-        """No tokens yet."""
+        """Return the sums over no tokens."""
         return cls(torch.zeros(m, m), torch.zeros(m, d))
 
     def add(self, h: Tensor, y: Tensor, w: Tensor) -> None:
@@ -103,25 +105,25 @@ class Normal:
         self.yy += float((w[:, None] * y.square()).sum())
 
     def finished(self) -> Normal:
-        """With all of hh: call it once, after the last tokens."""
+        """Return the sums with all of hh: call it once, after the last tokens."""
         return Normal(mirror(self.hh), self.hy, self.yy)
 
     def __add__(self, other: Normal) -> Normal:
         return Normal(self.hh + other.hh, self.hy + other.hy, self.yy + other.yy)
 
     def error(self, delta: Tensor) -> float:
-        """Weighted squared error left when delta (m, d) is added to the map, as a share of yy."""
+        """Return the weighted squared error left when delta (m, d) is added to the map, as a share of yy."""
         left = self.yy - 2 * float((delta * self.hy).sum()) + float((delta * (self.hh @ delta)).sum())
         return left / max(self.yy, 1e-30)
 
     def solve(self, strength: float) -> Tensor:
-        """delta (m, d): argmin |y - h delta|^2 + strength * mean(diag hh) * |delta|^2."""
+        """Return delta (m, d): argmin |y - h delta|^2 + strength * mean(diag hh) * |delta|^2."""
         a = self.hh + strength * self.hh.diagonal().mean() * torch.eye(len(self.hh))
         return torch.cholesky_solve(self.hy, torch.linalg.cholesky(a))
 
 
 def choose_ridge(train: Normal, held_out: Normal) -> tuple[float, float]:
-    """(ridge strength, share of the held-out error that is left) of the solution on `train` that is best on `held_out`.
+    """Choose the ridge whose solution on `train` is best on `held_out`: (strength, share of the held-out error left).
 
     Strengths are tried from the weakest on for as long as the held-out error falls. (inf, 1.0) where none helps.
     """
@@ -135,7 +137,7 @@ def choose_ridge(train: Normal, held_out: Normal) -> tuple[float, float]:
 
 
 def refit(train: Normal, held_out: Normal) -> tuple[Tensor, float, float]:
-    """(delta (m, d), ridge strength, share of the held-out error that is left), solved on all tokens of both.
+    """Return (delta (m, d), ridge strength, share of the held-out error that is left), solved on all tokens of both.
 
     Where no ridge helps, delta is zero.
     """

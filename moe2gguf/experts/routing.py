@@ -12,11 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIZE = 1e-2
-"""The largest |logit| on the calibration tokens: small, and far above the rounding of a float32 softmax."""
-
-EXACT_SIZE = 1e-3
-"""The same where the file must be the dense model with all experts used; near-ties are then decided by rounding."""
+from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, ROUTER_SIZE
 
 ROUTED_MASS = 0.3
 """The routed experts' share of the softmax in the `any` mode."""
@@ -35,7 +31,7 @@ class RouterMoments:
 
 
 def solve_ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
-    """Rows (n, d) that regress targets on inputs, from the moments xx = X^T X (d, d) and xt = X^T T (d, n).
+    """Return rows (n, d) that regress targets on inputs, from the moments xx = X^T X (d, d) and xt = X^T T (d, n).
 
     Raises:
         torch.linalg.LinAlgError: the inputs are all zero.
@@ -46,7 +42,7 @@ def solve_ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
 
 
 def constant_direction(moments: RouterMoments) -> Tensor:
-    """v (d_model,) with v . x close to 1 for every token: the least-squares fit of the constant 1.
+    """Return v (d_model,) with v . x close to 1 for every token: the least-squares fit of the constant 1.
 
     A row B * v is then a constant logit B: a shared expert, or a router bias. The fit is unweighted: up-weighting the
     first token of a sequence costs all others more than it gains.
@@ -55,7 +51,7 @@ def constant_direction(moments: RouterMoments) -> Tensor:
 
 
 def expert_rows(moments: RouterMoments) -> Tensor:
-    """Centered rows (n, d_model) that predict the targets, the norm of each routed expert's output.
+    """Return centered rows (n, d_model) that predict the targets, the norm of each routed expert's output.
 
     The target is D2DMoE's (https://arxiv.org/abs/2310.04361, section 3.2), the regression linear and closed-form.
     The intercept is implicit, because v . x is 1. The mean row is taken off, which the softmax does not see.
@@ -64,22 +60,22 @@ def expert_rows(moments: RouterMoments) -> Tensor:
 
 
 def center_rows(rows: Tensor) -> Tensor:
-    """The rows (n, d_model) less their mean."""
+    """Return the rows (n, d_model) less their mean."""
     return rows - rows.mean(0) if len(rows) else rows
 
 
 def assemble_router(rows: Tensor, v: Tensor, n_shared: int, largest: float, amplify: str) -> Tensor:
-    """The router (n_shared + n, d_model) of centered `rows` (n, d_model), for a mode of `--amplify`.
+    """Return the router (n_shared + n, d_model) of centered `rows` (n, d_model), for a mode of `--amplify`.
 
     `largest` is the largest |logit| of the rows on the calibration tokens.
     """
     if amplify == "any" and n_shared and len(rows):
         return concentrate(rows, v, n_shared, ROUTED_MASS, largest)
-    return order_only(rows, v, n_shared, largest, EXACT_SIZE if amplify == "exact" else SIZE)
+    return order_only(rows, v, n_shared, largest, EXACT_ROUTER_SIZE if amplify == "exact" else ROUTER_SIZE)
 
 
-def order_only(rows: Tensor, v: Tensor, n_shared: int, largest: float, size: float = SIZE) -> Tensor:
-    """Shared rows B * v above every routed logit, and all of it so small that the softmax is uniform.
+def order_only(rows: Tensor, v: Tensor, n_shared: int, largest: float, size: float = ROUTER_SIZE) -> Tensor:
+    """Put shared rows B * v above every routed logit, and make all so small that the softmax is uniform.
 
     The shared rows descend a little, so that their order is no tie.
     """
@@ -90,11 +86,11 @@ def order_only(rows: Tensor, v: Tensor, n_shared: int, largest: float, size: flo
 
 
 def concentrate(rows: Tensor, v: Tensor, n_shared: int, routed_mass: float, largest: float) -> Tensor:
-    """The rows of the `any` mode: the shared experts hold most of the softmax.
+    """Return the router of the `any` mode, in which the shared experts hold most of the softmax.
 
     With all experts used they hold 1 - routed_mass of it, evenly, and each routed expert an equal part of the rest, up
     to its ordering term. Leaving light experts out then rescales the others by at most 1 / (1 - routed_mass).
     """
     shared_weight, routed_weight = (1 - routed_mass) / n_shared, routed_mass / len(rows)
     gap = float(torch.log(torch.tensor(shared_weight / routed_weight)))
-    return torch.cat([(gap * v).expand(n_shared, -1), rows * (SIZE / max(largest, 1e-30))])
+    return torch.cat([(gap * v).expand(n_shared, -1), rows * (ROUTER_SIZE / max(largest, 1e-30))])

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe2gguf.errors import CalibrationError, OutputError
 from moe2gguf.experts.layer import LayerExperts, LayerReport
-from moe2gguf.experts.slicing import PADDING, expert_width
+from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, PADDING, ROUTER_SIZE, expert_width
 from moe2gguf.spec import Method, Slicing
 
 FORMAT = "1"
@@ -32,13 +32,13 @@ DELETED = "bias_neuron", "search"
 
 RENAMED = {"always_on": "n_shared"}
 """Fields that an older version called otherwise."""
-EXACT_ROUTER, ROUTER = 1e-3, 1e-2
-"""Largest logit of the routers of `exact` and of other files (`moe2gguf.experts.routing`), which import torch."""
+
+_KINDS = {"str": (str,), "int": (int,), "int | None": (int, type(None)), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What a calibration was made from, and how: see `moe2gguf.spec` for the method's fields.
+    """What a calibration was made from, and how: see `moe2gguf.spec.Method` for the last six fields.
 
     checkpoint   digest of the checkpoint's embedding and layers
     text, label  SHA-256 of the calibration text, and what to call it
@@ -65,8 +65,27 @@ class CalibrationRecord:
         """Whether only the router's size and the output scale depend on `n_expert_used` and `amplify`."""
         return not self.refit and self.amplify in ("exact", "used")
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CalibrationRecord:
+        """Make the record of the JSON in a file, of an older version too.
+
+        Raises:
+            AttributeError, TypeError, ValueError: a field is missing or unknown, of another type, or out of range.
+        """
+        named = {RENAMED.get(name, name): value for name, value in values.items()}
+        record = cls(**{name: value for name, value in named.items() if name not in DELETED or value is not False})
+        for field in fields(cls):
+            if type(getattr(record, field.name)) not in _KINDS[str(field.type)]:
+                raise ValueError(f"{field.name} is of another type")
+        counts = (record.n_token, record.n_layer, record.d_model, record.d_ff, record.n_expert, record.n_expert_used)
+        if not 0 < min(counts) <= max(counts) < 2**40:
+            raise ValueError("a count is out of range")
+        if not 0 <= (record.n_shared or 0) <= record.n_expert_used <= record.n_expert <= record.d_ff:
+            raise ValueError("the numbers of experts do not fit together")
+        return record
+
     def method(self) -> Method:
-        """The method it was made with."""
+        """Return the method it was made with."""
         return Method(**{field.name: getattr(self, field.name) for field in fields(Method)})
 
 
@@ -108,7 +127,7 @@ def save_calibration(path: Path, record: CalibrationRecord, layer: Callable[[int
 
 
 def _shapes(record: CalibrationRecord) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Element type and shape of each layer's tensors."""
+    """Return the element type and shape of each layer's tensors."""
     n = record.n_expert
     shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
         "order": (np.int64, (n, expert_width(record.d_ff, n))),
@@ -134,7 +153,7 @@ class SavedCalibration:
         return max(report.n_shared for report in self.reports)
 
     def layer(self, i: int, slicing: Slicing) -> LayerExperts:
-        """The experts of layer `i`, padded, and scaled for the count and the mode of `slicing`.
+        """Read the experts of layer `i`, padded, and scaled for the count and the mode of `slicing`.
 
         Raises:
             CalibrationError: the tensors are not what the file's own description says.
@@ -159,11 +178,11 @@ class SavedCalibration:
 
 
 def _rescale(experts: LayerExperts, record: CalibrationRecord, slicing: Slicing) -> LayerExperts:
-    """The same experts for another count or mode; what `moe2gguf.experts.slice_layer` would give with these groups."""
+    """Return the experts for another count or mode, as `moe2gguf.experts.slice_layer` would with these groups."""
     amplify = slicing.method.amplify
     if (record.amplify, record.n_expert_used) == (amplify, slicing.n_expert_used):
         return experts
-    size = {name: EXACT_ROUTER if name == "exact" else ROUTER for name in ("exact", "used")}
+    size = {"exact": EXACT_ROUTER_SIZE, "used": ROUTER_SIZE}
     factor = slicing.n_expert if amplify == "exact" else slicing.n_expert_used
     return replace(
         experts,
@@ -183,16 +202,12 @@ def read_calibration(path: Path) -> SavedCalibration:
     if metadata.get("format") != FORMAT:
         raise _broken(path, "its format is unknown")
     try:
-        values = {RENAMED.get(name, name): value for name, value in json.loads(metadata["job"]).items()}
-        kept = {name: value for name, value in values.items() if name not in DELETED or value is not False}
-        record = CalibrationRecord(**kept)
-        reports = tuple(LayerReport.from_dict(report) for report in json.loads(metadata["reports"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        record = CalibrationRecord.from_dict(json.loads(metadata["job"]))
+        reports = tuple(LayerReport.from_dict(report, record.n_expert) for report in json.loads(metadata["reports"]))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
-    if not _is_valid(record) or len(reports) != record.n_layer:
-        raise _broken(path, "its description does not make sense")
-    if any(len(r.load) != record.n_expert or len(r.energy_by_used) != record.n_expert for r in reports):
-        raise _broken(path, "its reports have another number of experts")
+    if len(reports) != record.n_layer:
+        raise _broken(path, f"it has reports of {len(reports)} of {record.n_layer} layers")
     if names != {f"{i}.{name}" for i in range(record.n_layer) for name in _shapes(record)}:
         raise _broken(path, "tensors are missing, or too many")
     return SavedCalibration(path, record, reports)
@@ -209,18 +224,3 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _broken(path: Path, why: str) -> CalibrationError:
     return CalibrationError(f"{path}: not a calibration that --save-calibration wrote ({why}); calibrate again")
-
-
-def _is_valid(record: CalibrationRecord) -> bool:
-    """Every field of its type, every count in its range."""
-    optional = record.n_shared is None or (type(record.n_shared) is int and 0 <= record.n_shared <= record.n_expert)
-    texts = (record.checkpoint, record.text, record.label, record.group, record.router, record.amplify)
-    counts = (record.n_token, record.n_layer, record.d_model, record.d_ff, record.n_expert, record.n_expert_used)
-    return (
-        optional
-        and all(isinstance(text, str) for text in texts)
-        and all(type(count) is int and 0 < count < 2**40 for count in counts)
-        and isinstance(record.refit, bool)
-        and type(record.seed) is int
-        and record.n_expert_used <= record.n_expert <= record.d_ff
-    )

@@ -18,7 +18,7 @@ from moe2gguf.experts.grouping import group_sizes, regroup_neurons, split_neuron
 from moe2gguf.experts.hidden_states import Rows, sample_rows
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, SlicedLayer
-from moe2gguf.experts.slicing import default_always_on
+from moe2gguf.experts.slicing import default_n_shared
 from moe2gguf.experts.stats import ActivationStatistics
 from moe2gguf.spec import Slicing
 
@@ -49,7 +49,7 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Act
     stats.require_finite(inputs)
     n, k, n_shared = slicing.n_expert, slicing.n_expert_used, slicing.method.n_shared
     if n_shared is None:
-        n_shared = default_always_on(n, k)
+        n_shared = default_n_shared(n, k)
     try:
         groups = group_neurons(mlp, inputs.sliced, slicing, statistics, n_shared)
         return slice_groups(mlp, inputs, slicing, groups, n_shared)
@@ -60,7 +60,7 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Act
 
 
 def group_neurons(mlp: MLP, x: Rows, slicing: Slicing, statistics: ActivationStatistics, n_shared: int) -> Groups:
-    """The groups of the method, the `n_shared` shared experts first; x (n_token, d_model) are the MLP's inputs."""
+    """Group the neurons as the method says, the `n_shared` shared experts first, for inputs x (n_token, d_model)."""
     method, together, outliers = slicing.method, statistics.together, statistics.outliers
     sizes = group_sizes(len(together), slicing.n_expert)
     if method.group == "contiguous":
@@ -93,7 +93,7 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
 
 
 def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> FittedRouter:
-    """The router of the method, fitted to the groups on the inputs x (n_token, d_model)."""
+    """Fit the router of the method to the groups, on the inputs x (n_token, d_model)."""
     energy = stats.expert_energies(mlp, x, groups)
     moments = stats.router_moments(x, energy[:, n_shared:].sqrt())
     v = routing.constant_direction(moments)
@@ -106,7 +106,7 @@ def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: in
 
 
 def _fit_scale(plain: SlicedLayer, inputs: LayerInputs, slicing: Slicing) -> Tensor:
-    """The output scale (n_expert,) of the method; `plain` has the scale k."""
+    """Return the output scale (n_expert,) of the method; `plain` has the scale k."""
     n, k, amplify, x = slicing.n_expert, slicing.n_expert_used, slicing.method.amplify, inputs.sliced
     if amplify == "exact":
         return refit.uniform_scale(n, n)
@@ -119,7 +119,7 @@ def _fit_scale(plain: SlicedLayer, inputs: LayerInputs, slicing: Slicing) -> Ten
 
 
 def refit_down(sliced: SlicedLayer, inputs: LayerInputs, k: int) -> SlicedLayer:
-    """The same experts with a refitted down projection, for k experts used; the report gets what is left."""
+    """Refit the down projection for k experts used; the report gets the share of the error that is left."""
     weight = stats.token_weights(inputs.target)
     n_train = len(inputs.sliced) - len(inputs.sliced) // HELD_OUT
     spans = range(n_train), range(n_train, len(inputs.sliced))
@@ -130,7 +130,7 @@ def refit_down(sliced: SlicedLayer, inputs: LayerInputs, k: int) -> SlicedLayer:
 
 
 def report_routing(sliced: SlicedLayer, x: Rows, energy: Tensor, v: Tensor, n_shared: int, k: int) -> LayerReport:
-    """What the router makes of the experts' energies (n_token, n_expert) at k experts used."""
+    """Report how much of the experts' energy (n_token, n_expert) the router's choices have at k experts used."""
     n = len(sliced.groups)
     logits = stats.map_rows(x, lambda x: x @ sliced.router.T)
     order = logits.argsort(dim=1, descending=True, stable=True)

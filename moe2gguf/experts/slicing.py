@@ -14,12 +14,18 @@ from numpy.typing import NDArray
 
 PADDING = -1
 
+ROUTER_SIZE = 1e-2
+"""The largest |logit| on the calibration tokens: small, and far above the rounding of a float32 softmax."""
+
+EXACT_ROUTER_SIZE = 1e-3
+"""The same where the file must be the dense model with all experts used; near-ties are then decided by rounding."""
+
 Array = NDArray[np.generic]
 Order = NDArray[np.int64]
 
 
 def expert_width(d_ff: int, n_expert: int, align: int = 1) -> int:
-    """d_expert: the smallest width, a multiple of `align`, at which `n_expert` experts hold `d_ff` neurons.
+    """Return d_expert: the smallest width, a multiple of `align`, at which `n_expert` experts hold `d_ff` neurons.
 
     Example: expert_width(1536, 8, align=256) == 256, of which 192 are neurons and 64 are zero.
     """
@@ -27,17 +33,20 @@ def expert_width(d_ff: int, n_expert: int, align: int = 1) -> int:
 
 
 def _up(number: int, multiple: int) -> int:
-    """`number` rounded up to a multiple of `multiple`."""
+    """Round `number` up to a multiple of `multiple`."""
     return -(-number // multiple) * multiple
 
 
-def default_always_on(n_expert: int, n_expert_used: int) -> int:
-    """All that run but a quarter of all experts, at least half of them, never all: 8 of 12, 4 of 8, 2 of 4 (n = 16)."""
+def default_n_shared(n_expert: int, n_expert_used: int) -> int:
+    """Return how many experts are shared by default: 8 of 12 used, 4 of 8, 2 of 4, where there are 16.
+
+    All that run but a quarter of all experts; at least half of those that run, never all of them.
+    """
     return min(max(n_expert_used - n_expert // 4, n_expert_used // 2), n_expert_used - 1)
 
 
 def contiguous_order(d_ff: int, n_expert: int, align: int = 1, grain: int = 1) -> Order:
-    """Neurons 0, 1, 2 ... cut into n_expert runs whose lengths differ by at most one, each padded to the same width.
+    """Cut neurons 0, 1, 2 ... into n_expert runs whose lengths differ by at most one, each padded to the same width.
 
     Runs are whole groups of `grain` neurons, which must divide d_ff and the padded width. Returns (n_expert, d_expert).
     Source: the MoEification recipe, https://huggingface.co/kalomaze/Mistral-7b-MoEified-8x
@@ -49,7 +58,7 @@ def contiguous_order(d_ff: int, n_expert: int, align: int = 1, grain: int = 1) -
 
 
 def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
-    """Gate or up projection (d_ff, d_model) -> each expert's (d_expert, d_model), one after the other."""
+    """Yield each expert's rows (d_expert, d_model) of a gate or up projection (d_ff, d_model)."""
     for neurons in order:
         if _is_run(neurons):
             yield weight[neurons[0] : neurons[0] + len(neurons)]
@@ -59,13 +68,13 @@ def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
             yield block
 
 
-def slice_columns(weight: Array, order: Order, amplification: Sequence[float] | Array) -> Iterator[Array]:
-    """Down projection (d_model, d_ff) -> each expert's (d_model, d_expert), times its amplification (n_expert,).
+def slice_columns(weight: Array, order: Order, scale: Sequence[float] | Array) -> Iterator[Array]:
+    """Yield each expert's columns (d_model, d_expert) of a down projection (d_model, d_ff), times its scale.
 
-    The product is rounded once to the weight's own type; it is exact where `amplification` is a power of two
-    and nothing overflows (an overflow becomes an infinity, which the writer refuses).
+    The product is rounded once to the weight's own type; it is exact where the factor of `scale` (n_expert,) is a power
+    of two and nothing overflows (an overflow becomes an infinity, which the writer refuses).
     """
-    for neurons, factor in zip(order, amplification, strict=True):
+    for neurons, factor in zip(order, scale, strict=True):
         if _is_run(neurons):
             columns = weight[:, neurons[0] : neurons[0] + len(neurons)]
         else:
@@ -81,7 +90,7 @@ def _is_run(neurons: NDArray[np.int64]) -> bool:
 
 
 def zero_router(n_expert: int, d_model: int) -> NDArray[np.float32]:
-    """The router (n_expert, d_model) at which every expert has the same logit, so the same weight.
+    """Return the router (n_expert, d_model) that gives every expert the same logit, and so the same weight.
 
     It selects well-defined experts only where all of them are used: which ones llama.cpp picks among equals is
     not defined (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-cpu/ops.cpp#L8707-L8757).

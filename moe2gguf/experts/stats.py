@@ -52,7 +52,7 @@ def collect_statistics(mlp: MLP, x: Rows, output: HiddenStates) -> ActivationSta
 
 
 def _find_outliers(mlp: MLP, x: Rows, energy: Tensor, size: Tensor) -> Tensor:
-    """(d_ff,) bool, from each token's output energy (n_token,) and each neuron's |d_i| (d_ff,)."""
+    """Return (d_ff,) bool, from each token's output energy (n_token,) and each neuron's size |d_i| (d_ff,)."""
     outliers = torch.zeros(len(size), dtype=torch.bool)
     massive = energy > MASSIVE_FACTOR * energy.median()
     for part in chunks(len(x)):
@@ -64,12 +64,15 @@ def _find_outliers(mlp: MLP, x: Rows, energy: Tensor, size: Tensor) -> Tensor:
 
 
 def cap_massive_tokens(energy: Tensor) -> Tensor:
-    """How much each token counts in a fit, so that none owns it: 1, or less above 100 times the median `energy`."""
+    """Return how much each token counts in a fit: 1, and less for those above 100 times the median `energy`.
+
+    Without it a massive activation would decide the fit alone. The result has the shape of `energy`.
+    """
     return (MASSIVE_FACTOR * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)
 
 
 def token_weights(target: Rows) -> Tensor:
-    """(n_token,): how much each token of the target (n_token, d_model) counts in a fit."""
+    """Return (n_token,): how much each token of the target (n_token, d_model) counts in a fit."""
     return cap_massive_tokens(map_rows(target, lambda y: y.square().sum(1)))
 
 
@@ -85,12 +88,12 @@ def require_finite(inputs: LayerInputs) -> None:
 
 
 def map_rows(x: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The function of every piece of x, joined to one tensor: for results of a few numbers per token."""
+    """Apply the function to every piece of x, and join the results: a few numbers per token."""
     return torch.cat([function(x[part]) for part in chunks(len(x))])
 
 
 def expert_energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
-    """(n_token, n_expert): the squared norm of each expert's output on x, as h^T (D D^T) h over its own neurons."""
+    """Return (n_token, n_expert): the squared norm of each expert's output, h^T (D D^T) h over its own neurons."""
     grams = [mlp.down[group] @ mlp.down[group].T for group in groups]
     energy = torch.empty(len(x), len(groups))
     for part in chunks(len(x)):
@@ -102,7 +105,7 @@ def expert_energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
 
 
 def energy_by_expert(mlp: MLP, x: Rows, router: Tensor, k: int) -> Tensor:
-    """(d_ff, n_expert): the energy that a neuron would keep in each expert: the sum of a_i^2 over its tokens."""
+    """Return (d_ff, n_expert): the energy a neuron keeps in each expert, the sum of a_i^2 over the expert's tokens."""
     size = mlp.down.square().sum(1)
     kept = torch.zeros(len(size), len(router))
     for part in chunks(len(x)):
@@ -114,7 +117,7 @@ def energy_by_expert(mlp: MLP, x: Rows, router: Tensor, k: int) -> Tensor:
 
 
 def router_moments(x: Rows, targets: Tensor) -> RouterMoments:
-    """X^T X, X^T 1 and X^T T of the inputs x (n_token, d_model) and the targets (n_token, n)."""
+    """Sum X^T X, X^T 1 and X^T T of the inputs x (n_token, d_model) and the targets (n_token, n)."""
     d_model = x[slice(0, 1)].shape[1]
     xx, x1, xt = torch.zeros(d_model, d_model), torch.zeros(d_model), torch.zeros(d_model, targets.shape[1])
     for part in chunks(len(x)):
@@ -126,12 +129,12 @@ def router_moments(x: Rows, targets: Tensor) -> RouterMoments:
 
 
 def largest_logit(x: Rows, rows: Tensor) -> float:
-    """The largest |logit| that router `rows` (n, d_model) have on x; 0 without rows."""
+    """Return the largest |logit| that router `rows` (n, d_model) have on x; 0 without rows."""
     return float(map_rows(x, lambda x: x @ rows.T).abs().max()) if len(rows) else 0.0
 
 
 def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
-    """Weighted sums of <y_e, y_f> (n_expert, n_expert), <y_e, F> (n_expert,) and |F|^2, in doubles on the CPU.
+    """Sum <y_e, y_f> (n_expert, n_expert), <y_e, F> (n_expert,) and |F|^2 over the tokens, in doubles on the CPU.
 
     y_e is what an expert gives, zero where it does not run; F is what the dense MLP gives; `weight` (n_token,) says how
     much a token counts.
@@ -150,7 +153,7 @@ def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tup
 
 
 def normal_equations(layer: SlicedLayer, inputs: LayerInputs, weight: Tensor, k: int, span: range) -> Normal:
-    """The normal equations of the down projection on the tokens of `span`: what is still missing, given what runs."""
+    """Sum the normal equations of what the down projection still misses, given what runs, over the tokens of `span`."""
     normal = Normal.empty(*layer.mlp.down.shape)
     for part in chunks(len(span)):
         tokens = slice(span.start + part.start, span.start + part.stop)

@@ -90,9 +90,9 @@ def _decode(path: Path, data: bytes, is_part: bool) -> str:
 
 
 def _embedded() -> str:
-    """The documents of all files in `texts/`, each at its share of the way through its file: every part has all kinds.
+    """Return the documents of all files in `texts/`, interleaved so that every part of the text has all genres.
 
-    A line of % stands between the documents of a file.
+    Documents of a file are separated by a line of %. Each is placed at its share of the way through its file.
     """
     files = sorted((resources.files("moe2gguf.experts") / "texts").iterdir(), key=lambda file: file.name)
     documents = [file.read_text(encoding="utf-8").strip().split("\n%\n") for file in files]
@@ -110,8 +110,8 @@ def _json_text(path: Path, number: int, line: str) -> str:
     return str(value["text"]).encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
 
 
-def windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
-    """About `n_token` token ids of `text`, (n_window, n_context): windows spread evenly over the whole text.
+def tokenize_windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
+    """Return about `n_token` token ids of `text`, (n_window, n_context): windows spread evenly over the whole text.
 
     The ids are those of the model folder's own tokenizer. Each window starts with the token `bos`, unless it is None,
     as a prompt would.
@@ -119,11 +119,13 @@ def windows(folder: Path, text: Text, n_token: int, n_context: int, bos: int | N
     Raises:
         CalibrationError: the text has fewer tokens than two windows.
     """
-    return spread(text, np.array(_token_ids(folder, text.text), np.int64), n_token, n_context, bos)
+    return spread_windows(text, np.array(_token_ids(folder, text.text), np.int64), n_token, n_context, bos)
 
 
-def spread(text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos: int | None) -> NDArray[np.int64]:
-    """The same of all the token `ids` (n_token,) of `text`, whichever tokenizer they come from.
+def spread_windows(
+    text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos: int | None
+) -> NDArray[np.int64]:
+    """Cut windows as `tokenize_windows` does from all the token `ids` (n_token,) of `text`, of any tokenizer.
 
     Raises:
         CalibrationError: the text has fewer tokens than two windows, or a window has no room.
@@ -142,7 +144,7 @@ def spread(text: Text, ids: NDArray[np.int64], n_token: int, n_context: int, bos
 
 
 def _token_ids(folder: Path, text: str) -> list[int]:
-    """Ids without special tokens; the plan has read the same files before, so they are sound."""
+    """Return ids without special tokens; the plan has read the same files before, so they are valid."""
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 

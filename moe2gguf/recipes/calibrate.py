@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.saved import CalibrationRecord, save_calibration
-from moe2gguf.experts.text import Text, spread, windows
+from moe2gguf.experts.text import Text, spread_windows, tokenize_windows
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import Readable, SourceDigest, source_digest
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[LayerReport, ...]:
-    """Find the experts of every layer, if they need text; the reports of the layers.
+    """Find the experts of every layer, if they need text, and return the reports of the layers.
 
     They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
 
@@ -73,7 +73,7 @@ def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
 
 
 def open_calibration_model(source: Source) -> CalibrationModel:
-    """What a calibration runs on: blocks with the weights of `source`, windows from its tokenizer.
+    """Open what a calibration runs on: blocks with the weights of `source`, windows from its tokenizer.
 
     Raises:
         CalibrationError: torch or transformers is missing.
@@ -104,7 +104,7 @@ class _Folder:
         return Layers(self.checkpoint.model, self.checkpoint.read, device)
 
     def windows(self, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
-        return windows(self.checkpoint.folder, text, n_token, n_context, self.checkpoint.vocabulary.first_id)
+        return tokenize_windows(self.checkpoint.folder, text, n_token, n_context, self.checkpoint.vocabulary.first_id)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class _GGUF:
 
     def windows(self, text: Text, n_token: int, n_context: int) -> NDArray[np.int64]:
         ids, bos = read_tokens(self.dense.path, text.text)
-        return spread(text, ids, n_token, n_context, bos)
+        return spread_windows(text, ids, n_token, n_context, bos)
 
 
 def _calibrated(source: Source) -> dict[str, Readable]:
-    """The embedding and all layers."""
+    """Return the tensors of the embedding and all layers."""
     parts = ("model.layers.", "model.embed") if isinstance(source, Checkpoint) else ("blk.", "token_embd.", "rope_")
     return {name: tensor for name, tensor in source.tensors.items() if name.startswith(parts)}
 
@@ -155,7 +155,7 @@ def _calibrate_on_text(
 
 
 def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> CalibrationRecord:
-    """What the calibration of a plan is made from."""
+    """Describe what the calibration of a plan is made from."""
     model = plan.checkpoint.model
     return CalibrationRecord(
         checkpoint=identity,

@@ -14,7 +14,7 @@ from typing import Any
 
 from moe2gguf.errors import HealError
 from moe2gguf.experts.heal.plan import HealSettings, Windows
-from moe2gguf.experts.text import Text, read_text, windows
+from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import source_digest
@@ -158,8 +158,8 @@ def read_texts(
         train, other = Text(text.text[:cut], text.label), Text(text.text[cut:], f"end of {text.label}")
     bos = checkpoint.vocabulary.first_id
     context = min(n_context, checkpoint.model.n_context)
-    ids = windows(checkpoint.folder, train, n_token, context, bos)
-    return Texts(ids, windows(checkpoint.folder, other, n_held_out, context, bos), train.label, train.digest)
+    ids = tokenize_windows(checkpoint.folder, train, n_token, context, bos)
+    return Texts(ids, tokenize_windows(checkpoint.folder, other, n_held_out, context, bos), train.label, train.digest)
 
 
 def _job(data: Texts, sliced: Checkpoint, settings: HealSettings) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe2gguf.experts import routing
+from moe2gguf.experts.slicing import ROUTER_SIZE
 from moe2gguf.experts.stats import router_moments
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,12 +41,12 @@ def test_assembled_rows_only_order(n_shared):
     router = routing.order_only(rows, v, n_shared, float((x @ rows.T).abs().max()))
 
     logits = x @ router.T
-    assert logits.abs().max() <= routing.SIZE * 1.4
+    assert logits.abs().max() <= ROUTER_SIZE * 1.4
     assert (n_shared + 5, 6) == router.shape
     order = logits.argsort(dim=1, descending=True)
     assert (order[:, :n_shared] < n_shared).all()
     assert torch.equal((x @ rows.T).argsort(dim=1), logits[:, n_shared:].argsort(dim=1))
-    assert (logits.softmax(-1) * (n_shared + 5) - 1).abs().max() < 2 * routing.SIZE
+    assert (logits.softmax(-1) * (n_shared + 5) - 1).abs().max() < 2 * ROUTER_SIZE
 
 
 def test_concentrated_rows_give_the_routed_experts_their_share():

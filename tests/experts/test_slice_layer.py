@@ -11,7 +11,7 @@ from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.mlp import MLP, LayerInputs
 from moe2gguf.experts.refit import fit_scale
 from moe2gguf.experts.slice_layer import slice_layer
-from moe2gguf.experts.slicing import default_always_on
+from moe2gguf.experts.slicing import default_n_shared
 from moe2gguf.experts.stats import collect_statistics, expert_agreement
 from moe2gguf.spec import Method, Slicing
 
@@ -190,12 +190,12 @@ def test_activations_that_are_not_finite():
 @pytest.mark.parametrize(("k", "expected"), [(12, 8), (8, 4), (4, 2), (2, 1), (1, 0)])
 def test_how_many_are_always_on_by_default(k, expected):
     """Of 16."""
-    assert expected == default_always_on(16, k)
+    assert expected == default_n_shared(16, k)
 
 
 def test_a_few_experts_leave_one_to_route():
     """Of two or three experts a quarter is none; a choice that is always the same would not be one."""
     assert {(2, 1): 0, (3, 1): 0, (3, 2): 1, (4, 1): 0, (4, 3): 2} == {
-        (n, k): default_always_on(n, k) for n, k in ((2, 1), (3, 1), (3, 2), (4, 1), (4, 3))
+        (n, k): default_n_shared(n, k) for n, k in ((2, 1), (3, 1), (3, 2), (4, 1), (4, 3))
     }
-    assert all(default_always_on(n, k) < k for n in range(2, 65) for k in range(1, n))
+    assert all(default_n_shared(n, k) < k for n in range(2, 65) for k in range(1, n))

@@ -9,7 +9,7 @@ from tiny_tokenizers import byte_level_bpe, sentencepiece_model
 from transformers import AutoTokenizer
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.text import EMBEDDED, read_text, windows
+from moe2gguf.experts.text import EMBEDDED, read_text, tokenize_windows
 
 
 def test_the_embedded_text_needs_no_file():
@@ -80,7 +80,7 @@ def test_windows_are_the_tokenizers_ids(tmp_path, bos):
     byte_level_bpe(tmp_path)
     text = read_text(None)
 
-    ids = windows(tmp_path, text, 640, 64, bos)
+    ids = tokenize_windows(tmp_path, text, 640, 64, bos)
 
     assert ((10, 64), np.int64) == (ids.shape, ids.dtype)
     expected = AutoTokenizer.from_pretrained(tmp_path)(text.text[:4000], add_special_tokens=False).input_ids
@@ -96,7 +96,7 @@ def test_a_folder_with_tokenizer_model_alone(tmp_path):
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)
     text = read_text(None)
 
-    ids = windows(tmp_path, text, 640, 64, 1)
+    ids = tokenize_windows(tmp_path, text, 640, 64, 1)
 
     expected = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text.text[:4000])
     assert [1, *expected[:63]] == ids[0].tolist()
@@ -107,7 +107,7 @@ def test_a_window_of_the_first_token_alone(tmp_path):
     byte_level_bpe(tmp_path)
 
     with pytest.raises(CalibrationError, match=r"a context of 1 tokens.*leaves no room"):
-        windows(tmp_path, read_text(None), 1024, 1, 0)
+        tokenize_windows(tmp_path, read_text(None), 1024, 1, 0)
 
 
 def test_too_little_text(tmp_path):
@@ -116,4 +116,4 @@ def test_too_little_text(tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
 
     with pytest.raises(CalibrationError, match="too few to calibrate"):
-        windows(tmp_path, read_text(tmp_path / "short.txt"), 1024, 512, None)
+        tokenize_windows(tmp_path, read_text(tmp_path / "short.txt"), 1024, 512, None)

@@ -7,7 +7,7 @@ from tiny_tokenizers import byte_level_bpe, llama_json_only, sentencepiece_model
 
 from moe2gguf import Options, convert
 from moe2gguf.errors import HarnessError
-from moe2gguf.experts.text import Text, read_text, windows
+from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.hf.folder import open_checkpoint
 from moe2gguf.llama.tokens import read_tokens
 
@@ -43,7 +43,7 @@ def test_ids_and_first_token_are_the_folders(folder, tmp_path, name):
 
     n = len(ids) // 2 * 2
     assert open_checkpoint(folder).vocabulary.first_id == first
-    assert windows(folder, text, n, n // 2, None).reshape(-1).tolist() == ids[:n].tolist()
+    assert tokenize_windows(folder, text, n, n // 2, None).reshape(-1).tolist() == ids[:n].tolist()
     assert ids.dtype == np.int64
 
 
