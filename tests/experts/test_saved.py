@@ -225,13 +225,24 @@ def test_damaged_and_hostile_files(folder, kept, tmp_path, change):
     assert ["bad"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_a_file_of_an_older_version(folder, kept, tmp_path):
-    """It names two options that are gone; where they were off the experts are the same."""
-    old = changed(kept[1], tmp_path / "old", _job(bias_neuron=False, search=False))
+def _older(header):
+    """The names of an older version, and two options that are gone."""
+    metadata = header["__metadata__"]
+    record, reports = json.loads(metadata["job"]), json.loads(metadata["reports"])
+    record |= {"always_on": record.pop("n_shared"), "bias_neuron": False, "search": False}
+    for report in reports:
+        report |= {"always_on": float(report.pop("n_shared")), "always_on_rate": report.pop("shared_rate")}
+    metadata |= {"job": json.dumps(record), "reports": json.dumps(reports)}
 
-    convert(folder, tmp_path / "y.gguf", Options(load_calibration=old))
+
+def test_a_file_of_an_older_version(folder, kept, tmp_path):
+    """Where the options that are gone were off, the experts and the report are the same."""
+    old = changed(kept[1], tmp_path / "old", _older)
+
+    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=old))
 
     assert kept[0].read_bytes() == (tmp_path / "y.gguf").read_bytes()
+    assert done.layers == convert(folder, tmp_path / "z.gguf", Options(load_calibration=kept[1])).layers
 
 
 def test_orders_that_are_no_permutation(folder, kept, tmp_path):
