@@ -175,7 +175,7 @@ def convert(
     if report:
         require_plotly(report)
     if form == "hf":
-        done = write_folder(plan, out, force=force, progress=display.progress)
+        done = write_folder(plan, out, force=force, resume=resume, progress=display.progress)
         emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
         return
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)

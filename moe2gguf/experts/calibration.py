@@ -9,12 +9,11 @@ calibration resumes.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,12 +21,13 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.forward import Block, Layers, choose_device
-from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, Rows, allocate, chunks
+from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, allocate, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.stats import ActivationStatistics, collect_statistics
 from moe2gguf.experts.text import Text
+from moe2gguf.gguf.resume import Job, checksum_path, describe_record
 from moe2gguf.spec import Slicing
 
 Slicer = Callable[[MLP, LayerInputs, Slicing, ActivationStatistics], SlicedLayer]
@@ -81,33 +81,41 @@ def calibrate(
     work: Path,
     advance: Callable[[int], None],
     slicer: Slicer | None = None,
+    *,
+    resume: bool = True,
 ) -> list[LayerReport]:
     """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`, and return the layers' reports.
 
     A `work` folder of the same job is continued after its last finished layer. `advance` is told the tokens done, once
-    per layer. `slicer` slices a layer in place of `slice_layer`.
+    per layer. `slicer` slices a layer in place of `slice_layer`. With `resume` False the work starts anew.
 
     Raises:
-        CalibrationError: the text is too short, the activations are not finite, a device or the disk cannot be used, or
-            `work` belongs to another job (the difference is named).
+        CalibrationError: the text is too short, the activations are not finite, or a device or the disk cannot be used.
+        OutputError: `work` belongs to another job (every difference is named), or cannot be written.
     """
     device = choose_device(settings.device)
     with torch.inference_mode(), device:
         layers = model.layers(device)
         ids = _cut_windows(model, text, settings)
-        job = {"text": text.digest, "ids": _digest(ids), "slicing": asdict(slicing), "checkpoint": model.identity}
-        first = _find_first_layer(work, job)
-        advance(first * ids.size)
-        with tempfile.TemporaryDirectory(prefix="states-", dir=work) as spill:
-            names = ("dense", "sliced", "output")
-            states = _States(*allocate(names, ids.size, layers.d_model, settings.memory, Path(spill)))
-            _fill_states(states, work, first, layers, ids)
-            for i, block in layers.attend_blocks((states.dense, states.sliced), settings.n_context, first):
-                layer = _slice_block(block, states, slicing, slicer or slice_layer)
-                layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
-                _save_states(work, i, (states.dense, states.sliced))
-                advance(ids.size)
+        with Job(work, _describe(model, text, ids, slicing), resume=resume) as job:
+            first = _find_first_layer(job)
+            advance(first * ids.size)
+            with tempfile.TemporaryDirectory(prefix="unfinished-states-", dir=work) as spill:
+                names = ("dense", "sliced", "output")
+                states = _States(*allocate(names, ids.size, layers.d_model, settings.memory, Path(spill)))
+                _fill_states(states, work, first, layers, ids)
+                for i, block in layers.attend_blocks((states.dense, states.sliced), settings.n_context, first):
+                    layer = _slice_block(block, states, slicing, slicer or slice_layer)
+                    layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
+                    _save_states(job, i, states)
+                    advance(ids.size)
         return [report for i in range(len(layers)) if (report := LayerExperts.load(work, i).report)]
+
+
+def _describe(model: CalibrationModel, text: Text, ids: NDArray[np.int64], slicing: Slicing) -> dict[str, str]:
+    """Describe everything that decides the result."""
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    return {"text": text.digest, "tokens": digest, **describe_record(slicing), "checkpoint": model.identity}
 
 
 def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSettings) -> NDArray[np.int64]:
@@ -135,20 +143,16 @@ def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer
     return layer
 
 
-def _find_first_layer(work: Path, job: dict[str, Any]) -> int:
-    """Return the first layer to do; write the folder's manifest, or compare it with this job."""
-    manifest = work / "job.json"
-    if not manifest.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps(job))
+def _find_first_layer(job: Job) -> int:
+    """Return the first layer to do: the one behind the last hidden states, if all layers before it are unharmed."""
+    if (name := job.last(r"state-\d+\.f32")) is None:
         return 0
-    known = json.loads(manifest.read_text())
-    if differing := [key for key in job if known.get(key) != json.loads(json.dumps(job[key]))]:
-        raise CalibrationError(
-            f"{work}: holds another calibration (other {', '.join(differing)}); remove the folder to start anew"
-        )
-    states = sorted(int(path.stem.split("-")[1]) for path in work.glob("state-*.f32"))
-    return states[-1] + 1 if states else 0
+    first = int(name[len("state-") : -len(".f32")]) + 1
+    for i in range(first):
+        finished, path = job.find(f"state-{i}.f32"), job.folder / f"layer-{i}.npz"
+        if finished is None or not path.exists() or checksum_path(path) != finished.facts.get("layer"):
+            return 0
+    return first
 
 
 def _fill_states(states: _States, work: Path, first: int, layers: Layers, ids: NDArray[np.int64]) -> None:
@@ -168,16 +172,11 @@ def _fill_states(states: _States, work: Path, first: int, layers: Layers, ids: N
                 rows[part] = torch.from_numpy(values.reshape(shape))
 
 
-def _save_states(work: Path, i: int, states: tuple[Rows, Rows]) -> None:
-    """Write what layer `i` + 1 starts from, by rename: its file tells that layer `i` is finished."""
-    unfinished = work / "state.tmp"
-    with unfinished.open("wb") as file:
-        for rows in states:
+def _save_states(job: Job, i: int, states: _States) -> None:
+    """Save what layer `i` + 1 starts from: with it layer `i` is finished."""
+    facts = {"layer": checksum_path(job.folder / f"layer-{i}.npz", flush=True)}
+    with job.save(f"state-{i}.f32", facts) as path, path.open("wb") as file:
+        for rows in (states.dense, states.sliced):
             for part in chunks(len(rows)):
                 file.write(rows[part].contiguous().numpy().data)
-    unfinished.replace(work / f"state-{i}.f32")
-    (work / f"state-{i - 1}.f32").unlink(missing_ok=True)
-
-
-def _digest(ids: NDArray[np.int64]) -> str:
-    return hashlib.sha256(ids.tobytes()).hexdigest()
+    job.drop(f"state-{i - 1}.f32")

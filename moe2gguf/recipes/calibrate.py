@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from moe2gguf.experts.forward import Device, Layers
 
 
-def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[LayerReport, ...]:
+def calibrate_plan(plan: Plan, work: Path, progress: Progress, *, resume: bool = True) -> tuple[LayerReport, ...]:
     """Find the experts of every layer, if they need text, and return the reports of the layers.
 
-    They come from a saved calibration, or are made in `work`, where a stopped calibration is continued.
+    They come from a saved calibration, or are made in the folder `work`, where a calibration that was stopped is
+    continued; without `resume` it starts anew.
 
     Raises:
         CalibrationError: the text or the activations cannot be used, or torch is missing.
+        OutputError: `work` cannot be written, or has the work of another job.
         HarnessError: the model is a GGUF file, whose tokenizer is llama.cpp's, and that is not installed.
     """
     text, saved, slicing = plan.text, plan.saved, plan.slicing
@@ -47,7 +49,7 @@ def calibrate_plan(plan: Plan, work: Path, progress: Progress) -> tuple[LayerRep
     if text is None:
         return ()
     model = open_calibration_model(plan.checkpoint)
-    reports = _calibrate_on_text(plan, model, text, slicing, work, progress)
+    reports = _calibrate_on_text(plan, model, text, slicing, work, progress, resume=resume)
     plan.experts.load = functools.partial(LayerExperts.load, work)
     if target := plan.options.save_calibration:
         save_calibration(target, _describe(plan, text, slicing, model.identity), plan.experts.load)
@@ -135,7 +137,7 @@ def _calibrated(source: Source) -> dict[str, Readable]:
 
 
 def _calibrate_on_text(
-    plan: Plan, model: CalibrationModel, text: Text, slicing: Slicing, work: Path, progress: Progress
+    plan: Plan, model: CalibrationModel, text: Text, slicing: Slicing, work: Path, progress: Progress, *, resume: bool
 ) -> list[LayerReport]:
     """Make the experts of every layer in `work`."""
     from moe2gguf.experts.calibration import CalibrationSettings, calibrate
@@ -146,7 +148,7 @@ def _calibrate_on_text(
     total = n_token // n_context * n_context * dense.n_layer
     try:
         with progress("calibrate", total) as advance:
-            return calibrate(model, text, slicing, settings, work, advance)
+            return calibrate(model, text, slicing, settings, work, advance, resume=resume)
     except OSError as error:
         raise CalibrationError(
             f"{work}: cannot be written ({error.strerror or error}); calibration keeps its finished layers there: "

@@ -103,7 +103,7 @@ def write_plan(
         if target.resolve() in {path.resolve() for path in model_paths(out, len(shards))}:
             raise OutputError(f"{target}: is the file to write already; keep the calibration under another name")
         check_target(target, plan.checkpoint.own_files, force=force)
-    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
+    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress, resume=resume)
 
     def finish(descriptor: int, layout: Layout) -> None:
         _fill_in(plan, reports, descriptor, layout)

@@ -62,11 +62,14 @@ CHANGED_BY |= {"gate_up": CHANGED_BY["gate"], "down": ("down", "experts", "lora"
 # --- a sliced model ---------------------------------------------------------------------------------------------------
 
 
-def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progress = silent) -> Conversion:
+def write_folder(
+    plan: Plan, out: Path, *, force: bool = False, resume: bool = True, progress: Progress = silent
+) -> Conversion:
     """Write the sliced model that `plan` describes as the folder `out`; it appears only when it is complete.
 
     Tensors keep the type in which they are stored, or get that of `plan.options.type`; routers are float32. The
-    provenance stands in config.json under "moe2gguf".
+    provenance stands in config.json under "moe2gguf". A calibration that was stopped is continued, or starts anew
+    without `resume`.
 
     Raises:
         PlanError: what the class cannot hold: attention biases, a model that is not sliced here, block types.
@@ -76,7 +79,7 @@ def write_folder(plan: Plan, out: Path, *, force: bool = False, progress: Progre
     if found or plan.slicing is None or not isinstance(checkpoint, Checkpoint):
         raise PlanError(found)
     check_folder_target(out, [checkpoint.folder], force=force)
-    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress)
+    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress, resume=resume)
     digest = SourceDigest()
     tensors = mixtral_tensors(plan, checkpoint, plan.slicing, digest)
     make_texts = functools.partial(_describe_sliced, plan, checkpoint, plan.slicing, digest, reports)

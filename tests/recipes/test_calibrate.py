@@ -13,7 +13,7 @@ from qwen2_gguf import qwen2_gguf
 
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
-from moe2gguf.errors import CalibrationError, HarnessError
+from moe2gguf.errors import CalibrationError, HarnessError, OutputError
 from moe2gguf.experts import saved
 
 QUICK = {"experts": 8, "used": 4, "calibration_tokens": 1024}
@@ -140,7 +140,7 @@ def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monk
     options, done = Options(**QUICK), stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(place / "f32.gguf", tmp_path / "x.gguf", options)
-    with pytest.raises(CalibrationError, match=r"holds another calibration \(other .*checkpoint\)"):
+    with pytest.raises(OutputError, match=r"holds the unfinished work of another job:\n(.*\n)*  - checkpoint: "):
         convert(place / "q8_0.gguf", tmp_path / "x.gguf", options)
 
     convert(place / "f32.gguf", tmp_path / "x.gguf", options)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import sweeps
 import tiny_gguf
 
@@ -31,6 +32,7 @@ def make_inputs(folder: Path) -> Path:
     tiny_gguf.write_gguf(folder / "dense.gguf", dense)
     tiny_gguf.write_gguf(folder / "routed.gguf", tiny_gguf.sliced_weights(dense, 4, router_seed=1), n_expert_used=2)
     (folder / "words.txt").write_text(WORDS * 8)
+    checkpoints.make(folder / "warm", num_hidden_layers=3)
     return folder
 
 
@@ -43,6 +45,12 @@ def run_convert_shards(inputs: Path, out: Path, changed: bool, resume: bool) -> 
     """A set of files, tensor by tensor."""
     options = Options(experts=4, shard_size=90_000 if changed else 100_000)
     convert(inputs / "dense.gguf", out, options, threads=1, resume=resume)
+
+
+def run_calibration(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
+    """Experts that fit a text, layer by layer, in the model's folder."""
+    options = Options(experts=4, used=2, calibration_tokens=1024, seed=1 if changed else 0, device="cpu")
+    convert(inputs / "warm", out, options, threads=1, resume=resume)
 
 
 def run_quantize(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
@@ -75,6 +83,7 @@ def run_compare(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
 JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "convert": (run_convert, "experts: 4 there, 2 now"),
     "convert-shards": (run_convert_shards, "shard size: 100000 there, 90000 now"),
+    "calibration": (run_calibration, "seed: 0 there, 1 now"),
     "quantize": (run_quantize, "pure: False there, True now"),
     "imatrix": (run_imatrix, "--tokens: 128 there, 96 now"),
     "compare": (run_compare, None),
