@@ -6,23 +6,23 @@ GROUPS = {
     "contiguous": "neighboring neurons (https://huggingface.co/kalomaze/Mistral-7b-MoEified-8x)",
     "activations": "balanced k-means on which neurons contribute to the output together (CMoE, "
     "https://arxiv.org/abs/2502.04416)",
-    "routed": "activations, then every neuron moves to the expert that the router picks when the neuron contributes; "
-    "the default below all experts",
+    "routed": "as activations, then every neuron moves to the expert that the router picks when the neuron "
+    "contributes; the default below all experts",
 }
 
 ROUTERS = {
-    "zero": "no preference: only for all experts on",
-    "least-squares": "the norm of each expert's output, regressed on the MLP's input (D2DMoE's target, "
+    "zero": "no preference: only where all experts are used",
+    "least-squares": "a regression of the norm of each expert's output on the MLP's input (D2DMoE's target, "
     "https://arxiv.org/abs/2310.04361)",
 }
 
 AMPLIFICATIONS = {
-    "exact": "the dense model with all experts on; too loud with fewer",
-    "used": "the plain sum of the experts at --used; the default there",
-    "fitted": "the loudness of each expert that fits the dense output best at --used",
-    "any": "one file for every count: the always-on experts hold most of the router's weight",
+    "exact": "the dense model with all experts used; too large outputs with fewer",
+    "used": "the plain sum of the experts at --used; the default below all experts",
+    "fitted": "the output scale of each expert that fits the dense output best at --used",
+    "any": "one file for every count: the shared experts hold most of the router's weight",
 }
-"""Derivations: `moe2gguf.experts.amplification`."""
+"""How the experts' outputs are scaled; derivations: `moe2gguf.experts.refit`."""
 
 CORRECTIONS = {
     "refit": "a ridge regression of the down projections on what is missing, given the experts that run; the default "
