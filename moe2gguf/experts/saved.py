@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ DELETED = "bias_neuron", "search"
 RENAMED = {"always_on": "n_shared"}
 """Fields that an older version called otherwise."""
 
+_DTYPES: dict[type[np.generic], str] = {np.int64: "I64", np.float32: "F32"}
 _KINDS = {"str": (str,), "int": (int,), "int | None": (int, type(None)), "bool": (bool,)}
 
 
@@ -96,21 +97,8 @@ def save_calibration(path: Path, record: CalibrationRecord, layer: Callable[[int
         OutputError: it cannot be written.
     """
     shapes = _shapes(record)
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "job": json.dumps(asdict(record)),
-            "reports": json.dumps([r.to_dict() if (r := layer(i).report) else {} for i in range(record.n_layer)]),
-        }
-    }
-    end = 0
-    for i in range(record.n_layer):
-        for name, (kind, shape) in shapes.items():
-            start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
-            stored = {"dtype": "I64" if kind is np.int64 else "F32", "shape": shape, "data_offsets": [start, end]}
-            header[f"{i}.{name}"] = stored
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text = json.dumps(_make_header(record, [layer(i).report for i in range(record.n_layer)])).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as safetensors writes them
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -124,6 +112,18 @@ def save_calibration(path: Path, record: CalibrationRecord, layer: Callable[[int
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _make_header(record: CalibrationRecord, reports: Sequence[LayerReport | None]) -> dict[str, Any]:
+    """Return the header of a safetensors file: the description, and where each tensor stands behind it."""
+    found = json.dumps([report.to_dict() if report else {} for report in reports])
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "job": json.dumps(asdict(record)), "reports": found}}
+    end = 0
+    for i in range(record.n_layer):
+        for name, (kind, shape) in _shapes(record).items():
+            start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
+            header[f"{i}.{name}"] = {"dtype": _DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
+    return header
 
 
 def _shapes(record: CalibrationRecord) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
@@ -159,20 +159,20 @@ class SavedCalibration:
             CalibrationError: the tensors are not what the file's own description says.
         """
         shapes, parts = _shapes(self.record), {}
-        with _opened(self.path) as file:
+        with _open_file(self.path) as file:
             for name, (kind, shape) in shapes.items():
                 view = file.get_slice(f"{i}.{name}")
                 stored = tuple(view.get_shape()), view.get_dtype()
-                if stored != (shape, "I64" if kind is np.int64 else "F32"):
-                    raise _broken(self.path, f"layer {i} has a {name} of {stored[1]} {stored[0]}")
+                if stored != (shape, _DTYPES[kind]):
+                    raise _broken_error(self.path, f"layer {i} has a {name} of {stored[1]} {stored[0]}")
                 parts[name] = file.get_tensor(f"{i}.{name}")
         order = np.full((self.record.n_expert, slicing.d_expert), PADDING, np.int64)
         order[:, : parts["order"].shape[1]] = parts["order"]
         neurons = np.sort(order[order != PADDING])
         if not np.array_equal(neurons, np.arange(self.record.d_ff)):
-            raise _broken(self.path, f"layer {i} does not place every neuron once")
+            raise _broken_error(self.path, f"layer {i} does not place every neuron once")
         if not all(np.isfinite(part).all() for part in parts.values()):
-            raise _broken(self.path, f"layer {i} holds numbers that are not finite")
+            raise _broken_error(self.path, f"layer {i} holds numbers that are not finite")
         experts = LayerExperts.from_arrays(parts | {"order": order}, self.reports[i])
         return _rescale(experts, self.record, slicing)
 
@@ -197,30 +197,30 @@ def read_calibration(path: Path) -> SavedCalibration:
     Raises:
         CalibrationError: it is not one, or it is damaged.
     """
-    with _opened(path) as file:
+    with _open_file(path) as file:
         metadata, names = file.metadata() or {}, set(file.keys())
     if metadata.get("format") != FORMAT:
-        raise _broken(path, "its format is unknown")
+        raise _broken_error(path, "its format is unknown")
     try:
         record = CalibrationRecord.from_dict(json.loads(metadata["job"]))
         reports = tuple(LayerReport.from_dict(report, record.n_expert) for report in json.loads(metadata["reports"]))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _broken(path, str(error)) from error
+        raise _broken_error(path, str(error)) from error
     if len(reports) != record.n_layer:
-        raise _broken(path, f"it has reports of {len(reports)} of {record.n_layer} layers")
+        raise _broken_error(path, f"it has reports of {len(reports)} of {record.n_layer} layers")
     if names != {f"{i}.{name}" for i in range(record.n_layer) for name in _shapes(record)}:
-        raise _broken(path, "tensors are missing, or too many")
+        raise _broken_error(path, "tensors are missing, or too many")
     return SavedCalibration(path, record, reports)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_file(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="np") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise _broken(path, str(error)) from error
+        raise _broken_error(path, str(error)) from error
 
 
-def _broken(path: Path, why: str) -> CalibrationError:
+def _broken_error(path: Path, why: str) -> CalibrationError:
     return CalibrationError(f"{path}: not a calibration that --save-calibration wrote ({why}); calibrate again")
