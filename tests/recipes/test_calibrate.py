@@ -154,7 +154,7 @@ def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
     """A file stands where the folder of finished layers would be; nothing is written, and the file stays."""
     (tmp_path / "x.gguf.calibration").write_text("mine")
 
-    with pytest.raises(CalibrationError, match=r"x\.gguf\.calibration: cannot be written \(File exists\)"):
+    with pytest.raises(OutputError, match=r"x\.gguf\.calibration: cannot be created \(File exists\)"):
         convert(place / "m", tmp_path / "x.gguf", Options(**QUICK))
 
     assert ["x.gguf.calibration"] == [path.name for path in tmp_path.iterdir()]
