@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 import cloup
+
+from moe2gguf.gguf.outputs import check_outputs
 
 FOREIGN = {
     "-m": "MODEL",
@@ -35,6 +38,27 @@ FOREIGN = {
 """Options of llama.cpp and Hugging Face, and what they are called here: an option, or an argument in capitals."""
 
 
+class Input(click.Path):
+    """A file or folder that is read: no output may be the same file."""
+
+
+class Output(click.Path):
+    """A file or folder that is written."""
+
+
+class ContinuedOutput(Output):
+    """A file that may exist: more is written at its end."""
+
+
+def allow_replacing(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    """Remember --force: existing outputs may be replaced."""
+    ctx.meta[_FORCE] = value
+    return value
+
+
+_FORCE = "moe2gguf.force"
+
+
 class Command(cloup.Command):
     """A command with these hints. Options made with `hidden=True` are shown by `--help-all`."""
 
@@ -55,6 +79,12 @@ class Command(cloup.Command):
                 raise click.UsageError(f"No such option: {name}. {self._hint(FOREIGN[name], ours)}", ctx)
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless an output is an input or exists."""
+        if not ctx.params.get("plan_only"):
+            _check_files(self.params, ctx)
+        return super().invoke(ctx)
+
     def _options(self) -> list[click.Option]:
         return [parameter for parameter in self.params if isinstance(parameter, click.Option)]
 
@@ -67,6 +97,25 @@ class Command(cloup.Command):
         if name == "OUT":
             return f"The output is an argument here: {usage}" if "OUT" in metavars else "This command writes no file."
         return f"The model is the first argument here: {usage}"
+
+
+def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> None:
+    """Check every path of type `Output` against every one of type `Input`. Raises OutputError."""
+    inputs: list[Path] = []
+    outputs: dict[str, Path] = {}
+    may_exist: set[str] = set()
+    for parameter in parameters:
+        if not isinstance(parameter.type, (Input, Output)):
+            continue
+        value = ctx.params[str(parameter.name)]
+        paths = [Path(one) for one in (value if isinstance(value, tuple) else [value]) if one is not None]
+        if isinstance(parameter.type, Input):
+            inputs += paths
+            continue
+        option = f"{max(parameter.opts, key=len)} " if isinstance(parameter, click.Option) else ""
+        outputs |= {f"{option}{path}": path for path in paths}
+        may_exist |= {f"{option}{path}" for path in paths if isinstance(parameter.type, ContinuedOutput)}
+    check_outputs(outputs, inputs, force=ctx.meta.get(_FORCE, False), may_exist=may_exist)
 
 
 def _help_all() -> click.Option:

@@ -10,11 +10,11 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, ContinuedOutput
 from moe2gguf.cli.options import (
     FILE,
     NONE,
-    PATH,
+    OUT,
     Size,
     context_option,
     devices_from,
@@ -22,6 +22,7 @@ from moe2gguf.cli.options import (
     emit,
     json_option,
     number,
+    pages_force_option,
     report_option,
     resume_option,
     rpc_option,
@@ -67,7 +68,12 @@ from moe2gguf.cli.options import (
         help="Disk space for the logits of DENSE.  [default: 8GiB, at most half of what is free]",
     ),
     option("--scheduler", metavar="ADDRESS", help="Measure on the workers of this Dask scheduler."),
-    option("--journal", type=PATH, metavar="FILE", help="File of finished rows.  [default: in the cache folder]"),
+    option(
+        "--journal",
+        type=ContinuedOutput(path_type=Path),
+        metavar="FILE",
+        help="File of finished rows.  [default: in the cache folder]",
+    ),
     resume_option,
 )
 @option_group(
@@ -76,9 +82,10 @@ from moe2gguf.cli.options import (
     option("--expert-usage", is_flag=True, help="Also count which experts are used (for --json and --report)."),
     option("--wide", is_flag=True, help="Print all columns."),
     json_option,
-    option("--csv", "csv_file", type=PATH, metavar="FILE.csv", help="Also write the rows as a table."),
+    option("--csv", "csv_file", type=OUT, metavar="FILE.csv", help="Also write the rows as a table."),
     report_option,
-    option("--picture", type=PATH, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
+    option("--picture", type=OUT, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
+    pages_force_option,
 )
 def compare(
     files: tuple[Path, ...],

@@ -12,10 +12,11 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, Input
 from moe2gguf.cli.options import (
+    ANY,
     FILE,
-    PATH,
+    OUT,
     Shared,
     Size,
     emit,
@@ -34,8 +35,8 @@ from moe2gguf.experts import methods
 
 
 @cloup.command(cls=Command)
-@cloup.argument("model", type=PATH, help="A Hugging Face folder, or a dense GGUF file.")
-@cloup.argument("out", type=PATH, required=False, help="The GGUF file to write.")
+@cloup.argument("model", type=ANY, help="A Hugging Face folder, or a dense GGUF file.")
+@cloup.argument("out", type=OUT, required=False, help="The GGUF file to write.")
 @option_group(
     "What to make",
     option("-e", "--experts", type=int, help="Experts per layer; a Mixtral model keeps its own.  [default: 8]"),
@@ -63,7 +64,7 @@ from moe2gguf.experts import methods
         type=FILE,
         help="Text, or JSONL with a text field.  [default: a built-in mix of eight genres]",
     ),
-    option("--save-calibration", type=PATH, metavar="FILE", help="Save the calibration for further conversions."),
+    option("--save-calibration", type=OUT, metavar="FILE", help="Save the calibration for further conversions."),
     option(
         "--load-calibration",
         type=FILE,
@@ -88,6 +89,7 @@ from moe2gguf.experts import methods
     option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop; nothing is converted."),
     option(
         "--check",
+        type=Input(exists=False, dir_okay=False),
         metavar="auto|FILE",
         help="Compare the result with this dense file in llama.cpp; auto makes one and removes it.",
     ),

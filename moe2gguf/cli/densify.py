@@ -10,12 +10,12 @@ from cloup import option_group
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
 from moe2gguf.cli.command import Command
-from moe2gguf.cli.options import MODEL, PATH, emit, force_option, json_option
+from moe2gguf.cli.options import MODEL, OUT, emit, force_option, json_option
 
 
 @cloup.command(cls=Command)
 @cloup.argument("source", type=MODEL, help="A folder or a GGUF file with experts.")
-@cloup.argument("out", type=PATH, help="The folder or GGUF file to write.")
+@cloup.argument("out", type=OUT, help="The folder or GGUF file to write.")
 @option_group("Output", force_option, json_option)
 def densify(source: Path, out: Path, force: bool, as_json: bool) -> None:
     """Convert a model with experts back into a dense one.

@@ -18,6 +18,7 @@ from moe2gguf.cli.options import (
     emit,
     json_option,
     number,
+    pages_force_option,
     report_option,
     text_option,
     threads_option,
@@ -40,7 +41,7 @@ from moe2gguf.cli.options import (
     number("--tokens", default=4096, type=NONE, help="Tokens to read; 0 means all."),
     context_option,
 )
-@option_group("Results", json_option, report_option)
+@option_group("Results", json_option, report_option, pages_force_option)
 def expert_usage(
     file: Path,
     text: Path | None,

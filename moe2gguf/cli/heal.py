@@ -15,9 +15,10 @@ from moe2gguf.cli import tables_heal
 from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
+    FOLDER,
     NONE,
     ONE,
-    PATH,
+    OUT,
     context_option,
     emit,
     force_option,
@@ -28,7 +29,6 @@ from moe2gguf.cli.options import (
 )
 from moe2gguf.experts import methods
 
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 RATE = click.FloatRange(0)
 
 
@@ -49,7 +49,7 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
 
 @cloup.command(cls=Command)
 @cloup.argument("student", type=FOLDER, help="The sliced model: a folder made by convert --format hf.")
-@cloup.argument("out", type=PATH, help="The folder to write.")
+@cloup.argument("out", type=OUT, help="The folder to write.")
 @option_group(
     "What to train on",
     option("--teacher", required=True, type=FOLDER, metavar="DENSE", help="Folder of the dense model it was cut from."),

@@ -14,7 +14,7 @@ from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
     NONE,
-    PATH,
+    OUT,
     context_option,
     emit,
     force_option,
@@ -39,7 +39,7 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
 
 @cloup.command(cls=Command)
 @cloup.argument("model", type=FILE, help="The GGUF file to collect from, best in f16, bf16 or f32.")
-@cloup.argument("out", type=PATH, help="The importance matrix to write.")
+@cloup.argument("out", type=OUT, help="The importance matrix to write.")
 @option_group(
     "What to collect",
     option("--text", type=FILE, help="Text of the kind the model is meant for, or JSONL with a text field."),

@@ -12,13 +12,17 @@ from typing import Any
 import click
 from cloup import option
 
+from moe2gguf.cli.command import ContinuedOutput, Input, Output, allow_replacing
 from moe2gguf.errors import PlanError
 from moe2gguf.llama.devices import DEVICES
 from moe2gguf.quant.repairs import REPAIRS
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-MODEL = click.Path(exists=True, path_type=Path)
-PATH = click.Path(path_type=Path)
+FILE = Input(exists=True, dir_okay=False, path_type=Path)
+FOLDER = Input(exists=True, file_okay=False, path_type=Path)
+ANY = Input(path_type=Path)
+MODEL = Input(exists=True, path_type=Path)
+OUT = Output(path_type=Path)
+JOURNAL = ContinuedOutput(path_type=Path)
 
 
 class Shared(click.ParamType):  # type: ignore[type-arg]
@@ -58,7 +62,15 @@ def number(*names: str, default: float, type: click.ParamType[Any], help: str) -
 
 
 json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-force_option = option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
+force_option = option("-f", "--force", is_flag=True, callback=allow_replacing, help="Replace the output if it exists.")
+pages_force_option = option(
+    "-f",
+    "--force",
+    is_flag=True,
+    expose_value=False,
+    callback=allow_replacing,
+    help="Replace these files if they exist.",
+)
 resume_option = option(
     "--no-resume",
     "resume",
@@ -80,7 +92,7 @@ text_option = option(
 )
 context_option = number("--context", "n_context", default=512, type=click.IntRange(8), help="Tokens per window.")
 seed_option = number("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.")
-report_option = option("--report", type=PATH, metavar="FILE.html", help="Also write a page with figures.")
+report_option = option("--report", type=OUT, metavar="FILE.html", help="Also write a page with figures.")
 
 
 def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[int]:

@@ -14,7 +14,7 @@ from moe2gguf.cli import tables_convert
 from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
-    PATH,
+    OUT,
     emit,
     expert_type_rules,
     force_option,
@@ -29,7 +29,7 @@ from moe2gguf.cli.options import (
 
 @cloup.command(cls=Command)
 @cloup.argument("source", type=FILE, help="The GGUF file to quantize, in f32, f16 or bf16.")
-@cloup.argument("out", type=PATH, help="The GGUF file to write.")
+@cloup.argument("out", type=OUT, help="The GGUF file to write.")
 @cloup.argument("type", required=False, help="q4_k_m, iq4_xs, q8_0 or another of llama.cpp; auto keeps them as stored.")
 @option_group(
     "Types",

@@ -14,7 +14,7 @@ from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     MODEL,
     ONE,
-    PATH,
+    OUT,
     device_option,
     emit,
     force_option,
@@ -27,7 +27,7 @@ from moe2gguf.cli.options import (
 
 @cloup.command(cls=Command)
 @cloup.argument("model", type=MODEL, help="The dense model that writes: a Hugging Face folder or a GGUF file.")
-@cloup.argument("out", type=PATH, help="The text file to write.")
+@cloup.argument("out", type=OUT, help="The text file to write.")
 @option_group(
     "What to write",
     number("--tokens", "n_token", default=32768, type=ONE, help="Tokens in all."),

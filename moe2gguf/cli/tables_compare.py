@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe2gguf.cli import tables as display
-from moe2gguf.errors import OutputError
+from moe2gguf.measure.report.page import write_whole
 
 if TYPE_CHECKING:
     from moe2gguf.measure.bench import Bench
@@ -207,10 +207,7 @@ def _speed_cells(speed: Speed) -> tuple[str, ...]:
 def write_csv(found: Comparison, path: Path) -> None:
     """Write one line per row, numbers unrounded. Raises OutputError if the file cannot be written."""
     lines = [row.flat() for row in found.rows]
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
-            writer.writeheader()
-            writer.writerows(lines)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    with write_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)

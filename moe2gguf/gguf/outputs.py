@@ -1,0 +1,87 @@
+"""The rule for every output: it is no file that is read, and it replaces a file only where that is wanted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+
+from moe2gguf.errors import OutputError
+
+_UNFINISHED = ("", ".partial", ".work")
+"""Endings of the names that are written to before an output has its own."""
+
+_SHARD = re.compile(r"(.+)-\d{5,}-of-\d{5,}\.gguf", re.DOTALL)
+
+
+def check_outputs(
+    outputs: Mapping[str, Path], inputs: Iterable[Path], *, force: bool, may_exist: Container[str] = ()
+) -> None:
+    """Refuse outputs that are inputs, that are each other, or that exist and must not be replaced.
+
+    Args:
+        outputs: the files or folders to write, by what messages call them ("--csv rows.csv", or the name alone).
+        inputs: the files and folders that are read. A folder stands for its files, a shard for its whole set.
+        force: whether existing files may be replaced. Inputs never are.
+        may_exist: names of outputs that are continued, not replaced.
+
+    Raises:
+        OutputError: naming the output; links and hard links to an input count as the input.
+    """
+    read = {identity: file for path in inputs for file in _files(path) for identity in _identities(file)}
+    for name, out in outputs.items():
+        if found := _find_input(out, read):
+            raise OutputError(f"{name}: would replace {found}, which is read; choose another name")
+        if out.is_dir() or not out.exists():
+            continue
+        if not out.is_file():
+            raise OutputError(f"{name}: exists and is not a regular file; choose another name")
+        if not (force or name in may_exist):
+            raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
+    for (name, out), (other_name, other) in combinations(outputs.items(), 2):
+        if {*_identities(out)} & {*_identities(other)}:
+            raise OutputError(f"{name} and {other_name}: are the same file; choose two names")
+
+
+def _find_input(out: Path, read: Mapping[object, Path]) -> Path | None:
+    """The input that writing `out` would replace, if there is one."""
+    for written in _names(out):
+        for identity in _identities(written):
+            if identity in read:
+                return read[identity]
+    inside = (file for file in read.values() if out.is_dir() and out.resolve() in file.resolve().parents)
+    return next(inside, None)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file itself, all files of a folder, or all shards of a set."""
+    if path.is_dir():
+        yield from (file for file in path.iterdir() if not file.is_dir())
+    elif match := _SHARD.fullmatch(path.name):
+        yield from _set_of(match[1], path.parent)
+    yield path
+
+
+def _names(out: Path) -> Iterator[Path]:
+    """Every file that is written for an output: unfinished ones and shards too."""
+    yield from (out.with_name(out.name + ending) for ending in _UNFINISHED)
+    if out.suffix == ".gguf" and out.parent.is_dir():
+        yield from (
+            file for file in out.parent.glob("*.gguf") if (m := _SHARD.fullmatch(file.name)) and m[1] == out.stem
+        )
+
+
+def _set_of(stem: str, folder: Path) -> Iterator[Path]:
+    """Every file that is named as a shard of the set `stem`."""
+    for file in folder.iterdir():
+        if (match := _SHARD.fullmatch(file.name)) and match[1] == stem:
+            yield file
+
+
+def _identities(path: Path) -> Iterator[object]:
+    """What two names of one file have in common: the place, and for what exists the file system's number."""
+    yield str(path.resolve())
+    if path.exists():
+        status = path.stat()
+        yield status.st_dev, status.st_ino
