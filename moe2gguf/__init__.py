@@ -10,7 +10,7 @@ from moe2gguf.gguf.inspect import Inspection, inspect
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.verify import Verification, verify
 from moe2gguf.llama.generate import Generation, generate
-from moe2gguf.measure.check import Check, check
+from moe2gguf.measure.check import Check, compare_with_dense
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert, write_plan
 from moe2gguf.recipes.options import Options
@@ -29,7 +29,7 @@ __all__ = [
     "Quantization",
     "TypeOptions",
     "Verification",
-    "check",
+    "compare_with_dense",
     "convert",
     "generate",
     "inspect",

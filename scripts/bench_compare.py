@@ -71,11 +71,11 @@ def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int |
     """Runs in a child process: the repeats, the peak of private memory in bytes, and the size of the vocabulary."""
     from moe2gguf.experts.text import read_text
     from moe2gguf.llama.devices import Setup
-    from moe2gguf.llama.library import processors
+    from moe2gguf.llama.library import count_processors
     from moe2gguf.llama.model import open_model
     from moe2gguf.measure.logits import record_in_process
 
-    setup = Setup(n_context=N_CONTEXT, n_threads=threads or processors())
+    setup = Setup(n_context=N_CONTEXT, n_threads=threads or count_processors())
     first = N_CONTEXT // 2
     n_token = n_window * (N_CONTEXT - 1 - first)
     reference = record_in_process(file, setup, read_text().text, n_token, first, folder / "logits", None)

@@ -12,7 +12,7 @@ import transformers
 from llama_tokens import LlamaTokens
 from smollm2 import smollm2_folder, smollm2_gguf
 
-from moe2gguf import Options, check, convert
+from moe2gguf import Options, compare_with_dense, convert
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -40,7 +40,7 @@ def test_all_experts_are_the_dense_model(
     convert(folder, tmp_path / "dense.gguf", Options(dense=True, type=kind))
     convert(folder, tmp_path / "sliced.gguf", Options(experts=experts, type=kind))
 
-    found = check(tmp_path / "sliced.gguf", tmp_path / "dense.gguf", n_token=N_TOKEN)
+    found = compare_with_dense(tmp_path / "sliced.gguf", tmp_path / "dense.gguf", n_token=N_TOKEN)
 
     record_property("check", json.dumps(found.to_dict()))
     print(json.dumps(found.to_dict()))
@@ -71,7 +71,7 @@ def test_a_quantized_file_is_cut_without_loss(tmp_path: Path, experts: int, reco
             found = np.concatenate(list(found if experts == 6 else found / np.float32(experts)), axis=1)
         np.testing.assert_array_equal(expected, found.reshape(expected.shape), err_msg=name)
 
-    compared = check(out, source, n_token=N_TOKEN)
+    compared = compare_with_dense(out, source, n_token=N_TOKEN)
 
     record_property("check", json.dumps(compared.to_dict()))
     print(json.dumps(compared.to_dict()))

@@ -126,7 +126,7 @@ def compare(
     """
     from moe2gguf.cli import tables_compare as display_compare
     from moe2gguf.measure.bench import Timing
-    from moe2gguf.measure.compare import settings_from
+    from moe2gguf.measure.compare import make_settings
     from moe2gguf.measure.on_the_fly import compare_types
     from moe2gguf.measure.report.compare import make_page
     from moe2gguf.measure.report.page import require_plotly, write_page
@@ -145,7 +145,7 @@ def compare(
         progress=display.progress,
         used=used,
         devices=devices_from(device, rpc),
-        settings=settings_from(text, tokens or None, resume=resume, threads=threads, **options),
+        settings=make_settings(text, tokens or None, resume=resume, threads=threads, **options),
         timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None,
         on_row=display_compare.row_done,
         on_run=display_compare.run_done,

@@ -153,7 +153,7 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct half.gguf --experts 16 --used 8 --calibration text.txt
       moe2gguf convert SmolLM2-135M-Instruct half --experts 16 --used 8 --format hf
     """
-    from moe2gguf.measure.check import check_conversion
+    from moe2gguf.measure.check import compare_conversion
     from moe2gguf.recipes.convert import write_plan
     from moe2gguf.recipes.hf_output import write_folder
     from moe2gguf.recipes.options import Options
@@ -183,7 +183,7 @@ def convert(
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     if report:
         write_page(make_page(done, sys.argv), report)
-    checked = check_conversion(done, check, threads=threads, progress=display.progress) if check else None
+    checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.conversion(done, checked))
     if checked and not checked.ok:

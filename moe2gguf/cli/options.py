@@ -161,10 +161,10 @@ rpc_option = option("--rpc", metavar="HOST:PORT,..", help="Also run on these lla
 
 def devices_from(device: str | None, rpc: str | None) -> list[str]:
     """Return the names of devices; RPC servers alone are no reason to run on the CPU too."""
-    from moe2gguf.llama.devices import rpc_device
+    from moe2gguf.llama.devices import name_rpc_device
 
     named = device.split(",") if device else [] if rpc else ["cpu"]
-    return [*named, rpc_device(rpc.split(","))] if rpc else named
+    return [*named, name_rpc_device(rpc.split(","))] if rpc else named
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

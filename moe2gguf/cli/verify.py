@@ -28,11 +28,11 @@ def verify(file: Path, dense: Path | None, threads: int | None, as_json: bool) -
       moe2gguf verify moe.gguf --check dense.gguf
     """
     from moe2gguf.gguf.verify import verify as verify_file
-    from moe2gguf.measure.check import check
+    from moe2gguf.measure.check import compare_with_dense
 
     with display.progress("verify", file.stat().st_size) as advance:
         found = verify_file(file, threads=threads, progress=advance)
-    checked = check(file, dense, threads=threads) if dense and not found.problems else None
+    checked = compare_with_dense(file, dense, threads=threads) if dense and not found.problems else None
     result = {
         "path": str(file),
         "ok": not found.problems,

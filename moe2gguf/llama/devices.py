@@ -54,24 +54,24 @@ DEVICES: dict[str, dict[str, Any]] = {
 }
 """Fields of `Setup` by name; `gpu` is whatever backend the installed llama.cpp has (CUDA, Metal, Vulkan).
 
-There is one more kind of name, `rpc:HOST:PORT+HOST:PORT`: see `rpc_device`.
+There is one more kind of name, `rpc:HOST:PORT+HOST:PORT`: see `name_rpc_device`.
 """
 
 _RPC = "rpc:"
 
 
-def rpc_device(servers: Sequence[str]) -> str:
+def name_rpc_device(servers: Sequence[str]) -> str:
     """Return the name of the device that llama.cpp's RPC servers, each `host:port`, make up together."""
     return _RPC + "+".join(servers)
 
 
-def reference_device(devices: Sequence[str]) -> str:
+def choose_reference_device(devices: Sequence[str]) -> str:
     """Return where the reference runs: the CPU, unless all that is asked for are RPC servers, which it may need too."""
     return devices[0] if devices and all(name.startswith(_RPC) for name in devices) else "cpu"
 
 
 def place_on_device(setup: Setup, device: str) -> Setup:
-    """Return `setup` on a device of DEVICES or of `rpc_device`."""
+    """Return `setup` on a device of DEVICES or of `name_rpc_device`."""
     if device.startswith(_RPC):
         return replace(setup, n_gpu_layers=-1, rpc_servers=tuple(device.removeprefix(_RPC).split("+")))
     return replace(setup, **DEVICES[device])
@@ -85,13 +85,13 @@ def require_devices(devices: Iterable[str]) -> None:
         raise HarnessError(f"no such device: {', '.join(unknown)}; choose from {', '.join(DEVICES)}")
     setups = [setup for name in wanted if (setup := place_on_device(Setup(), name)).n_gpu_layers]
     if setups:
-        run_in_child(_require, setups, what="looking for the devices")
+        run_in_child(_require_offload, setups, what="looking for the devices")
 
 
-def _require(setups: Iterable[Setup]) -> None:
+def _require_offload(setups: Iterable[Setup]) -> None:
     lib = import_llama()
     for setup in setups:
-        offload_devices(lib, setup.n_gpu_layers, setup.rpc_servers)
+        list_offload_devices(lib, setup.n_gpu_layers, setup.rpc_servers)
 
 
 _GPU_TYPES = (
@@ -101,7 +101,7 @@ _GPU_TYPES = (
 _CONNECT_SECONDS = 5.0
 
 
-def offload_devices(lib: ModuleType, n_gpu_layers: int, rpc_servers: Sequence[str]) -> Any:
+def list_offload_devices(lib: ModuleType, n_gpu_layers: int, rpc_servers: Sequence[str]) -> Any:
     """Return the C list of devices that compute besides the processor, to outlive the load; None: all GPUs found here.
 
     The list of no layers is empty: without it a build with a GPU computes large batches there all the same.
@@ -111,7 +111,7 @@ def offload_devices(lib: ModuleType, n_gpu_layers: int, rpc_servers: Sequence[st
     if n_gpu_layers == 0:
         return (ctypes.c_void_p * 1)(None)
     if rpc_servers:
-        return _rpc_devices(lib, rpc_servers)
+        return _list_rpc_devices(lib, rpc_servers)
     _require_gpu(lib)
     return None
 
@@ -125,9 +125,9 @@ class _Placement(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("memory", ctypes.c_void_p))
 
 
-def cpu_experts(lib: ModuleType) -> Any:
+def keep_experts_on_cpu(lib: ModuleType) -> Any:
     """Return a C array of placement rules: expert tensors in the processor's memory, as llama.cpp's --cpu-moe does."""
-    cpu_memory = _function(lib, "ggml_backend_cpu_buffer_type")
+    cpu_memory = _get_function(lib, "ggml_backend_cpu_buffer_type")
     return (_Placement * 2)(
         _Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory()), _Placement(None, None)
     )
@@ -140,7 +140,7 @@ def _require_gpu(lib: ModuleType) -> None:
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama.cpp#L99-L109
     """
     lib.llama_supports_gpu_offload()
-    by_type = _function(lib, "ggml_backend_dev_by_type", ctypes.c_int)
+    by_type = _get_function(lib, "ggml_backend_dev_by_type", ctypes.c_int)
     if not any(by_type(kind) for kind in _GPU_TYPES):
         raise HarnessError(
             "the installed llama.cpp has no GPU support, or sees no GPU: run vendor/install cuda|vulkan|metal "
@@ -148,7 +148,7 @@ def _require_gpu(lib: ModuleType) -> None:
         )
 
 
-def _rpc_devices(lib: ModuleType, servers: Sequence[str]) -> Any:
+def _list_rpc_devices(lib: ModuleType, servers: Sequence[str]) -> Any:
     """Return a C list of all devices that RPC servers (host:port) offer, closed by a null pointer.
 
     llama-cpp-python has no parameter for it; the steps are those of llama.cpp's own programs:
@@ -158,11 +158,11 @@ def _rpc_devices(lib: ModuleType, servers: Sequence[str]) -> Any:
         raise HarnessError(
             "the installed llama.cpp has no RPC: run vendor/install rpc (see vendor/README.md), or leave --rpc out"
         )
-    backend = _function(lib, "ggml_backend_reg_by_name", ctypes.c_char_p)(b"RPC")
-    find = _function(lib, "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_char_p)
+    backend = _get_function(lib, "ggml_backend_reg_by_name", ctypes.c_char_p)(b"RPC")
+    find = _get_function(lib, "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_char_p)
     add = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(find(backend, b"ggml_backend_rpc_add_server"))
-    count = _function(lib, "ggml_backend_reg_dev_count", ctypes.c_void_p, result=ctypes.c_size_t)
-    device = _function(lib, "ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    count = _get_function(lib, "ggml_backend_reg_dev_count", ctypes.c_void_p, result=ctypes.c_size_t)
+    device = _get_function(lib, "ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_size_t)
     found = []
     for server in servers:
         _require_answer(server)
@@ -182,7 +182,7 @@ def _require_answer(server: str) -> None:
         raise HarnessError(f"no RPC server answers at {server!r} ({error}): give host:port of a running one") from error
 
 
-def _function(lib: ModuleType, name: str, *arguments: Any, result: Any = ctypes.c_void_p) -> Any:
+def _get_function(lib: ModuleType, name: str, *arguments: Any, result: Any = ctypes.c_void_p) -> Any:
     """Return a function of ggml with its types, which ctypes cannot know."""
     function = getattr(lib._lib, name)
     function.argtypes, function.restype = arguments, result

@@ -97,14 +97,14 @@ def _generate(
         tokens = [int(token) for token in model.tokenize(prompt, parse_special=True)]
         _require_fit(model, len(tokens), n_token)
         model.start(len(tokens) + n_token)
-        sampler = _sampler(model.lib, temperature, seed)
+        sampler = _make_sampler(model.lib, temperature, seed)
         try:
-            return (yield from _texts(model, sampler, tokens, n_token))
+            return (yield from _decode_texts(model, sampler, tokens, n_token))
         finally:
             model.lib.llama_sampler_free(sampler)
 
 
-def _texts(model: Llama, sampler: Any, prompt: list[int], n_token: int) -> Generator[str, None, Speed]:
+def _decode_texts(model: Llama, sampler: Any, prompt: list[int], n_token: int) -> Generator[str, None, Speed]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     began = time.perf_counter()
     for start in range(0, len(prompt), _N_BATCH):
@@ -146,7 +146,7 @@ def _require_fit(model: Llama, n_prompt: int, n_token: int) -> None:
         )
 
 
-def _sampler(lib: Any, temperature: float, seed: int) -> Any:
+def _make_sampler(lib: Any, temperature: float, seed: int) -> Any:
     """Return a llama.cpp sampler chain: the most likely token at temperature 0, else a draw."""
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     if temperature == 0:

@@ -42,11 +42,11 @@ def load_model(lib: ModuleType, path: Path, params: Any) -> int:
     _log.clear()
     model: int | None = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise HarnessError(f"{path}: llama.cpp cannot load it{last_lines()}")
+        raise HarnessError(f"{path}: llama.cpp cannot load it{quote_last_lines()}")
     return model
 
 
-def int_overrides(lib: ModuleType, values: dict[str, int]) -> Any:
+def make_int_overrides(lib: ModuleType, values: dict[str, int]) -> Any:
     """Return a C array of integer overrides, closed by an entry with an empty key."""
     array = (lib.llama_model_kv_override * (len(values) + 1))()
     for entry, (key, value) in zip(array, values.items(), strict=False):
@@ -56,7 +56,7 @@ def int_overrides(lib: ModuleType, values: dict[str, int]) -> Any:
     return array
 
 
-def processors() -> int:
+def count_processors() -> int:
     """Return how many processors this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
@@ -71,7 +71,7 @@ def _keep_line(level: int, text: bytes, _user_data: Any) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def last_lines() -> str:
+def quote_last_lines() -> str:
     """Return the last warnings and errors as the end of a message, or nothing."""
     lines = [line for line in _log if line.strip()][-5:]
     return "".join(["; it says:", *(f"\n  | {line}" for line in lines)]) if lines else ""

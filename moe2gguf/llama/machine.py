@@ -7,23 +7,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.llama.library import processors
+from moe2gguf.llama.library import count_processors
 
 
-def environment() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Return versions and machine as JSON types."""
     return {
-        "moe2gguf": package_version("moe2gguf"),
-        "llama-cpp-python": package_version("llama-cpp-python"),
+        "moe2gguf": read_package_version("moe2gguf"),
+        "llama-cpp-python": read_package_version("llama-cpp-python"),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
-        "processors": processors(),
+        "processor": _name_processor(),
+        "processors": count_processors(),
         "system": platform.platform(),
     }
 
 
-def package_version(package: str) -> str:
+def read_package_version(package: str) -> str:
     """Return the version of an installed package, or that it is not."""
     try:
         return version(package)
@@ -31,7 +31,7 @@ def package_version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def _name_processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

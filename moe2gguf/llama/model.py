@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.llama.devices import Setup, cpu_experts, offload_devices
-from moe2gguf.llama.library import import_llama, int_overrides, last_lines, load_model, processors
+from moe2gguf.llama.devices import Setup, keep_experts_on_cpu, list_offload_devices
+from moe2gguf.llama.library import count_processors, import_llama, load_model, make_int_overrides, quote_last_lines
 
 Logits = NDArray[np.float32]
 
@@ -57,7 +57,7 @@ def open_vocabulary(path: Path) -> Iterator[Llama]:
         lib.llama_model_free(model)
 
 
-def expert_override(facts: Facts, requested: int | Literal["all"] | None) -> int | None:
+def choose_expert_override(facts: Facts, requested: int | Literal["all"] | None) -> int | None:
     """Return the k to override in the file, or None to leave it. Raises HarnessError for a k that cannot run.
 
     llama.cpp aborts the process on a bad count and ignores an override of the wrong kind, so it is checked here:
@@ -85,16 +85,16 @@ def open_model(path: Path, setup: Setup) -> Iterator[Llama]:
     Raises HarnessError if the file, the settings or the device do not fit.
     """
     lib = import_llama()
-    devices = offload_devices(lib, setup.n_gpu_layers, setup.rpc_servers)  # must outlive the load
+    devices = list_offload_devices(lib, setup.n_gpu_layers, setup.rpc_servers)  # must outlive the load
     facts = read_facts(path)
     params = lib.llama_model_default_params()
     params.devices = devices and ctypes.addressof(devices)
     params.n_gpu_layers = setup.n_gpu_layers
     params.use_extra_bufts = setup.repack
-    k = expert_override(facts, setup.n_expert_used)
+    k = choose_expert_override(facts, setup.n_expert_used)
     if k is not None:
-        params.kv_overrides = int_overrides(lib, {f"{facts.architecture}.expert_used_count": k})
-    placement = cpu_experts(lib)  # must outlive the load
+        params.kv_overrides = make_int_overrides(lib, {f"{facts.architecture}.expert_used_count": k})
+    placement = keep_experts_on_cpu(lib)  # must outlive the load
     if setup.experts_on_cpu:
         params.tensor_buft_overrides = ctypes.addressof(placement)
     llama = Llama(lib, load_model(lib, path, params), setup, facts, facts.n_expert_used if k is None else k)
@@ -131,7 +131,7 @@ class Llama:
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
             path = self.facts.path
-            raise HarnessError(f"{path}: llama.cpp cannot make a context of {n_context} tokens{last_lines()}")
+            raise HarnessError(f"{path}: llama.cpp cannot make a context of {n_context} tokens{quote_last_lines()}")
         self.n_context = n_context
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class Llama:
         finally:
             self.lib.llama_batch_free(batch)
         if code != 0:
-            raise HarnessError(f"{self.facts.path}: llama_decode failed with code {code}{last_lines()}")
+            raise HarnessError(f"{self.facts.path}: llama_decode failed with code {code}{quote_last_lines()}")
         n_scored = int(np.sum(scored))
         if n_scored == 0:
             return np.empty((0, self.facts.n_vocab), np.float32)
@@ -257,7 +257,7 @@ def _context_params(lib: ModuleType, setup: Setup, n_context: int) -> Any:
     params.n_ctx = n_context * setup.n_sequence
     params.n_batch = params.n_ubatch = setup.n_batch
     params.n_seq_max = setup.n_sequence
-    params.n_threads = params.n_threads_batch = setup.n_threads or processors()
+    params.n_threads = params.n_threads_batch = setup.n_threads or count_processors()
     params.type_k = params.type_v = lib.GGML_TYPE_F32 if setup.kv_type == "f32" else lib.GGML_TYPE_F16
     params.flash_attn_type = (
         lib.LLAMA_FLASH_ATTN_TYPE_AUTO if setup.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -9,11 +9,11 @@ from typing import Any
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.llama.devices import place_on_device, reference_device, require_devices
-from moe2gguf.llama.library import processors
-from moe2gguf.llama.machine import environment
+from moe2gguf.llama.devices import choose_reference_device, place_on_device, require_devices
+from moe2gguf.llama.library import count_processors
+from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
-from moe2gguf.measure.speed import Run, Speed, benchmark_setup, memory_bandwidth, run_once, summarize_runs
+from moe2gguf.measure.speed import Run, Speed, benchmark_setup, measure_bandwidth, run_once, summarize_runs
 
 TIMEOUT = 1800.0
 """Seconds that one run may take, load and warm-up included."""
@@ -120,7 +120,7 @@ def bench(
         HarnessError: a device is not there.
     """
     require_devices(devices)
-    base = plan_run(read_model(reference), 0, reference_device(devices)) if reference else None
+    base = plan_run(read_model(reference), 0, choose_reference_device(devices)) if reference else None
     return time_grid(plan_grid(files, used, devices), base, timing or Timing(), on_run)
 
 
@@ -132,11 +132,11 @@ def time_grid(
 ) -> Bench:
     """Time the runs of a grid, and `base` before them, round by round; see `bench`."""
     timed = [Timed(one, one.refusal) for one in ([base, *grid] if base else grid)]
-    bandwidth = memory_bandwidth()
+    bandwidth = measure_bandwidth()
     for number in range(timing.repeat):
         for one in timed:
             one.time_once(timing, number, on_run)
-        bandwidth = max(bandwidth, memory_bandwidth())
+        bandwidth = max(bandwidth, measure_bandwidth())
     reference = timed[0].speed(bandwidth) if base else None
     return Bench(
         rows=tuple(BenchRow(one.config, _add_ratio(one.speed(bandwidth), reference), one.reason) for one in timed),
@@ -145,9 +145,9 @@ def time_grid(
             "prompt": timing.n_prompt,
             "generate": timing.n_generate,
             "repeat": timing.repeat,
-            "threads": timing.threads or processors(),
+            "threads": timing.threads or count_processors(),
         },
-        environment=environment(),
+        environment=describe_machine(),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from moe2gguf.experts.text import read_text
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.library import processors
+from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.model import Facts, read_facts
 from moe2gguf.measure import metrics
 from moe2gguf.measure.logits import Reference, record_reference, score_file
@@ -36,7 +36,7 @@ _N_BATCH = 128
 
 @dataclass(frozen=True)
 class Check:
-    """The result of `check`; KL divergences are nats per token, over the whole vocabulary (no tail left out).
+    """What `compare_with_dense` returns; KL divergences are nats per token, over the whole vocabulary.
 
     noise_*   the dense file against itself, token by token and on half the threads, over the first window:
               measured the same way, it is what the order of the sums alone does
@@ -70,7 +70,7 @@ class Check:
         }
 
 
-def check(
+def compare_with_dense(
     sliced: Path,
     dense: Path,
     *,
@@ -89,7 +89,7 @@ def check(
     Raises HarnessError if llama.cpp cannot run a file, the vocabularies differ, the text is too short, or the
     temporary folder has no room for n_token * n_vocab * 4 bytes.
     """
-    setup = Setup(n_context=n_context, n_batch=_N_BATCH, n_threads=threads or processors())
+    setup = Setup(n_context=n_context, n_batch=_N_BATCH, n_threads=threads or count_processors())
     facts = run_in_child(read_facts, sliced, what=f"reading {sliced}")
     wanted: int | Literal["all"] = "all" if n_expert_used is None else n_expert_used
     text = read_text().text[: 16 * (n_token + n_context)] if text is None else text
@@ -97,7 +97,7 @@ def check(
         reference = record_reference(dense, setup, text, n_token, 0, Path(folder) / "logits")
         ours = _compare(sliced, replace(setup, n_expert_used=wanted), reference)
         noise = _compare(dense, reorder_sums(setup), reference, n_window=1)
-    return _judged(dense, facts, n_expert_used, ours, noise)
+    return _judge(dense, facts, n_expert_used, ours, noise)
 
 
 def _compare(path: Path, setup: Setup, reference: Reference, n_window: int | None = None) -> Summary:
@@ -111,11 +111,11 @@ def reorder_sums(setup: Setup) -> Setup:
     On CPUs only single tokens meet other kernels (dot products instead of matrix products), and the kernels of
     experts are those: batches of 3, 16, 50 and 64 gave the same bits as 128, and so did other thread counts.
     """
-    n = setup.n_threads or processors()
+    n = setup.n_threads or count_processors()
     return replace(setup, n_batch=1, n_threads=max(1, n // 2))
 
 
-def _judged(dense: Path, facts: Facts, n_expert_used: int | None, ours: Summary, noise: Summary) -> Check:
+def _judge(dense: Path, facts: Facts, n_expert_used: int | None, ours: Summary, noise: Summary) -> Check:
     k = facts.n_expert if n_expert_used is None else n_expert_used
     kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.kl_mean)
     ok = ours.n_bad == 0 and ours.kl_mean <= kl_limit
@@ -136,11 +136,11 @@ def _judged(dense: Path, facts: Facts, n_expert_used: int | None, ours: Summary,
         noise_top1=noise.top1,
         kl_limit=kl_limit,
         ok=ok,
-        reason=_reason(ours, kl_limit, k, facts.n_expert),
+        reason=_explain(ours, kl_limit, k, facts.n_expert),
     )
 
 
-def _reason(ours: Summary, kl_limit: float, k: int, n: int) -> str:
+def _explain(ours: Summary, kl_limit: float, k: int, n: int) -> str:
     if ours.n_bad:
         return f"{ours.n_bad} logits are NaN or infinite"
     if ours.kl_mean <= kl_limit:
@@ -149,7 +149,9 @@ def _reason(ours: Summary, kl_limit: float, k: int, n: int) -> str:
     return f"mean KL divergence {ours.kl_mean:.2g} is above {kl_limit:.2g} nats per token: another model{why}"
 
 
-def check_conversion(done: Conversion, dense: str, *, threads: int | None = None, progress: Progress = silent) -> Check:
+def compare_conversion(
+    done: Conversion, dense: str, *, threads: int | None = None, progress: Progress = silent
+) -> Check:
     """Compare the file `done` in llama.cpp with its dense twin, at all experts.
 
     `dense` is a path, or "auto": the dense file is made beside it from the same checkpoint, with the same type for
@@ -159,7 +161,7 @@ def check_conversion(done: Conversion, dense: str, *, threads: int | None = None
         HarnessError: llama.cpp is not installed or cannot run a file.
     """
     if dense != "auto":
-        return check(done.path, Path(dense), threads=threads)
+        return compare_with_dense(done.path, Path(dense), threads=threads)
     options = replace(
         done.plan.options,
         dense=True,
@@ -171,16 +173,16 @@ def check_conversion(done: Conversion, dense: str, *, threads: int | None = None
         load_calibration=None,
         target_size=None,
         target_bpw=None,
-        tensor_types=_pinned(done.plan),
+        tensor_types=_pin_types(done.plan),
         allow_fallback=True,
     )
     with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
         twin = Path(folder) / "dense.gguf"
         convert(done.plan.checkpoint.path, twin, options, threads=threads, progress=progress)
-        return check(done.path, twin, threads=threads)
+        return compare_with_dense(done.path, twin, threads=threads)
 
 
-def _pinned(plan: Plan) -> tuple[str, ...]:
+def _pin_types(plan: Plan) -> tuple[str, ...]:
     """`--tensor-type` for every matrix of the plan, by its name in the dense file; none where all are as stored."""
     if not plan.assigned.counts:
         return ()

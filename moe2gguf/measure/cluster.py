@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from moe2gguf.errors import HarnessError, Moe2GgufError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import require_devices
-from moe2gguf.llama.machine import environment
+from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.grid import Measurement, RunConfig, digest_identity
 from moe2gguf.measure.results import Answer, Quality
 
@@ -93,7 +93,7 @@ def _list_problems(facts: Any) -> list[str]:
     """Return what keeps a worker from measuring; `facts` is what `_inspect` returned or raised there."""
     if isinstance(facts, BaseException):
         return [f"{facts!r}: install there what is installed here, moe2gguf included"]
-    here, there = environment(), facts["environment"]
+    here, there = describe_machine(), facts["environment"]
     differing = [f"{name} {there[name]}, here {here[name]}" for name in _SAME if there[name] != here[name]]
     return [*(f"{line}: install the same version" for line in differing), *facts["problems"]]
 
@@ -111,7 +111,7 @@ def _inspect(files: dict[Path, str], devices: Sequence[str], dask_worker: Any) -
         require_devices(devices)
     except HarnessError as error:
         problems.append(str(error))
-    return {"name": str(dask_worker.name), "environment": environment(), "problems": problems}
+    return {"name": str(dask_worker.name), "environment": describe_machine(), "problems": problems}
 
 
 def _answer(wanted: Measurement, make_runner: Callable[[S, Path], MakesAnswers], settings: S) -> Answer:

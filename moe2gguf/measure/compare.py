@@ -16,13 +16,13 @@ from typing import Any
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.llama.devices import Setup, place_on_device, reference_device, require_devices
-from moe2gguf.llama.library import processors
-from moe2gguf.llama.machine import environment
+from moe2gguf.llama.devices import Setup, choose_reference_device, place_on_device, require_devices
+from moe2gguf.llama.library import count_processors
+from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.bench import Timing, time_grid
 from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums
 from moe2gguf.measure.cluster import measure_on_workers, require_workers
-from moe2gguf.measure.grid import Measurement, RunConfig, notes_on, plan_grid, plan_run
+from moe2gguf.measure.grid import Measurement, RunConfig, list_notes, plan_grid, plan_run
 from moe2gguf.measure.journal import MeasurementJournal
 from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.pareto import recommend
@@ -83,7 +83,7 @@ class CompareSettings:
         }
 
 
-def settings_from(text: Path | None, n_token: int | None, *, n_context: int, **options: Any) -> CompareSettings:
+def make_settings(text: Path | None, n_token: int | None, *, n_context: int, **options: Any) -> CompareSettings:
     """Return the command line's settings; `text` None is the built-in text.
 
     Raises CalibrationError for a text that cannot be read.
@@ -120,7 +120,7 @@ def compare(
         files, reference = [path.absolute() for path in files], reference.absolute()
 
     grid = plan_grid(files, used, devices)
-    base = plan_run(read_model(reference), 0, reference_device(devices))
+    base = plan_run(read_model(reference), 0, choose_reference_device(devices))
     machine = _require_machine([base, *grid], devices, settings, timing)
     runs = _Runs(settings)
 
@@ -142,7 +142,7 @@ def compare(
         agreements=agreements,
         reference_speed=reference_speed,
         recommendation=recommend(rows),
-        notes=tuple(notes_on(files, settings.text, settings.n_context)),
+        notes=tuple(list_notes(files, settings.text, settings.n_context)),
     )
 
 
@@ -152,10 +152,10 @@ def _require_machine(
     """Return versions and machine, those of the workers too. Raises HarnessError for what cannot run as asked."""
     if not settings.scheduler:
         require_devices(devices)
-        return environment()
+        return describe_machine()
     if timing:
         raise HarnessError("speeds are those of one machine: leave out the scheduler, or the speed")
-    return environment() | {"workers": require_workers(settings.scheduler, configs, devices)}
+    return describe_machine() | {"workers": require_workers(settings.scheduler, configs, devices)}
 
 
 def _measure_quality(
@@ -171,12 +171,12 @@ def _measure_quality(
         if measurement.what == "noise":
             noise = _require_sound(base, answer)
         else:
-            rows[measurement.one] = _row_of(measurement.one, answer, resumed)
+            rows[measurement.one] = _make_row(measurement.one, answer, resumed)
             on_row(rows[measurement.one])
     return noise, [rows[one] for one in grid]
 
 
-def _row_of(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
+def _make_row(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
     if isinstance(answer, HarnessError):
         return ResultRow(one, "failed", str(answer))
     if answer.summary.n_bad:
@@ -289,7 +289,7 @@ class Runner:
         return self._references[key]
 
     def _setup(self, one: RunConfig) -> Setup:
-        setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads or processors())
+        setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads or count_processors())
         return replace(place_on_device(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)
 
 

@@ -18,9 +18,9 @@ from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
-from moe2gguf.llama.library import processors
-from moe2gguf.llama.machine import environment
-from moe2gguf.measure.grid import RunConfig, notes_on, plan_grid
+from moe2gguf.llama.library import count_processors
+from moe2gguf.llama.machine import describe_machine
+from moe2gguf.measure.grid import RunConfig, list_notes, plan_grid
 from moe2gguf.measure.watch_routing import LayerTally, Tally, tally_routing
 
 
@@ -59,7 +59,7 @@ def measure_expert_usage(
     if one.refusal:
         raise HarnessError(f"{path}: {one.refusal}")
     text = text or read_text()
-    setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads or processors())
+    setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads or count_processors())
     tally = tally_in_child(path, place_on_device(setup, device), text.text, n_token, timeout)
     expected, why = read_calibration_load(file, one.n_expert, one.n_expert_used)
     return ExpertUse(
@@ -68,8 +68,8 @@ def measure_expert_usage(
         layers=summarize_layers(tally, expected),
         calibration=why,
         settings={"text_sha256": text.digest, "context": n_context},
-        environment=environment(),
-        notes=tuple(notes_on([path], text, n_context)),
+        environment=describe_machine(),
+        notes=tuple(list_notes([path], text, n_context)),
     )
 
 
@@ -189,11 +189,12 @@ def tally_in_child(path: Path, setup: Setup, text: str, n_token: int | None, tim
 def summarize_layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]:
     """Return what the sums say; `expected` (n_layer, n_expert) is the load in calibration."""
     return tuple(
-        _layer(i, one, tally, None if expected is None else expected[i]) for i, one in sorted(tally.layers.items())
+        _summarize_layer(i, one, tally, None if expected is None else expected[i])
+        for i, one in sorted(tally.layers.items())
     )
 
 
-def _layer(i: int, one: LayerTally, tally: Tally, expected: Floats | None) -> LayerUse:
+def _summarize_layer(i: int, one: LayerTally, tally: Tally, expected: Floats | None) -> LayerUse:
     together = one.together / tally.n_token
     load = np.diagonal(together)
     always_on, dead, overloaded = classify_experts(load, tally.n_expert_used)

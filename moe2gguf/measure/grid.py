@@ -98,17 +98,17 @@ def plan_run(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str 
         n_expert=n_expert,
         n_expert_used=k,
         device=device,
-        type=_main_type(file),
+        type=_find_main_type(file),
         file_size=file.file_size,
         active_bytes=active_bytes(file.tensors.values(), n_expert, k),
         identity=digest_identity(file),
-        refusal=" ".join(_refusals(file, n_expert, k)) if n_expert else "",
+        refusal=" ".join(_list_refusals(file, n_expert, k)) if n_expert else "",
         name=name,
         bits_per_weight=mean_bits_per_weight(file.tensors.values()),
     )
 
 
-def _refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:
+def _list_refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:
     n_layer = max(1, _count(file, "block_count"))
     n_scale = sum(name.startswith("blk.0.") and name.endswith("_exps.scale") for name in file.tensors)
     return check_expert_counts(n_expert, k, n_layer=n_layer, n_tensor=len(file.tensors), n_scale=n_scale)
@@ -120,7 +120,7 @@ def _count(file: GGUFFile, key: str) -> int:
     return value if type(value) is int else 0
 
 
-def _main_type(file: GGUFFile) -> str:
+def _find_main_type(file: GGUFFile) -> str:
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         sizes[tensor.type.name] += tensor.n_bytes
@@ -138,7 +138,7 @@ def digest_identity(file: GGUFFile) -> str:
     return digest.hexdigest()[:32]
 
 
-def notes_on(files: Iterable[Path], text: Text, n_context: int) -> list[str]:
+def list_notes(files: Iterable[Path], text: Text, n_context: int) -> list[str]:
     """Return a sentence on files that were calibrated on this very text, and one on windows beyond their training."""
     seen, longer = [], []
     for path in dict.fromkeys(files):

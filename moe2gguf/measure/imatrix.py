@@ -22,7 +22,7 @@ from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.writer import check_target
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.machine import package_version
+from moe2gguf.llama.machine import read_package_version
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.watch_inputs import Sums, Watcher
 from moe2gguf.measure.grid import digest_identity
@@ -190,7 +190,7 @@ def _describe(model: Path, text: Text, settings: CollectionSettings) -> dict[str
         "model": digest_identity(read_model(model)),
         "text": text.digest,
         **{name: describe(value) for name, value in options.items()},
-        "llama.cpp": package_version("llama-cpp-python"),
+        "llama.cpp": read_package_version("llama-cpp-python"),
     }
 
 

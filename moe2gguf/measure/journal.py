@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.gguf.resume import Journal
-from moe2gguf.llama.machine import package_version
+from moe2gguf.llama.machine import read_package_version
 from moe2gguf.measure.grid import Measurement
 from moe2gguf.measure.results import Quality
 
@@ -39,14 +39,14 @@ class MeasurementJournal:
         return self._journal.interruptible()
 
     def _key(self, one: Measurement) -> str:
-        return key(
+        return digest_parts(
             what=one.what,
             files=[[config.identity, config.n_expert_used, config.device] for config in (one.base, one.one)],
-            versions=[package_version("moe2gguf"), package_version("llama-cpp-python")],
+            versions=[read_package_version("moe2gguf"), read_package_version("llama-cpp-python")],
             **self._facts,
         )
 
 
-def key(**parts: Any) -> str:
+def digest_parts(**parts: Any) -> str:
     """Return a digest of JSON-ready values by name: the same values give the same key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -116,7 +116,7 @@ def score_file(
     Raises HarnessError if llama.cpp cannot run the file or its vocabulary is not the reference's.
     """
     limits: dict[str, Any] = {"timeout": timeout, "memory_limit": memory_limit}
-    yield from stream_from_child(_measure, path, setup, reference, tail, what=f"running {path}", **limits)
+    yield from stream_from_child(_score_windows, path, setup, reference, tail, what=f"running {path}", **limits)
 
 
 def record_in_process(
@@ -128,13 +128,13 @@ def record_in_process(
         n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
         windows = cut_windows(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
         n_vocab = model.facts.n_vocab
-        n_kept = None if room is None else compact.entries_to_keep(windows.n_token, n_vocab, room)
+        n_kept = None if room is None else compact.count_entries_to_keep(windows.n_token, n_vocab, room)
         row_bytes = n_vocab * 4 if n_kept is None else compact.row_type(n_kept).itemsize
         _require_room(target.parent, windows.n_token * row_bytes)
         try:
             with target.open("wb") as file:
                 for window in windows.tokens:
-                    for block, targets in _scored(model, window, first):
+                    for block, targets in _compute_scored(model, window, first):
                         rows = block if n_kept is None else compact.keep_top(block, targets, n_kept)
                         file.write(rows.data)
         except OSError as error:
@@ -142,7 +142,7 @@ def record_in_process(
         return Reference(target, windows, text, model.facts, model.vocabulary_digest(), n_kept)
 
 
-def _measure(path: Path, setup: Setup, reference: Reference, tail: float) -> Iterator[TokenScores]:
+def _score_windows(path: Path, setup: Setup, reference: Reference, tail: float) -> Iterator[TokenScores]:
     windows = reference.windows
     setup = replace(setup, n_context=windows.tokens.shape[1])
     with open_model(path, setup) as model, reference.logits.open("rb") as file:
@@ -155,7 +155,7 @@ def score_window(
     model: Llama, window: NDArray[np.int32], reference: Reference, file: IO[bytes], tail: float
 ) -> Iterator[TokenScores]:
     """Yield the scores of a window (n_context,), a batch at a time; `file` stands where the window's logits begin."""
-    for block, targets in _scored(model, window, reference.windows.first):
+    for block, targets in _compute_scored(model, window, reference.windows.first):
         if reference.n_kept is None:
             base = np.fromfile(file, np.float32, block.size).reshape(block.shape)
             yield metrics.score_block(base, block, targets, tail)
@@ -164,7 +164,7 @@ def score_window(
             yield compact.score_block(rows, block, targets)
 
 
-def _scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
+def _compute_scored(model: Llama, window: NDArray[np.int32], first: int) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
     """Yield blocks of logits of the scored positions, and the tokens that follow these."""
     row = first
     for block in model.blocks(window, first, len(window) - 1):
@@ -195,7 +195,7 @@ def _require_same_vocabulary(model: Llama, reference: Reference) -> None:
         difference = f"{ours.n_vocab} tokens against {base.n_vocab}"
     elif model.vocabulary_digest() != reference.vocabulary:
         difference = "as many tokens, but other texts or kinds of token"
-    elif not _same_cut(tokenize_text(model, reference.text), reference.windows, model.bos()):
+    elif not _is_same_cut(tokenize_text(model, reference.text), reference.windows, model.bos()):
         difference = "the same tokens, but the text is split differently (tokenizer.ggml.pre or flags)"
     else:
         return
@@ -205,7 +205,7 @@ def _require_same_vocabulary(model: Llama, reference: Reference) -> None:
     )
 
 
-def _same_cut(tokens: NDArray[np.int32], windows: Windows, bos: int | None) -> bool:
+def _is_same_cut(tokens: NDArray[np.int32], windows: Windows, bos: int | None) -> bool:
     if len(tokens) < windows.tokens.size:
         return False
     n_window, n_context = windows.tokens.shape

@@ -108,7 +108,7 @@ def plan_copies(
             except PlanError as error:
                 refusals += [f"{path.name} as {kind}: {line}" for line in error.refusals]
                 continue
-            place = folder / _place(plan)
+            place = folder / _choose_place(plan)
             out.append(QuantizedCopy(plan, place / f"{path.stem}-{kind.upper()}.gguf"))
     if refusals:
         raise PlanError(refusals)
@@ -124,7 +124,7 @@ def write_copies(wanted: Sequence[QuantizedCopy], progress: Progress = silent) -
     """
     try:
         for one in wanted:
-            if not _is_made(one):
+            if not _is_written(one):
                 one.path.parent.mkdir(parents=True, exist_ok=True)
                 write_quantization(one.plan, one.path, force=True, progress=progress)
             newest = max(path.stat().st_mtime_ns for path in (*one.plan.source.files, one.plan.options.imatrix) if path)
@@ -136,7 +136,7 @@ def write_copies(wanted: Sequence[QuantizedCopy], progress: Progress = silent) -
     _remove(wanted)
 
 
-def _place(plan: QuantizationPlan) -> str:
+def _choose_place(plan: QuantizationPlan) -> str:
     """What tells the files of one source and importance matrix from those of others."""
     source, imatrix = plan_run(plan.source, 1).identity, plan.options.imatrix
     return source if imatrix is None else hashlib.sha256(source.encode() + imatrix.read_bytes()).hexdigest()[:32]
@@ -146,7 +146,7 @@ def _is_float(path: Path) -> bool:
     return all(tensor.type in types.FLOATS for tensor in read_model(path).tensors.values())
 
 
-def _is_made(one: QuantizedCopy) -> bool:
+def _is_written(one: QuantizedCopy) -> bool:
     """Whether an interrupted run left the file: it is whole if it is there, but a version of ours may be older."""
     header = one.plan.layout.header
     with contextlib.suppress(OSError), one.path.open("rb") as file:

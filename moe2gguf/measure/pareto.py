@@ -14,7 +14,7 @@ Point = tuple[str, float, float]
 """A label, a KL divergence in nats per token, and tokens per second."""
 
 
-def pareto_front(points: Iterable[Point]) -> list[Point]:
+def find_pareto_front(points: Iterable[Point]) -> list[Point]:
     """Return the points that no other point beats or equals in both, fastest first.
 
     Of points equal in both the first one stays.
@@ -40,12 +40,12 @@ def recommend(rows: Sequence[ResultRow]) -> Recommendation | None:
     ]
     if not points:
         return None
-    front = pareto_front(points)
+    front = find_pareto_front(points)
     label = next((label for label, kl, _ in front if kl <= TOLERANCE), front[-1][0])
-    return Recommendation(tuple(point[0] for point in front), label, _reason(sound[label], len(sound)))
+    return Recommendation(tuple(point[0] for point in front), label, _explain(sound[label], len(sound)))
 
 
-def _reason(row: ResultRow, n: int) -> str:
+def _explain(row: ResultRow, n: int) -> str:
     if not row.quality or not row.speed:
         return ""
     speed = f"{row.speed.generation.median:.1f} tokens/s"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.library import processors
+from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.model import Llama, open_model
 
 N_BATCH = 512
@@ -99,9 +99,9 @@ def run_once(
     return run_in_child(_run_once, path, setup, n_prompt, n_generate, seed, what=f"running {path}", timeout=timeout)
 
 
-def memory_bandwidth() -> float:
+def measure_bandwidth() -> float:
     """Return the bytes per second that all processors together read from memory, the best of several readings."""
-    return run_in_child(_memory_bandwidth, what="measuring the memory bandwidth")
+    return run_in_child(_measure_bandwidth, what="measuring the memory bandwidth")
 
 
 def summarize_runs(runs: list[Run]) -> Speed:
@@ -127,11 +127,11 @@ def _run_once(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: in
         model.start(max(n_prompt, n_generate, 1))
         load = time.perf_counter() - began
         rng = np.random.default_rng(seed)
-        for n, test in ((n_prompt, _prompt), (min(n_generate, 1), _generate)):
+        for n, test in ((n_prompt, _time_prompt), (min(n_generate, 1), _time_generation)):
             if n:
-                test(model, _random_tokens(model, n, rng))
-        prompt = _prompt(model, _random_tokens(model, n_prompt, rng)) if n_prompt else 0.0
-        generation = _generate(model, _random_tokens(model, n_generate, rng)) if n_generate else 0.0
+                test(model, _draw_tokens(model, n, rng))
+        prompt = _time_prompt(model, _draw_tokens(model, n_prompt, rng)) if n_prompt else 0.0
+        generation = _time_generation(model, _draw_tokens(model, n_generate, rng)) if n_generate else 0.0
     return Run(
         prompt_speed=n_prompt / prompt if prompt else 0.0,
         generation_speed=n_generate / generation if generation else 0.0,
@@ -141,7 +141,7 @@ def _run_once(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: in
     )
 
 
-def _prompt(model: Llama, tokens: NDArray[np.int32]) -> float:
+def _time_prompt(model: Llama, tokens: NDArray[np.int32]) -> float:
     """Return the seconds from an empty cache to the most likely token after `tokens`."""
     model.clear()
     began = time.perf_counter()
@@ -152,7 +152,7 @@ def _prompt(model: Llama, tokens: NDArray[np.int32]) -> float:
     return time.perf_counter() - began
 
 
-def _generate(model: Llama, tokens: NDArray[np.int32]) -> float:
+def _time_generation(model: Llama, tokens: NDArray[np.int32]) -> float:
     """Return the seconds that `tokens` take one after the other, each with its logits."""
     model.clear()
     began = time.perf_counter()
@@ -161,7 +161,7 @@ def _generate(model: Llama, tokens: NDArray[np.int32]) -> float:
     return time.perf_counter() - began
 
 
-def _random_tokens(model: Llama, n: int, rng: np.random.Generator) -> NDArray[np.int32]:
+def _draw_tokens(model: Llama, n: int, rng: np.random.Generator) -> NDArray[np.int32]:
     tokens = rng.integers(0, model.facts.n_vocab, n, dtype=np.int32)
     bos = model.bos()
     if bos is not None:
@@ -176,9 +176,9 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _memory_bandwidth() -> float:
+def _measure_bandwidth() -> float:
     """Look for the largest of equal bytes, one thread per processor: they read it once and do little else."""
-    n = processors()
+    n = count_processors()
     parts = np.array_split(np.ones(_READ_BYTES, np.uint8), n)
     best = 0.0
     with ThreadPoolExecutor(n) as pool:

@@ -48,7 +48,7 @@ def row_type(n_kept: int) -> np.dtype[np.void]:
     )
 
 
-def entries_to_keep(n_token: int, n_vocab: int, n_byte: int) -> int | None:
+def count_entries_to_keep(n_token: int, n_vocab: int, n_byte: int) -> int | None:
     """Return how many entries of each token fit in `n_byte` bytes, or None if all of them fit as plain float32.
 
     Raises HarnessError if the room is for fewer than MIN_KEPT.
@@ -137,12 +137,12 @@ class TopReference:
         log_p, log_q = base - self.rows["lse"][:, None], q - other.lse[:, None]
         kl = np.sum(np.exp(log_p) * (log_p - log_q) * (log_p > self.tail), axis=1)
         # The rest, between its bounds.
-        low, high = _rest_bounds(self.rows, other_rest, other.logits.min(axis=1) - other.lse)
+        low, high = _bound_rest(self.rows, other_rest, other.logits.min(axis=1) - other.lse)
         n_bad = self.rows["n_bad"] + np.sum(~np.isfinite(other.logits), axis=1)
         return Divergence(kl + low, high - low, np.abs(base - q).max(axis=1), n_bad)
 
 
-def _rest_bounds(rows: Rows, other_rest: Floats, log_q_min: Floats) -> tuple[Floats, Floats]:
+def _bound_rest(rows: Rows, other_rest: Floats, log_q_min: Floats) -> tuple[Floats, Floats]:
     """Return the lower and upper bound of the KL divergence over the entries that are not kept, (n_token,) each."""
     mass = rows["rest"]
     none = mass <= 0

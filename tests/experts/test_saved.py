@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.errors import CalibrationError, Moe2GgufError, OutputError, PlanError
 from moe2gguf.experts import saved
-from moe2gguf.measure.check import check_conversion
+from moe2gguf.measure.check import compare_conversion
 from moe2gguf.recipes.hf_output import write_folder
 
 QUICK = {"experts": 8, "calibration_tokens": 1024}
@@ -112,7 +112,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
     """--check auto beside --load-calibration: 4 of 8 experts are not the dense model, but both files run."""
     done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=kept[1]))
 
-    checked = check_conversion(done, "auto", threads=1)
+    checked = compare_conversion(done, "auto", threads=1)
 
     assert checked.n_token > 0
     assert ["y.gguf"] == [path.name for path in tmp_path.iterdir()]

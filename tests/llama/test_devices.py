@@ -14,7 +14,7 @@ from llama_logits import llama_logits
 from moe2gguf.cli.options import devices_from
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import Setup, place_on_device, reference_device, require_devices, rpc_device
+from moe2gguf.llama.devices import Setup, choose_reference_device, name_rpc_device, place_on_device, require_devices
 from moe2gguf.llama.model import open_model
 
 
@@ -53,20 +53,20 @@ def test_rpc_servers_are_one_device() -> None:
     assert ["cpu", "gpu"] == devices_from("cpu,gpu", None)
     both = "rpc:a:1+b:2"
     assert ["cpu", both] == devices_from("cpu", "a:1,b:2")
-    assert [both] == devices_from(None, "a:1,b:2") == [rpc_device(["a:1", "b:2"])]
+    assert [both] == devices_from(None, "a:1,b:2") == [name_rpc_device(["a:1", "b:2"])]
     setup = place_on_device(Setup(), both)
     assert (-1, ("a:1", "b:2")) == (setup.n_gpu_layers, setup.rpc_servers)
-    assert [both, "cpu", "cpu"] == [reference_device(names) for names in ([both], ["cpu", both], ["gpu"])]
+    assert [both, "cpu", "cpu"] == [choose_reference_device(names) for names in ([both], ["cpu", both], ["gpu"])]
 
 
 def test_missing_rpc_is_said_before_anything_runs() -> None:
     """A build without RPC, else an address where nobody listens, or that is none."""
     words = "no RPC server answers at '127.0.0.1:9'" if run_in_child(has_rpc) else "has no RPC: run vendor/install rpc"
     with pytest.raises(HarnessError, match=words):
-        require_devices([rpc_device(["127.0.0.1:9"])])
+        require_devices([name_rpc_device(["127.0.0.1:9"])])
     if run_in_child(has_rpc):
         with pytest.raises(HarnessError, match="no RPC server answers at 'nowhere'"):
-            require_devices([rpc_device(["nowhere"])])
+            require_devices([name_rpc_device(["nowhere"])])
 
 
 def test_the_placement_of_experts_is_accepted(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rpc_server import servers
 from sweeps import settings
 
 from moe2gguf.llama.child import run_in_child
-from moe2gguf.llama.devices import Setup, place_on_device, rpc_device
+from moe2gguf.llama.devices import Setup, name_rpc_device, place_on_device
 from moe2gguf.llama.generate import generate
 from moe2gguf.llama.model import open_model
 from moe2gguf.measure.bench import Timing, bench
@@ -91,7 +91,7 @@ class TestRpc:
     def test_two_servers_compute_what_the_cpu_does(self, files: dict[str, Path], tmp_path: Path) -> None:
         """Layers are spread over both; the reference runs there too when no other device is asked for."""
         with servers(2) as running:
-            device = rpc_device(list(running))
+            device = name_rpc_device(list(running))
             asked = {"used": [4, 2], "settings": settings(tmp_path)}
             found = compare([files["moe"]], files["dense"], devices=["cpu", device], **asked)  # type: ignore[arg-type]
             check(found, ["cpu", device], [4, 2])
@@ -102,7 +102,7 @@ class TestRpc:
         """The rows before it are kept, the others have the reason."""
         with servers(1) as running:
             (process,) = running.values()
-            device = rpc_device(list(running))
+            device = name_rpc_device(list(running))
             found = compare(
                 [files["moe"]],
                 files["dense"],

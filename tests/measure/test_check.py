@@ -12,7 +12,7 @@ import pytest
 import tiny_gguf
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.measure.check import KL_LIMIT, check
+from moe2gguf.measure.check import KL_LIMIT, compare_with_dense
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_sliced_file_is_its_dense_model(
 ) -> None:
     """With all experts, whatever count the file names, the check passes, in JSON too, and leaves no file behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    result = check(files["sliced"], files["dense"], n_token=100, n_context=64, threads=1)
+    result = compare_with_dense(files["sliced"], files["dense"], n_token=100, n_context=64, threads=1)
     assert (result.n_token, result.n_expert, result.n_expert_used) == (126, 4, 4)
     assert result.ok
     assert result.kl_mean <= 1e-6
@@ -53,20 +53,20 @@ def test_a_sliced_file_is_its_dense_model(
 
 def test_fewer_experts_are_another_model(files: dict[str, Path]) -> None:
     """With k < n the check fails, and says that this is expected."""
-    result = check(files["sliced"], files["dense"], n_expert_used=2, n_token=50, n_context=64, threads=1)
+    result = compare_with_dense(files["sliced"], files["dense"], n_expert_used=2, n_token=50, n_context=64, threads=1)
     assert not result.ok
     assert result.reason.endswith("another model, as expected with 2 of 4 experts")
 
 
 def test_one_damaged_expert_is_found(files: dict[str, Path]) -> None:
     """One expert of one layer with a wrong scale makes the check fail."""
-    result = check(files["damaged"], files["dense"], n_token=50, n_context=64, threads=1)
+    result = compare_with_dense(files["damaged"], files["dense"], n_token=50, n_context=64, threads=1)
     assert (result.ok, result.reason.endswith("another model")) == (False, True)
 
 
 def test_bad_numbers_fail_the_check(files: dict[str, Path]) -> None:
     """NaN logits fail the check, are counted in words, and are null in JSON."""
-    result = check(files["poisoned"], files["dense"], n_token=50, n_context=64, threads=1)
+    result = compare_with_dense(files["poisoned"], files["dense"], n_token=50, n_context=64, threads=1)
     assert (result.ok, result.reason) == (False, "63 logits are NaN or infinite")
     assert result.to_dict()["kl_mean"] is None
 
@@ -74,20 +74,20 @@ def test_bad_numbers_fail_the_check(files: dict[str, Path]) -> None:
 def test_files_that_do_not_belong_together(files: dict[str, Path]) -> None:
     """Different vocabularies, and an expert count out of range, are errors and not results."""
     with pytest.raises(HarnessError, match="different vocabularies"):
-        check(files["other_words"], files["dense"], n_token=50, n_context=64, threads=1)
+        compare_with_dense(files["other_words"], files["dense"], n_token=50, n_context=64, threads=1)
     with pytest.raises(HarnessError, match="has 4 experts, 0 cannot be used"):
-        check(files["sliced"], files["dense"], n_expert_used=0, n_token=50, n_context=64, threads=1)
+        compare_with_dense(files["sliced"], files["dense"], n_expert_used=0, n_token=50, n_context=64, threads=1)
 
 
 def test_a_short_text_is_refused(files: dict[str, Path]) -> None:
     """A text that cannot fill the windows is an error that says how much is missing."""
     with pytest.raises(HarnessError, match="takes 64 tokens of text, this one has"):
-        check(files["sliced"], files["dense"], n_token=50, n_context=64, text="the man", threads=1)
+        compare_with_dense(files["sliced"], files["dense"], n_token=50, n_context=64, text="the man", threads=1)
 
 
 def test_check_is_frozen(files: dict[str, Path]) -> None:
     """The result cannot be changed, only copied with a change."""
-    result = check(files["sliced"], files["dense"], n_token=10, n_context=16, threads=1)
+    result = compare_with_dense(files["sliced"], files["dense"], n_token=10, n_context=16, threads=1)
     assert replace(result, ok=False).ok is False
     with pytest.raises(AttributeError):
         result.ok = False  # type: ignore[misc]

@@ -25,8 +25,8 @@ from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import DEVICES
 from moe2gguf.measure import compare as recipe
 from moe2gguf.measure.bench import Timing
-from moe2gguf.measure.compare import compare, settings_from
-from moe2gguf.measure.grid import notes_on
+from moe2gguf.measure.compare import compare, make_settings
+from moe2gguf.measure.grid import list_notes
 from moe2gguf.measure.metrics import TAIL
 from moe2gguf.measure.results import Comparison, ResultRow
 
@@ -233,7 +233,7 @@ def test_rows_that_no_text_tells_apart_share_a_line(
 def test_settings_of_the_command_line(tmp_path: Path) -> None:
     """A text that is not UTF-8 is refused; of a long one the start is read, amply."""
     (tmp_path / "text").write_text("word " * 200_000)
-    found = settings_from(tmp_path / "text", 5, n_context=64, memory_limit=2, resume=False)
+    found = make_settings(tmp_path / "text", 5, n_context=64, memory_limit=2, resume=False)
     assert (5, 64, 2, None, False) == (
         found.n_token,
         found.n_context,
@@ -242,12 +242,12 @@ def test_settings_of_the_command_line(tmp_path: Path) -> None:
         found.resume,
     )
     assert 20 * 64 < len(found.text.text) < 200_000
-    whole = settings_from(tmp_path / "text", None, n_context=64)
+    whole = make_settings(tmp_path / "text", None, n_context=64)
     assert ("word " * 200_000, "text") == (whole.text.text, whole.text.label)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(CalibrationError, match="not readable as UTF-8"):
-        settings_from(tmp_path / "latin", 5, n_context=64)
-    assert EMBEDDED == settings_from(None, 5, n_context=64).text.label
+        make_settings(tmp_path / "latin", 5, n_context=64)
+    assert EMBEDDED == make_settings(None, 5, n_context=64).text.label
 
 
 def test_notes_name_files_calibrated_on_this_text_and_windows_that_are_too_long(
@@ -258,16 +258,16 @@ def test_notes_name_files_calibrated_on_this_text_and_windows_that_are_too_long(
     sliced = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
     facts = {"moe2gguf.calibration.sha256": text.digest}
     own = tiny_gguf.write_gguf(tmp_path / "own.gguf", sliced, strings=facts)
-    assert [] == notes_on([files["moe"]], text, 32)
-    (note,) = notes_on([files["moe"], own, own], text, 32)
+    assert [] == list_notes([files["moe"]], text, 32)
+    (note,) = list_notes([files["moe"], own, own], text, 32)
     assert "calibrated on the same text that is measured here" in note
     assert ": own.gguf;" in note
-    assert [] == notes_on([own], Text(TEXT + "the", "tan"), 32)
+    assert [] == list_notes([own], Text(TEXT + "the", "tan"), 32)
     trained = read_gguf(own).metadata["llama.context_length"]
-    (note,) = notes_on([files["moe"], files["dense"]], text, int(trained) + 1)  # type: ignore[call-overload]
+    (note,) = list_notes([files["moe"], files["dense"]], text, int(trained) + 1)  # type: ignore[call-overload]
     assert f"moe.gguf ({trained}), dense.gguf ({trained})" in note
     found = compare([own], files["dense"], settings=settings(tmp_path))
-    assert notes_on([own], text, 32) == list(found.notes) == found.to_dict()["notes"]
+    assert list_notes([own], text, 32) == list(found.notes) == found.to_dict()["notes"]
 
 
 def test_the_journal_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

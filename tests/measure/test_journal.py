@@ -8,7 +8,7 @@ import pytest
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.resume import Journal
-from moe2gguf.measure.journal import key
+from moe2gguf.measure.journal import digest_parts
 
 
 def test_facts_come_back(tmp_path: Path) -> None:
@@ -55,5 +55,7 @@ def test_a_journal_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
 
 def test_keys_differ_where_anything_differs() -> None:
     """Values and names count, order does not."""
-    assert key(a=1, b="x") == key(b="x", a=1)
-    assert len({key(a=1), key(a=2), key(b=1), key(a="1"), key(a=None)}) == 5
+    assert digest_parts(a=1, b="x") == digest_parts(b="x", a=1)
+    assert (
+        len({digest_parts(a=1), digest_parts(a=2), digest_parts(b=1), digest_parts(a="1"), digest_parts(a=None)}) == 5
+    )

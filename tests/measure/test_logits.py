@@ -285,7 +285,7 @@ def memory_of_a_comparison(path: Path, folder: Path, n_window: int) -> int:
     status = Path("/proc/self/status")
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
     reference = record_in_process(path, setup, text, n_token, N_BATCH, folder / "logits", None)
-    assert n_window == sum(1 for _ in logits._measure(path, setup, reference, metrics.TAIL))
+    assert n_window == sum(1 for _ in logits._score_windows(path, setup, reference, metrics.TAIL))
     return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) * 1024
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe2gguf.measure import metrics
 from moe2gguf.measure.grid import RunConfig
-from moe2gguf.measure.pareto import pareto_front, recommend
+from moe2gguf.measure.pareto import find_pareto_front, recommend
 from moe2gguf.measure.results import ResultRow, summarize_quality
 from moe2gguf.measure.speed import Run, summarize_runs
 
@@ -39,7 +39,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[str, float, float]])
         return any(b[1] <= a[1] and b[2] >= a[2] and b[1:] != a[1:] for b in points)
 
     expected = sorted({p for p in points if not beaten(p)}, key=lambda p: -p[2])
-    assert expected == pareto_front(points)
+    assert expected == find_pareto_front(points)
 
 
 def test_the_fastest_that_is_close_enough_is_recommended() -> None:

@@ -13,7 +13,7 @@ from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import open_model
 from moe2gguf.measure import speed
-from moe2gguf.measure.speed import Run, benchmark_setup, memory_bandwidth, run_once, spread_of, summarize_runs
+from moe2gguf.measure.speed import Run, benchmark_setup, measure_bandwidth, run_once, spread_of, summarize_runs
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def fed(path: Path, n_prompt: int, n_generate: int) -> list[tuple[int, int, int,
         model.start(1024)
         rng = np.random.default_rng(0)
         if n_prompt:
-            speed._prompt(model, speed._random_tokens(model, n_prompt, rng))
+            speed._time_prompt(model, speed._draw_tokens(model, n_prompt, rng))
         if n_generate:
-            speed._generate(model, speed._random_tokens(model, n_generate, rng))
+            speed._time_generation(model, speed._draw_tokens(model, n_generate, rng))
     return batches
 
 
@@ -96,7 +96,7 @@ def test_settings_are_those_people_run_with() -> None:
 
 def test_memory_bandwidth_is_plausible() -> None:
     """Between a very old machine and the largest accelerator."""
-    assert 2e8 < memory_bandwidth() < 1e13
+    assert 2e8 < measure_bandwidth() < 1e13
 
 
 def test_spreads() -> None:

@@ -84,10 +84,10 @@ def test_bad_numbers_are_counted(spoil: str) -> None:
 
 def test_the_room_decides_how_much_is_kept() -> None:
     """All as float32 where that fits, else as many records as fit to the byte, else a refusal that says so."""
-    assert compact.entries_to_keep(100, 1000, 400_000) is None
-    n = compact.entries_to_keep(100, 1000, 399_999)
+    assert compact.count_entries_to_keep(100, 1000, 400_000) is None
+    n = compact.count_entries_to_keep(100, 1000, 399_999)
     assert n is not None
     assert 100 * compact.row_type(n).itemsize <= 399_999 < 100 * compact.row_type(n + 1).itemsize
     assert (1040, 1000) == (compact.row_type(125).itemsize, compact.row_type(120).itemsize)
     with pytest.raises(HarnessError, match="not even the 64 largest"):
-        compact.entries_to_keep(100, 1000, 40_000)
+        compact.count_entries_to_keep(100, 1000, 40_000)
