@@ -71,5 +71,5 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
     from moe2gguf.measure.imatrix import collect_imatrix
 
     done = collect_imatrix(model, out, text, n_token=n_token or None, progress=display.progress, **options)
-    display.warnings([done.advice] if done.advice else [])
+    display.warnings([*done.notes, *([done.advice] if done.advice else [])])
     emit(done.to_dict(), as_json, lambda: display.collection(done))

@@ -16,6 +16,8 @@ from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.limits import check_expert_counts
 
+_CALIBRATED_ON = "moe2gguf.calibration.sha256"
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -140,19 +142,21 @@ def digest_identity(file: GGUFFile) -> str:
 
 def list_notes(files: Iterable[Path], text: Text, n_context: int) -> list[str]:
     """Return a sentence on files that were calibrated on this very text, and one on windows beyond their training."""
-    seen, longer = [], []
-    for path in dict.fromkeys(files):
-        file = read_model(path)
-        if file.metadata.get("moe2gguf.calibration.sha256") == text.digest:
-            seen.append(path.name)
-        if 0 < (trained := _count(file, "context_length")) < n_context:
-            longer.append(f"{path.name} ({trained})")
-    notes = []
-    if seen:
-        notes.append(
-            f"calibrated on the same text that is measured here, which flatters the figures: {', '.join(seen)}; "
-            "give a text that they have not seen (--text)"
-        )
-    if longer:
-        notes.append(f"a context of {n_context} tokens is longer than the model was trained on: {', '.join(longer)}")
-    return notes
+    paths = list(dict.fromkeys(files))
+    seen = [path.name for path in paths if read_model(path).metadata.get(_CALIBRATED_ON) == text.digest]
+    if not seen:
+        return note_long_windows(paths, n_context)
+    note = (
+        f"calibrated on the same text that is measured here, which flatters the figures: {', '.join(seen)}; "
+        "give a text that they have not seen (--text)"
+    )
+    return [note, *note_long_windows(paths, n_context)]
+
+
+def note_long_windows(files: Iterable[Path], n_context: int) -> list[str]:
+    """Return a sentence on files whose model was trained on shorter windows; none where there are none."""
+    trained = {path.name: _count(read_model(path), "context_length") for path in files}
+    shorter = [f"{name} ({n})" for name, n in trained.items() if 0 < n < n_context]
+    if not shorter:
+        return []
+    return [f"a context of {n_context} tokens is longer than the model was trained on: {', '.join(shorter)}"]

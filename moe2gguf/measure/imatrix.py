@@ -25,7 +25,7 @@ from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.machine import read_package_version
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.watch_inputs import Sums, Watcher
-from moe2gguf.measure.grid import digest_identity
+from moe2gguf.measure.grid import digest_identity, note_long_windows
 from moe2gguf.measure.logits import Windows, cut_windows
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, merge, read_imatrix, write_imatrix
@@ -74,7 +74,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Collection:
-    """What `collect_imatrix` did; `find_scarce_experts` are the experts that fewer than `FEW` tokens reached."""
+    """What `collect_imatrix` did.
+
+    scarce   experts that fewer than `FEW` tokens reached
+    notes    sentences that a user must know
+    """
 
     path: Path
     matrix: ImportanceMatrix
@@ -82,6 +86,7 @@ class Collection:
     n_resumed: int
     n_merged: int
     scarce: tuple[Coverage, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def advice(self) -> str:
@@ -110,6 +115,7 @@ class Collection:
                 {"layer": one.layer, "expert": one.expert, "tokens": one.n_token} for one in self.scarce
             ],
             "advice": self.advice,
+            "notes": list(self.notes),
         }
 
 
@@ -165,7 +171,8 @@ def collect_imatrix(
         matrix = _write_sum([_matrix(collected, words, n_context), *parts], model, out, merged, n_context, force)
         job.remove()
     done, resumed = collected.n_window * n_context, before.n_window * n_context
-    return Collection(out, matrix, done, resumed, len(merged), find_scarce_experts(matrix))
+    notes = tuple(note_long_windows([model], n_context))
+    return Collection(out, matrix, done, resumed, len(merged), find_scarce_experts(matrix), notes)
 
 
 def _write_sum(

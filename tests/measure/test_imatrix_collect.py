@@ -150,6 +150,26 @@ def test_a_stopped_collection_tells_what_was_there(files, tmp_path, monkeypatch)
     assert (4 * CONTEXT, 2 * CONTEXT) == (done.n_token, done.n_resumed)
 
 
+def test_of_a_long_text_only_the_start_is_read(files, tmp_path, monkeypatch):
+    """The same matrix as from a text that ends there; a context beyond the model's training is mentioned."""
+    long, read = tmp_path / "long" / "words.txt", []
+    long.parent.mkdir()
+    long.write_text(WORDS * 8 + "the tan " * 100_000)
+    read_text = harness.read_text
+    monkeypatch.setattr(harness, "read_text", lambda *given: read.append(read_text(*given)) or read[-1])
+    options = {"n_token": 2 * CONTEXT, "n_context": CONTEXT, "threads": 1}
+
+    short = collect_imatrix(files["dense"], tmp_path / "a.gguf", files["text"], **options)
+    same = collect_imatrix(files["dense"], tmp_path / "b.gguf", long, **options)
+    wide = collect_imatrix(files["dense"], tmp_path / "c.gguf", long, n_token=1024, n_context=1024, threads=1)
+
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert 10 * 2 * CONTEXT < len(read[1].text) < 200_000
+    assert [(), ()] == [short.notes, same.notes]
+    assert ("a context of 1024 tokens is longer than the model was trained on: dense.gguf (512)",) == wide.notes
+    assert list(wide.notes) == wide.to_dict()["notes"]
+
+
 def test_matrices_merge(files, tmp_path):
     """Collected in two parts and added, or merged without a text; one of another model is refused."""
     once = collected(files, "dense", tmp_path / "a.gguf", n_token=2 * CONTEXT)
