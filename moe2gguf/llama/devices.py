@@ -29,7 +29,7 @@ class Setup:
     n_threads      None: all processors this process may use
     n_gpu_layers   0: CPU only; negative: all layers
     rpc_servers    addresses (host:port) of llama.cpp RPC servers that take the place of this machine's GPUs
-    experts_on_cpu keep the expert tensors in the processor's memory, whatever `n_gpu_layers` says
+    experts_on_cpu keep the expert tensors in the processor's memory, whatever `n_gpu_layers` is
     kv_type        element type of the key/value cache
     flash_attention, repack   llama.cpp's faster attention, and weights rearranged at load for the processor
     """
@@ -136,7 +136,7 @@ def keep_experts_on_cpu(lib: ModuleType) -> Any:
 def _require_gpu(lib: ModuleType) -> None:
     """Raise HarnessError unless the installed llama.cpp can compute on a GPU of this machine.
 
-    llama_supports_gpu_offload loads the backends, but says yes to any build with RPC, so the devices are asked:
+    llama_supports_gpu_offload loads the backends, but returns true for any build with RPC, so the devices are listed:
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama.cpp#L99-L109
     """
     lib.llama_supports_gpu_offload()

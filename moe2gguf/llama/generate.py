@@ -65,7 +65,7 @@ def generate(
 ) -> Generation:
     """Continue `prompt` by up to `n_token` tokens; iterate over the result for the text.
 
-    The prompt is completed as it stands: no chat template is applied, but special tokens written in it, such as
+    The prompt is completed as it is: no chat template is applied, but special tokens written in it, such as
     `<|im_start|>`, are recognized. Temperature 0 takes the most likely token each time. `device` is one of
     `moe2gguf.llama.devices.DEVICES`. Nothing runs before the first piece is asked for.
 

@@ -27,7 +27,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file says about itself, read without its weights; n_expert is 0 for a dense MLP."""
+    """Facts from the metadata of a file, read without its weights; n_expert is 0 for a dense MLP."""
 
     path: Path
     architecture: str
@@ -123,7 +123,7 @@ class Llama:
     def start(self, n_context: int, observer: Any = None) -> None:
         """Make room for `n_context` tokens, once; `observer` is an evaluation callback that the caller keeps alive.
 
-        It is asked about every node of the graph: see `experts_trace`. Raises HarnessError if llama.cpp cannot.
+        It is called for every node of the graph: see `measure.watch_routing`. Raises HarnessError if llama.cpp cannot.
         """
         params = _context_params(self.lib, self.setup, n_context)
         if observer is not None:

@@ -152,7 +152,7 @@ def _explain(ours: Summary, kl_limit: float, k: int, n: int) -> str:
 def compare_conversion(
     done: Conversion, dense: str, *, threads: int | None = None, progress: Progress = silent
 ) -> Check:
-    """Compare the file `done` in llama.cpp with its dense twin, at all experts.
+    """Compare the file `done` in llama.cpp with the dense file of the same checkpoint, at all experts.
 
     `dense` is a path, or "auto": the dense file is made beside it from the same checkpoint, with the same type for
     every tensor, and removed afterwards.
@@ -177,9 +177,9 @@ def compare_conversion(
         allow_fallback=True,
     )
     with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
-        twin = Path(folder) / "dense.gguf"
-        convert(done.plan.checkpoint.path, twin, options, threads=threads, progress=progress)
-        return compare_with_dense(done.path, twin, threads=threads)
+        reference = Path(folder) / "dense.gguf"
+        convert(done.plan.checkpoint.path, reference, options, threads=threads, progress=progress)
+        return compare_with_dense(done.path, reference, threads=threads)
 
 
 def _pin_types(plan: Plan) -> tuple[str, ...]:

@@ -182,12 +182,12 @@ class ExpertUse:
 
 
 def tally_in_child(path: Path, setup: Setup, text: str, n_token: int | None, timeout: float | None = None) -> Tally:
-    """Count in a child process which experts run; see `experts_trace.watch`. `timeout` in seconds for all of it."""
+    """Count in a child process which experts run; see `tally_routing`. `timeout` is in seconds, for all of it."""
     return run_in_child(tally_routing, path, setup, text, n_token, what=f"running {path}", timeout=timeout)
 
 
 def summarize_layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]:
-    """Return what the sums say; `expected` (n_layer, n_expert) is the load in calibration."""
+    """Return every layer's use from the sums; `expected` (n_layer, n_expert) is the load in calibration."""
     return tuple(
         _summarize_layer(i, one, tally, None if expected is None else expected[i])
         for i, one in sorted(tally.layers.items())
@@ -254,9 +254,9 @@ def find_closest_pair(together: Floats, always_on: Sequence[int]) -> tuple[int, 
 def find_typical_tokens(
     ran: NDArray[Any], counts: NDArray[np.int64], load: float, texts: Sequence[str]
 ) -> tuple[TypicalToken, ...]:
-    """Return the words that say most about an expert: the largest n ln(share / load) of n uses, all above chance.
+    """Return the tokens most typical of an expert: the largest n ln(share / load) of n uses, all above chance.
 
-    That is a word's part of the mutual information between words and expert. `ran` and `counts` are (n_word,).
+    That is a token's part of the mutual information between tokens and expert. `ran` and `counts` are (n_word,).
     """
     if not 0 < load < 1:
         return ()

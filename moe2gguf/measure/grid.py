@@ -29,7 +29,7 @@ class RunConfig:
     active_bytes  bytes of weights read per generated token
     identity      digest of the file's header, size and time of change: cheap, and new whenever the file is rewritten
     refusal       why this cannot run; empty if it can
-    name          what tells the file from the others of a sweep; empty: the last part of its path does
+    name          a name that differs from those of the other files; empty: the last part of its path
     bits_per_weight   of all tensors together
     """
 

@@ -142,7 +142,7 @@ def collect_imatrix(
         text: plain text or JSONL; None only merges.
         n_token: tokens of it, from its start (None: all).
         n_context: tokens of a window.
-        n_expert_used: experts per token (None: what the file says).
+        n_expert_used: experts per token (None: the file's own count).
         vocabulary: also the inputs of the output matrix, which llama.cpp's tool leaves out.
         merged: importance matrices of the same model.
         resume: continue an unfinished collection of the same job, and refuse one of another; False replaces either.

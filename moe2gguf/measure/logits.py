@@ -154,7 +154,7 @@ def _score_windows(path: Path, setup: Setup, reference: Reference, tail: float) 
 def score_window(
     model: Llama, window: NDArray[np.int32], reference: Reference, file: IO[bytes], tail: float
 ) -> Iterator[TokenScores]:
-    """Yield the scores of a window (n_context,), a batch at a time; `file` stands where the window's logits begin."""
+    """Yield the scores of a window (n_context,), a batch at a time; `file` is at the window's first logit."""
     for block, targets in _compute_scored(model, window, reference.windows.first):
         if reference.n_kept is None:
             base = np.fromfile(file, np.float32, block.size).reshape(block.shape)

@@ -213,10 +213,10 @@ def _score_chunk(reference: ReferenceChunk, other: NDArray[np.float32], targets:
     lse, weights, total = log_sum_exp(wide)  # overwrites `wide`
     nll, nll_base = lse - chosen, reference.nll
 
-    # Distributions: what the reference can say of them, exactly or within bounds.
+    # Distributions: the divergence, exactly or within bounds, as the kind of reference allows.
     found = reference.divergence(OtherChunk(other, lse, weights, total))
 
-    # Ranks: an order among bad numbers says nothing.
+    # Ranks: the order among NaN and infinite logits means nothing, so such tokens get NaN.
     top, top_base = top_ids(other, 5), reference.top_ids
     same_top = (top_base[:, 0] == top[:, 0]).astype(np.float64)
     top5_overlap = (top_base[:, :, None] == top[:, None, :]).any(axis=2).mean(axis=1)

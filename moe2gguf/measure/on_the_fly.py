@@ -52,7 +52,7 @@ def compare_types(
     """Compare `files`, and each of them that is f32, f16 or bf16 in every type of `kinds` too.
 
     All types take the importance matrix `imatrix`; `options` are those of `compare`. A type that does not fit a tensor
-    takes llama.cpp's substitute; the result's settings say how many did, and how to make each file again. With
+    takes llama.cpp's substitute; the result's settings tell how many did, and how to make each file again. With
     `experts` every sound row that leaves experts out has its experts counted, on the same text: see
     `measure_expert_usage`.
 

@@ -30,7 +30,7 @@ def recommend(rows: Sequence[ResultRow]) -> Recommendation | None:
     """Return the front and the recommended row; None unless a row has both sound quality and speed.
 
     Recommended is the fastest row whose KL divergence is at most TOLERANCE. Where none is, it is the row closest to the
-    reference, and the reason says so.
+    reference, and the reason tells so.
     """
     sound = {row.config.label: row for row in rows if row.status == "ok" and row.quality and row.speed}
     points = [

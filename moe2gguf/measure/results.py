@@ -1,4 +1,4 @@
-"""The results of a comparison: one row per run, and what the rows say about each other."""
+"""The results of a comparison: one row per run, and how they compare with each other."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Agreement:
 
     @classmethod
     def of(cls, first: RunConfig, second: RunConfig, answer: Answer) -> Agreement:
-        """Return what the answer says."""
+        """Return the agreement of an answer."""
         if isinstance(answer, HarnessError):
             return cls(first.label, second.label, None, str(answer))
         return cls(first.label, second.label, answer)

@@ -56,7 +56,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """The runs of one candidate, as spreads; units as in `Run`. bound and ratio are None where they are not known.
+    """The runs of one configuration, as spreads; units as in `Run`. bound and ratio are None where they are not known.
 
     bound   tokens per second of generation if reading the active weights from memory were the only cost
     ratio   generation speed over the reference's

@@ -23,7 +23,7 @@ Rows = NDArray[np.void]
 """Structured array (n_token,) of `row_type`."""
 
 MIN_KEPT = 64
-"""Fewer entries than this say too little about a distribution."""
+"""Fewer entries than this leave the bounds of the divergence too far apart."""
 
 
 def row_type(n_kept: int) -> np.dtype[np.void]:
