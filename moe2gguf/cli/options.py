@@ -15,7 +15,6 @@ from cloup import option
 from moe2gguf.cli.command import ContinuedOutput, Input, Output, allow_replacing
 from moe2gguf.errors import PlanError
 from moe2gguf.llama.devices import DEVICES
-from moe2gguf.quant.repairs import REPAIRS
 
 FILE = Input(exists=True, dir_okay=False, path_type=Path)
 FOLDER = Input(exists=True, file_okay=False, path_type=Path)
@@ -108,7 +107,6 @@ def words(_context: click.Context, _parameter: click.Parameter, text: str | None
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-_REPAIRS = "; ".join(f"{name}: {text}" for name, text in REPAIRS.items())
 type_rules = (
     option("--target-size", type=Size(), metavar="SIZE", help="Choose the types that lose least at this file size."),
     option("--allow-fallback", is_flag=True, help="Where a type does not fit a tensor, use llama.cpp's substitute."),
@@ -133,11 +131,11 @@ expert_type_rules = (
     option("--pure", is_flag=True, hidden=True, help="Use the type for every matrix, embeddings and output included."),
     option(
         "--imatrix-repair",
-        type=click.Choice([*REPAIRS]),
+        type=click.Choice(["none", "ones"]),
         default="none",
         show_default=True,
         hidden=True,
-        help=f"Weights of tensors and experts that the importance matrix lacks: {_REPAIRS}.",
+        help="Tensors and experts that the importance matrix lacks: refuse them, or count all columns alike.",
     ),
     option(
         "--llama-cpp-mix",

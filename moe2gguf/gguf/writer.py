@@ -34,7 +34,7 @@ from moe2gguf.progress import Progress
 
 Blocks = Callable[[], Iterator[NDArray[np.generic]]]
 
-Importance = Callable[[], Sequence[NDArray[np.float32] | None]]
+Importance = Callable[[], Sequence[NDArray[np.float32]]]
 """Per matrix of a tensor (one, or one per expert) the importance of its columns (width,), made when it is written."""
 
 Files = Sequence[tuple[Sequence["OutputTensor"], Layout]]
@@ -322,7 +322,7 @@ def _flush_often(disk: ThreadPoolExecutor, descriptor: int, tasks: Sequence[Futu
 class _Weights(NamedTuple):
     """The importance of the matrices of a tensor of this `shape`, asked from its row `first` on."""
 
-    matrices: Sequence[NDArray[np.float32] | None] | None
+    matrices: Sequence[NDArray[np.float32]] | None
     shape: tuple[int, ...]
     first: int
 

@@ -96,7 +96,7 @@ class Collection:
         empty = sum(not one.n_token for one in self.scarce)
         rest = (
             f"{len(self.scarce)} experts saw fewer than {FEW} tokens, {empty} of them none. Those with some are used "
-            "as they are; for those with none, convert and quantize ask for --imatrix-repair plain, pooled or ones. "
+            "as they are; for those with none, convert and quantize ask for --imatrix-repair ones. "
         )
         return rest + "More --tokens or another text reach more of them, --used all reaches every one."
 

@@ -8,6 +8,7 @@ columns of a down projection are neurons, which are picked in the order in which
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,6 @@ from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.writer import Importance, OutputTensor
 from moe2gguf.quant.assign import may_quantize
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
-from moe2gguf.quant.repairs import REPAIRS
 from moe2gguf.quant.rules import VOCABULARY
 
 FEW = 64
@@ -84,15 +84,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a matrix has for one tensor: `means`, the numbers of the matrices without data and `why` they have none.
-
-    `pool` (width,) is what "pooled" gives those, None where there is nothing to pool.
-    """
+    """What a matrix has for one tensor: `means`, the numbers of the matrices without data and `why` they have none."""
 
     means: Callable[[], Means]
     empty: tuple[int, ...] = ()
     why: str = ""
-    pool: NDArray[np.float32] | None = None
     fewest: int = FEW
 
 
@@ -112,12 +108,11 @@ def guide(
             continue
         if found is None:  # the vocabulary: llama.cpp's tool leaves it out
             continue
-        if found.empty and (repair == "none" or (repair == "pooled" and found.pool is None)):
-            problems[tensor.name] = _no_data(found, tensor, repair)
+        if found.empty and repair == "none":
+            problems[tensor.name] = _describe_lack(found, tensor)
             continue
-        importance[tensor.name] = _repaired(found, repair)
-        if not (found.empty and repair == "plain"):
-            complete.add(tensor.name)
+        importance[tensor.name] = functools.partial(_fill_with_ones, found)
+        complete.add(tensor.name)
         if found.fewest < FEW:
             few[tensor.name] = found.fewest
     return Guidance(importance, problems, frozenset(complete), few)
@@ -132,7 +127,7 @@ def _found(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None) -> 
     name, width = tensor.name, tensor.shape[-1]
     n_mat = math.prod(tensor.shape[:-2])
     if entry := matrix.entries.get(name):
-        return _own(entry, n_mat, width, down="ffn_down" in name, legacy=matrix.legacy)
+        return _own(entry, n_mat, width, legacy=matrix.legacy)
     dense = matrix.entries.get(name.replace("_exps.", "."))
     if "_exps." not in name or dense is None:
         if re.fullmatch(VOCABULARY, name):
@@ -146,7 +141,7 @@ def _found(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None) -> 
     return _Found(lambda: np.broadcast_to(means, (n_mat, width)))
 
 
-def _own(entry: Activity, n_mat: int, width: int, *, down: bool, legacy: bool) -> _Found:
+def _own(entry: Activity, n_mat: int, width: int, *, legacy: bool) -> _Found:
     """From an entry of the tensor's own name."""
     if len(entry.counts) not in (1, n_mat):
         raise _UnfitError("is of another number of experts", f" ({len(entry.counts)}, the tensor has {n_mat})")
@@ -160,18 +155,7 @@ def _own(entry: Activity, n_mat: int, width: int, *, down: bool, legacy: bool) -
     empty = tuple(int(i) for i in np.flatnonzero(np.isnan(means).any(axis=1)))
     seen = entry.counts[entry.counts > 0]
     fewest = int(seen.min()) if len(seen) and n_mat > 1 and not legacy else FEW
-    if not empty:
-        return _Found(lambda: means, fewest=fewest)
-    return _Found(lambda: means, empty, "no token reached some experts", _pool(means, entry.counts, down), fewest)
-
-
-def _pool(means: Means, counts: NDArray[np.int64], down: bool) -> NDArray[np.float32] | None:
-    """The mean over the experts that have data, by their tokens; one number for a down projection's columns."""
-    rows = ~np.isnan(means).any(axis=1)
-    if not rows.any():
-        return None
-    pool = np.average(means[rows].astype(np.float64), axis=0, weights=np.broadcast_to(counts, len(means))[rows])
-    return np.full(pool.shape, pool.mean(), np.float32) if down else pool.astype(np.float32)
+    return _Found(lambda: means, empty, "no token reached some experts" if empty else "", fewest)
 
 
 def _dense_means(dense: Activity, width: int) -> NDArray[np.float32]:
@@ -192,8 +176,7 @@ def _down(dense: Activity, tensor: Entry, neurons: Neurons | None) -> _Found:
     layer = re.match(r"blk\.(\d{1,9})\.", tensor.name)
     if neurons is None or layer is None:
         why = "is of the dense model, and which neurons the experts hold is not known"
-        pool = np.full(width, means.mean(), np.float32)
-        return _Found(lambda: _nothing(n_mat, width), everything, why, pool)
+        return _Found(lambda: _nothing(n_mat, width), everything, why)
 
     def sliced() -> Means:
         order = neurons.order(int(layer[1]))
@@ -206,27 +189,21 @@ def _nothing(n_mat: int, width: int) -> Means:
     return np.full((n_mat, width), np.nan, np.float32)
 
 
-def _repaired(found: _Found, repair: str) -> Importance:
-    def vectors() -> list[NDArray[np.float32] | None]:
-        means = found.means()
-        rows: list[NDArray[np.float32] | None] = [*np.ascontiguousarray(means, np.float32)]
-        for i in found.empty:
-            ones = np.ones(means.shape[1], np.float32)
-            rows[i] = None if repair == "plain" else found.pool if repair == "pooled" else ones
-        return rows
-
-    return vectors
+def _fill_with_ones(found: _Found) -> list[NDArray[np.float32]]:
+    """The importance of every matrix, (width,) each; a matrix without data counts all its columns alike."""
+    means = np.ascontiguousarray(found.means(), np.float32)
+    means[[*found.empty]] = 1
+    return [*means]
 
 
-def _no_data(found: _Found, tensor: Entry, repair: str) -> Problem:
+def _describe_lack(found: _Found, tensor: Entry) -> Problem:
+    """Which matrices of the tensor have no data, and what to do."""
     n_mat = math.prod(tensor.shape[:-2])
     numbers = ", ".join([*map(str, found.empty[:8]), *(["..."] if len(found.empty) > 8 else [])])
     detail = f" (experts {numbers})" if 0 < len(found.empty) < n_mat else ""
-    choices = [name for name in REPAIRS if name not in ("none", repair)]
-    nothing = "there is nothing to pool; " if repair == "pooled" else ""
-    ways = [f"--imatrix-repair {'|'.join(choices)}"]
+    ways = ["--imatrix-repair ones"]
     if "neurons" in found.why:
         ways.insert(0, "collect one from this file, or convert the checkpoint with --imatrix")
     elif "experts" in found.why:
         ways.insert(0, "collect it from more text or with --used all")
-    return Problem(f"{found.why}; {nothing}{', or '.join(ways)}", detail)
+    return Problem(f"{found.why}; {', or '.join(ways)}", detail)

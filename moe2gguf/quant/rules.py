@@ -36,7 +36,8 @@ class TypeOptions:
     llama_cpp_mix   treat a file with experts as llama.cpp does, instead of like its dense parent
     imatrix         an importance matrix: which columns' errors matter
     target_size     bytes of the file, target_bpw bits per weight: choose the types with the least error under it
-    imatrix_repair  what to do about what it has no data for, one of `moe2gguf.quant.imatrix_match.REPAIRS`
+    imatrix_repair  what it has no data for is refused ("none"), or all its columns count alike ("ones"), as llama.cpp
+                    does
     """
 
     type: str = AUTO

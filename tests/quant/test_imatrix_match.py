@@ -40,16 +40,6 @@ def test_neurons_are_picked_in_the_experts_order():
     assert [1] == asked
 
 
-def test_a_neuron_that_became_a_bias_has_its_own_importance():
-    """Not that of the dense neuron whose place it has."""
-    order = np.array([[5, 0, -1], [1, 2, 3], [4, -1, -1]])
-    neurons = Neurons(6, lambda _: order, lambda layer: {2: 15.5} if layer == 1 else {})
-
-    found = guide(dense(), [Entry(DOWN, (3, 2, 3), F32)], neurons)
-
-    assert [[6, 1, 0], [2, 15.5, 4], [5, 0, 0]] == [row.tolist() for row in found.importance[DOWN]()]
-
-
 def test_a_dense_matrix_of_other_widths_is_refused():
     """The MLP's, and the model's."""
     order = Neurons(6, lambda _: np.zeros((3, 3), np.int64))
@@ -78,13 +68,12 @@ def test_a_dense_entry_without_tokens_is_no_data():
     assert [[1, 1, 1]] * 3 == [row.tolist() for row in ones.importance[DOWN]()]
 
 
-def test_unknown_neurons_pool_to_one_number():
-    """Every column of the down projection counts alike: the mean of the dense ones."""
+def test_unknown_neurons_are_refused_or_ones():
+    """Which columns of the dense down projection an expert holds is not guessed."""
     tensors = [Entry(DOWN, (3, 2, 3), F32)]
 
     assert DOWN in guide(dense(), tensors).problems
-    assert [[3.5] * 3] * 3 == [row.tolist() for row in guide(dense(), tensors, repair="pooled").importance[DOWN]()]
-    assert [None] * 3 == [*guide(dense(), tensors, repair="plain").importance[DOWN]()]
+    assert [[1] * 3] * 3 == [row.tolist() for row in guide(dense(), tensors, repair="ones").importance[DOWN]()]
 
 
 @pytest.mark.parametrize("head", ["", "blk.x.", f"blk.{'9' * 50}."])
@@ -111,19 +100,17 @@ def test_layers_that_differ_have_unknown_neurons(tmp_path, shape, known):
     assert known == (neurons_of(read_gguf(tmp_path / "m.gguf")) is not None)
 
 
-def test_experts_pool_by_their_tokens():
-    """Gate and up column by column, down as one number; the tensor is complete, but not after `plain`."""
+def test_an_expert_without_tokens_is_refused_or_ones():
+    """The others keep their means; the fewest tokens of those that have some are told."""
     sums, counts = np.float32([2, 4, 0, 0, 30, 60]), np.array([1, 0, 3])
-    matrix = ImportanceMatrix({GATE: Activity(sums, counts), DOWN: Activity(sums, counts)}, (), 1, 4)
-    tensors = [Entry(GATE, (3, 5, 2), F32), Entry(DOWN, (3, 5, 2), F32)]
+    matrix = ImportanceMatrix({GATE: Activity(sums, counts)}, (), 1, 4)
+    tensors = [Entry(GATE, (3, 5, 2), F32)]
 
-    pooled, plain = guide(matrix, tensors, repair="pooled"), guide(matrix, tensors, repair="plain")
+    refused, ones = guide(matrix, tensors), guide(matrix, tensors, repair="ones")
 
-    assert [[2, 4], [8, 16], [10, 20]] == [row.tolist() for row in pooled.importance[GATE]()]
-    assert [[2, 4], [12, 12], [10, 20]] == [row.tolist() for row in pooled.importance[DOWN]()]
-    assert ({GATE, DOWN}, set()) == (pooled.complete, plain.complete)
-    assert plain.importance[GATE]()[1] is None
-    assert {GATE: 1, DOWN: 1} == pooled.few
+    assert (" (experts 1)", set()) == (refused.problems[GATE].detail, refused.complete)
+    assert [[2, 4], [1, 1], [10, 20]] == [row.tolist() for row in ones.importance[GATE]()]
+    assert ({GATE}, {GATE: 1}) == (ones.complete, ones.few)
 
 
 def test_the_vocabulary_and_what_is_never_quantized_need_no_entry():

@@ -38,7 +38,6 @@ from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
 from moe2gguf.quant.imatrix_match import guide
 from moe2gguf.quant.imatrix_use import neurons_of
-from moe2gguf.quant.repairs import REPAIRS
 from moe2gguf.recipes.quantize import plan_quantization
 
 ROOM = 512 << 20
@@ -262,7 +261,7 @@ def guide_model(path: Path, found: list[ImportanceMatrix]) -> None:
     """Each number that a kernel would be given is sound, and there are as many as it reads."""
     file = read_model(path)
     tensors = [OutputTensor(tensor.name, tensor.shape, tensor.type) for tensor in file.tensors.values()]
-    for matrix, repair in itertools.product(found, REPAIRS):
+    for matrix, repair in itertools.product(found, ("none", "ones")):
         guidance = guide(matrix, tensors, neurons_of(file), repair)
         str([*guidance.refusals(file.tensors), *guidance.warnings]).encode()
         for tensor in guidance.attached(tensors):
