@@ -28,6 +28,8 @@ from moe2gguf.cli.quantize import quantize
 from moe2gguf.cli.run import run
 from moe2gguf.cli.sample import sample
 from moe2gguf.cli.set_used import set_used
+from moe2gguf.cli.streams import prepare_streams
+from moe2gguf.cli.tables import shorten
 from moe2gguf.cli.verify import verify
 from moe2gguf.errors import Moe2GgufError
 from moe2gguf.gguf.resume import Interrupted
@@ -88,24 +90,30 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Entry point of the `moe2gguf` command: every expected error becomes one message and an exit code."""
+    """Entry point of the `moe2gguf` command."""
     gc.set_threshold(100_000)  # a vocabulary is a million small objects without a cycle
     signal.signal(signal.SIGTERM, _terminate)
+    prepare_streams()
+    sys.exit(run_program(sys.argv[1:]))
+
+
+def run_program(arguments: list[str]) -> int:
+    """Run a command line: every expected error becomes one message on stderr; the exit code is returned."""
     try:
-        cli(standalone_mode=False, prog_name="moe2gguf")
+        cli(arguments, standalone_mode=False, prog_name="moe2gguf")
+        sys.stdout.flush()
     except click.exceptions.Abort as abort:
         cause = abort.__cause__
         kept = str(cause) if isinstance(cause, Interrupted) else "no unfinished file was kept"
         click.echo(f"moe2gguf: interrupted; {kept}", err=True)
         terminated = isinstance(cause.__cause__ if isinstance(cause, Interrupted) else cause, Terminated)
-        sys.exit(143 if terminated else 130)
+        return 143 if terminated else 130
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except Moe2GgufError as error:
-        click.echo(f"moe2gguf: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
-    sys.exit(0)
+        click.echo(f"moe2gguf: {shorten(str(error), whole='--verbose' in arguments)}", err=True)
+        return error.exit_code
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import click
 import cloup
 
-from moe2gguf.gguf.outputs import check_outputs
+from moe2gguf.cli.streams import StreamError
+from moe2gguf.gguf.outputs import check_outputs, is_written
 
 FOREIGN = {
     "-m": "MODEL",
@@ -66,7 +68,7 @@ class Command(cloup.Command):
         params = params or []
         if any(isinstance(one, click.Option) and one.hidden for one in params):
             params = [*params, _help_all()]
-        super().__init__(*args, params=params, **kwargs)
+        super().__init__(*args, params=[*params, _verbose()], **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, or name our option where they have another program's."""
@@ -81,9 +83,14 @@ class Command(cloup.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, unless an output is an input or exists."""
-        if not ctx.params.get("plan_only"):
-            _check_files(self.params, ctx)
-        return super().invoke(ctx)
+        outputs = {} if ctx.params.get("plan_only") else _check_files(self.params, ctx)
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except StreamError as error:
+            written = [name for name, path in outputs.items() if is_written(path)]
+            raise StreamError(f"{error}; {', '.join(written)} was written" if written else str(error)) from error
+        return result
 
     def _options(self) -> list[click.Option]:
         return [parameter for parameter in self.params if isinstance(parameter, click.Option)]
@@ -99,8 +106,11 @@ class Command(cloup.Command):
         return f"The model is the first argument here: {usage}"
 
 
-def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> None:
-    """Check every path of type `Output` against every one of type `Input`. Raises OutputError."""
+def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[str, Path]:
+    """Check every path of type `Output` against every one of type `Input`, and return the outputs by name.
+
+    Raises OutputError.
+    """
     inputs: list[Path] = []
     outputs: dict[str, Path] = {}
     may_exist: set[str] = set()
@@ -116,6 +126,12 @@ def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> None:
         outputs |= {f"{option}{path}": path for path in paths}
         may_exist |= {f"{option}{path}" for path in paths if isinstance(parameter.type, ContinuedOutput)}
     check_outputs(outputs, inputs, force=ctx.meta.get(_FORCE, False), may_exist=may_exist)
+    return outputs
+
+
+def _verbose() -> click.Option:
+    """The option that shows messages in full; `moe2gguf.cli.main` looks for it."""
+    return cloup.Option(["--verbose"], is_flag=True, expose_value=False, hidden=True, help="Show an error in full.")
 
 
 def _help_all() -> click.Option:

@@ -179,6 +179,7 @@ def convert(
     if form == "hf":
         done = write_folder(plan, out, force=force, resume=resume, progress=display.progress)
         emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
+        display.next_step(f"moe2gguf heal {out} HEALED --teacher {model} --text TEXT --used-range K..{plan.n_expert}")
         return
     done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     if report:
@@ -186,5 +187,6 @@ def convert(
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.conversion(done, checked))
+    display.next_step(f'moe2gguf run {done.path} -p "The capital of France is"')
     if checked and not checked.ok:
         raise SystemExit(1)

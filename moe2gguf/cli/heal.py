@@ -160,3 +160,4 @@ def heal(
     )
     if is_main():
         emit(done.to_dict(), as_json, lambda: tables_heal.healing(done))
+        display.next_step(f"moe2gguf convert {out} {out}.gguf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,15 @@ def devices_from(device: str | None, rpc: str | None) -> list[str]:
     return [*named, name_rpc_device(rpc.split(","))] if rpc else named
 
 
+def _is_unicode() -> bool:
+    """Whether standard output can show every character."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+
+
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
     """JSON on stdout, or the text that `show` prints."""
     if as_json:
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(result, indent=2, ensure_ascii=not _is_unicode()))
     else:
         show()
 

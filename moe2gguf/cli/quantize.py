@@ -79,3 +79,4 @@ def quantize(
         return
     done = write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
     emit(done.to_dict(), as_json, lambda: tables_convert.quantization(done))
+    display.next_step(f"moe2gguf compare {done.path} --reference {source}")

@@ -72,3 +72,4 @@ def sample(model: Path, out: Path, as_json: bool, **options: Any) -> None:
     rest = {name: options.pop(name) for name in ("device", "force", "threads")}
     done = sample_text(model, out, Draw(**options), progress=display.progress, **rest)
     emit(done.to_dict(), as_json, lambda: display.sampled(done))
+    display.next_step(f"moe2gguf convert {model} OUT.gguf --experts 16 --used 8 --calibration {out}")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from moe2gguf.measure.sample import Sample
 
 PLAIN_WIDTH = 120
+MOST_LINES = 5
+"""Of the list in an error's message."""
 WIDE = 250
 """Columns of a table in a pipe or a file."""
 
@@ -72,6 +74,24 @@ def warnings(lines: Iterable[str]) -> None:
         err().print(f"[yellow]warning:[/yellow] {escape(line)}")
 
 
+def next_step(text: str) -> None:
+    """Name a command to go on with, where a person reads it."""
+    console = err()
+    if console.is_terminal:
+        console.print(f"next: {text}", markup=False)
+
+
+def shorten(message: str, *, whole: bool) -> str:
+    """An error's message with at most `MOST_LINES` of its list, unless the `whole` is wanted."""
+    lines = message.splitlines()
+    items = [i for i, line in enumerate(lines) if line.startswith("  - ")]
+    if whole or len(items) <= MOST_LINES + 1:
+        return message
+    left_out = {*items[MOST_LINES:]}
+    kept = [line for i, line in enumerate(lines) if i not in left_out]
+    return "\n".join([*kept, f"  and {len(left_out)} more (--verbose shows all)"])
+
+
 def check(checked: Check) -> None:
     """The comparison in llama.cpp, in words."""
     console = out()
@@ -110,8 +130,8 @@ def verification(found: Verification, checked: Check | None) -> None:
 
 
 def stream(prompt: str, pieces: Generation) -> None:
-    """The prompt and its continuation on stdout as it comes; speeds on stderr."""
-    sys.stdout.write(prompt)
+    """The prompt and its continuation on stdout as it comes; speeds on stderr. An error comes before the prompt."""
+    sys.stdout.write(prompt + next(pieces, ""))
     sys.stdout.flush()
     for piece in pieces:
         sys.stdout.write(piece)

@@ -54,6 +54,11 @@ def _find_input(out: Path, read: Mapping[object, Path]) -> Path | None:
     return next(inside, None)
 
 
+def is_written(out: Path) -> bool:
+    """Whether an output is there, as one file or as a set of shards."""
+    return out.exists() or (out.parent.is_dir() and any(True for _ in _set_of(out.stem, out.parent)))
+
+
 def _files(path: Path) -> Iterator[Path]:
     """The file itself, all files of a folder, or all shards of a set."""
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,13 @@ class Checkpoint:
         return whole if rows is None else whole[rows]
 
 
+def _hint(folder: Path) -> str:
+    """How to get a model whose name on the Hub was given."""
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return ""
+    return f"; a model of the Hugging Face Hub is fetched by: hf download {folder} --local-dir {folder.name}"
+
+
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     """Open the Hugging Face folder `folder`; `name` overrides the model's name in the metadata.
 
@@ -64,7 +72,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         PlanError: everything else that is wrong, all of it in one list.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
+        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file{_hint(folder)}")
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
     warnings: list[str] = []

@@ -12,14 +12,9 @@ import checkpoints
 import gguf
 import pytest
 from click.testing import CliRunner
+from command import moe2gguf
 
 from moe2gguf.cli import cli
-
-
-def moe2gguf(*arguments, **options):
-    """Run the command in its own process; the finished process, with text streams."""
-    command = [sys.executable, "-c", "from moe2gguf.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +56,8 @@ def test_plan_writes_nothing_and_needs_no_target(model, tmp_path):
     assert 0 == done.returncode
     assert re.search(r"blk\.2\.ffn_down_exps\.weight +4 x 64 x 24 +F32 +24,576", done.stdout)
     assert re.search(r"4 of 4 \(file\) +[\d,]+ +0\.\d\d x", done.stdout)
-    values = json.loads(moe2gguf("convert", model, "--plan", "--json").stdout)
-    assert f"file size           {values['file_size']:,}" not in ("", done.stdout)
+    values = json.loads(moe2gguf("convert", model, "--plan", "-e", 4, "--json").stdout)
+    assert f"file size           {values['file_size']:,} bytes" in done.stdout
     assert [] == values["refusals"]
 
 
@@ -131,7 +126,7 @@ def test_run_streams_text(files):
     assert first.stdout == again.stdout
     assert "tokens/s" in first.stderr
     bad = moe2gguf("run", files[0], "-p", "Hello", "--used", 9)
-    assert 1 == bad.returncode
+    assert (1, "") == (bad.returncode, bad.stdout)
     assert bad.stderr.startswith("moe2gguf: ")
     assert "Traceback" not in bad.stderr
 
@@ -140,6 +135,7 @@ def test_run_streams_text(files):
     ("arguments", "code", "words"),
     [
         (["convert", "nowhere", "out.gguf"], 1, "nowhere: neither a Hugging Face model folder nor a GGUF file"),
+        (["convert", "owner/some-model", "out.gguf"], 1, "hf download owner/some-model --local-dir some-model"),
         (["convert", "MODEL"], 2, "Missing argument 'OUT'"),
         (["convert", "MODEL", "no/such/folder/out.gguf"], 1, "no such folder"),
         (["convert", "MODEL", "/dev/full", "--force"], 1, "not a regular file"),
@@ -151,9 +147,10 @@ def test_run_streams_text(files):
         (["frobnicate"], 2, "No such command"),
     ],
 )
-def test_wrong_input_is_one_clear_error(model, tmp_path, arguments, code, words):
+def test_wrong_input_is_one_clear_error(model, tmp_path, monkeypatch, arguments, code, words):
     """Exit 1 for what is wrong with the data, 2 for the usage; no traceback; nothing left."""
-    done = moe2gguf(*(argument.replace("MODEL", str(model)) for argument in arguments), cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = moe2gguf(*(argument.replace("MODEL", str(model)) for argument in arguments))
 
     assert code == done.returncode, done.stderr
     assert words in done.stderr

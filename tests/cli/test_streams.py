@@ -1,0 +1,82 @@
+"""Standard output that is full, closed or not UTF-8, and messages that are long."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+from moe2gguf.cli.tables import shorten
+
+PROGRAM = [sys.executable, "-c", "from moe2gguf.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA checkpoint, with a name that ASCII does not have."""
+    return checkpoints.make(tmp_path_factory.mktemp("streams") / "modèle")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [
+        (">/dev/full", "No space left on device"),
+        (">&-", "Bad file descriptor"),
+        ("| (exec <&-; cat missing 2>/dev/null)", "Broken pipe"),
+    ],
+)
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_what_standard_output_refuses_is_one_message(
+    model: Path, tmp_path: Path, redirection: str, reason: str, option: list[str]
+) -> None:
+    """Exit code 1, the reason, and the file that was written all the same; no traceback, no word at exit."""
+    out = tmp_path / "out.gguf"
+    script = f'set -o pipefail; sleep 0; "$@" {redirection}'
+
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *PROGRAM, "convert", str(model), str(out), "--dense", *option],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+    assert (1, f"moe2gguf: standard output cannot be written: {reason}; {out} was written\n") == (
+        done.returncode,
+        done.stderr,
+    )
+    assert out.read_bytes().startswith(b"GGUF")
+
+
+@pytest.mark.parametrize(("option", "expected"), [([], "mod?le.gguf"), (["--json"], "mod\\u00e8le.gguf")])
+def test_what_the_terminal_cannot_show_is_replaced(
+    model: Path, tmp_path: Path, option: list[str], expected: str
+) -> None:
+    """An ASCII terminal gets a question mark in a sentence, an escape in JSON; the exit code is 0."""
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [*PROGRAM, "convert", str(model), str(tmp_path / "modèle.gguf"), "--dense", *option]
+
+    done = subprocess.run(command, env=ascii_only, capture_output=True, check=False)
+
+    assert (0, b"") == (done.returncode, done.stderr)
+    assert expected.encode() in done.stdout
+
+
+def test_standard_error_that_is_full_changes_nothing(model: Path, tmp_path: Path) -> None:
+    """The exit code is that of the error."""
+    command = ["bash", "-c", '"$@" 2>/dev/full', "bash", *PROGRAM, "convert", str(tmp_path / "nothing"), "out.gguf"]
+
+    assert 1 == subprocess.run(command, check=False).returncode
+
+
+def test_a_long_list_is_shortened_unless_all_is_wanted() -> None:
+    """Five lines and how many more; six are shown as they are."""
+    message = "cannot go on, 9 problems:\n" + "\n".join(f"  - problem {i}" for i in range(9))
+
+    assert "problem 4\n  and 4 more (--verbose shows all)" in shorten(message, whole=False)
+    assert "problem 5" not in shorten(message, whole=False)
+    assert message == shorten(message, whole=True)
+    assert "\n".join(message.splitlines()[:7]) == shorten("\n".join(message.splitlines()[:7]), whole=False)
