@@ -26,10 +26,10 @@ HELD_OUT = 5
 """One of so many tokens (the last ones) is held out of the refit, to choose its ridge."""
 
 REGROUP_ROUNDS = 2
-"""The first brings most of it, a third next to nothing (docs/experts.md)."""
+"""The first brings most of it, a third next to nothing (docs/log/experts.md)."""
 
 REGROUP_TOKENS = 8192
-"""Regrouping reads at least so many tokens, spread over the text: enough (docs/experts.md)."""
+"""Regrouping reads at least so many tokens, spread over the text: enough (docs/log/experts.md)."""
 
 
 class FittedRouter(NamedTuple):
