@@ -118,6 +118,7 @@ class Normal:
 
     def solve(self, strength: float) -> Tensor:
         """Return delta (m, d): argmin |y - h delta|^2 + strength * mean(diag hh) * |delta|^2."""
+        # The ridge is relative to the mean diagonal, so that strengths mean the same for every layer.
         a = self.hh + strength * self.hh.diagonal().mean() * torch.eye(len(self.hh))
         return torch.cholesky_solve(self.hy, torch.linalg.cholesky(a))
 

@@ -65,10 +65,12 @@ def group_neurons(mlp: MLP, x: Rows, slicing: Slicing, statistics: ActivationSta
     sizes = group_sizes(len(together), slicing.n_expert)
     if method.group == "contiguous":
         return list(torch.arange(len(together)).split(sizes))
+    # The shared experts get the neurons with the most energy, before all others those with a massive activation.
     importance = together.diagonal().clone()
     if n_shared:
         importance += outliers.float() * importance.max()
     groups = split_neurons(importance, together, sizes, n_shared, method.seed)
+    # Groups and router are fitted to each other in turn; the first round starts from what contributes together.
     if method.group == "routed":
         few = sample_rows(x, REGROUP_TOKENS)
         for _ in range(REGROUP_ROUNDS):
@@ -94,13 +96,16 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
 
 def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> FittedRouter:
     """Fit the router of the method to the groups, on the inputs x (n_token, d_model)."""
+    # The targets are the norms of the routed experts' outputs; the shared experts run anyway.
     energy = stats.expert_energies(mlp, x, groups)
     moments = stats.router_moments(x, energy[:, n_shared:].sqrt())
+    # v gives the shared experts their constant logits, the regression gives the routed ones theirs.
     v = routing.constant_direction(moments)
     if slicing.method.router == "zero" or n_shared == len(groups):
         rows = torch.zeros(len(groups) - n_shared, len(v))
     else:
         rows = routing.expert_rows(moments)
+    # How far all rows are scaled down is decided by the largest logit that a token has.
     largest = stats.largest_logit(x, rows)
     return FittedRouter(routing.assemble_router(rows, v, n_shared, largest, slicing.method.amplify), v, energy)
 
@@ -131,6 +136,7 @@ def refit_down(sliced: SlicedLayer, inputs: LayerInputs, k: int) -> SlicedLayer:
 
 def report_routing(sliced: SlicedLayer, x: Rows, energy: Tensor, v: Tensor, n_shared: int, k: int) -> LayerReport:
     """Report how much of the experts' energy (n_token, n_expert) the router's choices have at k experts used."""
+    # What the router chooses: its order of the experts, and the first k of them.
     n = len(sliced.groups)
     logits = stats.map_rows(x, lambda x: x @ sliced.router.T)
     order = logits.argsort(dim=1, descending=True, stable=True)
@@ -144,6 +150,7 @@ def report_routing(sliced: SlicedLayer, x: Rows, energy: Tensor, v: Tensor, n_sh
         shared_rate=float(chosen[:, :n_shared].all(1).float().mean()),
         energy_by_used=(by_used / by_used[-1].clamp_min(1e-30)).tolist(),
     )
+    # Beside it the best possible choice: the routed experts with the largest outputs, token by token.
     if not n_shared < k < n:
         return report
     routed, chosen = energy[:, n_shared:], chosen[:, n_shared:]
