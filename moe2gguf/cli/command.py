@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import cloup
 
 from moe2gguf.cli.streams import StreamError
+from moe2gguf.cli.tables import warnings
 from moe2gguf.gguf.outputs import check_outputs, is_written
 
 FOREIGN = {
@@ -40,6 +41,14 @@ FOREIGN = {
 """Options of llama.cpp and Hugging Face, and what they are called here: an option, or an argument in capitals."""
 
 
+class NoEffect(NamedTuple):
+    """Options that change nothing `beside` one of others, which is an error, or `without` all of others, a warning."""
+
+    options: Sequence[str]
+    beside: Sequence[str] = ()
+    without: Sequence[str] = ()
+
+
 class Input(click.Path):
     """A file or folder that is read: no output may be the same file."""
 
@@ -64,8 +73,15 @@ _FORCE = "moe2gguf.force"
 class Command(cloup.Command):
     """A command with these hints. Options made with `hidden=True` are shown by `--help-all`."""
 
-    def __init__(self, *args: Any, params: list[click.Parameter] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        params: list[click.Parameter] | None = None,
+        no_effect: Sequence[NoEffect] = (),
+        **kwargs: Any,
+    ) -> None:
         params = params or []
+        self._no_effect = no_effect
         if any(isinstance(one, click.Option) and one.hidden for one in params):
             params = [*params, _help_all()]
         super().__init__(*args, params=[*params, _verbose()], **kwargs)
@@ -82,7 +98,10 @@ class Command(cloup.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, unless an output is an input or exists."""
+        """Run the command, unless an option has no effect or an output is an input or exists."""
+        given = {name for one in self._options() if _is_given(one, ctx) for name in one.opts}
+        for row in self._no_effect:
+            _check_effect(row, given, ctx)
         outputs = {} if ctx.params.get("plan_only") else _check_files(self.params, ctx)
         try:
             result = super().invoke(ctx)
@@ -104,6 +123,22 @@ class Command(cloup.Command):
         if name == "OUT":
             return f"The output is an argument here: {usage}" if "OUT" in metavars else "This command writes no file."
         return f"The model is the first argument here: {usage}"
+
+
+def _is_given(option: click.Option, ctx: click.Context) -> bool:
+    """Whether the command line has the option."""
+    return ctx.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+
+
+def _check_effect(row: NoEffect, given: set[str], ctx: click.Context) -> None:
+    """Warn of a given option without effect. Raises UsageError where another option is the reason."""
+    useless = [name for name in row.options if name in given]
+    if not useless:
+        return
+    if others := [name for name in row.beside if name in given]:
+        raise click.UsageError(f"{', '.join(useless)}: no effect with {others[0]}; leave one of them out", ctx)
+    if row.without and not given.intersection(row.without):
+        warnings([f"{', '.join(useless)}: no effect without {' or '.join(row.without)}"])
 
 
 def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[str, Path]:

@@ -10,7 +10,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command, ContinuedOutput
+from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     NONE,
@@ -33,7 +33,13 @@ from moe2gguf.cli.options import (
 )
 
 
-@cloup.command(cls=Command)
+@cloup.command(
+    cls=Command,
+    no_effect=[
+        NoEffect(("--imatrix",), without=("--types",)),
+        NoEffect(("--expert-usage",), without=("--json", "--report")),
+    ],
+)
 @cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to compare.")
 @option_group(
     "What to compare",

@@ -12,7 +12,7 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
-from moe2gguf.cli.command import Command, Input
+from moe2gguf.cli.command import Command, Input, NoEffect
 from moe2gguf.cli.options import (
     ANY,
     FILE,
@@ -33,8 +33,18 @@ from moe2gguf.cli.options import (
 )
 from moe2gguf.experts import methods
 
+OF_EXPERTS = ("--experts", "--used", "--align", "--expert-scale")
+OF_METHOD = ("--preset", "--group", "--shared", "--router", "--refit", "--amplify")
+OF_CALIBRATION = ("--calibration", "--save-calibration", "--load-calibration", "--calibration-tokens")
+OF_CALIBRATING = ("--calibration-memory", "--torch-device", "--seed")
+NO_EFFECT = (
+    NoEffect((*OF_EXPERTS, *OF_METHOD, *OF_CALIBRATION, *OF_CALIBRATING), beside=("--dense",)),
+    NoEffect(("--calibration-memory", "--torch-device"), beside=("--load-calibration",)),
+    NoEffect(("--imatrix-repair",), without=("--imatrix",)),
+)
 
-@cloup.command(cls=Command)
+
+@cloup.command(cls=Command, no_effect=NO_EFFECT)
 @cloup.argument("model", type=ANY, help="A Hugging Face folder, or a dense GGUF file.")
 @cloup.argument("out", type=OUT, required=False, help="The GGUF file to write.")
 @option_group(

@@ -12,7 +12,7 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_heal
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     FOLDER,
@@ -47,7 +47,7 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
         return int(match[1]), int(match[2] or match[1])
 
 
-@cloup.command(cls=Command)
+@cloup.command(cls=Command, no_effect=[NoEffect(("--lora-rank",), without=("--train",))])
 @cloup.argument("student", type=FOLDER, help="The sliced model: a folder made by convert --format hf.")
 @cloup.argument("out", type=OUT, help="The folder to write.")
 @option_group(

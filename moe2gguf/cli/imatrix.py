@@ -10,7 +10,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     NONE,
@@ -37,7 +37,10 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
         return self.fail(f"{value!r} is neither a number nor all", param, ctx)
 
 
-@cloup.command(cls=Command)
+@cloup.command(
+    cls=Command,
+    no_effect=[NoEffect(("--tokens", "--context", "--used", "--output-matrix", "--threads"), without=("--text",))],
+)
 @cloup.argument("model", type=FILE, help="The GGUF file to collect from, best in f16, bf16 or f32.")
 @cloup.argument("out", type=OUT, help="The importance matrix to write.")
 @option_group(

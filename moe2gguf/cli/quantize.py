@@ -11,7 +11,7 @@ from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     OUT,
@@ -27,7 +27,7 @@ from moe2gguf.cli.options import (
 )
 
 
-@cloup.command(cls=Command)
+@cloup.command(cls=Command, no_effect=[NoEffect(("--imatrix-repair",), without=("--imatrix",))])
 @cloup.argument("source", type=FILE, help="The GGUF file to quantize, in f32, f16 or bf16.")
 @cloup.argument("out", type=OUT, help="The GGUF file to write.")
 @cloup.argument("type", required=False, help="q4_k_m, iq4_xs, q8_0 or another of llama.cpp; auto keeps them as stored.")

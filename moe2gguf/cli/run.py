@@ -9,11 +9,11 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, threads_option, used_option
 
 
-@cloup.command(cls=Command)
+@cloup.command(cls=Command, no_effect=[NoEffect(("--seed",), without=("--temperature",))])
 @cloup.argument("file", type=FILE, help="The GGUF file to run.")
 @option("-p", "--prompt", required=True, help="Text to continue; no chat template is applied.")
 @used_option

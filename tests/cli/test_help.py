@@ -76,3 +76,46 @@ def test_a_letter_means_one_thing() -> None:
 
     assert {"-e": {"--experts"}, "-n": {"--tokens"}, "-t": {"--threads"}}.items() <= meanings.items()
     assert all(len(names) == 1 for names in meanings.values()), meanings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["convert", "m", "o", "--dense", "--experts", "8"],
+            "--experts: no effect with --dense; leave one",
+        ),
+        (["convert", "m", "o", "--dense", "-k", "4", "--no-refit"], "--used, --refit: no effect with --dense"),
+        (["convert", "m", "o", "--load-calibration", __file__, "--torch-device", "cpu"], "no effect with --load-calib"),
+    ],
+)
+def test_options_that_exclude_each_other_are_an_error(arguments: list[str], message: str) -> None:
+    """Exit code 2 before anything is read."""
+    done = CliRunner().invoke(cli, arguments)
+
+    assert 2 == done.exit_code
+    assert message in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", __file__, "-p", "x", "--seed", "3"], "--seed: no effect without --temperature"),
+        (["compare", __file__, "--reference", __file__, "--imatrix", __file__], "--imatrix: no effect without --types"),
+        (["quantize", __file__, "o", "q8_0", "--imatrix-repair", "ones"], "no effect without --imatrix"),
+        (["imatrix", __file__, "o", "--merge", __file__, "--tokens", "5"], "--tokens: no effect without --text"),
+    ],
+)
+def test_options_that_need_another_are_a_warning(arguments: list[str], message: str) -> None:
+    """Said before the work."""
+    done = CliRunner().invoke(cli, arguments)
+
+    assert message in done.stderr
+
+
+def test_the_tables_of_options_without_effect_name_options_of_their_command() -> None:
+    """No row of a table is dead."""
+    for command in cli.commands.values():
+        for row in getattr(command, "_no_effect", ()):
+            ours = {name for option in command.params for name in option.opts}
+            assert ours.issuperset([*row.options, *row.beside, *row.without])
