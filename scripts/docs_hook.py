@@ -90,4 +90,5 @@ def groups(command: Any, context: click.Context) -> Iterator[tuple[str, list[Any
 
 def cell(text: str) -> str:
     """Text as a cell of a Markdown table."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("*", "&#42;")
+    text = " ".join(text.replace("][", "] [").replace(" RANGE", "").split())
+    return escape(text, quote=False).replace("|", "&#124;").replace("*", "&#42;")
