@@ -15,12 +15,11 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CorruptWeightError
-from moe2gguf.gguf.file import BLOCK_SIZES, LaterType, TensorType
+from moe2gguf.gguf.file import BLOCK_SIZES, TensorType
 from moe2gguf.gguf.finite import FIELDS
 
 Bytes = NDArray[np.uint8]
 
-MXFP4, NVFP4 = int(LaterType.MXFP4), int(LaterType.NVFP4)
 _E8M0_NAN = 0xFF
 
 
@@ -74,9 +73,9 @@ def amplified(blocks: Bytes, kind: TensorType, factor: float, name: str) -> Byte
         return blocks
     if not is_power_of_two(factor):
         raise CorruptWeightError(f"{name}: blocks cannot be multiplied by {factor:g} exactly; only by a power of two")
-    if kind == MXFP4:
+    if kind == GGMLType.MXFP4:
         exact = _move_exponents(blocks, round(math.log2(factor)))
-    elif kind == NVFP4:
+    elif kind == GGMLType.NVFP4:
         exact = _replace_scales(blocks[:, :4], factor)
     elif kind == GGMLType.IQ1_M:
         exact = _multiply_scattered(blocks, factor)

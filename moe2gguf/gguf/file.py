@@ -24,11 +24,8 @@ CHUNK = 16 << 20
 
 
 class LaterType(IntEnum):
-    """Tensor types younger than the oldest supported gguf package, for when its enumeration lacks them."""
+    """Tensor types of llama.cpp that no release of the gguf package has yet."""
 
-    MXFP4 = 39
-    NVFP4 = 40
-    Q1_0 = 41
     Q2_0 = 42
 
 
@@ -36,8 +33,8 @@ TensorType: TypeAlias = GGMLQuantizationType | LaterType
 
 # (elements, bytes) of one block: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-common.h#L180
 # (the gguf package has 40 bytes for Q8_1, whose two scales are f16 by now)
-BLOCK_SIZES: dict[int, tuple[int, int]] = {39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)}
-BLOCK_SIZES |= {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()} | {9: (32, 36)}
+BLOCK_SIZES: dict[int, tuple[int, int]] = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+BLOCK_SIZES |= {GGMLQuantizationType.Q8_1: (32, 36), LaterType.Q2_0: (64, 18)}
 
 DTYPES: dict[int, npt.DTypeLike] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),

@@ -23,28 +23,13 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CorruptWeightError, HarnessError
 from moe2gguf.gguf.file import BLOCK_SIZES, TensorType
+from moe2gguf.gguf.ggml import declare
 
 INSTALL = "pip install 'moe2gguf[run]'"
 
 NEEDS_IMPORTANCE: tuple[TensorType, ...] = (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S)
 """Without an importance matrix the kernel aborts the process:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8059"""
-
-_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-
-
-class _Traits(ctypes.Structure):
-    """ggml_type_traits: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/include/ggml.h#L2976"""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", _ToFloat),
-        ("from_float_ref", ctypes.c_void_p),
-    )
 
 
 def installed() -> bool:
@@ -134,10 +119,16 @@ def library() -> ctypes.CDLL:
     try:
         if sys.platform == "win32":
             os.add_dll_directory(str(folder))
-        lib = ctypes.CDLL(str(path))
-        return _with_signatures(lib)
+        lib: ctypes.CDLL = declare(
+            ctypes.CDLL(str(path)),
+            "ggml_quantize_chunk",
+            "ggml_validate_row_data",
+            "ggml_type_name",
+            "ggml_get_type_traits",
+        )
     except (OSError, AttributeError) as error:
         raise HarnessError(f"{path} cannot be used ({error}): {INSTALL}") from error
+    return lib
 
 
 def _folder() -> Path:
@@ -154,19 +145,6 @@ def _file_names() -> tuple[str, ...]:
     if sys.platform == "win32":
         return ("ggml-base.dll", "libggml-base.dll")
     return ("libggml-base.so", "libggml-base.dylib")
-
-
-def _with_signatures(lib: ctypes.CDLL) -> ctypes.CDLL:
-    i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    lib.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, i64, i64, i64, pointer)
-    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-    lib.ggml_validate_row_data.argtypes = (ctypes.c_int, pointer, ctypes.c_size_t)
-    lib.ggml_validate_row_data.restype = ctypes.c_bool
-    lib.ggml_type_name.argtypes = (ctypes.c_int,)
-    lib.ggml_type_name.restype = ctypes.c_char_p
-    lib.ggml_get_type_traits.argtypes = (ctypes.c_int,)
-    lib.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
-    return lib
 
 
 def _knows(lib: ctypes.CDLL, kind: TensorType) -> bool:

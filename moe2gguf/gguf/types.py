@@ -25,14 +25,10 @@ FLOATS: dict[TensorType, np.dtype[np.generic]] = {
 }
 
 
-def _known(name: str) -> TensorType:
-    """The type of that name, also where the installed gguf package is older than the type."""
-    kind: TensorType = GGMLType[name] if name in GGMLType.__members__ else LaterType[name]
-    return kind
-
+_TYPES: dict[str, TensorType] = {**GGMLType.__members__, **LaterType.__members__}
 
 BLOCKS: tuple[TensorType, ...] = tuple(
-    _known(name)
+    _TYPES[name]
     for name in (
         *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "NVFP4", "MXFP4"),
         *("Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "Q2_0", "TQ2_0", "TQ1_0"),
@@ -43,7 +39,7 @@ BLOCKS: tuple[TensorType, ...] = tuple(
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8089"""
 
 NUMPY: frozenset[TensorType] = frozenset(
-    _known(name) for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "TQ2_0", "TQ1_0")
+    _TYPES[name] for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "TQ2_0", "TQ1_0")
 )
 """The block types that the gguf package can quantize to as well, to the same bytes, more slowly."""
 
@@ -52,7 +48,7 @@ NAMES: dict[str, TensorType] = {kind.name.lower(): kind for kind in (*FLOATS, *B
 
 _FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
 _FILE_TYPES |= {"MXFP4": "MOSTLY_MXFP4_MOE"}
-_LATER_FILE_TYPES = {"MOSTLY_MXFP4_MOE": 38, "MOSTLY_NVFP4": 39, "MOSTLY_Q1_0": 40, "MOSTLY_Q2_0": 41}
+_LATER_FILE_TYPES = {"MOSTLY_Q2_0": 41}
 
 
 def file_type(name: str) -> int:

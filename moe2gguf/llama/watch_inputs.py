@@ -16,32 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.ggml import OBJECT_SIZE, Tensor, declare
 
 _F32 = 0
-_N_SRC = 10
-
-
-class _Tensor(ctypes.Structure):
-    """ggml_tensor: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/include/ggml.h#L685"""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * _N_SRC),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-    ("extra", ctypes.c_void_p),
-    ("padding", ctypes.c_char * 8),
-]
-_OBJECT_SIZE = 32  # ggml_object, which ggml_tensor_overhead() counts as well
 
 
 @dataclass
@@ -71,7 +48,13 @@ class Watcher:
         self.sums = sums
         self.vocabulary = vocabulary
         self.callback = lib.ggml_backend_sched_eval_callback(self._call)
-        self._lib = _with_signatures(lib._lib)
+        self._lib = declare(
+            lib._lib,
+            "ggml_tensor_overhead",
+            "ggml_op_name",
+            "ggml_backend_buffer_is_host",
+            "ggml_backend_tensor_get",
+        )
         self._ops = _operations(self._lib)
         self._seen: dict[tuple[int, int, int], tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
         self._error: Exception | None = None
@@ -87,7 +70,7 @@ class Watcher:
         if self._error is not None:
             return not ask  # let the evaluation run to its end
         try:
-            tensor = _Tensor.from_address(address)
+            tensor = Tensor.from_address(address)
             kind = self._ops.get(tensor.op)
             if kind is None or not self._wanted(tensor, kind):
                 return not ask
@@ -162,20 +145,10 @@ def _address(pointer: Any) -> int:
 
 def _operations(library: Any) -> dict[int, str]:
     """The numbers of the two matrix products in this llama.cpp."""
-    if library.ggml_tensor_overhead() != ctypes.sizeof(_Tensor) + _OBJECT_SIZE:
+    if library.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + OBJECT_SIZE:
         raise HarnessError(
             "the installed llama.cpp lays its tensors out in another way: install llama-cpp-python 0.3.36, "
             "or collect with llama.cpp's own llama-imatrix"
         )
     names = {number: library.ggml_op_name(number).decode() for number in range(64)}
     return {number: name for number, name in names.items() if name in ("MUL_MAT", "MUL_MAT_ID")}
-
-
-def _with_signatures(library: Any) -> Any:
-    library.ggml_tensor_overhead.restype = ctypes.c_size_t
-    library.ggml_op_name.argtypes, library.ggml_op_name.restype = (ctypes.c_int,), ctypes.c_char_p
-    library.ggml_backend_buffer_is_host.argtypes = (ctypes.c_void_p,)
-    library.ggml_backend_buffer_is_host.restype = ctypes.c_bool
-    library.ggml_backend_tensor_get.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-    library.ggml_backend_tensor_get.restype = None
-    return library

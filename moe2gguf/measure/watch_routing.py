@@ -9,7 +9,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/include/ggml-backend.h
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.ggml import declare
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.measure.logits import cut_windows, tokenize_text
@@ -62,12 +62,8 @@ class RoutingWatcher:
         self.problem = ""
         self._words: NDArray[np.int64] = np.empty(0, np.int64)
         self._shape = (n_expert, n_expert_used, n_word)
-        ggml = lib._lib
+        ggml = declare(lib._lib, "ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get")
         self._name, self._size, self._get = ggml.ggml_get_name, ggml.ggml_nbytes, ggml.ggml_backend_tensor_get
-        self._name.argtypes, self._name.restype = [ctypes.c_void_p], ctypes.c_char_p
-        self._size.argtypes, self._size.restype = [ctypes.c_void_p], ctypes.c_size_t
-        self._get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        self._get.restype = None
 
     def expect(self, words: NDArray[np.int64]) -> None:
         """Name the words (n_token,) of the batch to come, by their place in the tally."""
