@@ -138,7 +138,7 @@ def heal(
       moe2gguf heal half healed --teacher dense --text a.txt --used-range 8 --layerwise 0 --train router --steps 100
       accelerate launch "$(which moe2gguf)" heal half healed --teacher dense --text a.txt --used-range 8 --layerwise 0
     """
-    from moe2gguf.experts.heal.plan import HealSettings
+    from moe2gguf.experts.heal.settings import HealSettings
     from moe2gguf.recipes.heal import heal as heal_folder
     from moe2gguf.recipes.heal import is_main
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HealError
-from moe2gguf.experts.heal.plan import HealSettings, Windows
+from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe2gguf.experts.heal.optimize import optimizer_for
-from moe2gguf.experts.heal.plan import HealSettings, batch_at
+from moe2gguf.experts.heal.settings import HealSettings, batch_at
 from moe2gguf.hf.folder import open_checkpoint
 from moe2gguf.recipes.heal import read_texts
 

@@ -16,7 +16,7 @@ from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, HealError
 from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.heal.optimize import freeze
-from moe2gguf.experts.heal.plan import HealSettings, batch_at, used_at
+from moe2gguf.experts.heal.settings import HealSettings, batch_at, used_at
 from moe2gguf.experts.text import read_text
 from moe2gguf.gguf.set_used import set_used
 from moe2gguf.recipes.heal import heal

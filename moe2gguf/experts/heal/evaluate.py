@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts.heal import losses
-from moe2gguf.experts.heal.head import TOKENS, summed
-from moe2gguf.experts.heal.plan import HealSettings, Windows
+from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.heal.student import use
+from moe2gguf.experts.heal.sum_terms import TOKENS, summed
 from moe2gguf.experts.heal.teacher import Teacher
 from moe2gguf.experts.hidden_states import chunks
 

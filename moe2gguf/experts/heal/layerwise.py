@@ -22,8 +22,8 @@ from moe2gguf.experts.forward import Layers
 from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.moe_layer import Layer, Stored
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for, require_finite, trained
-from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
 from moe2gguf.experts.heal.router import scale_of
+from moe2gguf.experts.heal.settings import HealSettings, Windows, batch_at, used_at
 from moe2gguf.experts.refit import Normal, choose_ridge
 
 LOUDEST = 100

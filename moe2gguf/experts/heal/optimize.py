@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from moe2gguf.errors import HealError
-from moe2gguf.experts.heal.plan import HealSettings
+from moe2gguf.experts.heal.settings import HealSettings
 
 
 def part_of(name: str) -> str:

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe2gguf.experts.heal import masked
+from moe2gguf.experts.heal import all_experts
 from moe2gguf.experts.heal.load import load_model
 from moe2gguf.experts.heal.moe_layer import Stored
 from moe2gguf.experts.heal.optimize import part_of
-from moe2gguf.experts.heal.plan import HealSettings, Windows
 from moe2gguf.experts.heal.router import Router, scale_of
+from moe2gguf.experts.heal.settings import HealSettings, Windows
 
 
 def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Windows, settings: HealSettings) -> Any:
@@ -29,7 +29,7 @@ def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Win
         if (stored := overlay(i)) is not None:
             _put(layer.mlp, stored)
     _install_routers(model, ids)
-    masked.install(model)
+    all_experts.install(model)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False

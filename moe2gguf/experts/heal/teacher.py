@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts.heal.load import load_model
-from moe2gguf.experts.heal.plan import Windows
+from moe2gguf.experts.heal.settings import Windows
 
 KEPT_BYTES = 4 << 30
 """Hidden states are kept up to this size; windows beyond it run through the dense model every time."""

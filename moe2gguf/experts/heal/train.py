@@ -17,12 +17,12 @@ from torch import Tensor
 from moe2gguf.errors import HealError
 from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.evaluate import evaluate
-from moe2gguf.experts.heal.head import summed
 from moe2gguf.experts.heal.layerwise import Log
 from moe2gguf.experts.heal.moe_layer import Stored, save_arrays
 from moe2gguf.experts.heal.optimize import freeze, optimizer_for
-from moe2gguf.experts.heal.plan import HealSettings, Windows, batch_at, used_at
+from moe2gguf.experts.heal.settings import HealSettings, Windows, batch_at, used_at
 from moe2gguf.experts.heal.student import add_lora, attention, load_student, stored_layers, use
+from moe2gguf.experts.heal.sum_terms import summed
 from moe2gguf.experts.heal.teacher import Teacher
 
 

@@ -5,7 +5,7 @@ import torch
 
 from moe2gguf.experts.heal.layerwise import Data, Job, fit
 from moe2gguf.experts.heal.moe_layer import Layer, Stored
-from moe2gguf.experts.heal.plan import HealSettings
+from moe2gguf.experts.heal.settings import HealSettings
 from moe2gguf.experts.refit import STRENGTHS
 
 SHAPES = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))

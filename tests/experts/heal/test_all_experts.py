@@ -1,10 +1,10 @@
-"""moe2gguf.experts.heal.masked: all experts at once gives what transformers' own experts give, forward and backward."""
+"""moe2gguf.experts.heal.all_experts: all experts at once give what transformers' own give, forward and backward."""
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe2gguf.experts.heal import masked
+from moe2gguf.experts.heal import all_experts
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])
@@ -18,10 +18,10 @@ def test_logits_and_gradients_are_those_of_transformers(k):
     model.set_experts_implementation("eager")
     expected = run(model, ids)
 
-    masked.install(model)
+    all_experts.install(model)
     found = run(model, ids)
 
-    assert model.config._experts_implementation == masked.NAME
+    assert model.config._experts_implementation == all_experts.NAME
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)

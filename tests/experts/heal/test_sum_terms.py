@@ -1,10 +1,10 @@
-"""moe2gguf.experts.heal.head: what is summed piece by piece is the sum, and so is its gradient."""
+"""moe2gguf.experts.heal.sum_terms: what is summed piece by piece is the sum, and so is its gradient."""
 
 import pytest
 import torch
 
 from moe2gguf.experts.heal import losses
-from moe2gguf.experts.heal.head import TOKENS, summed
+from moe2gguf.experts.heal.sum_terms import TOKENS, summed
 
 
 def test_terms_and_gradient_are_those_of_all_tokens_at_once():
