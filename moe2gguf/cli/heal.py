@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
         if not match:
             self.fail(f"{value!r} is not a range of counts such as 4..16", param, ctx)
         return int(match[1]), int(match[2] or match[1])
+
+
+def fill(record: type[Any], options: Mapping[str, Any], **others: Any) -> Any:
+    """The record with the options that are named as its fields, and `others`."""
+    return record(**{field.name: options[field.name] for field in fields(record) if field.name in options} | others)
 
 
 @cloup.command(cls=Command, no_effect=[NoEffect(("--lora-rank",), without=("--train",))])
@@ -101,27 +108,15 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
     ),
     number("--clip", default=1.0, type=RATE, help="Largest norm of the gradient."),
     number("--lora-rank", default=16, type=ONE, help="Rank with --train lora."),
-    option("--evaluate-at", callback=whole_numbers, metavar="K,K", help="Counts.  [default: both ends of the range]"),
-    number("--evaluate-every", default=50, type=ONE, help="Steps between evaluations."),
-    number("--save-every", default=50, type=ONE, help="Steps between checkpoints."),
-    number(
-        "--held-out-tokens",
-        "n_held_out",
-        default=4096,
-        type=ONE,
-        help="Tokens to score.",
-    ),
+    option("--evaluate-at", callback=whole_numbers, metavar="K,K", help="Counts to score.  [default: both ends of the range]"),
+    number("--evaluate-every", default=50, type=ONE, help="Steps between scores and checkpoints."),
+    number("--held-out-tokens", "n_held_out", default=4096, type=ONE, help="Tokens to score."),
     hidden=True,
 )
 def heal(
     student: Path,
     teacher: Path,
-    texts: tuple[Path, ...],
     out: Path,
-    held_out: Path | None,
-    n_token: int,
-    n_held_out: int,
-    n_context: int,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -138,22 +133,26 @@ def heal(
       moe2gguf heal half healed --teacher dense --text a.txt --used-range 8 --layerwise 0 --train router --steps 100
       accelerate launch "$(which moe2gguf)" heal half healed --teacher dense --text a.txt --used-range 8 --layerwise 0
     """
-    from moe2gguf.experts.heal.settings import HealSettings
+    from moe2gguf.experts.heal import settings
+    from moe2gguf.recipes.heal import HealText, is_main
     from moe2gguf.recipes.heal import heal as heal_folder
-    from moe2gguf.recipes.heal import is_main
 
-    options["train"] = options["train"] or HealSettings.train
-    options["evaluate_at"] = tuple(options["evaluate_at"] or sorted(set(options["used_range"])))
+    used = tuple(options["evaluate_at"] or sorted(set(options["used_range"])))
+    data = fill(HealText, options, files=options["texts"])
+    parts = options["train"] or settings.Training.parts
+    choices = settings.HealSettings(
+        fill(settings.Training, options, parts=parts),
+        fill(settings.Loss, options),
+        fill(settings.Optimizer, options),
+        settings.Evaluation(used, options["evaluate_every"]),
+        fill(settings.Compute, options),
+    )
     done = heal_folder(
         student,
         teacher,
-        texts,
+        data,
         out,
-        HealSettings(**options),
-        held_out=held_out,
-        n_token=n_token,
-        n_held_out=n_held_out,
-        n_context=n_context,
+        choices,
         force=force,
         progress=display.progress,
         on_line=tables_heal.heal_line,

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from moe2gguf.cli import tables as display
+from moe2gguf.experts.heal.log import LayerLine, LogLine, ScoreLine
 
 if TYPE_CHECKING:
     from moe2gguf.recipes.heal import Healing
 
 
-def heal_line(line: Mapping[str, Any]) -> None:
+def heal_line(line: LogLine) -> None:
     """One line of a healing run on stderr: every layer, every evaluation, every tenth step."""
-    if line["stage"] == "layerwise":
-        text = f"layer {line['layer']}: held-out error {line['error_before']:.4f} -> {line['error_after']:.4f}"
-    elif line["stage"] == "evaluation":
-        scores = ", ".join(f"k = {k}: {kl:.4f}" for k, kl in line["kl"].items())
-        text = f"step {line['step']}: held-out KL {scores}{' (best)' if line['best'] else ''}"
-    elif line["step"] % 10 == 0:
-        text = f"step {line['step']}: loss {line['loss']:.4f} with {line['used']} experts"
-        text += f", {line['tokens_per_second']:.0f} tokens/s"
+    if isinstance(line, LayerLine):
+        text = f"layer {line.layer}: held-out error {line.error_before:.4f} -> {line.error_after:.4f}"
+    elif isinstance(line, ScoreLine):
+        scores = ", ".join(f"k = {k}: {kl:.4f}" for k, kl in line.kl.items())
+        text = f"step {line.step}: held-out KL {scores}{' (best)' if line.best else ''}"
+    elif line.step % 10 == 0:
+        text = f"step {line.step}: loss {line.loss:.4f} with {line.used} experts"
+        text += f", {line.tokens_per_second:.0f} tokens/s"
     else:
         return
     display.err().print(text, markup=False)
@@ -33,13 +33,13 @@ def heal_line(line: Mapping[str, Any]) -> None:
 def healing(done: Healing) -> None:
     """The first and the best held-out scores by count."""
     console = display.out()
-    if scores := done.evaluations:
-        best = min(scores, key=lambda line: line["kl_mean"])
+    if scores := done.scores:
+        best = min(scores, key=lambda line: line.kl_mean)
         table = Table("experts used", "KL at first", "KL now", "perplexity now", "dense", box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
-        for k in best["kl"]:
-            values = (scores[0]["kl"][k], best["kl"][k], math.exp(best["nll"][k]), math.exp(best["nll_dense"]))
+        for k in best.kl:
+            values = (scores[0].kl[k], best.kl[k], math.exp(best.nll[k]), math.exp(best.nll_dense))
             table.add_row(k, *(f"{value:.4g}" for value in values))
         console.print(table)
     console.print(f"wrote {escape(str(done.path))}")

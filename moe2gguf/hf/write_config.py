@@ -10,6 +10,12 @@ from typing import Any
 
 from moe2gguf.spec import Model, Rope
 
+GROUPED_ROW_BYTES = 16
+"""transformers' default way to compute experts (`grouped_mm`) wants the rows of every matrix to be a multiple of this.
+
+https://github.com/pytorch/pytorch/blob/v2.9.0/aten/src/ATen/native/GroupedMMUtils.h
+"""
+
 
 def hf_config(model: Model) -> dict[str, Any]:
     """config.json of `model`, under the class that has its tensors, whatever class it came from.

@@ -1,19 +1,19 @@
-"""The healing recipe: a sliced model and the dense one it was cut from -> the sliced model, trained for a while."""
+"""The recipe of `moe2gguf heal`: a sliced model is trained for a while against the dense model it was cut from."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HealError
+from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
+from moe2gguf.experts.heal.run import HealRun
 from moe2gguf.experts.heal.settings import HealSettings, Windows
+from moe2gguf.experts.heal.work import ExpertWeights, Log, WorkFolder
 from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
@@ -22,14 +22,29 @@ from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import Trained, write_healed
 from moe2gguf.recipes.tensors_hf import expert_stacks
 from moe2gguf.recipes.write_folder import check_folder_target
-from moe2gguf.spec import MetadataValue
+from moe2gguf.spec import Metadata
 
 HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Token windows (n_window, n_context) to train on and to evaluate on, and what to call the text."""
+class HealText:
+    """What to train on: files of plain text, or JSONL with a text field.
+
+    held_out    what to evaluate on; None: the last tenth of the text
+    n_token, n_held_out  how many tokens of them, in windows of `n_context`
+    """
+
+    files: tuple[Path, ...]
+    held_out: Path | None = None
+    n_token: int = 65536
+    n_held_out: int = 4096
+    n_context: int = 512
+
+
+@dataclass(frozen=True)
+class HealWindows:
+    """Token windows (n_window, n_context) to train on and to evaluate on, and the name and SHA-256 of the text."""
 
     ids: Windows
     held_out: Windows
@@ -42,42 +57,32 @@ class Healing:
     """What `heal` did: the folder, and every line of its log."""
 
     path: Path
-    log: tuple[dict[str, Any], ...]
+    log: tuple[LogLine, ...]
 
     @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The held-out scores, first to last."""
-        return [line for line in self.log if line["stage"] == "evaluation"]
+    def scores(self) -> list[ScoreLine]:
+        """The scores of the held-out text, first to last."""
+        return [line for line in self.log if isinstance(line, ScoreLine)]
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
-        return {"path": str(self.path), "log": list(self.log)}
+        return {"path": str(self.path), "log": [to_dict(line) for line in self.log]}
 
 
 def heal(
     student: Path,
     teacher: Path,
-    texts: Sequence[Path],
+    text: HealText,
     out: Path,
     settings: HealSettings,
     *,
-    held_out: Path | None = None,
-    n_token: int = 65536,
-    n_held_out: int = 4096,
-    n_context: int = 512,
     force: bool = False,
     progress: Progress = silent,
-    on_line: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    on_line: Callable[[LogLine], None] = lambda _: None,
 ) -> Healing:
     """Train the sliced folder `student` against the dense folder `teacher`; the result is the folder `out`.
 
-    A run that was stopped goes on from `OUT.heal`, to the same result. Without `held_out`, the last tenth of the text
-    is kept for evaluation.
-
-    Args:
-        texts: what to train on, plain text or JSONL with a text field.
-        n_token, n_held_out: how many tokens of them, in windows of `n_context`.
-        on_line: is told every line of the log.
+    A run that was stopped goes on from `OUT.heal`, to the same result. `on_line` is given every line of the log.
 
     Raises:
         HealError: the two do not fit (every reason is listed), a number became NaN, or torch is missing.
@@ -87,17 +92,16 @@ def heal(
     """
     check_folder_target(out, [student, teacher], force=force)
     sliced, dense = open_checkpoint(student), open_checkpoint(teacher)
-    if found := misfits(sliced, dense, settings):
-        raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {line}" for line in found)]))
-    data = read_texts(sliced, texts, held_out, n_token, n_held_out, n_context)
-    work = out.with_name(out.name + ".heal")
-    resume(work, _job(data, sliced, settings))
-    log = Log(work / "log.jsonl", on_line)
-    trained = _train(sliced, dense, data, settings, work, log, progress)
+    require_fit(sliced, dense, settings)
+    data = read_windows(sliced, text)
+    work = WorkFolder(out.with_name(out.name + ".heal"))
+    work.begin(make_manifest(sliced, data, settings))
+    log = Log(work.path / "log.jsonl", on_line, writes=is_main())
+    run = HealRun(data.ids, data.held_out, settings, work, log, progress)
+    trained = train(sliced, dense, run)
     if is_main():
-        provenance = _provenance(data, settings, log.lines)
-        write_healed(sliced, trained, out, provenance, log.lines, progress=progress)
-        shutil.rmtree(work)
+        write_healed(sliced, trained, out, make_provenance(data, run, log.lines), log.lines, progress=progress)
+        work.remove()
     return Healing(out, tuple(log.lines))
 
 
@@ -106,167 +110,124 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def misfits(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> list[str]:
-    """Every reason why `dense` cannot teach `sliced`, or why the settings do not fit them."""
+def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> None:
+    """Raise HealError with every reason why `dense` cannot teach `sliced`, or why the settings do not fit."""
     ours, theirs = sliced.model, dense.model
-    found = []
-    if not ours.n_expert:
-        found.append(f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`")
-    if theirs.n_expert:
-        found.append(f"{dense.folder}: has experts; the teacher is the dense model the student was cut from")
-    for field in ("n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings"):
-        if getattr(ours, field) != getattr(theirs, field):
-            found.append(f"{field} is {getattr(ours, field)} in the student, {getattr(theirs, field)} in the teacher")
-    if sliced.vocabulary.tokens != dense.vocabulary.tokens:
-        found.append("the vocabularies differ; teacher and student must read the same token ids")
-    found += _refuse_counts(ours.n_expert, settings)
+    sizes = ("n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings")
+    checks = [
+        (not ours.n_expert, f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"),
+        (theirs.n_expert, f"{dense.folder}: has experts; the teacher is the dense model the student was cut from"),
+        *(
+            (a != b, f"{size} is {a} in the student, {b} in the teacher")
+            for size in sizes
+            for a, b in [(getattr(ours, size), getattr(theirs, size))]
+        ),
+        (
+            sliced.vocabulary.tokens != dense.vocabulary.tokens,
+            "the vocabularies differ; teacher and student must read the same token ids",
+        ),
+        *check_settings(ours.n_expert, settings),
+    ]
+    found = [reason for wrong, reason in checks if wrong]
     if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, source_digest(dense.tensors)):
-        found.append(f"the student was cut from a model with digest {digest}, and the teacher has another")
-    return found
+        found = [f"the student was cut from a model with digest {digest}, and the teacher has another"]
+    if found:
+        raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {reason}" for reason in found)]))
 
 
-def _refuse_counts(n_expert: int, settings: HealSettings) -> list[str]:
-    found = []
-    low, high = settings.used_range
-    if n_expert and not 1 <= low <= high <= n_expert:
-        found.append(f"--used-range {low}..{high}: must lie between 1 and {n_expert}, the number of experts")
-    if n_expert and (outside := [k for k in settings.evaluate_at if not 1 <= k <= n_expert]):
-        found.append(f"--evaluate-at {outside}: must lie between 1 and {n_expert}, the number of experts")
-    if settings.layerwise and "lora" in settings.train:
-        found.append("--train lora is for whole steps; add --layerwise 0")
-    if "attention" in settings.train and not settings.steps:
-        found.append("--train attention is for whole steps; add --steps, or leave it out")
-    if settings.layerwise and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        found.append("--layerwise runs in one process; run it alone with --steps 0, then heal its folder further")
-    if not settings.layerwise and not settings.steps:
-        found.append("--layerwise 0 --steps 0: nothing is left to do")
-    if settings.batch % settings.accumulate:
-        found.append(f"--accumulate {settings.accumulate}: must divide --batch {settings.batch}")
-    return found
+def check_settings(n_expert: int, settings: HealSettings) -> list[tuple[Any, str]]:
+    """(whether it is wrong, the reason) of everything that the settings can have wrong."""
+    training, (low, high) = settings.training, settings.training.used_range
+    outside = [k for k in settings.evaluation.used if not 1 <= k <= n_expert]
+    between = f"must lie between 1 and {n_expert}, the number of experts"
+    n_process = int(os.environ.get("WORLD_SIZE", "1"))
+    return [
+        (n_expert and not 1 <= low <= high <= n_expert, f"--used-range {low}..{high}: {between}"),
+        (n_expert and outside, f"--evaluate-at {outside}: {between}"),
+        (
+            training.layerwise and "lora" in training.parts,
+            "--train lora is for whole-model steps; add --layerwise 0",
+        ),
+        (
+            "attention" in training.parts and not training.steps,
+            "--train attention is for whole-model steps; add --steps, or leave it out",
+        ),
+        (
+            training.layerwise and n_process > 1,
+            "--layerwise runs in one process; run it alone with --steps 0, then heal its folder further",
+        ),
+        (not training.layerwise and not training.steps, "--layerwise 0 --steps 0: nothing is left to do"),
+        (
+            training.batch % training.accumulate,
+            f"--accumulate {training.accumulate}: must divide --batch {training.batch}",
+        ),
+    ]
 
 
-def read_texts(
-    checkpoint: Checkpoint, paths: Sequence[Path], held_out: Path | None, n_token: int, n_held_out: int, n_context: int
-) -> Texts:
-    """The windows; raises CalibrationError for unusable or too little text."""
-    read = [read_text(path) for path in paths]
-    text = Text("\n\n".join(t.text for t in read), ", ".join(t.label for t in read))
-    if held_out:
-        train, other = text, read_text(held_out)
+def read_windows(checkpoint: Checkpoint, text: HealText) -> HealWindows:
+    """The windows of the text; raises CalibrationError for unusable or too little text."""
+    parts = [read_text(path) for path in text.files]
+    train = Text("\n\n".join(part.text for part in parts), ", ".join(part.label for part in parts))
+    if text.held_out:
+        held_out = read_text(text.held_out)
     else:
-        cut = int(len(text.text) * (1 - HELD_OUT_SHARE))
-        train, other = Text(text.text[:cut], text.label), Text(text.text[cut:], f"end of {text.label}")
-    bos = checkpoint.vocabulary.first_id
-    context = min(n_context, checkpoint.model.n_context)
-    ids = tokenize_windows(checkpoint.folder, train, n_token, context, bos)
-    return Texts(ids, tokenize_windows(checkpoint.folder, other, n_held_out, context, bos), train.label, train.digest)
+        cut = int(len(train.text) * (1 - HELD_OUT_SHARE))
+        held_out = Text(train.text[cut:], f"end of {train.label}")
+        train = Text(train.text[:cut], train.label)
+    first, n_context = checkpoint.vocabulary.first_id, min(text.n_context, checkpoint.model.n_context)
+    return HealWindows(
+        tokenize_windows(checkpoint.folder, train, text.n_token, n_context, first),
+        tokenize_windows(checkpoint.folder, held_out, text.n_held_out, n_context, first),
+        train.label,
+        train.digest,
+    )
 
 
-def _job(data: Texts, sliced: Checkpoint, settings: HealSettings) -> dict[str, Any]:
-    sha = {
-        name: hashlib.sha256(ids.tobytes()).hexdigest() for name, ids in (("ids", data.ids), ("held", data.held_out))
-    }
-    return {"student": source_digest(sliced.tensors), "text": sha, "settings": asdict(settings)}
+def make_manifest(sliced: Checkpoint, data: HealWindows, settings: HealSettings) -> dict[str, Any]:
+    """What decides the result of a run: only a run with the same manifest is continued."""
+    sha256 = [hashlib.sha256(ids.tobytes()).hexdigest() for ids in (data.ids, data.held_out)]
+    return {"student": source_digest(sliced.tensors), "text": sha256, "settings": asdict(settings)}
 
 
-def resume(work: Path, job: dict[str, Any]) -> None:
-    """Make the work folder with its manifest, or compare it with this job.
+def train(sliced: Checkpoint, dense: Checkpoint, run: HealRun) -> Trained:
+    """Both stages, and how their result is read.
 
     Raises:
-        HealError: the folder belongs to another job; what differs is named.
+        HealError: torch is missing, or a number became NaN.
     """
-    manifest, job = work / "job.json", json.loads(json.dumps(job))
-    if not manifest.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        unfinished = manifest.with_name(f"job.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(job))
-        unfinished.replace(manifest)
-        return
-    known = json.loads(manifest.read_text())
-    if differing := [key for key in job if known.get(key) != job[key]]:
-        raise HealError(f"{work}: holds another run (other {', '.join(differing)}); remove the folder to start anew")
-
-
-class Log:
-    """JSON lines on disk and in memory; a line that a continued run makes again is not written twice."""
-
-    def __init__(self, path: Path, on_line: Callable[[Mapping[str, Any]], None]) -> None:
-        self._path, self._on_line = path, on_line
-        text = path.read_text("utf-8") if path.exists() else ""
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        self._known = {self._key(line) for line in self.lines}
-        if is_main():
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        """Add one line."""
-        self._on_line(line)
-        if self._key(line) not in self._known:
-            self._known.add(self._key(line))
-            self.lines.append(line)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    @staticmethod
-    def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
-        return line["stage"], line.get("step"), line.get("layer")
-
-
-def _train(
-    sliced: Checkpoint,
-    dense: Checkpoint,
-    data: Texts,
-    settings: HealSettings,
-    work: Path,
-    log: Log,
-    progress: Progress,
-) -> Trained:
-    """Both stages; where the trained layers stand."""
     try:
         from moe2gguf.experts.forward import Layers, choose_device
-        from moe2gguf.experts.heal.layerwise import Job, heal_layers
-        from moe2gguf.experts.heal.moe_layer import Stored, load_arrays
+        from moe2gguf.experts.heal.layerwise import heal_layers
         from moe2gguf.experts.heal.train import heal_model
     except ImportError as error:
         raise HealError(
             f"healing needs torch, transformers and accelerate ({error}): pip install 'moe2gguf[heal]'"
         ) from error
-    overlay: Callable[[int], Stored | None] = lambda _: None  # noqa: E731
-    folder = work
-    if settings.layerwise:
-        layers = Layers(dense.model, dense.read, choose_device(settings.device))
-        job = Job.of(data.ids, data.held_out, settings)
-        tied = None if settings.steps else dense.model.tied_embeddings
-        with progress("layers", data.ids.size * sliced.model.n_layer) as advance:
-            heal_layers(layers, lambda i: Stored(*expert_stacks(sliced, i)), job, settings, work, log, advance, tied)
-        overlay = partial(_stored, work)
-    if settings.steps:
-        with progress("steps", settings.steps * settings.batch * data.ids.shape[1]) as advance:
-            heal_model(sliced.folder, dense.folder, overlay, data.ids, data.held_out, settings, work, log, advance)
-        folder = work / "best"
-    others = load_arrays(folder / "attention.npz") if settings.steps else {}
-    return Trained(lambda i: Stored.load(folder / f"layer-{i}.npz"), settings.train, others)
+    training, work = run.settings.training, run.work
+    if training.layerwise:
+        layers = Layers(dense.model, dense.read, choose_device(run.settings.compute.device))
+        read_layer = lambda i: ExpertWeights(*expert_stacks(sliced, i))  # noqa: E731
+        heal_layers(layers, read_layer, run, tied=dense.model.tied_embeddings)
+    if not training.steps:
+        return Trained(work.load_layer, training.parts)
+    heal_model(sliced.folder, dense.folder, run, work.load_layer if training.layerwise else None)
+    return Trained(work.load_best_layer, training.parts, work.load_best_others())
 
 
-def _stored(folder: Path, i: int) -> Any:
-    from moe2gguf.experts.heal.moe_layer import Stored
-
-    return Stored.load(folder / f"layer-{i}.npz")
-
-
-def _provenance(data: Texts, settings: HealSettings, lines: Sequence[Mapping[str, Any]]) -> dict[str, MetadataValue]:
-    """`moe2gguf.recipes.heal.*`."""
-    result: dict[str, MetadataValue] = {
+def make_provenance(data: HealWindows, run: HealRun, lines: list[LogLine]) -> Metadata:
+    """The `moe2gguf.heal.*` metadata."""
+    training, scores = run.settings.training, [line for line in lines if isinstance(line, ScoreLine) and line.best]
+    low, high = training.used_range
+    return {
         "moe2gguf.heal.text": data.label[:256],
         "moe2gguf.heal.sha256": data.digest,
         "moe2gguf.heal.tokens": int(data.ids.size),
-        "moe2gguf.heal.train": ",".join(settings.train),
-        "moe2gguf.heal.used_min": settings.used_range[0],
-        "moe2gguf.heal.used_max": settings.used_range[1],
-        "moe2gguf.heal.layerwise": settings.layerwise,
-        "moe2gguf.heal.steps": settings.steps,
-        "moe2gguf.heal.next_token": settings.next_token,
-        "moe2gguf.heal.seed": settings.seed,
+        "moe2gguf.heal.train": ",".join(training.parts),
+        "moe2gguf.heal.used_min": low,
+        "moe2gguf.heal.used_max": high,
+        "moe2gguf.heal.layerwise": training.layerwise,
+        "moe2gguf.heal.steps": training.steps,
+        "moe2gguf.heal.next_token": run.settings.loss.next_token,
+        "moe2gguf.heal.seed": training.seed,
+        **({"moe2gguf.heal.kl": scores[-1].kl_mean} if scores else {}),
     }
-    scores = [line["kl_mean"] for line in lines if line["stage"] == "evaluation" and line["best"]]
-    return result | ({"moe2gguf.heal.kl": scores[-1]} if scores else {})

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.layer import LayerReport
+from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
+from moe2gguf.experts.heal.work import ExpertWeights
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
@@ -234,12 +236,12 @@ def _layer_table(reports: Sequence[LayerReport]) -> list[str]:
 
 @dataclass(frozen=True)
 class Trained:
-    """`layer(i)` has float32 arrays router, gate, up, down, experts stacked; `train` names the parts that changed.
+    """What changed: the parts `train`, of which `layer(i)` gives a layer's experts and router.
 
     `others` has tensors outside of the MLPs that changed, float32, by their names.
     """
 
-    layer: Callable[[int], Any]
+    layer: Callable[[int], ExpertWeights]
     train: Sequence[str]
     others: Mapping[str, Array] = field(default_factory=dict)
 
@@ -253,7 +255,7 @@ def write_healed(
     trained: Trained,
     out: Path,
     provenance: Mapping[str, MetadataValue],
-    log: Sequence[Mapping[str, Any]],
+    log: Sequence[LogLine],
     *,
     progress: Progress = silent,
 ) -> None:
@@ -266,7 +268,7 @@ def write_healed(
     texts = {
         "config.json": to_json({**config, MARK: {**source.provenance, **provenance}}),
         "README.md": healed_card(source.folder, provenance, log),
-        "heal.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+        "heal.jsonl": "".join(json.dumps(to_dict(line)) + "\n" for line in log),
     }
     write_hf_folder(out, healed_tensors(source, trained), source.folder, lambda: texts, progress=progress)
 
@@ -286,7 +288,7 @@ def healed_tensors(source: Checkpoint, trained: Trained) -> list[OutputTensor]:
     return [replace(tensor, blocks=changed.get(tensor.name, tensor.blocks)) for tensor in copied]
 
 
-def _read_trained(read_layer: Callable[[int], Any], role: str, i: int, e: int | None) -> Iterator[Array]:
+def _read_trained(read_layer: Callable[[int], ExpertWeights], role: str, i: int, e: int | None) -> Iterator[Array]:
     """Layer `i`'s tensor of a role, or expert `e` of it."""
     layer = read_layer(i)
     array = np.concatenate([layer.gate, layer.up], 1) if role == "gate_up" else getattr(layer, role)
@@ -300,14 +302,14 @@ def copy_tensor(source: StoredTensor) -> OutputTensor:
     return OutputTensor(source.name, source.shape, kind, (source.name,), blocks)
 
 
-def healed_card(folder: Path, provenance: Metadata, log: Sequence[Mapping[str, Any]]) -> str:
+def healed_card(folder: Path, provenance: Metadata, log: Sequence[LogLine]) -> str:
     """The source's model card, and below it how the model was healed and what the held-out text says."""
     path = inside(folder, "README.md")
     before = read_bytes(path, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace") if path.is_file() else ""
     lines = ["", "## Healed", "", *_provenance_table("how", "moe2gguf.heal.", provenance)]
-    if scores := [line for line in log if line["stage"] == "evaluation"]:
-        counts = list(scores[0]["kl"])
+    if scores := [line for line in log if isinstance(line, ScoreLine)]:
+        counts = list(scores[0].kl)
         lines += ["", "Held-out KL divergence from the dense model, nats per token:", ""]
         lines += ["| step | " + " | ".join(f"k = {k}" for k in counts) + " |", "|--:|" + "--:|" * len(counts)]
-        lines += [f"| {s['step']} | " + " | ".join(f"{s['kl'][k]:.4f}" for k in counts) + " |" for s in scores]
+        lines += [f"| {s.step} | " + " | ".join(f"{s.kl[k]:.4f}" for k in counts) + " |" for s in scores]
     return before + "\n".join(lines) + "\n"

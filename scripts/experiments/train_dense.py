@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe2gguf.experts.heal.optimize import optimizer_for
-from moe2gguf.experts.heal.settings import HealSettings, batch_at
+from moe2gguf.experts.heal.optimize import make_optimizer
+from moe2gguf.experts.heal.settings import Optimizer, Training, draw_batch
 from moe2gguf.hf.folder import open_checkpoint
-from moe2gguf.recipes.heal import read_texts
+from moe2gguf.recipes.heal import HealText, read_windows
 
 N_CONTEXT = 512
 
@@ -25,18 +25,19 @@ N_CONTEXT = 512
 def main() -> None:
     """Train, and write the folder."""
     options = parse()
-    settings = HealSettings(batch=options.batch, lr=options.lr, steps=options.steps)
-    texts = read_texts(open_checkpoint(options.model), [options.text], None, options.tokens, N_CONTEXT, N_CONTEXT)
+    training, rates = Training(batch=options.batch, steps=options.steps), Optimizer(lr=options.lr)
+    text = HealText((options.text,), None, options.tokens, N_CONTEXT, N_CONTEXT)
+    windows = read_windows(open_checkpoint(options.model), text).ids
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, local_files_only=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".layers." in name or name.endswith("norm.weight"))
-    optimizer, schedule = optimizer_for(model, settings, settings.steps, settings.lr)
-    for step in range(settings.steps):
-        ids = torch.from_numpy(texts.ids[batch_at(settings, len(texts.ids), step)])
+    optimizer, schedule = make_optimizer(model, rates, training.steps, rates.lr)
+    for step in range(training.steps):
+        ids = torch.from_numpy(windows[draw_batch(training, len(windows), step)])
         optimizer.zero_grad()
         loss = model(ids, labels=ids).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
         optimizer.step()
         schedule.step()
         print(f"step {step}: {float(loss.detach()):.4f}", flush=True)
@@ -53,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--lr", type=float, default=HealSettings.lr)
+    parser.add_argument("--lr", type=float, default=Optimizer.lr)
     for name, default in (("tokens", 184320), ("steps", 240), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()

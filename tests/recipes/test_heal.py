@@ -1,5 +1,6 @@
 """moe2gguf.recipes.heal on a two-layer model: heals, resumes, freezes, refuses; llama.cpp routes as torch does."""
 
+import dataclasses
 import json
 
 import checkpoints
@@ -14,18 +15,29 @@ from safetensors.numpy import load_file, save_file
 from moe2gguf import Options, convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, HealError
-from moe2gguf.experts.heal.moe_layer import Layer, Stored
+from moe2gguf.experts.heal.log import LayerLine, ScoreLine, StepLine
+from moe2gguf.experts.heal.moe_layer import MoELayer
 from moe2gguf.experts.heal.optimize import freeze
-from moe2gguf.experts.heal.settings import HealSettings, batch_at, used_at
+from moe2gguf.experts.heal.settings import (
+    Evaluation,
+    HealSettings,
+    Optimizer,
+    Training,
+    draw_batch,
+    draw_used,
+)
+from moe2gguf.experts.heal.work import ExpertWeights
 from moe2gguf.experts.text import read_text
 from moe2gguf.gguf.set_used import set_used
-from moe2gguf.recipes.heal import heal
+from moe2gguf.recipes.heal import HealText, heal
 from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 60)]
 SIZES = {"n_token": 2048, "n_held_out": 256, "n_context": 64}
 STEPS = HealSettings(
-    used_range=(4, 4), evaluate_at=(4,), layerwise=0, steps=30, evaluate_every=15, save_every=4, lr=2e-3, router_lr=2e-3
+    Training(used_range=(4, 4), layerwise=0, steps=30),
+    optimizer=Optimizer(lr=2e-3, router_lr=2e-3),
+    evaluation=Evaluation((4,), every=15),
 )
 
 
@@ -46,7 +58,7 @@ def models(tmp_path_factory):
 def run(models, out, settings, **changes):
     """One healing run."""
     dense, sliced, text = models
-    return heal(sliced, dense, [text], out, settings, **(SIZES | changes))
+    return heal(sliced, dense, HealText((text,), **SIZES), out, settings, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +71,20 @@ ATTENTION = {f"{part}_proj.weight" for part in "qkvo"} | {"input_layernorm.weigh
 ATTENTION |= {"norm.weight"}
 
 
-def replaced(settings, **changes):
-    return HealSettings(**{**settings.__dict__, **changes})
+def change(settings, **changes):
+    """The settings with other values of these fields, whichever record they are in."""
+    records = {}
+    for field in dataclasses.fields(settings):
+        record = getattr(settings, field.name)
+        names = {f.name for f in dataclasses.fields(record)} & changes.keys()
+        records[field.name] = dataclasses.replace(record, **{name: changes.pop(name) for name in names})
+    assert not changes
+    return HealSettings(**records)
 
 
 def test_held_out_divergence_falls_by_half(healed):
     """At k = n / 2, in a few seconds of training the whole model; the best is what is written."""
-    scores = [line["kl"]["4"] for line in healed.evaluations]
+    scores = [line.kl["4"] for line in healed.scores]
 
     assert min(scores) <= scores[0] / 2
     values = json.loads((healed.path / "config.json").read_text())["moe2gguf"]
@@ -75,55 +94,59 @@ def test_held_out_divergence_falls_by_half(healed):
 
 def test_layer_by_layer_heals_every_count(models, tmp_path):
     """One layer in memory, k drawn from 2 .. 8: the held-out error of each layer falls by half, and the divergence."""
-    settings = HealSettings(used_range=(2, 8), evaluate_at=(2, 4, 8), layerwise=2, steps=1, lr=1e-3, batch=2)
-    before = run(models, tmp_path / "as-it-was", replaced(settings, layerwise=0, steps=1)).evaluations[0]["kl"]
+    settings = HealSettings(
+        Training(used_range=(2, 8), layerwise=2, steps=1, batch=2),
+        optimizer=Optimizer(lr=1e-3),
+        evaluation=Evaluation((2, 4, 8)),
+    )
+    before = run(models, tmp_path / "as-it-was", change(settings, layerwise=0, steps=1)).scores[0].kl
 
     log = run(models, tmp_path / "out", settings).log
     convert(tmp_path / "out", tmp_path / "out.gguf")
     set_used(tmp_path / "out.gguf", 2)  # any count that it was healed for
 
-    layers = [line for line in log if line["stage"] == "layerwise"]
-    assert [0, 1] == [line["layer"] for line in layers]
-    assert all(line["error_after"] <= line["error_before"] / 2 for line in layers)
-    after = next(line for line in log if line["stage"] == "evaluation")["kl"]
+    layers = [line for line in log if isinstance(line, LayerLine)]
+    assert [0, 1] == [line.layer for line in layers]
+    assert all(line.error_after <= line.error_before / 2 for line in layers)
+    after = next(line for line in log if isinstance(line, ScoreLine)).kl
     assert all(after[k] <= before[k] / 2 for k in ("2", "4", "8"))
 
 
 def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models, tmp_path):
     """Without whole-model steps, the held-out scores come layer by layer: those of transformers on the result."""
-    settings = replaced(STEPS, layerwise=1, steps=0, evaluate_at=(2, 8), used_range=(2, 8))
-    streamed = run(models, tmp_path / "out", settings).evaluations[0]
+    settings = change(STEPS, layerwise=1, steps=0, used=(2, 8), used_range=(2, 8))
+    streamed = run(models, tmp_path / "out", settings).scores[0]
 
     dense, _, text = models
-    again = replaced(settings, layerwise=0, steps=1)
-    whole = heal(tmp_path / "out", dense, [text], tmp_path / "again", again, **SIZES).evaluations[0]
+    again = change(settings, layerwise=0, steps=1)
+    whole = heal(tmp_path / "out", dense, HealText((text,), **SIZES), tmp_path / "again", again).scores[0]
 
     for key in ("kl", "nll"):
         for k in ("2", "8"):
-            assert whole[key][k] == pytest.approx(streamed[key][k], rel=1e-2), (key, k)
-    assert whole["nll_dense"] == pytest.approx(streamed["nll_dense"], rel=1e-4)
+            assert getattr(whole, key)[k] == pytest.approx(getattr(streamed, key)[k], rel=1e-2), (key, k)
+    assert whole.nll_dense == pytest.approx(streamed.nll_dense, rel=1e-4)
 
 
 @pytest.mark.parametrize("stop", [("steps", 10), ("layerwise", 1), ("evaluation", 8)])
 def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
     """Stopped among the layers, the steps or the scores: continued, it writes what it would have written."""
-    settings = replaced(STEPS, layerwise=1, used_range=(2, 8), evaluate_at=(2, 8), steps=12, evaluate_every=8)
+    settings = change(STEPS, layerwise=1, used_range=(2, 8), used=(2, 8), steps=12, every=4)
     whole = run(models, tmp_path / "whole", settings)
 
     def fail(line):
-        if stop == (line["stage"], line.get("layer", line.get("step"))):
+        if stop == (line.stage, getattr(line, "layer", getattr(line, "step", None))):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path / "out", settings, on_line=fail)
     assert not (tmp_path / "out").exists()
     with pytest.raises(HealError, match="holds another run"):
-        run(models, tmp_path / "out", replaced(settings, lr=1.0))
+        run(models, tmp_path / "out", change(settings, lr=1.0))
     again = run(models, tmp_path / "out", settings)
 
     files = [path / "model.safetensors" for path in (whole.path, again.path)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert [line["kl"] for line in whole.evaluations] == [line["kl"] for line in again.evaluations]
+    assert whole.scores == again.scores
     assert ["out", "whole"] == sorted(path.name for path in tmp_path.iterdir())
 
 
@@ -141,7 +164,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
 def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
     """Only the tensors of the trained part differ from the source's, and they do."""
     layerwise = 1 if train in (("router",), ("down",)) else 0
-    out = run(models, tmp_path / "out", replaced(STEPS, train=train, steps=3, layerwise=layerwise, lr=3e-4)).path
+    out = run(models, tmp_path / "out", change(STEPS, parts=train, steps=3, layerwise=layerwise, lr=3e-4)).path
 
     old, new = (load_file(folder / "model.safetensors") for folder in (models[1], out))
     changed = {name for name in old if old[name].tobytes() != new[name].tobytes()}
@@ -149,11 +172,11 @@ def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
 
 
 def test_only_what_trains_has_gradients():
-    """`experts` includes the down projections, `down` nothing else; and a layer trains a copy, not what is stored."""
+    """`experts` includes the down projections, `down` nothing else; and a layer trains a copy of its weights."""
     rng = np.random.default_rng(0)
     shapes = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))
-    stored = Stored(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
-    layer = Layer(stored, 1.0)
+    weights = ExpertWeights(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    layer = MoELayer(weights, 1.0)
     names = {"router": ["router.weight"], "down": ["down"], "experts": ["down", "gate", "up"], "lora": []}
 
     for part, expected in names.items():
@@ -162,7 +185,7 @@ def test_only_what_trains_has_gradients():
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
-    assert all(getattr(stored, field).all() for field in ("router", "gate", "up", "down"))
+    assert all(getattr(weights, field).all() for field in ("router", "gate", "up", "down"))
 
 
 def test_llama_cpp_routes_as_torch_after_training(models, healed, tmp_path):
@@ -198,9 +221,9 @@ def test_what_does_not_fit_is_refused_with_every_reason(models, tmp_path):
     other = checkpoints.make(tmp_path / "other", num_hidden_layers=3, hidden_size=32)
 
     with pytest.raises(HealError) as caught:
-        heal(sliced, other, [text], tmp_path / "out", replaced(STEPS, used_range=(1, 9)), **SIZES)
+        heal(sliced, other, HealText((text,)), tmp_path / "out", change(STEPS, used_range=(1, 9)))
     with pytest.raises(HealError, match="has no experts"):
-        heal(dense, sliced, [text], tmp_path / "out", STEPS, **SIZES)
+        heal(dense, sliced, HealText((text,)), tmp_path / "out", STEPS)
 
     for word in ("n_layer is 2 in the student, 3", "d_model is 64", "--used-range 1..9"):
         assert word in str(caught.value)
@@ -213,38 +236,38 @@ def test_a_teacher_that_the_student_was_not_cut_from_is_refused(models, tmp_path
     stranger = checkpoints.make(tmp_path / "stranger", num_hidden_layers=2)
 
     with pytest.raises(HealError, match="digest"):
-        heal(sliced, stranger, [text], tmp_path / "out", STEPS, **SIZES)
+        heal(sliced, stranger, HealText((text,)), tmp_path / "out", STEPS)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models, tmp_path):
     """A learning rate that blows up: the step and the layer, or the parameter, are named; no folder appears."""
     with pytest.raises(HealError, match=r"step \d+: .*(layer \d|experts|gate|logits)"):
-        run(models, tmp_path / "out", replaced(STEPS, lr=1e30, clip=1e30, router_lr=1e30))
+        run(models, tmp_path / "out", change(STEPS, lr=1e30, clip=1e30, router_lr=1e30))
 
     assert not (tmp_path / "out").exists()
 
 
 def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models, tmp_path):
     """Both terms at once; two parts of two windows give the loss of one part of four."""
-    settings = replaced(STEPS, steps=2, top=5, checkpointing=True, next_token=0.1)
+    settings = change(STEPS, steps=2, top=5, checkpointing=True, next_token=0.1)
 
     whole = run(models, tmp_path / "whole", settings).log
-    parts = run(models, tmp_path / "parts", replaced(settings, accumulate=2)).log
+    parts = run(models, tmp_path / "parts", change(settings, accumulate=2)).log
 
-    first, other = (next(line for line in log if line["stage"] == "steps") for log in (whole, parts))
-    assert first["kl"] + first["next_token"] == pytest.approx(first["loss"])
-    assert first["kl"] == pytest.approx(other["kl"], rel=1e-4)
-    assert first["norm"] == pytest.approx(other["norm"], rel=2e-2)
+    first, other = (next(line for line in log if isinstance(line, StepLine)) for log in (whole, parts))
+    assert first.kl + first.next_token == pytest.approx(first.loss)
+    assert first.kl == pytest.approx(other.kl, rel=1e-4)
+    assert first.norm == pytest.approx(other.norm, rel=2e-2)
 
 
 def test_counts_and_batches_follow_from_the_seed():
     """Every count of the range occurs; a pass takes each window once; another seed gives another order."""
-    settings = HealSettings(used_range=(4, 16), batch=3)
-    seen = np.concatenate([batch_at(settings, 12, step) for step in range(4)])
+    training = Training(used_range=(4, 16), batch=3)
+    seen = np.concatenate([draw_batch(training, 12, step) for step in range(4)])
 
-    assert set(range(4, 17)) == {used_at(settings, step) for step in range(200)}
+    assert set(range(4, 17)) == {draw_used(training, step) for step in range(200)}
     assert list(range(12)) == sorted(seen.tolist())
-    other = np.concatenate([batch_at(replaced(settings, seed=1), 12, step) for step in range(4)])
+    other = np.concatenate([draw_batch(Training(batch=3, seed=1), 12, step) for step in range(4)])
     assert seen.tolist() != other.tolist()
 
 

@@ -1,7 +1,8 @@
-"""All experts at once: two large products, and weight zero for those that do not run.
+"""All experts at once: two large products, and weight zero for those that are not used.
 
-A training step runs few layers' worth of small experts for many tokens. transformers' own ways sort tokens by expert,
-which on a CPU costs more than the arithmetic it saves from about a quarter of the experts upwards.
+A training step sends many tokens through few layers' worth of small experts. transformers' own implementations sort
+tokens by expert, which on a CPU costs more than the arithmetic it saves from about a quarter of the experts upwards;
+its default one (`grouped_mm`) also needs rows of a multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-NAME = "moe2gguf_masked"
+NAME = "moe2gguf_all_experts"
 
 
-def masked_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run_all_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """(n_token, d_model) -> (n_token, d_model), as `MixtralExperts.forward` computes it.
 
     `self` has gate_up_proj (n_expert, 2 * d_expert, d_model) and down_proj (n_expert, d_model, d_expert); indices and
@@ -29,7 +30,7 @@ def masked_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return h.flatten(1) @ down.transpose(1, 2).flatten(0, 1)
 
 
-def install(model: Any) -> None:
+def use_all_experts(model: Any) -> None:
     """Let every mixture-of-experts layer of a transformers model run this way."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, masked_experts)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, run_all_experts)
     model.set_experts_implementation(NAME)

@@ -1,4 +1,4 @@
-"""What both stages share: which weights train, their optimizer, and the check for numbers that are none."""
+"""What both stages share: which weights train, their optimizer, and the check for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from moe2gguf.errors import HealError
-from moe2gguf.experts.heal.settings import HealSettings
+from moe2gguf.experts.heal.settings import Optimizer
 
 
-def part_of(name: str) -> str:
+def find_part(name: str) -> str:
     """The part of the model a parameter belongs to, of `moe2gguf.experts.methods.TRAINED`; "" for all others."""
     if "lora_" in name:
         return "lora"
@@ -26,35 +26,29 @@ def part_of(name: str) -> str:
     return "experts" if name in ("gate", "up") or name.endswith("experts.gate_up_proj") else ""
 
 
-def trained(name: str, train: Iterable[str]) -> bool:
+def is_trained(name: str, parts: Iterable[str]) -> bool:
     """Whether a parameter of that name trains; `experts` includes `down`."""
-    part = part_of(name)
-    return part in train or (part == "down" and "experts" in train)
+    part = find_part(name)
+    return part in parts or (part == "down" and "experts" in parts)
 
 
-def freeze(model: nn.Module, train: Iterable[str]) -> None:
-    """Require gradients of what trains, and of nothing else."""
+def freeze(model: nn.Module, parts: Iterable[str]) -> None:
+    """Require gradients of the parts that train, and of nothing else."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained(name, train))
+        parameter.requires_grad_(is_trained(name, parts))
 
 
-def optimizer_for(model: nn.Module, settings: HealSettings, steps: int, lr: float) -> tuple[torch.optim.AdamW, Any]:
+def make_optimizer(model: nn.Module, settings: Optimizer, steps: int, lr: float) -> tuple[torch.optim.AdamW, Any]:
     """AdamW (https://arxiv.org/abs/1711.05101) and its schedule, warm-up to `lr` then cosine, over `steps`.
 
     Routers have their own rate and no decay.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    routers = [p for name, p in named if find_part(name) == "router"]
+    others = [p for name, p in named if find_part(name) != "router"]
     groups = [
-        {
-            "params": [p for name, p in named if part_of(name) == "router"],
-            "lr": settings.router_lr,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [p for name, p in named if part_of(name) != "router"],
-            "lr": lr,
-            "weight_decay": settings.weight_decay,
-        },
+        {"params": routers, "lr": settings.router_lr, "weight_decay": 0.0},
+        {"params": others, "lr": lr, "weight_decay": settings.weight_decay},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     warmup = round(settings.warmup * steps)

@@ -1,10 +1,10 @@
 """A router that learns in the graph it will run in: softmax over all experts, the k largest, renormalized.
 
 Ordering-only rows are tiny, so that every chosen expert weighs 1/k; a step of any useful size would destroy that, and
-their gradients are as tiny. So the trained rows are the stored ones divided by a fixed `scale`, at which the logits
-are of order one. Forward, the stored rows `scale * weight` are used, bit for bit those that are written back; backward,
-the gradient passes as if the logits had not been scaled (straight-through, https://arxiv.org/abs/1308.3432). Ordering-
-only rows stay ordering-only, and rows with a real softmax (`--amplify any`, other people's models) have scale 1.
+their gradients are as tiny. So the trained weights are the rows divided by a fixed `scale`, at which the logits are of
+order one. Forward, the rows `scale * weight` are used, bit for bit those that are written back; backward, the gradient
+passes as if the logits had not been scaled (straight-through, https://arxiv.org/abs/1308.3432). Ordering-only rows stay
+ordering-only, and rows with a real softmax (`--amplify any`, other people's models) have scale 1.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 ORDERING_ONLY = 0.1
-"""Logits that stay below this do nothing but order: the weights of the chosen experts differ by less than a tenth."""
+"""Logits that stay below this only order: the weights of the chosen experts differ by less than a tenth."""
 
 LARGEST = 4.0
 """The largest scaled logit at the start: the routed experts then lie within about one of each other."""
 
 
-def scale_of(rows: Tensor, x: Tensor) -> float:
+def find_scale(rows: Tensor, x: Tensor) -> float:
     """What to divide `rows` (n_expert, d_model) by, from inputs x (n_token, d_model): 1, or less for ordering-only."""
     largest = float((x @ rows.T).abs().max())
     return largest / LARGEST if 0 < largest < ORDERING_ONLY else 1.0
 
 
 class Router(nn.Module):  # type: ignore[misc]  # torch is not followed
-    """`weight` (n_expert, d_model), trained; `top_k` experts run.
+    """`weight` (n_expert, d_model) trains; `top_k` experts are used.
 
-    Called like transformers' own router: (logits, weights (n_token, k), indices (n_token, k)).
+    It is called like transformers' own router: (logits, weights (n_token, k), indices (n_token, k)).
     """
 
     def __init__(self, rows: Tensor, scale: float, top_k: int) -> None:
@@ -37,8 +37,8 @@ class Router(nn.Module):  # type: ignore[misc]  # torch is not followed
         self.scale, self.top_k = scale, top_k
 
     @property
-    def stored(self) -> Tensor:
-        """The rows as the file has them, (n_expert, d_model)."""
+    def rows(self) -> Tensor:
+        """The rows as a folder has them, (n_expert, d_model)."""
         return self.weight * self.scale
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,8 +46,9 @@ class Router(nn.Module):  # type: ignore[misc]  # torch is not followed
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
         with torch.autocast(x.device.type, enabled=False):
             logits = x @ self.weight.T
-            used = (x @ self.stored.T).detach() if self.scale != 1 else logits
-        if self.scale != 1:
-            used = used + (logits - logits.detach())
+            used = logits
+            if self.scale != 1:
+                # the value of the small logits with the gradient of the scaled ones
+                used = (x @ self.rows.T).detach() + (logits - logits.detach())
         top, chosen = used.softmax(-1).topk(self.top_k, dim=-1)
         return used, top / top.sum(-1, keepdim=True), chosen

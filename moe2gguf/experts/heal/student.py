@@ -1,4 +1,4 @@
-"""The sliced model as transformers' own Mixtral, with routers that learn; and its experts as a file has them."""
+"""The sliced model as transformers' own Mixtral, with routers that learn; and its experts as a folder has them."""
 
 from __future__ import annotations
 
@@ -11,37 +11,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe2gguf.experts.heal import all_experts
+from moe2gguf.experts.heal.all_experts import use_all_experts
 from moe2gguf.experts.heal.load import load_model
-from moe2gguf.experts.heal.moe_layer import Stored
-from moe2gguf.experts.heal.optimize import part_of
-from moe2gguf.experts.heal.router import Router, scale_of
-from moe2gguf.experts.heal.settings import HealSettings, Windows
+from moe2gguf.experts.heal.optimize import find_part
+from moe2gguf.experts.heal.router import Router, find_scale
+from moe2gguf.experts.heal.settings import Windows
+from moe2gguf.experts.heal.work import ExpertWeights
+from moe2gguf.hf.write_config import GROUPED_ROW_BYTES
 
 
-def load_student(folder: Path, overlay: Callable[[int], Stored | None], ids: Windows, settings: HealSettings) -> Any:
-    """The sliced model, float32; where `overlay` has a layer, with its experts and router.
+def load_student(
+    folder: Path, read_healed: Callable[[int], ExpertWeights] | None, ids: Windows, *, checkpointing: bool
+) -> Any:
+    """The sliced model, float32; with the experts and routers that `read_healed` gives, if there is one.
 
-    Routers are scaled by what they see on the first window of `ids`.
+    Routers are scaled by their inputs on the first window of `ids`. `checkpointing` recomputes activations.
     """
     model = load_model(folder)
-    for i, layer in enumerate(model.model.layers):
-        if (stored := overlay(i)) is not None:
-            _put(layer.mlp, stored)
+    if read_healed is not None:
+        for i, layer in enumerate(model.model.layers):
+            _set_weights(layer.mlp, read_healed(i))
+    if any(size * 4 % GROUPED_ROW_BYTES for size in (model.config.hidden_size, model.config.intermediate_size)):
+        model.set_experts_implementation("eager")
     _install_routers(model, ids)
-    all_experts.install(model)
-    if settings.checkpointing:
+    use_all_experts(model)
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     return model
 
 
-def _put(mlp: Any, stored: Stored) -> None:
+def _set_weights(mlp: Any, weights: ExpertWeights) -> None:
     with torch.no_grad():
-        gate_up = torch.cat([torch.from_numpy(stored.gate), torch.from_numpy(stored.up)], 1)
+        gate_up = torch.cat([torch.from_numpy(weights.gate), torch.from_numpy(weights.up)], 1)
         mlp.experts.gate_up_proj.copy_(gate_up)
-        mlp.experts.down_proj.copy_(torch.from_numpy(stored.down))
-        mlp.gate.weight.copy_(torch.from_numpy(stored.router))
+        mlp.experts.down_proj.copy_(torch.from_numpy(weights.down))
+        mlp.gate.weight.copy_(torch.from_numpy(weights.router))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
@@ -58,17 +63,17 @@ def _install_routers(model: Any, ids: Windows) -> None:
     for i, layer in enumerate(model.model.layers):
         rows = layer.mlp.gate.weight.detach()
         x = seen[i].reshape(-1, rows.shape[1])
-        layer.mlp.gate = Router(rows, scale_of(rows, x), layer.mlp.gate.top_k)
+        layer.mlp.gate = Router(rows, find_scale(rows, x), layer.mlp.gate.top_k)
 
 
-def routers(model: Any) -> Iterator[Router]:
+def find_routers(model: Any) -> Iterator[Router]:
     """The routers, layer by layer; also of a wrapped model."""
     return (module for module in model.modules() if isinstance(module, Router))
 
 
-def use(model: Any, k: int) -> None:
-    """Run k experts per token."""
-    for router in routers(model):
+def set_used(model: Any, k: int) -> None:
+    """Let every layer use k experts."""
+    for router in find_routers(model):
         router.top_k = k
 
 
@@ -81,32 +86,32 @@ def add_lora(model: Any, rank: int, seed: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names))
 
 
-def attention(model: Any) -> dict[str, NDArray[np.float32]]:
-    """Those of the attention's projections and of the norms that train, by their names in a folder; float32."""
+def read_attention(model: Any) -> dict[str, NDArray[np.float32]]:
+    """The attention projections and norms that train, by their names in a folder; float32."""
     return {
         name: parameter.detach().cpu().float().numpy()
-        for name, parameter in _plain(model).named_parameters()
-        if part_of(name) == "attention" and parameter.requires_grad
+        for name, parameter in _unwrap(model).named_parameters()
+        if find_part(name) == "attention" and parameter.requires_grad
     }
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-def stored_layers(model: Any) -> Iterator[Stored]:
-    """Every layer's experts and router, low-rank changes folded in."""
-    for layer in _plain(model).model.layers:
-        weights = _expert_weights(layer.mlp.experts)
+def read_layers(model: Any) -> Iterator[ExpertWeights]:
+    """Every layer's experts and router, low-rank changes added."""
+    for layer in _unwrap(model).model.layers:
+        weights = _read_experts(layer.mlp.experts)
         gate, up = weights["gate_up_proj"].chunk(2, 1)
-        arrays = [t.cpu().float().numpy().copy() for t in (layer.mlp.gate.stored, gate, up, weights["down_proj"])]
-        yield Stored(*arrays)
+        arrays = [t.cpu().float().numpy().copy() for t in (layer.mlp.gate.rows, gate, up, weights["down_proj"])]
+        yield ExpertWeights(*arrays)
 
 
-def _plain(model: Any) -> Any:
+def _unwrap(model: Any) -> Any:
     """The model without peft's wrapping."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _expert_weights(experts: Any) -> dict[str, Tensor]:
-    """gate_up_proj and down_proj; peft wraps one parameter after the other."""
+def _read_experts(experts: Any) -> dict[str, Tensor]:
+    """gate_up_proj and down_proj, low-rank changes added; peft wraps one parameter after the other."""
     changes: dict[str, Tensor] = {}
     while hasattr(experts, "parameter_name"):
         changes[experts.parameter_name] = experts.get_delta_weight("default")

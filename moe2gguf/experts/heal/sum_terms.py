@@ -1,6 +1,6 @@
-"""Losses of next-token predictions, some tokens at a time: logits of a whole step would be gigabytes.
+"""Losses of next-token predictions, summed over pieces of the tokens: the logits of a whole step would be gigabytes.
 
-Where the loss is a sum over tokens, its gradient is known as soon as a piece of it is: it is taken at once, piece by
+Where the loss is a sum over tokens, its gradient is known as soon as a piece of it is: it is computed at once, piece by
 piece, and only the gradient of the hidden states is kept (as fused linear cross-entropy kernels do,
 https://arxiv.org/abs/2410.10989, section 3.2, but for any loss).
 """
@@ -16,35 +16,36 @@ from torch import Tensor
 from moe2gguf.experts.hidden_states import chunks
 
 TOKENS = 128
-"""Tokens of a piece: enough for fast products, few enough that memory is used again and not asked for anew."""
+"""Tokens of a piece: enough for fast products, few enough that memory is reused instead of allocated."""
 
-Measure = Callable[[Tensor, slice], Tensor]
+Terms = Callable[[Tensor, slice], Tensor]
 """(hidden states of some tokens, which tokens they are) -> their part of every term (n_term,), a sum over tokens."""
 
 
-def summed(hidden: Tensor, measure: Measure) -> Tensor:
-    """The terms (n_term,) of all tokens, hidden (n_token, d_model). What has a gradient is the sum of the terms."""
+def sum_terms(hidden: Tensor, terms: Terms) -> Tensor:
+    """The terms (n_term,) of all tokens, hidden (n_token, d_model). Only the sum of the terms has a gradient."""
     if torch.is_grad_enabled() and hidden.requires_grad:
-        terms: Tensor = _Summed.apply(hidden, measure)
-        return terms
-    return torch.stack([measure(hidden[part], part) for part in chunks(len(hidden), TOKENS)]).sum(0)
+        result: Tensor = _SumTerms.apply(hidden, terms)
+        return result
+    return torch.stack([terms(hidden[part], part) for part in chunks(len(hidden), TOKENS)]).sum(0)
 
 
-class _Summed(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+class _SumTerms(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, measure: Measure) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, terms: Terms) -> Tensor:
+        """The terms; the gradient of their sum is computed here and kept."""
         gradient, found = torch.empty_like(hidden), []
         for part in chunks(len(hidden), TOKENS):
             with torch.enable_grad():
                 piece = hidden[part].detach().requires_grad_()
-                terms = measure(piece, part)
-                (gradient[part],) = torch.autograd.grad(terms.sum(), piece)
-            found.append(terms.detach())
+                values = terms(piece, part)
+                (gradient[part],) = torch.autograd.grad(values.sum(), piece)
+            found.append(values.detach())
         ctx.save_for_backward(gradient)
         return torch.stack(found).sum(0)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
-        """Of the sum of the terms: `outer` has the same number for each."""
+        """The kept gradient times `outer` (n_term,), which has the same number for each term of a sum."""
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0], None

@@ -1,4 +1,4 @@
-"""The dense model, frozen: what it says of a window of text is found once and kept."""
+"""The dense model, frozen: its hidden states of a window of text are computed once and kept."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KEPT_BYTES = 4 << 30
 class Teacher:
     """The dense model of a folder, float32 on `device`.
 
-    Kept are the last hidden states, (n_context, d_model) a window: `head` makes logits of them, which costs a fraction
-    of the layers. A window always runs alone, so what is found does not depend on its company.
+    The last hidden states are kept, (n_context, d_model) a window: making `logits` of them costs a fraction of the
+    layers. A window always runs alone, so its states do not depend on the others of a batch.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -29,17 +29,17 @@ class Teacher:
         self._bytes = 0
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-    def last(self, windows: Windows) -> Tensor:
+    def last_states(self, windows: Windows) -> Tensor:
         """The last hidden states (n_window, n_context, d_model) of token ids (n_window, n_context)."""
-        return torch.stack([self._last(window) for window in windows]).to(self._device)
+        return torch.stack([self._read_window(window) for window in windows]).to(self._device)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-    def head(self, last: Tensor) -> Tensor:
+    def logits(self, last: Tensor) -> Tensor:
         """(..., d_model) -> logits (..., n_vocab)."""
         logits: Tensor = self._model.lm_head(last)
         return logits
 
-    def _last(self, window: Windows) -> Tensor:
+    def _read_window(self, window: Windows) -> Tensor:
         key = window.tobytes()
         if (known := self._kept.get(key)) is not None:
             return known

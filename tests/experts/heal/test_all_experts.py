@@ -18,7 +18,7 @@ def test_logits_and_gradients_are_those_of_transformers(k):
     model.set_experts_implementation("eager")
     expected = run(model, ids)
 
-    all_experts.install(model)
+    all_experts.use_all_experts(model)
     found = run(model, ids)
 
     assert model.config._experts_implementation == all_experts.NAME

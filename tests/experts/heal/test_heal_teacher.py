@@ -25,12 +25,12 @@ def test_a_window_runs_through_the_layers_once(tmp_path):
     teacher = Teacher(folder, torch.device("cpu"))
     runs = layer_runs(teacher)
 
-    first, again = teacher.last(WINDOWS), teacher.last(WINDOWS[::-1].copy())
+    first, again = teacher.last_states(WINDOWS), teacher.last_states(WINDOWS[::-1].copy())
 
     assert 3 == len(runs)
     assert torch.equal(first, again.flip(0))
     with torch.no_grad():
-        assert (reference(torch.from_numpy(WINDOWS)).logits - teacher.head(first)).abs().max() <= 1e-4
+        assert (reference(torch.from_numpy(WINDOWS)).logits - teacher.logits(first)).abs().max() <= 1e-4
 
 
 def test_what_has_no_room_runs_again(tmp_path, monkeypatch):
@@ -39,7 +39,7 @@ def test_what_has_no_room_runs_again(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "KEPT_BYTES", 16 * 64 * 4)
     runs = layer_runs(teacher)
 
-    first, again = teacher.last(WINDOWS), teacher.last(WINDOWS)
+    first, again = teacher.last_states(WINDOWS), teacher.last_states(WINDOWS)
 
     assert 3 + 2 == len(runs)
     assert torch.equal(first, again)

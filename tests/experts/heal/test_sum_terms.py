@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe2gguf.experts.heal import losses
-from moe2gguf.experts.heal.sum_terms import TOKENS, summed
+from moe2gguf.experts.heal.sum_terms import TOKENS, sum_terms
 
 
 def test_terms_and_gradient_are_those_of_all_tokens_at_once():
@@ -17,16 +17,19 @@ def test_terms_and_gradient_are_those_of_all_tokens_at_once():
 
     def measure(hidden, part):
         logits = hidden @ matrix.T
-        terms = losses.kl(logits, teacher[part] @ dense.T), 0.5 * losses.next_token(logits, following[part])
+        terms = (
+            losses.kl_divergence(logits, teacher[part] @ dense.T),
+            0.5 * losses.next_token_loss(logits, following[part]),
+        )
         return torch.stack([term.sum() for term in terms])
 
     hidden = torch.randn(n_token, d_model, generator=generator)
     pieces, whole = (hidden.clone().requires_grad_() for _ in range(2))
-    terms, expected = summed(pieces, measure), measure(whole, slice(None))
+    terms, expected = sum_terms(pieces, measure), measure(whole, slice(None))
     (3 * terms.sum()).backward()
     (3 * expected.sum()).backward()
 
     assert expected.tolist() == pytest.approx(terms.tolist(), rel=1e-5)
     assert torch.allclose(whole.grad, pieces.grad, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert expected.tolist() == pytest.approx(summed(hidden, measure).tolist(), rel=1e-5)
+        assert expected.tolist() == pytest.approx(sum_terms(hidden, measure).tolist(), rel=1e-5)
