@@ -108,7 +108,12 @@ def fill(record: type[Any], options: Mapping[str, Any], **others: Any) -> Any:
     ),
     number("--clip", default=1.0, type=RATE, help="Largest norm of the gradient."),
     number("--lora-rank", default=16, type=ONE, help="Rank with --train lora."),
-    option("--evaluate-at", callback=whole_numbers, metavar="K,K", help="Counts to score.  [default: both ends of the range]"),
+    option(
+        "--evaluate-at",
+        callback=whole_numbers,
+        metavar="K,K",
+        help="Counts to score.  [default: both ends of the range]",
+    ),
     number("--evaluate-every", default=50, type=ONE, help="Steps between scores and checkpoints."),
     number("--held-out-tokens", "n_held_out", default=4096, type=ONE, help="Tokens to score."),
     hidden=True,

@@ -13,7 +13,7 @@ from moe2gguf.spec import Model, Rope
 GROUPED_ROW_BYTES = 16
 """transformers' default way to compute experts (`grouped_mm`) wants the rows of every matrix to be a multiple of this.
 
-https://github.com/pytorch/pytorch/blob/v2.9.0/aten/src/ATen/native/GroupedMMUtils.h
+https://github.com/pytorch/pytorch/blob/2295ac79eeea7cd69460598a018ea14eaef34f5c/aten/src/ATen/native/GroupedMMUtils.h
 """
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
-from moe2gguf.experts.layer import LayerReport
 from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
 from moe2gguf.experts.heal.work import ExpertWeights
+from moe2gguf.experts.layer import LayerReport
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
