@@ -1,8 +1,9 @@
 """Functions run in a process of their own: what crashes there is an error here.
 
 llama.cpp ends the whole process when a file or a setting breaks one of its assertions, so nothing of it runs in
-the process of the user. The child is a fresh interpreter (not a fork, and the user's `__main__` is not imported
-again); requests and answers are pickles over its own two pipes, never files.
+the process of the user. The child is a fresh interpreter, or on Linux a fork of one that has imported llama.cpp's
+bindings and nothing of the user's (see `moe2gguf.llama.warm`); the user's `__main__` is not imported again. Requests
+and answers are pickles over its own two pipes, never files; `moe2gguf.llama.serve` is the other end of them.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from typing import IO, Any, TypeVar
 
-from moe2gguf.errors import HarnessError, Moe2GgufError
+from moe2gguf.errors import HarnessError
+from moe2gguf.llama.warm import start_warm
 
 T = TypeVar("T")
 
 # -I keeps the current folder and PYTHON* variables out until the parent's own search path is in place.
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
-    "from moe2gguf.llama.child import serve; serve()"
+    "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline())['path']; "
+    "from moe2gguf.llama.serve import serve; serve()"
 )
 _KEPT_LINES = 200
 _SHOWN_LINES = 6
@@ -137,14 +138,9 @@ class _Child:
     def __init__(self, what: str, memory_limit: int | None) -> None:
         self.what = what
         self.memory_limit = memory_limit
-        self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-I", "-c", _BOOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            start_new_session=True,  # Ctrl-C reaches the parent, which then ends the child
-        )
+        self.environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        warm = start_warm(self.environment) if memory_limit is None else None  # a fork has memory of its server's
+        self.process = warm or _start_fresh(self.environment)
         self.inbox: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=4)
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.threads = [
@@ -159,7 +155,8 @@ class _Child:
         stdin = self.process.stdin
         if stdin is not None:
             with suppress(BrokenPipeError):  # it died already: the next receive says so
-                stdin.write(json.dumps(sys.path).encode() + b"\n" + pickle.dumps(request))
+                first = {"path": sys.path, "environment": self.environment}
+                stdin.write(json.dumps(first).encode() + b"\n" + pickle.dumps(request))
                 stdin.flush()
 
     def receive(self, deadline: float | None) -> tuple[str, Any]:
@@ -191,6 +188,18 @@ class _Child:
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
+
+
+def _start_fresh(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a new interpreter, with a session of its own: Ctrl-C reaches the parent, which then ends the child."""
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        [sys.executable, "-I", "-c", _BOOT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def _exit_words(code: int, log: list[str]) -> tuple[str, str]:
@@ -225,58 +234,3 @@ def _rebuilt(kind: type[Exception], args: tuple[Any, ...], fields: dict[str, Any
 def _keep_lines(pipe: IO[bytes], lines: deque[str]) -> None:
     for line in pipe:
         lines.append(line.decode("utf-8", "replace").rstrip())
-
-
-# --- the child's side ---
-
-
-def serve() -> None:
-    """Answer the one request on standard input; the entry point of the child process."""
-    channel = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints goes to the log, not between the messages
-    function, args, memory_limit = pickle.load(sys.stdin.buffer)  # noqa: S301 - written by our parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if memory_limit is not None:
-        _limit_memory(memory_limit)
-
-    def send(kind: str, value: Any) -> None:
-        channel.write(pickle.dumps((kind, value), protocol=5))  # whole or not at all
-        channel.flush()
-
-    try:
-        answer = function(*args)
-        if isinstance(answer, Generator):
-            answer = _send_items(answer, send)
-        send("result", answer)
-    except Moe2GgufError as error:
-        send("error", (type(error), error.args, error.__dict__))
-    except MemoryError:
-        limit = "" if memory_limit is None else f" (limit {memory_limit / 2**20:.0f} MiB)"
-        send("error", (HarnessError, (f"{function.__qualname__} ran out of memory{limit}: give it less work",), {}))
-    except Exception:  # noqa: BLE001 - a defect: the parent raises it with this traceback
-        send("error", (RuntimeError, (f"in the child process:\n{traceback.format_exc()}",), {}))
-    sys.stderr.flush()
-    os._exit(0)  # the answer is out: skip the destructors of native libraries
-
-
-def _send_items(items: Generator[Any, None, Any], send: Callable[[str, Any], None]) -> Any:
-    while True:
-        try:
-            item = next(items)
-        except StopIteration as end:
-            return end.value
-        send("item", item)
-
-
-def _end_with_parent() -> None:
-    """Leave as soon as the parent is gone, however it went: its end of standard input closes then."""
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
-
-
-def _limit_memory(n_byte: int) -> None:
-    if sys.platform == "linux":  # the parent refused elsewhere
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (n_byte, n_byte))

@@ -221,3 +221,41 @@ def test_works_from_a_script_without_a_main_guard(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "8\n")
+
+
+def imported() -> tuple[bool, int]:
+    """Whether llama.cpp's bindings were there before anything was asked for, and the process number."""
+    return "llama_cpp" in sys.modules, os.getppid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks of a warm process are Linux's")
+def test_children_are_forks_of_one_warm_process() -> None:
+    """The bindings are imported already; both children have one parent, which is not this process."""
+    first, second = run_in_child(imported), run_in_child(imported)
+    assert first == second
+    assert first[0]
+    assert first[1] != os.getpid()
+
+
+def environment_of(name: str) -> tuple[str | None, list[str]]:
+    return os.environ.get(name), sys.path
+
+
+def test_a_warm_child_has_this_processes_environment_and_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are now, not as they were when the warm process began."""
+    run_in_child(double, 1)
+    monkeypatch.setenv("MOE2GGUF_TEST", "now")
+    monkeypatch.syspath_prepend("/nowhere")
+    assert ("now", sys.path) == run_in_child(environment_of, "MOE2GGUF_TEST")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # read when a library is loaded: another warm process
+    assert "3" == run_in_child(environment_of, "OMP_NUM_THREADS")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks of a warm process are Linux's")
+def test_a_lost_warm_process_is_replaced() -> None:
+    """Killed from outside, as a machine short of memory does."""
+    parent = run_in_child(imported)[1]
+    os.kill(parent, signal.SIGKILL)
+    time.sleep(0.2)
+    assert 4 == run_in_child(double, 2)
+    assert parent != run_in_child(imported)[1]
