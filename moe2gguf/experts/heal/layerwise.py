@@ -28,6 +28,7 @@ from moe2gguf.experts.heal.run import HealRun
 from moe2gguf.experts.heal.settings import HealSettings, Windows, draw_batch, draw_used
 from moe2gguf.experts.heal.work import ExpertWeights, WorkFolder
 from moe2gguf.experts.refit import Normal, choose_ridge
+from moe2gguf.experts.stats import cap_massive_tokens
 
 MAX_RATIO = 100
 """How much more than the worst count another may weigh: with all experts used there may be no error at all."""
@@ -72,11 +73,13 @@ class PairedStates:
         layers.embed(windows.ids, hidden.flatten(0, 1))
         return cls(hidden, hidden.clone())
 
+    def flatten(self) -> tuple[Tensor, Tensor]:
+        """Both as (n_token, d_model), which share their memory with them."""
+        return self.dense.flatten(0, 1), self.healed.flatten(0, 1)
+
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
     def enter_mlp(self, block: Block) -> tuple[Tensor, Tensor]:
-        """(input of the healed MLP, what it should give), after both models' attention and the dense one's MLP."""
-        for hidden in (self.dense, self.healed):
-            block.attend(hidden.flatten(0, 1), hidden.shape[1])
+        """(input of the healed MLP, what it should give), once both models' attention is added; adds the dense MLP."""
         y = block.mlp(block.mlp_input(self.dense.flatten(0, 1)))
         self.dense.add_(y.reshape(self.dense.shape).to(self.dense.device))
         x = block.mlp_input(self.healed.flatten(0, 1))[:].reshape(self.dense.shape)
@@ -104,8 +107,8 @@ def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run:
     states = PairedStates.before(first, layers, windows, run.work)
     with run.progress("layers", run.ids.size * len(layers)) as advance:
         advance(run.ids.size * first)
-        for i in range(first, len(layers)):
-            x, target = states.enter_mlp(layers.block(i))
+        for i, block in layers.attend_blocks(states.flatten(), windows.ids.shape[1], first):
+            x, target = states.enter_mlp(block)
             require_finite(target, f"layer {i}, before its first step")
             weights = read_layer(i)
             layer = MoELayer(weights, find_scale(torch.from_numpy(weights.router).to(x.device), x[0])).to(x.device)
@@ -113,7 +116,6 @@ def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run:
             states.leave_mlp(layer, x, windows)
             arrays = {"dense": states.dense.numpy(), "sliced": states.healed.numpy()}
             run.work.save_layer(i, keep_frozen(layer, weights, run.settings.training.parts), arrays)
-            layers.release(i)
             run.log(line)
             advance(run.ids.size)
     if not run.settings.training.steps:
@@ -149,14 +151,14 @@ def score_states(head: Callable[[Tensor], Tensor], states: PairedStates, windows
 class LayerData:
     """x and target (n_window, n_context, d_model) of one layer, and how much each token counts (`weight`).
 
-    No token may dominate the fit: the weight of massive ones is cut, as in `moe2gguf.experts.slice_layer`. Nor may a
-    count: few experts leave many times the error of many, so each window is divided by the error of its count.
+    No token may dominate the fit: the weight of massive ones is cut. Nor may a count: few experts leave many times the
+    error of many, so each window is divided by the error of its count.
     """
 
     def __init__(self, x: Tensor, target: Tensor, windows: CountedWindows, layer: MoELayer) -> None:
         self.x, self.target, self.windows = x, target, windows
         energy = target.square().sum(-1)
-        self.weight = (100 * energy.median() / energy.clamp_min(1e-30)).clamp(max=1)
+        self.weight = cap_massive_tokens(energy)
         self.total = 1.0
         left = find_errors(layer, self, range(len(x)))
         least = max(max(left.values()) / MAX_RATIO, 1e-30)
