@@ -12,17 +12,19 @@ from moe2gguf.gguf.verify import Verification, verify
 from moe2gguf.llama.generate import Generation, generate
 from moe2gguf.measure.check import Check, compare_with_dense
 from moe2gguf.quant.rules import TypeOptions
-from moe2gguf.recipes.convert import Conversion, convert, write_plan
-from moe2gguf.recipes.options import Options
-from moe2gguf.recipes.plan import Plan, plan_conversion
-from moe2gguf.recipes.quantize import Quantization, quantize
+from moe2gguf.recipes.convert import Conversion, convert, plan_conversion
+from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
+from moe2gguf.recipes.plan import Plan
+from moe2gguf.recipes.quantize import Quantization, plan_quantization, quantize
 
 __all__ = [
+    "CalibrationOptions",
     "Check",
     "Conversion",
     "GGUFFile",
     "Generation",
     "Inspection",
+    "MethodOptions",
     "Moe2GgufError",
     "Options",
     "Plan",
@@ -34,8 +36,8 @@ __all__ = [
     "generate",
     "inspect",
     "plan_conversion",
+    "plan_quantization",
     "quantize",
     "read_gguf",
     "verify",
-    "write_plan",
 ]

@@ -9,10 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import transformers
+from flat_options import flat_options
 from llama_tokens import LlamaTokens
 from smollm2 import smollm2_folder, smollm2_gguf
 
-from moe2gguf import Options, compare_with_dense, convert
+from moe2gguf import compare_with_dense, convert
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -37,8 +38,8 @@ def test_all_experts_are_the_dense_model(
     In the other types llama.cpp rounds activations in blocks along the MLP's width, which slicing moves, so the
     noise floor is that rounding, not only the order of sums.
     """
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True, type=kind))
-    convert(folder, tmp_path / "sliced.gguf", Options(experts=experts, type=kind))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True, type=kind))
+    convert(folder, tmp_path / "sliced.gguf", flat_options(experts=experts, type=kind))
 
     found = compare_with_dense(tmp_path / "sliced.gguf", tmp_path / "dense.gguf", n_token=N_TOKEN)
 
@@ -58,7 +59,7 @@ def test_a_quantized_file_is_cut_without_loss(tmp_path: Path, experts: int, reco
     With 6 experts by a tensor of scales, as 6 is no power of two.
     """
     source, out = smollm2_gguf(), tmp_path / "out.gguf"
-    done = convert(source, out, Options(experts=experts))
+    done = convert(source, out, flat_options(experts=experts))
     assert not [
         tensor.name for tensor in done.plan.tensors if tensor.type.name in ("Q4_1", "Q8_0") and not tensor.copied
     ]
@@ -81,7 +82,7 @@ def test_a_quantized_file_is_cut_without_loss(tmp_path: Path, experts: int, reco
 def test_tokenization_equals_hugging_faces(folder: Any, tmp_path: Path) -> None:
     """The whole vocabulary's file, on hard strings."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True, type="q8_0"))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True, type="q8_0"))
     texts = [
         "Hello world",
         "  3.14159 and 2024!\n\n\tdef f(x):",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
@@ -16,8 +16,8 @@ from moe2gguf.cli.command import Command, Input, NoEffect
 from moe2gguf.cli.options import (
     ANY,
     FILE,
+    NONE,
     OUT,
-    Shared,
     Size,
     emit,
     expert_type_rules,
@@ -26,12 +26,15 @@ from moe2gguf.cli.options import (
     refusals_as_json,
     report_option,
     resume_option,
-    seed_option,
     shard_size_option,
+    take,
     threads_option,
     type_rules,
 )
 from moe2gguf.experts import methods
+
+if TYPE_CHECKING:
+    from moe2gguf.recipes.plan import Plan
 
 OF_EXPERTS = ("--experts", "--used", "--align", "--expert-scale")
 OF_METHOD = ("--preset", "--group", "--shared", "--router", "--refit", "--amplify")
@@ -71,12 +74,16 @@ NO_EFFECT = (
     ),
     option(
         "--calibration",
+        "text",
         type=FILE,
         help="Text, or JSONL with a text field.  [default: a built-in mix of eight genres]",
     ),
-    option("--save-calibration", type=OUT, metavar="FILE", help="Save the calibration for further conversions."),
+    option(
+        "--save-calibration", "save_to", type=OUT, metavar="FILE", help="Save the calibration for further conversions."
+    ),
     option(
         "--load-calibration",
+        "load_from",
         type=FILE,
         metavar="FILE",
         help="Reuse a saved calibration; options that are not given are taken from it.",
@@ -108,7 +115,7 @@ NO_EFFECT = (
 @option_group(
     "Expert options: slicing and calibration",
     option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped into experts."),
-    option("--shared", "n_shared", type=Shared(), metavar="N|auto", help="Experts that every token uses."),
+    option("--shared", "n_shared", type=NONE, metavar="N", help="Experts that every token uses.  [default: by --used]"),
     option("--router", type=click.Choice([*methods.ROUTERS]), help="How the router's weights are made."),
     option("--refit/--no-refit", default=None, help="Refit the down projections at --used by least squares."),
     option(
@@ -122,16 +129,22 @@ NO_EFFECT = (
         is_flag=True,
         help="Store these factors in a tensor of their own (new llama.cpp only).",
     ),
-    option("--calibration-tokens", type=int, help="Tokens of the text.  [default: 16384, or 2 per neuron to refit]"),
+    option(
+        "--calibration-tokens",
+        "n_token",
+        type=int,
+        help="Tokens of the text.  [default: 16384, or 2 per neuron to refit]",
+    ),
     option(
         "--calibration-memory",
+        "memory",
         type=Size(),
         default="4GB",
         show_default=True,
         help="RAM for hidden states; the rest is spilled to disk.",
     ),
     option("--torch-device", "device", help="Device of the calibration in torch.  [default: cuda, mps or cpu]"),
-    seed_option,
+    option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.  [default: 0]"),
     hidden=True,
 )
 @option_group("Expert options: types", *expert_type_rules, hidden=True)
@@ -164,34 +177,49 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct half --experts 16 --used 8 --format hf
     """
     from moe2gguf.measure.check import compare_conversion
-    from moe2gguf.recipes.convert import write_plan
+    from moe2gguf.quant.rules import TypeOptions
+    from moe2gguf.recipes import convert as recipe
     from moe2gguf.recipes.hf_output import write_folder
-    from moe2gguf.recipes.options import Options
-    from moe2gguf.recipes.plan import plan_conversion
+    from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
 
     if out is None and not plan_only:
         raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
     if form == "hf" and (plan_only or check or report):
         raise click.UsageError("--plan, --check and --report are for GGUF files; make one of the folder to look at it.")
+    chosen = Options(
+        types=take(TypeOptions, options),
+        method=take(MethodOptions, options),
+        calibration=take(CalibrationOptions, options),
+        **options,
+    )
+
+    def look_at(plan: Plan) -> None:
+        if report and not plan.calibration:
+            raise click.UsageError(
+                "--report shows a calibration, and these options need none; add --used below --experts."
+            )
+        display.warnings(plan.warnings)
+
+    if plan_only or out is None:
+        with refusals_as_json(as_json):
+            plan = recipe.plan_conversion(model, chosen, progress=display.progress)
+        look_at(plan)
+        emit(plan.to_dict(), as_json, lambda: tables_convert.plan(plan))
+        return
+    if form == "hf":
+        made = write_folder(model, out, chosen, force=force, resume=resume, progress=display.progress, on_plan=look_at)
+        emit(made.to_dict(), as_json, lambda: tables_convert.folder(made))
+        counts = f"K..{made.plan.n_expert}"
+        display.next_step(f"moe2gguf heal {out} HEALED --teacher {model} --text TEXT --used-range {counts}")
+        return
     if report:
         from moe2gguf.measure.report.calibration import make_page
         from moe2gguf.measure.report.page import require_plotly, write_page
-    with refusals_as_json(as_json and plan_only):
-        plan = plan_conversion(model, Options(**options))
-    if report and not (plan.text or plan.saved):
-        raise click.UsageError("--report shows a calibration, and these options need none; add --used below --experts.")
-    display.warnings(plan.warnings)
-    if plan_only or out is None:
-        emit(plan.to_dict(), as_json, lambda: tables_convert.plan(plan))
-        return
-    if report:
+
         require_plotly(report)
-    if form == "hf":
-        done = write_folder(plan, out, force=force, resume=resume, progress=display.progress)
-        emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
-        display.next_step(f"moe2gguf heal {out} HEALED --teacher {model} --text TEXT --used-range K..{plan.n_expert}")
-        return
-    done = write_plan(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
+    done = recipe.convert(
+        model, out, chosen, force=force, resume=resume, threads=threads, progress=display.progress, on_plan=look_at
+    )
     if report:
         write_page(make_page(done, sys.argv), report)
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None

@@ -7,8 +7,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from cloup import option
@@ -24,17 +25,7 @@ MODEL = Input(exists=True, path_type=Path)
 OUT = Output(path_type=Path)
 JOURNAL = ContinuedOutput(path_type=Path)
 
-
-class Shared(click.ParamType):  # type: ignore[type-arg]
-    """A number of shared experts, or "auto" (-1): see `moe2gguf.recipes.options`."""
-
-    name = "number or auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number; -1 for auto."""
-        if value == "auto" or str(value).isdecimal():
-            return -1 if value == "auto" else int(value)
-        return self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+T = TypeVar("T")
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -169,6 +160,11 @@ def devices_from(device: str | None, rpc: str | None) -> list[str]:
 def _is_unicode() -> bool:
     """Whether standard output can show every character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+
+
+def take(record: type[T], options: dict[str, Any]) -> T:
+    """Move the options that are fields of `record` out of `options` and into one; the fields are named once."""
+    return record(**{field.name: options.pop(field.name) for field in fields(record) if field.name in options})  # type: ignore[arg-type]
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

@@ -63,20 +63,31 @@ def quantize(
       moe2gguf quantize moe.gguf moe-q5.gguf q5_k --tensor-type 'blk\\..*\\.ffn_down_exps\\.weight=q6_k' --plan
     """
     from moe2gguf.quant.rules import TypeOptions
-    from moe2gguf.recipes.quantize import plan_quantization, write_quantization
+    from moe2gguf.recipes.quantize import plan_quantization
+    from moe2gguf.recipes.quantize import quantize as write
 
     if options["type"] is None:
         if options["target_size"] is None and options["target_bpw"] is None:
             raise click.UsageError("Missing argument 'TYPE' (only --target-size and --target-bpw work without).")
         options["type"] = "auto"
-    with refusals_as_json(as_json and plan_only):
-        plan = plan_quantization(
-            source, TypeOptions(**options), allow_requantize=allow_requantize, shard_size=shard_size
-        )
-    display.warnings(plan.warnings)
+    types = TypeOptions(**options)
+    arguments: dict[str, Any] = {"allow_requantize": allow_requantize, "shard_size": shard_size}
     if plan_only:
+        with refusals_as_json(as_json):
+            plan = plan_quantization(source, types, **arguments, progress=display.progress)
+        display.warnings(plan.warnings)
         emit(plan.to_dict(), as_json, lambda: tables_convert.quantization_plan(plan))
         return
-    done = write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=display.progress)
+    done = write(
+        source,
+        out,
+        types,
+        **arguments,
+        force=force,
+        resume=resume,
+        threads=threads,
+        progress=display.progress,
+        on_plan=lambda plan: display.warnings(plan.warnings),
+    )
     emit(done.to_dict(), as_json, lambda: tables_convert.quantization(done))
     display.next_step(f"moe2gguf compare {done.path} --reference {source}")

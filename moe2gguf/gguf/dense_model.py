@@ -14,16 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from gguf import GGUFValueType as Kind
-from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.expected import check_architecture, llama_dimensions
 from moe2gguf.gguf.file import GGUFFile, ValueType, shown
 from moe2gguf.gguf.findings import Findings
-from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
@@ -66,18 +63,6 @@ class DenseFile:
     def tensors(self) -> Mapping[str, SourceTensor]:
         """Every tensor, by name, in the file's order."""
         return {name: SourceTensor(self.file, info) for name, info in self.file.tensors.items()}
-
-    def row_order(self, name: str) -> NDArray[np.int64] | None:
-        """Which row of the stored tensor stands in each row of arch `llama`'s; None where they are the same."""
-        part = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)", name)
-        if not self.rotates_halves or not part:
-            return None
-        m = self.model
-        q, k = halves_to_pairs(m.n_head, m.d_head), halves_to_pairs(m.n_head_kv, m.d_head)
-        if part[1] != "qkv":
-            return q if part[1] == "q" else k
-        v = np.arange(m.n_head_kv * m.d_head) + len(q) + len(k)
-        return np.concatenate([q, k + len(q), v])
 
 
 def open_dense(path: Path, *, name: str | None = None) -> DenseFile:

@@ -22,7 +22,9 @@ from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.metrics import Summary
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import may_quantize
+from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert
+from moe2gguf.recipes.options import CalibrationOptions
 from moe2gguf.recipes.plan import Plan
 
 KL_LIMIT = 2e-6
@@ -167,27 +169,28 @@ def compare_conversion(
         dense=True,
         experts=None,
         used=None,
-        type_rules=None,
         shard_size=None,
-        save_calibration=None,
-        load_calibration=None,
-        target_size=None,
-        target_bpw=None,
-        tensor_types=_pin_types(done.plan),
-        allow_fallback=True,
+        types=_pin_types(done.plan),
+        calibration=CalibrationOptions(),
     )
     with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
         reference = Path(folder) / "dense.gguf"
-        convert(done.plan.checkpoint.path, reference, options, threads=threads, progress=progress)
+        convert(done.plan.source.path, reference, options, threads=threads, progress=progress)
         return compare_with_dense(done.path, reference, threads=threads)
 
 
-def _pin_types(plan: Plan) -> tuple[str, ...]:
-    """`--tensor-type` for every matrix of the plan, by its name in the dense file; none where all are as stored."""
-    if not plan.assigned.counts:
-        return ()
-    return tuple(
+def _pin_types(plan: Plan) -> TypeOptions:
+    """The type of every matrix of the plan, by its name in the dense file; no rules where all are as stored."""
+    rules = (
         f"{re.escape(tensor.name.replace('_exps', ''))}={tensor.type.name}"
         for tensor in plan.tensors
         if may_quantize(tensor.name, tensor.shape)
+    )
+    return replace(
+        plan.options.types,
+        type_rules=None,
+        target_size=None,
+        target_bpw=None,
+        tensor_types=tuple(rules) if plan.assigned.counts else (),
+        allow_fallback=True,
     )

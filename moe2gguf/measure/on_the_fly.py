@@ -19,7 +19,7 @@ from moe2gguf.measure.grid import plan_run
 from moe2gguf.measure.results import Comparison
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions
-from moe2gguf.recipes.quantize import QuantizationPlan, plan_quantization, write_quantization
+from moe2gguf.recipes.quantize import QuantizationPlan, plan_quantization, quantize
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def write_copies(wanted: Sequence[QuantizedCopy], progress: Progress = silent) -
         for one in wanted:
             if not _is_written(one):
                 one.path.parent.mkdir(parents=True, exist_ok=True)
-                write_quantization(one.plan, one.path, force=True, progress=progress)
+                quantize(one.plan.source.path, one.path, one.plan.options, force=True, progress=progress)
             newest = max(path.stat().st_mtime_ns for path in (*one.plan.source.files, one.plan.options.imatrix) if path)
             os.utime(one.path, ns=(newest, newest))
         yield [one.path for one in wanted]
@@ -148,7 +148,7 @@ def _is_float(path: Path) -> bool:
 
 def _is_written(one: QuantizedCopy) -> bool:
     """Whether an interrupted run left the file: it is whole if it is there, but a version of ours may be older."""
-    header = one.plan.layout.header
+    header = one.plan.header
     with contextlib.suppress(OSError), one.path.open("rb") as file:
         return file.read(len(header)) == header
     return False

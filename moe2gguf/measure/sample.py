@@ -12,10 +12,11 @@ from typing import Any
 from moe2gguf.gguf.writer import check_target, replace_files
 from moe2gguf.llama.sampling import Draw, sample
 from moe2gguf.progress import Progress, silent
+from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import convert
 from moe2gguf.recipes.options import Options
 
-DENSE = Options(dense=True, type="q8_0", allow_fallback=True)
+DENSE = Options(dense=True, types=TypeOptions("q8_0", allow_fallback=True))
 """What a folder becomes to write: twice as fast as 16 bits, and hardly another model."""
 
 

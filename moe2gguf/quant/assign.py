@@ -119,15 +119,23 @@ def assign(
     network: Network,
     guided: Container[str] = (),
     base: Sequence[Rule] | None = None,
+    own: Sequence[Rule] | None = None,
 ) -> Assignment:
-    """The type of every tensor; `tensors` come with the type in which they are stored, `guided` have an importance.
+    """The type of every tensor.
 
-    `base` are rules in place of those that `--type` stands for.
+    Args:
+        tensors: with the type in which they are stored.
+        options: what the user says about types.
+        network: what presets depend on.
+        guided: the names of tensors that have an importance.
+        base: rules in place of those that `--type` stands for.
+        own: the user's rules (None: they are read, see `own_rules`).
 
     Raises:
-        PlanError: the options name unknown types, broken patterns or an unreadable file.
+        PlanError: the options name unknown types, broken patterns or an unreadable file, or the preset is not known for
+            this architecture.
     """
-    own = own_rules(options)
+    own = own_rules(options) if own is None else own
     base = base_rules(options, network) if base is None else base
     rules = (*own, *base)
     counts = dict.fromkeys(range(len(rules)), 0)

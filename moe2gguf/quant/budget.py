@@ -65,7 +65,7 @@ class Budgeted:
     error: float
 
 
-def fitting(tensor: Entry, *, guided: bool) -> list[TensorType]:
+def list_types(tensor: Entry, *, guided: bool) -> list[TensorType]:
     """The types that a tensor may have: blocks that fit its rows, small ones only with an importance; and F16."""
     width = tensor.shape[-1]
     return [
@@ -77,14 +77,14 @@ def fitting(tensor: Entry, *, guided: bool) -> list[TensorType]:
     ]
 
 
-def reachable(tensors: Sequence[Entry], guided: Iterable[str]) -> tuple[int, int]:
+def find_range(tensors: Sequence[Entry], guided: Iterable[str]) -> tuple[int, int]:
     """The fewest and the most bytes that these tensors can take."""
     known = set(guided)
-    sizes = [[types.n_bytes(t.shape, kind) for kind in fitting(t, guided=t.name in known)] for t in tensors]
+    sizes = [[types.n_bytes(t.shape, kind) for kind in list_types(t, guided=t.name in known)] for t in tensors]
     return sum(map(min, sizes)), sum(map(max, sizes))
 
 
-def choose(
+def choose_under_budget(
     tensors: Sequence[OutputTensor],
     guided: Iterable[str],
     budget: int,
@@ -101,31 +101,47 @@ def choose(
         CorruptWeightError: a weight is NaN or infinite.
     """
     known = set(guided)
-    target = 8 * budget / max(sum(math.prod(tensor.shape) for tensor in tensors), 1)
-    candidates = {t.name: fitting(t, guided=t.name in known) for t in tensors}
-    short = {n: [k for k in kinds if types.bits_per_weight(k) >= SHORTLIST * target] for n, kinds in candidates.items()}
-    smallest = sum(min((types.n_bytes(t.shape, k) for k in short[t.name]), default=budget + 1) for t in tensors)
-    if smallest <= budget:
-        candidates = short
+    fitting = {t.name: list_types(t, guided=t.name in known) for t in tensors}
+    candidates = _shorten_lists(tensors, fitting, budget)
     kernels.require({kind for kinds in candidates.values() for kind in kinds} & {*types.BLOCKS})
     options = {}
     with ThreadPoolExecutor(threads) as pool:
         for tensor in tensors:
-            options[tensor.name] = _measured(tensor, candidates[tensor.name], pool)
+            options[tensor.name] = _measure_types(tensor, candidates[tensor.name], pool)
             advance(math.prod(tensor.shape))
-    return solve(options, budget)
+    return spend_budget(options, budget)
 
 
-def solve(options: Mapping[str, Sequence[Option]], budget: int) -> Budgeted:
+def _shorten_lists(
+    tensors: Sequence[Entry], candidates: Mapping[str, list[TensorType]], budget: int
+) -> Mapping[str, list[TensorType]]:
+    """Leave out the types far below the target's bits, which are slow to measure, unless the budget needs them."""
+    target_bits = 8 * budget / max(sum(math.prod(tensor.shape) for tensor in tensors), 1)
+    short = {
+        name: [kind for kind in kinds if types.bits_per_weight(kind) >= SHORTLIST * target_bits]
+        for name, kinds in candidates.items()
+    }
+    smallest = sum(
+        min((types.n_bytes(tensor.shape, kind) for kind in short[tensor.name]), default=budget + 1)
+        for tensor in tensors
+    )
+    return short if smallest <= budget else candidates
+
+
+def spend_budget(options: Mapping[str, Sequence[Option]], budget: int) -> Budgeted:
     """One option per tensor, at most `budget` bytes together, with the smallest sum of errors but for the last step."""
-    hulls = {name: hull(choices) for name, choices in options.items()}
+    # Start every tensor at its smallest option.
+    hulls = {name: lower_hull(choices) for name, choices in options.items()}
     at = dict.fromkeys(hulls, 0)
     room = budget - sum(points[0].n_bytes for points in hulls.values())
+    # List every step from one option to the next larger one: change of error per byte, below zero.
     steps = [
-        ((b.error - a.error) / (b.n_bytes - a.n_bytes), order, i, name)
+        (_slope(a, b), order, i, name)
         for order, (name, points) in enumerate(hulls.items())
         for i, (a, b) in enumerate(pairwise(points))
     ]
+    # Take the steps that save the most error per byte first. On a hull the steps of one tensor come in their order; a
+    # step that has no room is skipped, and so are those of its tensor behind it.
     for _, _, i, name in sorted(steps):
         cost = hulls[name][i + 1].n_bytes - hulls[name][i].n_bytes
         if at[name] == i and cost <= room:
@@ -134,9 +150,11 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> Budgeted:
     return Budgeted({name: one.type for name, one in chosen.items()}, sum(one.error for one in chosen.values()))
 
 
-def hull(options: Sequence[Option]) -> list[Option]:
+def lower_hull(options: Sequence[Option]) -> list[Option]:
     """The options that are best for some price of a byte: more bytes, less error, each step gaining less."""
     points: list[Option] = []
+    # From the smallest to the largest: leave out what costs more bytes for no less error, and take back the last point
+    # while the line past it falls more steeply than the line to it.
     for one in sorted(options, key=lambda option: (option.n_bytes, option.error)):
         if points and one.error >= points[-1].error:
             continue
@@ -150,16 +168,17 @@ def _slope(a: Option, b: Option) -> float:
     return (b.error - a.error) / (b.n_bytes - a.n_bytes)
 
 
-def _measured(tensor: OutputTensor, kinds: Sequence[TensorType], pool: ThreadPoolExecutor) -> list[Option]:
+def _measure_types(tensor: OutputTensor, kinds: Sequence[TensorType], pool: ThreadPoolExecutor) -> list[Option]:
+    """The bytes and the weighted error of the tensor in each type, from some of its rows."""
     head = re.fullmatch(VOCABULARY, tensor.name) is not None
-    samples = _sample(dataclasses.replace(tensor, importance=None) if head else tensor)
+    samples = _sample_rows(dataclasses.replace(tensor, importance=None) if head else tensor)
     weight = HEAD if head else sensitivity(tensor.name, guided=tensor.importance is not None)
 
     def measure(kind: TensorType) -> Option:
         noise = energy = 0.0
         for rows, importance in samples:
             m = 1.0 if importance is None else importance.astype(np.float64)
-            noise += float((m * (rows - _rounded(rows, kind, tensor.name, importance)) ** 2).sum())
+            noise += float((m * (rows - _round_rows(rows, kind, tensor.name, importance)) ** 2).sum())
             energy += float((m * rows.astype(np.float64) ** 2).sum())
         return Option(kind, types.n_bytes(tensor.shape, kind), weight * noise / energy if energy else 0.0)
 
@@ -172,7 +191,7 @@ def sensitivity(name: str, *, guided: bool) -> float:
     return next((weight for role, weight in weights.items() if f".{role}" in name), 1.0)
 
 
-def _sample(tensor: OutputTensor) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+def _sample_rows(tensor: OutputTensor) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
     """Evenly spread rows, with the importance of the matrix that they are of."""
     height = tensor.shape[-2]
     n_row = math.prod(tensor.shape[:-1])
@@ -191,7 +210,7 @@ def _sample(tensor: OutputTensor) -> list[tuple[NDArray[np.float32], NDArray[np.
     return [(np.stack(group), None if matrices is None else matrices[matrix]) for matrix, group in rows.items()]
 
 
-def _rounded(
+def _round_rows(
     rows: NDArray[np.float32], kind: TensorType, name: str, importance: NDArray[np.float32] | None
 ) -> NDArray[np.float64]:
     """What is left of `rows` in a type, in float64."""

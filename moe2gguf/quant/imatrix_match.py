@@ -7,7 +7,6 @@ columns of a down projection are neurons, which are picked in the order in which
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import list_names
 from moe2gguf.gguf.layout import Entry
-from moe2gguf.gguf.writer import Importance, OutputTensor
+from moe2gguf.gguf.writer import Importance
 from moe2gguf.quant.assign import may_quantize
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
 from moe2gguf.quant.rules import VOCABULARY
@@ -57,10 +56,6 @@ class Guidance:
     problems: Mapping[str, Problem] = field(default_factory=dict)
     complete: frozenset[str] = frozenset()
     few: Mapping[str, int] = field(default_factory=dict)
-
-    def attached(self, tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
-        """The same tensors, with their importance."""
-        return tuple(dataclasses.replace(t, importance=self.importance.get(t.name)) for t in tensors)
 
     def refusals(self, quantized: Iterable[str]) -> list[str]:
         """A sentence per kind of problem with the tensors `quantized`."""

@@ -10,7 +10,7 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.quant.assign import Assignment
-from moe2gguf.quant.imatrix import ImportanceMatrix, label, read_imatrix
+from moe2gguf.quant.imatrix import ImportanceMatrix, label
 from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.spec import MetadataValue
@@ -28,16 +28,11 @@ class Consulted:
     matrix: ImportanceMatrix | None = None
     guidance: Guidance = field(default_factory=Guidance)
     metadata: dict[str, MetadataValue] = field(default_factory=dict)
-    repair: str = "none"
 
     @property
     def per_expert(self) -> bool:
         """Whether it was collected from a file with experts."""
         return self.matrix is not None and any("_exps." in name for name in self.matrix.entries)
-
-    def again(self, tensors: Sequence[Entry], neurons: Neurons | None) -> Guidance:
-        """The guidance of other tensors, by the same choices."""
-        return guide(self.matrix, tensors, neurons, self.repair) if self.matrix else Guidance()
 
     def refusals(self, stored: Sequence[Entry], assigned: Assignment) -> list[str]:
         """What it lacks for the tensors that are to be quantized."""
@@ -46,15 +41,12 @@ class Consulted:
         )
 
 
-def consult(options: TypeOptions, stored: Sequence[Entry], neurons: Neurons | None) -> Consulted:
-    """Read the importance matrix of `options`, if any, for these tensors.
-
-    Raises:
-        ImportanceError: it cannot be read or holds values that cannot be.
-    """
-    if options.imatrix is None:
+def consult(
+    matrix: ImportanceMatrix | None, options: TypeOptions, stored: Sequence[Entry], neurons: Neurons | None
+) -> Consulted:
+    """Look up these tensors in the importance matrix that `options` name, if any."""
+    if matrix is None:
         return Consulted()
-    matrix = read_imatrix(options.imatrix)
     metadata: dict[str, MetadataValue] = {KEYS + "file": label(str(options.imatrix))}
     if matrix.datasets:
         metadata[KEYS + "dataset"] = matrix.datasets[0]
@@ -64,7 +56,7 @@ def consult(options: TypeOptions, stored: Sequence[Entry], neurons: Neurons | No
     if options.imatrix_repair != "none":
         metadata[REPAIR] = options.imatrix_repair
     guidance = guide(matrix, stored, neurons, options.imatrix_repair)
-    return Consulted(matrix, guidance, metadata, options.imatrix_repair)
+    return Consulted(matrix, guidance, metadata)
 
 
 def neurons_of(file: GGUFFile) -> Neurons | None:

@@ -20,8 +20,10 @@ from moe2gguf.hf.safetensors import Readable, SourceDigest, source_digest
 from moe2gguf.llama.tokens import read_tokens
 from moe2gguf.progress import Progress
 from moe2gguf.recipes.gguf_as_hf import Weights
-from moe2gguf.recipes.plan import Plan, window
+from moe2gguf.recipes.inputs import Inputs
+from moe2gguf.recipes.plan import Plan, calibration_window
 from moe2gguf.recipes.source import Source
+from moe2gguf.recipes.tensors import ExpertSource, loaded_experts, plain_experts
 from moe2gguf.spec import Slicing
 
 if TYPE_CHECKING:
@@ -29,31 +31,30 @@ if TYPE_CHECKING:
     from moe2gguf.experts.forward import Device, Layers
 
 
-def calibrate_plan(plan: Plan, work: Path, progress: Progress, *, resume: bool = True) -> tuple[LayerReport, ...]:
-    """Find the experts of every layer, if they need text, and return the reports of the layers.
+def find_experts(plan: Plan, inputs: Inputs, work: Path, progress: Progress, *, resume: bool = True) -> ExpertSource:
+    """The experts of every layer: contiguous slices, those of a saved calibration, or new ones that fit a text.
 
-    They come from a saved calibration, or are made in the folder `work`, where a calibration that was stopped is
-    continued; without `resume` it starts anew.
+    New ones are made in the folder `work`, where a calibration that was stopped is continued; without `resume` it
+    starts anew. The result reads them from there.
 
     Raises:
         CalibrationError: the text or the activations cannot be used, or torch is missing.
         OutputError: `work` cannot be written, or has the work of another job.
         HarnessError: the model is a GGUF file, whose tokenizer is llama.cpp's, and that is not installed.
     """
-    text, saved, slicing = plan.text, plan.saved, plan.slicing
-    if slicing is None:
-        return ()
+    text, saved, slicing = inputs.text, inputs.saved, plan.slicing
+    if slicing is None or not slicing.method.needs_calibration:
+        return plain_experts(plan.model, slicing)
     if saved:
-        plan.experts.load = lambda i: saved.layer(i, slicing)
-        return saved.reports
+        return loaded_experts(lambda i: saved.layer(i, slicing), saved.reports, (saved.path,))
     if text is None:
-        return ()
-    model = open_calibration_model(plan.checkpoint)
+        raise CalibrationError("these experts are made by running the model on text, and no text was read")
+    model = open_calibration_model(plan.source)
     reports = _calibrate_on_text(plan, model, text, slicing, work, progress, resume=resume)
-    plan.experts.load = functools.partial(LayerExperts.load, work)
-    if target := plan.options.save_calibration:
-        save_calibration(target, _describe(plan, text, slicing, model.identity), plan.experts.load)
-    return tuple(reports)
+    load = functools.partial(LayerExperts.load, work)
+    if target := plan.options.calibration.save_to:
+        save_calibration(target, _describe(plan, text, slicing, model.identity), load)
+    return loaded_experts(load, tuple(reports), tuple(sorted(work.glob("layer-*.npz"))))
 
 
 def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
@@ -64,12 +65,12 @@ def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
     Raises:
         CalibrationError: they differ.
     """
-    checkpoint, saved = plan.checkpoint, plan.saved
-    if not saved or not isinstance(checkpoint, Checkpoint):
+    source, saved = plan.source, plan.saved
+    if not saved or not isinstance(source, Checkpoint):
         return
-    if digest.hexdigest(_calibrated(checkpoint)) != saved.record.checkpoint:
+    if digest.hexdigest(_calibrated(source)) != saved.record.checkpoint:
         raise CalibrationError(
-            f"{saved.path}: made from another checkpoint than {checkpoint.folder} (other weights, or those of a GGUF "
+            f"{saved.path}: made from another checkpoint than {source.folder} (other weights, or those of a GGUF "
             "file); calibrate again without --load-calibration"
         )
 
@@ -142,9 +143,9 @@ def _calibrate_on_text(
     """Make the experts of every layer in `work`."""
     from moe2gguf.experts.calibration import CalibrationSettings, calibrate
 
-    options, dense = plan.options, plan.checkpoint.model
-    n_token, n_context = options.tokens_for(dense), window(dense)
-    settings = CalibrationSettings(n_token, n_context, options.device, options.calibration_memory)
+    options, dense = plan.options.calibration, plan.model
+    n_token, n_context = plan.options.n_token(dense), calibration_window(dense)
+    settings = CalibrationSettings(n_token, n_context, options.device, options.memory)
     total = n_token // n_context * n_context * dense.n_layer
     try:
         with progress("calibrate", total) as advance:
@@ -158,12 +159,12 @@ def _calibrate_on_text(
 
 def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> CalibrationRecord:
     """Describe what the calibration of a plan is made from."""
-    model = plan.checkpoint.model
+    model = plan.model
     return CalibrationRecord(
         checkpoint=identity,
         text=text.digest,
         label=text.label,
-        n_token=plan.options.tokens_for(model),
+        n_token=plan.options.n_token(model),
         n_layer=model.n_layer,
         d_model=model.d_model,
         d_ff=model.d_ff,

@@ -1,10 +1,11 @@
-"""The recipe: a dense Hugging Face checkpoint becomes a Mixtral-architecture GGUF file."""
+"""A dense model becomes a GGUF file of architecture `llama` with experts: `convert`, from top to bottom."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.types import require_kernels
 from moe2gguf.gguf.writer import check_model_target, check_target, model_paths, write_model, write_over
+from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.progress import Progress, silent
-from moe2gguf.recipes.calibrate import calibrate_plan, require_own_calibration
+from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
+from moe2gguf.recipes.fit_types import fit_types
+from moe2gguf.recipes.inputs import read_inputs
 from moe2gguf.recipes.options import Options
-from moe2gguf.recipes.plan import Plan, plan_conversion
+from moe2gguf.recipes.outputs import find_importance, output_tensors
+from moe2gguf.recipes.plan import Plan, make_plan
+from moe2gguf.recipes.source import open_source
+from moe2gguf.recipes.tensors import ExpertSource
+
+FindExperts = Callable[..., ExpertSource]
+"""A step that finds the experts of a plan, with the arguments of `find_experts`."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,16 @@ class Conversion:
 
 
 def convert(
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     options: Options | None = None,
     *,
     force: bool = False,
     resume: bool = True,
     threads: int | None = None,
     progress: Progress = silent,
+    on_plan: Callable[[Plan], None] = lambda _: None,
+    find_experts: FindExperts = find_experts,
 ) -> Conversion:
     """Convert `model` into the GGUF file `out`.
 
@@ -69,7 +81,9 @@ def convert(
         force: replace `out` if it exists.
         resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
         threads: how many tensors are worked on at once (None: the number of cores, at most 4).
-        progress: receives stages ("write", "verify") and the bytes done.
+        progress: receives stages ("choose types", "calibrate", "write", "verify") and the units done.
+        on_plan: is given the plan before anything is written.
+        find_experts: makes the experts, in place of `moe2gguf.recipes.calibrate.find_experts`.
 
     Raises:
         PlanError: the model or the options do not fit; every reason is listed.
@@ -81,62 +95,74 @@ def convert(
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
         GGUFError: `model` is a file but no sound GGUF file, or the written file did not verify.
     """
-    plan = plan_conversion(model, options)
-    return write_plan(plan, out, force=force, resume=resume, threads=threads, progress=progress)
+    options, out = options or Options(), Path(out)
 
+    # Open the model, read what the options name, and plan every tensor and byte.
+    source = open_source(Path(model), name=options.name)
+    inputs = read_inputs(source, options)
+    plan = fit_types(make_plan(source, inputs), inputs, progress)
+    on_plan(plan)
+    _check_targets(plan, out, force=force)
 
-def write_plan(
-    plan: Plan,
-    out: Path,
-    *,
-    force: bool = False,
-    resume: bool = True,
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> Conversion:
-    """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `convert`."""
-    fresh = [tensor for tensor in plan.tensors if not tensor.copied]
-    require_kernels((tensor.type for tensor in fresh), importance=any(tensor.importance for tensor in fresh))
-    shards = plan.shards or ((plan.tensors, plan.layout),)
-    check_model_target(out, len(shards), plan.checkpoint.own_files, force=force)
-    if target := plan.options.save_calibration:
-        if target.resolve() in {path.resolve() for path in model_paths(out, len(shards))}:
-            raise OutputError(f"{target}: is the file to write already; keep the calibration under another name")
-        check_target(target, plan.checkpoint.own_files, force=force)
-    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress, resume=resume)
+    # Find the experts of every layer: contiguous slices, a saved calibration, or a new one in a folder of its own.
+    work = out.with_name(out.name + ".calibration")
+    experts = find_experts(plan, inputs, work, progress, resume=resume)
 
-    def finish(descriptor: int, layout: Layout) -> None:
-        _fill_in(plan, reports, descriptor, layout)
-
-    calibrated = [plan.saved.path] if plan.saved else sorted(work.glob("layer-*.npz")) if reports else []
+    # Cut the tensors, write, verify and name the files. The digest is known when all sources have been read.
+    digest = SourceDigest()
+    guidance = find_importance(plan, inputs.types.matrix, plan.tensors, experts)
+    tensors = {one.name: one for one in output_tensors(plan.tensors, source, experts, digest, guidance)}
     path, n_reused = write_model(
         out,
-        shards,
-        _writing_job(plan, calibrated),
+        [([tensors[tensor.name] for tensor in planned], layout) for planned, layout in plan.files],
+        _describe_job(plan, experts),
         resume=resume,
-        hashes=plan.digest.parts,
-        finish=finish,
+        hashes=digest.parts,
+        finish=functools.partial(_fill_in, plan, experts, digest),
         threads=threads,
         progress=progress,
     )
-    if reports and not plan.saved:
+    if plan.calibration and not plan.saved:
         shutil.rmtree(work)
-    return Conversion(path, plan, plan.digest.hexdigest(plan.checkpoint.tensors), reports, n_reused)
+    return Conversion(path, plan, digest.hexdigest(source.tensors), experts.reports, n_reused)
 
 
-def _fill_in(plan: Plan, reports: Sequence[LayerReport], descriptor: int, layout: Layout) -> None:
-    """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
-    require_own_calibration(plan, plan.digest)
-    digest = plan.digest.hexdigest(plan.checkpoint.tensors)
-    write_over(descriptor, digest.encode(), value_offset(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
-    if reports and (not plan.shards or layout is plan.shards[0][1]):
-        load = np.array([report.load for report in reports], "<f4")
-        write_over(descriptor, load.tobytes(), array_offset(layout, CALIBRATION_LOAD, load.size))
+def plan_conversion(model: str | Path, options: Options | None = None, *, progress: Progress = silent) -> Plan:
+    """The plan of what `convert` would write. No weight is read, but for a target size; errors as in `convert`."""
+    options = options or Options()
+    source = open_source(Path(model), name=options.name)
+    inputs = read_inputs(source, options)
+    return fit_types(make_plan(source, inputs), inputs, progress)
 
 
-def _writing_job(plan: Plan, calibrated: Iterable[Path]) -> dict[str, str]:
-    """Everything that decides the bytes of the file; `calibrated` are the files that its experts come from."""
+def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:
+    """Refuse files that cannot be written or must not be replaced, and types that lack their kernels.
+
+    Raises:
+        HarnessError, OutputError: as in `convert`.
+    """
+    fresh = [tensor for tensor in plan.tensors if not tensor.copied]
+    require_kernels((tensor.type for tensor in fresh), importance=any(tensor.guided for tensor in fresh))
+    check_model_target(out, len(plan.files), plan.source.own_files, force=force)
+    if kept := plan.options.calibration.save_to:
+        if kept.resolve() in {path.resolve() for path in model_paths(out, len(plan.files))}:
+            raise OutputError(f"{kept}: is the file to write already; keep the calibration under another name")
+        check_target(kept, plan.source.own_files, force=force)
+
+
+def _describe_job(plan: Plan, experts: ExpertSource) -> dict[str, str]:
+    """Everything that decides the bytes of the file."""
     kinds = {tensor.type for tensor in plan.tensors}
-    job = describe_job("convert", plan.options, plan.checkpoint.files, plan.layout.header, kinds)
-    parts = [hashlib.sha256(path.read_bytes()).digest() for path in calibrated]
+    job = describe_job("convert", plan.options, plan.source.files, plan.header, kinds)
+    parts = [hashlib.sha256(path.read_bytes()).digest() for path in experts.files]
     return job | ({"calibrated experts": hashlib.sha256(b"".join(parts)).hexdigest()} if parts else {})
+
+
+def _fill_in(plan: Plan, experts: ExpertSource, digest: SourceDigest, descriptor: int, layout: Layout) -> None:
+    """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
+    require_own_calibration(plan, digest)
+    text = digest.hexdigest(plan.source.tensors)
+    write_over(descriptor, text.encode(), value_offset(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
+    if experts.reports and layout is plan.files[0][1]:
+        load = np.array([report.load for report in experts.reports], "<f4")
+        write_over(descriptor, load.tobytes(), array_offset(layout, CALIBRATION_LOAD, load.size))

@@ -36,7 +36,7 @@ class Weights:
     """Reads the weights of `dense` by their Hugging Face names."""
 
     def __init__(self, dense: DenseFile) -> None:
-        self._dense, self._places = dense, _places(dense.model)
+        self._dense, self._places = dense, _list_places(dense.model)
 
     def read(self, name: str, rows: NDArray[np.int64] | None = None) -> Array:
         """The tensor `name`, or these of its rows: float32, or the float type in which it is stored.
@@ -52,7 +52,7 @@ class Weights:
         if place.name in dense.tensors:
             return _read_rows(dense.tensors[place.name], order)
         if (part := _QKV.fullmatch(place.name)) and (fused := dense.tensors.get(f"{part[1]}qkv{part[3]}")):
-            return _read_rows(fused, order + _first_row(dense.model, part[2]))
+            return _read_rows(fused, order + _find_first_row(dense.model, part[2]))
         return np.zeros(len(order), np.float32)  # a bias: the plan misses every other tensor
 
     def rope_divisors(self) -> NDArray[np.float32] | None:
@@ -61,7 +61,7 @@ class Weights:
         return None if tensor is None else np.asarray(tensor.read(), np.float32)
 
 
-def _places(model: Model) -> dict[str, Place]:
+def _list_places(model: Model) -> dict[str, Place]:
     """By Hugging Face's name."""
     size, places = graph_sizes(model), {}
     for rule, i in rules(model):
@@ -77,13 +77,13 @@ def _read_rows(source: SourceTensor, rows: NDArray[np.int64]) -> Array:
     return source.decode(source.read()[rows])
 
 
-def _first_row(model: Model, part: str) -> int:
+def _find_first_row(model: Model, part: str) -> int:
     """Where q, k or v begins in a tensor that holds all three, one behind the other."""
     d_q, d_kv = model.n_head * model.d_head, model.n_head_kv * model.d_head
     return {"q": 0, "k": d_q, "v": d_q + d_kv}[part]
 
 
-def refusals(dense: DenseFile) -> list[str]:
+def refuse_calibration(dense: DenseFile) -> list[str]:
     """What the file's graph has and transformers' modules have not, or what is missing to read text with."""
     found, metadata = [], dense.file.metadata
     if metadata.get("llama.rope.scaling.type") == "longrope":

@@ -32,10 +32,16 @@ from moe2gguf.hf.paths import inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.hf.write_config import hf_config
 from moe2gguf.progress import Progress, silent
-from moe2gguf.recipes.calibrate import calibrate_plan, require_own_calibration
+from moe2gguf.quant.imatrix_match import Guidance
+from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
 from moe2gguf.recipes.convert import Conversion
-from moe2gguf.recipes.plan import Plan
-from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, Maker, sliced_tensors
+from moe2gguf.recipes.inputs import read_inputs
+from moe2gguf.recipes.options import Options
+from moe2gguf.recipes.outputs import output_tensors
+from moe2gguf.recipes.plan import Plan, make_plan
+from moe2gguf.recipes.source import open_source
+from moe2gguf.recipes.tensors import ExpertSource
+from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, plan_sliced_mlp
 from moe2gguf.recipes.write_folder import MARK, check_folder_target, to_json, write_hf_folder
 from moe2gguf.spec import Metadata, MetadataValue, Model, Slicing
 
@@ -65,40 +71,52 @@ CHANGED_BY |= {"gate_up": CHANGED_BY["gate"], "down": ("down", "experts", "lora"
 
 
 def write_folder(
-    plan: Plan, out: Path, *, force: bool = False, resume: bool = True, progress: Progress = silent
+    model: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    force: bool = False,
+    resume: bool = True,
+    progress: Progress = silent,
+    on_plan: Callable[[Plan], None] = lambda _: None,
 ) -> Conversion:
-    """Write the sliced model that `plan` describes as the folder `out`; it appears only when it is complete.
+    """Slice the dense folder `model` into the folder `out`, which appears only when it is complete.
 
-    Tensors keep the type in which they are stored, or get that of `plan.options.type`; routers are float32. The
-    provenance stands in config.json under "moe2gguf". A calibration that was stopped is continued, or starts anew
-    without `resume`.
+    Tensors keep the type in which they are stored, or get that of the options; routers are float32. The provenance
+    stands in config.json under "moe2gguf". Arguments as in `moe2gguf.recipes.convert.convert`.
 
     Raises:
         PlanError: what the class cannot hold: attention biases, a model that is not sliced here, block types.
         OutputError, CorruptWeightError, CalibrationError: as in `moe2gguf.recipes.convert.convert`.
     """
-    found, checkpoint = folder_refusals(plan), plan.checkpoint
-    if found or plan.slicing is None or not isinstance(checkpoint, Checkpoint):
+    options, out = options or Options(), Path(out)
+    source = open_source(Path(model), name=options.name)
+    inputs = read_inputs(source, options)
+    plan = make_plan(source, inputs)
+    found = folder_refusals(plan)
+    if found or plan.slicing is None or not isinstance(source, Checkpoint):
         raise PlanError(found)
-    check_folder_target(out, [checkpoint.folder], force=force)
-    reports = calibrate_plan(plan, work := out.with_name(out.name + ".calibration"), progress, resume=resume)
+    on_plan(plan)
+    check_folder_target(out, [source.folder], force=force)
+    work = out.with_name(out.name + ".calibration")
+    experts = find_experts(plan, inputs, work, progress, resume=resume)
     digest = SourceDigest()
-    tensors = mixtral_tensors(plan, checkpoint, plan.slicing, digest)
-    make_texts = functools.partial(_describe_sliced, plan, checkpoint, plan.slicing, digest, reports)
-    write_hf_folder(out, tensors, checkpoint.folder, make_texts, progress=progress)
-    if reports and not plan.saved:
+    tensors = mixtral_tensors(plan, source, plan.slicing, experts, digest)
+    make_texts = functools.partial(_describe_sliced, plan, source, plan.slicing, digest, experts.reports)
+    write_hf_folder(out, tensors, source.folder, make_texts, progress=progress)
+    if plan.calibration and not plan.saved:
         shutil.rmtree(work)
-    return Conversion(out, plan, digest.hexdigest(checkpoint.tensors), reports)
+    return Conversion(out, plan, digest.hexdigest(source.tensors), experts.reports)
 
 
 def folder_refusals(plan: Plan) -> list[str]:
     """Every reason why the class `MixtralForCausalLM` cannot hold what `plan` describes."""
-    model, options = plan.checkpoint.model, plan.options
+    model, options = plan.model, plan.options
     found = []
     if plan.slicing is None:
         what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
         found.append(f"--format hf: this conversion {what}, so the folder would be the source again; use the source")
-    if not isinstance(plan.checkpoint, Checkpoint):
+    if not isinstance(plan.source, Checkpoint):
         found.append("--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that")
     if options.shard_size is not None:
         found.append("--shard-size: is for GGUF files; leave it out")
@@ -109,19 +127,19 @@ def folder_refusals(plan: Plan) -> list[str]:
             f"--format hf: {model.architecture} has attention biases, and transformers' MixtralForCausalLM has none; "
             "write a GGUF file instead, whose graph has them"
         )
-    if options.type.lower() not in ("auto", "f32", "f16", "bf16"):
-        found.append(f"--type {options.type}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file")
-    if options.tensor_types or options.type_rules:
+    if (kind := options.types.type).lower() not in ("auto", "f32", "f16", "bf16"):
+        found.append(f"--type {kind}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file")
+    if options.types.tensor_types or options.types.type_rules:
         found.append("--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out")
     return found
 
 
 def mixtral_tensors(
-    plan: Plan, checkpoint: Checkpoint, slicing: Slicing, digest: SourceDigest
+    plan: Plan, checkpoint: Checkpoint, slicing: Slicing, experts: ExpertSource, digest: SourceDigest
 ) -> tuple[OutputTensor, ...]:
     """Every tensor of the folder, under its Mixtral name, experts one by one; sources are hashed as they are read."""
-    make = Maker(digest)
-    kind = None if plan.options.type.lower() == "auto" else types.named(plan.options.type)
+    chosen = plan.options.types.type
+    kind = None if chosen.lower() == "auto" else types.named(chosen)
     tensors = []
     for place in lay_out_tensors(checkpoint.model):
         if not isinstance(place, MLPPlace):
@@ -129,7 +147,8 @@ def mixtral_tensors(
             tensors.append(_convert_tensor(checkpoint.tensors[rule.source.format(i=layer)], kind, digest))
             continue
         i = place.i
-        router, *stacks = sliced_tensors(checkpoint, slicing, plan.experts, make, i)
+        planned = plan_sliced_mlp(checkpoint, slicing, i)
+        router, *stacks = output_tensors(planned, checkpoint, experts, digest, Guidance())
         name = MIXTRAL_PER_EXPERT.tensors["router"][0].format(i=i)
         tensors.append(OutputTensor(name, router.shape, router.type, (), router.blocks))
         for role, stack in zip(("gate", "up", "down"), stacks, strict=True):

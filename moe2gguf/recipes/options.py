@@ -1,8 +1,9 @@
-"""What the user chooses about the file, and every choice that is refused before a weight is read."""
+"""What the user chooses about a conversion, and every choice that is refused before a weight is read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,204 +11,291 @@ from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.text import read_text
 from moe2gguf.quant.rules import TypeOptions, refuse_type
+from moe2gguf.quant.target import refuse_target
 from moe2gguf.spec import EXACT, SPARSE, Method, Model
 
 DEFAULT_EXPERTS = 8
 DEFAULT_TOKENS = 16384
-AUTO = -1
-"""What `Options.n_shared` may be beside a number."""
 LEAST_TOKENS = 1024
 """Of any calibration. A router has d_model unknowns per expert, a refit d_ff per output, on 4 of 5 tokens."""
 
-FLAGS = {"n_shared": "shared"}
-
 PRESETS = {"exact": EXACT, "sparse": SPARSE}
+
+METHOD_FLAGS = {
+    "group": "--group",
+    "n_shared": "--shared",
+    "router": "--router",
+    "refit": "--refit",
+    "amplify": "--amplify",
+    "seed": "--seed",
+}
+"""The fields of `Method`, and what the command line calls them."""
+
+Refusals = list[tuple[bool, str]]
+"""(Whether it applies, the message with the way out)."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Every default is the command line's.
+class MethodOptions:
+    """How experts are made. A preset, and what differs from it: fields of `moe2gguf.spec.Method`, None: as the preset.
 
-    experts    how many experts each dense MLP is cut into (None: 8). A Mixtral checkpoint keeps its own.
-    used       experts that run per token unless the program that runs the file says otherwise (None: all of them)
-    align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
-    expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
-    type       "auto" (as stored), a preset or a tensor type; it and the nine below are `TypeOptions`
-    shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
-    dense      write the ordinary dense file instead, the reference for every comparison
-    name       the model's name in the metadata, instead of the model card's
-    preset     "exact", "sparse", or None: exact where all experts are used, sparse below; the next six change it
-    group, n_shared, router, refit, amplify, seed     fields of `moe2gguf.spec.Method`; n_shared AUTO (-1) takes the
-                default number
-    calibration         text file to calibrate on (None: the embedded text, of many kinds)
-    calibration_tokens  how many tokens of it (None: see `tokens_for`)
-    device              torch device of the calibration (None: the best there is)
-    calibration_memory  bytes of hidden states that are kept in memory; more of them go to disk
-    save_calibration    file to keep the calibration in
-    load_calibration    file of a calibration to use instead of a new one; it decides what is left open here
+    preset  "exact", "sparse", or None: exact where all experts are used, sparse below
     """
 
-    experts: int | None = None
-    used: int | None = None
-    align: int = 1
-    expert_scale: bool = False
-    type: str = "auto"
-    tensor_types: tuple[str, ...] = ()
-    type_rules: Path | None = None
-    pure: bool = False
-    allow_fallback: bool = False
-    llama_cpp_mix: bool = False
-    imatrix: Path | None = None
-    imatrix_repair: str = "none"
-    target_size: int | None = None
-    target_bpw: float | None = None
-    shard_size: int | None = None
-    dense: bool = False
-    name: str | None = None
     preset: str | None = None
     group: str | None = None
     n_shared: int | None = None
     router: str | None = None
     refit: bool | None = None
     amplify: str | None = None
-    seed: int = 0
-    calibration: Path | None = None
-    calibration_tokens: int | None = None
+    seed: int | None = None
+
+    def resolve(self, *, all_used: bool) -> Method:
+        """The method that these options stand for."""
+        base = PRESETS[self.preset or ("exact" if all_used else "sparse")]
+        given: dict[str, Any] = {name: getattr(self, name) for name in METHOD_FLAGS}
+        return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The text on which experts are fitted, and where the result is kept.
+
+    text       file with the calibration text (None: the embedded text, of many kinds)
+    n_token    how many tokens of it (None: see `Options.n_token`)
+    device     torch device (None: the best there is)
+    memory     bytes of hidden states that are kept in memory; more of them go to disk
+    save_to    file to keep the calibration in
+    load_from  file of a saved calibration to use instead of a new one; options that are not given are taken from it
+    """
+
+    text: Path | None = None
+    n_token: int | None = None
     device: str | None = None
-    calibration_memory: int = 4 * 10**9
-    save_calibration: Path | None = None
-    load_calibration: Path | None = None
+    memory: int = 4 * 10**9
+    save_to: Path | None = None
+    load_from: Path | None = None
 
-    def counts(self) -> tuple[int, int]:
-        """(n_expert, n_expert_used) of a dense checkpoint."""
-        n = DEFAULT_EXPERTS if self.experts is None else self.experts
-        return n, n if self.used is None else self.used
 
-    def types(self) -> TypeOptions:
-        """What concerns the types of tensors."""
-        return TypeOptions(**{field.name: getattr(self, field.name) for field in fields(TypeOptions)})
+@dataclass(frozen=True)
+class Options:
+    """What `convert` is to make. Every default is the command line's.
 
-    def choose_method(self) -> Method:
-        """The preset with the user's changes."""
-        n, k = self.counts()
-        base = PRESETS[self.preset] if self.preset else (EXACT if k == n else SPARSE)
-        changes = {
-            name: value
-            for name in ("group", "router", "refit", "amplify")
-            if (value := getattr(self, name)) is not None
-        }
-        if self.n_shared is not None:
-            changes |= {"n_shared": None if self.n_shared < 0 else self.n_shared}
-        return replace(base, seed=self.seed, **changes)
+    experts    how many experts each dense MLP is cut into (None: 8). A Mixtral checkpoint keeps its own.
+    used       experts that run per token unless the program that runs the file changes it (None: all of them)
+    align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
+    expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
+    dense      write the ordinary dense file instead, the reference for every comparison
+    name       the model's name in the metadata, instead of the model card's
+    shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
+    types      which types tensors get
+    method     how experts are made
+    calibration  on which text experts are fitted
+    """
 
-    def tokens_for(self, model: Model) -> int:
+    experts: int | None = None
+    used: int | None = None
+    align: int = 1
+    expert_scale: bool = False
+    dense: bool = False
+    name: str | None = None
+    shard_size: int | None = None
+    types: TypeOptions = field(default_factory=TypeOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+    @property
+    def n_expert(self) -> int:
+        """Experts of a dense checkpoint."""
+        return DEFAULT_EXPERTS if self.experts is None else self.experts
+
+    @property
+    def n_expert_used(self) -> int:
+        """Used experts of a dense checkpoint."""
+        return self.n_expert if self.used is None else self.used
+
+    def resolve_method(self) -> Method:
+        """The method for a dense checkpoint."""
+        return self.method.resolve(all_used=self.n_expert_used == self.n_expert)
+
+    def n_token(self, model: Model) -> int:
         """How many tokens to calibrate on: 16,384 unless given, or two per neuron of an MLP that is refitted."""
-        if self.calibration_tokens is not None:
-            return self.calibration_tokens
-        return max(DEFAULT_TOKENS, 2 * model.d_ff if self.choose_method().refit else 0)
+        if self.calibration.n_token is not None:
+            return self.calibration.n_token
+        return max(DEFAULT_TOKENS, 2 * model.d_ff if self.resolve_method().refit else 0)
+
+    def slices(self, model: Model) -> bool:
+        """Whether the MLPs of this model are to be cut into experts."""
+        return not model.n_expert and not self.dense
 
 
-def adopted(options: Options, saved: SavedCalibration) -> tuple[Options, list[str]]:
+def adopt_calibration(options: Options, saved: SavedCalibration) -> tuple[Options, list[str]]:
     """The options with what they leave open taken from a saved calibration, and every one that does not fit it.
 
     Raises:
-        CalibrationError: `options.calibration` cannot be read.
+        CalibrationError: the calibration text among the options cannot be read.
     """
     record, file = saved.record, saved.path.name
-    made: dict[str, Any] = {
-        "experts": record.n_expert,
-        "used": record.n_expert_used,
-        "group": record.group,
-        "n_shared": AUTO if record.n_shared is None else record.n_shared,
-        "router": record.router,
-        "refit": record.refit,
-        "amplify": record.amplify,
-        "calibration_tokens": record.n_token,
-        "seed": record.seed,
+    theirs = record.method()
+    used = record.n_expert_used if options.used is None else options.used
+    amplify = options.method.amplify or theirs.amplify
+    text = options.calibration.text
+    refusals = [
+        *_refuse_differences(options, saved, rescaled=record.rescalable and amplify in ("exact", "used")),
+        *_list_messages(
+            [
+                (
+                    text is not None and read_text(text).digest != record.text,
+                    f"--calibration {text and text.name}: {file} was made from another text, {record.label}",
+                ),
+                (
+                    used <= saved.n_shared < record.n_expert,
+                    f"--used {used}: {file} has layers with {saved.n_shared} shared experts; use more",
+                ),
+                (
+                    options.method.preset == "exact" or options.dense,
+                    "--load-calibration: --preset exact and --dense use no calibration; leave one of them out",
+                ),
+            ]
+        ),
+    ]
+    method = replace(MethodOptions("sparse", **{name: getattr(theirs, name) for name in METHOD_FLAGS}), amplify=amplify)
+    calibration = replace(options.calibration, n_token=record.n_token)
+    return replace(options, experts=record.n_expert, used=used, method=method, calibration=calibration), refusals
+
+
+def _refuse_differences(options: Options, saved: SavedCalibration, *, rescaled: bool) -> list[str]:
+    """Options that are not those of the calibration; if it is `rescaled`, count and scale may be others."""
+    record, theirs = saved.record, saved.record.method()
+    pairs = {
+        "--experts": (options.experts, record.n_expert),
+        "--used": (options.used, record.n_expert_used),
+        **{flag: (getattr(options.method, name), getattr(theirs, name)) for name, flag in METHOD_FLAGS.items()},
+        "--calibration-tokens": (options.calibration.n_token, record.n_token),
     }
-    unset = Options()
-    given = {name: value for name in made if (value := getattr(options, name)) != getattr(unset, name)}
-    together = made | given
-    rescalable = record.rescalable and together["amplify"] in ("exact", "used")
-    found = [
-        f"--{FLAGS.get(name, name.replace('_', '-'))} {_said(name, value)}: {file} was made with "
-        f"{_said(name, made[name])}; leave it out, or calibrate again without --load-calibration"
-        for name, value in given.items()
-        if value != made[name] and not (rescalable and name in ("used", "amplify"))
+    return [
+        f"{flag} {given}: {saved.path.name} was made with {made}; leave it out, or calibrate again without "
+        "--load-calibration"
+        for flag, (given, made) in pairs.items()
+        if given not in (None, made) and not (rescaled and flag in ("--used", "--amplify"))
     ]
-    if options.calibration and read_text(options.calibration).digest != record.text:
-        found.append(f"--calibration {options.calibration.name}: {file} was made from another text, {record.label}")
-    if together["used"] <= saved.n_shared < record.n_expert:
-        found.append(f"--used {together['used']}: {file} has layers with {saved.n_shared} always-on experts; use more")
-    if options.preset == "exact" or options.dense:
-        found.append("--load-calibration: --preset exact and --dense use no calibration; leave one of them out")
-    return replace(options, preset="sparse", **together), found
 
 
-def _said(name: str, value: Any) -> str:
-    """The value of an option as the command line has it."""
-    return "auto" if name == "n_shared" and value == AUTO else str(value)
-
-
-def refusals(model: Model, options: Options) -> list[str]:
+def refuse_options(model: Model, options: Options, saved: SavedCalibration | None) -> list[str]:
     """Every reason, with the way out, why `options` do not fit `model`."""
-    found = _refuse_experts(model, options) + _refuse_output(options)
-    sliced = not model.n_expert and not options.dense
-    if options.save_calibration and not (sliced and options.choose_method().needs_calibration):
-        found.append("--save-calibration: these options need no calibration; give --used below --experts")
-    if options.save_calibration and options.load_calibration:
-        found.append("--save-calibration: --load-calibration makes no new one; leave one of them out")
-    return found or (_refuse_method(model, options) if sliced else [])
-
-
-def _refuse_experts(model: Model, options: Options) -> list[str]:
-    found = []
-    experts, used = options.experts, options.used
-    n = model.n_expert or options.counts()[0]
-    if model.n_expert and experts not in (None, n):
-        found.append(f"--experts {experts}: the checkpoint has {n} experts already, which are kept; leave it out")
-    if model.n_expert and options.dense:
-        found.append(f"--dense: the checkpoint has {n} experts already; leave it out")
-    if not model.n_expert and not 1 <= n <= model.d_ff:
-        found.append(f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}")
-    if used is not None and not 1 <= used <= n:
-        found.append(f"--used {used}: must lie between 1 and the number of experts, {n}")
-    return found
-
-
-def _refuse_output(options: Options) -> list[str]:
-    found = []
-    if options.align < 1:
-        found.append(f"--align {options.align}: must be at least 1; 32 and 256 are the quantization blocks")
-    return found + refuse_type(options.type)
-
-
-def _refuse_method(model: Model, options: Options) -> list[str]:
-    tables = (("preset", PRESETS), ("group", GROUPS), ("router", ROUTERS), ("amplify", AMPLIFICATIONS))
     found = [
-        f"--{name} {value}: unknown; choose {', '.join(table)}"
-        for name, table in tables
-        if (value := getattr(options, name)) is not None and value not in table
+        *_refuse_saved(model, saved),
+        *_list_messages(_check_counts(model, options)),
+        *refuse_type(options.types.type),
+        *refuse_target(options.types),
+        *_refuse_unknown(options),
     ]
-    if found:
-        return found
-    (n, k), method = options.counts(), options.choose_method()
-    shared = method.n_shared
-    if shared:
-        if not (shared < k or shared == k == n):
-            found.append(f"--shared {shared}: must be below --used {k}, so that there is something to route")
-        if method.router == "zero":
-            found.append("--router zero cannot keep experts always on; choose least-squares")
-        if method.group == "contiguous":
-            found.append("--group contiguous has no important experts to keep always on; choose another group")
-    if method.refit and k == n:
-        found.append("--refit corrects for experts that do not run, but all run; give --used below --experts")
-    if method.amplify == "any" and (method.router == "zero" or shared == 0):
-        found.append("--amplify any needs always-on experts and a router; add --shared and --router least-squares")
-    least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 if method.refit else 0)
-    if method.needs_calibration and (n_token := options.tokens_for(model)) < least:
-        found.append(
-            f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least "
-            f"{least}" + (", or --no-refit" if method.refit and least > LEAST_TOKENS else "")
-        )
-    return found
+    return found or _list_messages([*_check_calibration_files(model, options), *_check_method(model, options)])
+
+
+def _list_messages(table: Refusals) -> list[str]:
+    return [message for applies, message in table if applies]
+
+
+def _refuse_saved(model: Model, saved: SavedCalibration | None) -> list[str]:
+    """Whether a saved calibration, if any, was made for a model of this shape."""
+    if saved is None:
+        return []
+    if model.n_expert:
+        return ["--load-calibration: the checkpoint has experts already, which are kept; leave it out"]
+    record, file = saved.record, saved.path.name
+    return [
+        f"--load-calibration {file}: made for {name} {getattr(record, name)}, the checkpoint has {value}"
+        for name in ("n_layer", "d_model", "d_ff")
+        if (value := getattr(model, name)) != getattr(record, name)
+    ]
+
+
+def _check_counts(model: Model, options: Options) -> Refusals:
+    n, used, has_experts = model.n_expert or options.n_expert, options.used, model.n_expert > 0
+    return [
+        (
+            has_experts and options.experts not in (None, n),
+            f"--experts {options.experts}: the checkpoint has {n} experts already, which are kept; leave it out",
+        ),
+        (has_experts and options.dense, f"--dense: the checkpoint has {n} experts already; leave it out"),
+        (
+            not has_experts and not 1 <= n <= model.d_ff,
+            f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}",
+        ),
+        (
+            used is not None and not 1 <= used <= n,
+            f"--used {used}: must lie between 1 and the number of experts, {n}",
+        ),
+        (
+            options.align < 1,
+            f"--align {options.align}: must be at least 1; 32 and 256 are the quantization blocks",
+        ),
+    ]
+
+
+def _refuse_unknown(options: Options) -> list[str]:
+    """Names that are in no table of methods."""
+    tables: dict[str, Mapping[str, object]] = {
+        "preset": PRESETS,
+        "group": GROUPS,
+        "router": ROUTERS,
+        "amplify": AMPLIFICATIONS,
+    }
+    return [
+        f"--{name} {value}: unknown; choose {', '.join(table)}"
+        for name, table in tables.items()
+        if (value := getattr(options.method, name)) is not None and value not in table
+    ]
+
+
+def _check_calibration_files(model: Model, options: Options) -> Refusals:
+    saves, calibrates = options.calibration.save_to is not None, options.slices(model)
+    return [
+        (
+            saves and not (calibrates and options.resolve_method().needs_calibration),
+            "--save-calibration: these options need no calibration; give --used below --experts",
+        ),
+        (
+            saves and options.calibration.load_from is not None,
+            "--save-calibration: --load-calibration makes no new one; leave one of them out",
+        ),
+    ]
+
+
+def _check_method(model: Model, options: Options) -> Refusals:
+    """Choices of a method that contradict each other, or the counts."""
+    if not options.slices(model):
+        return []
+    n, k, method = options.n_expert, options.n_expert_used, options.resolve_method()
+    shared, n_token = method.n_shared or 0, options.n_token(model)
+    by_refit = model.d_ff * 5 // 4 * method.refit
+    least = max(LEAST_TOKENS, 2 * model.d_model, by_refit)
+    without_refit = ", or --no-refit" * (method.refit and least > LEAST_TOKENS)
+    return [
+        (
+            shared >= k and not shared == k == n,
+            f"--shared {shared}: must be below --used {k}, so that there is something to route",
+        ),
+        (
+            shared > 0 and method.router == "zero",
+            "--router zero cannot choose shared experts for every token; choose least-squares",
+        ),
+        (
+            shared > 0 and method.group == "contiguous",
+            "--group contiguous has no important neurons to share; choose another group",
+        ),
+        (
+            method.refit and k == n,
+            "--refit corrects for experts that do not run, but all run; give --used below --experts",
+        ),
+        (
+            method.amplify == "any" and (method.router == "zero" or method.n_shared == 0),
+            "--amplify any needs shared experts and a router; add --shared and --router least-squares",
+        ),
+        (
+            method.needs_calibration and n_token < least,
+            f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least {least}"
+            + without_refit,
+        ),
+    ]

@@ -1,30 +1,24 @@
-"""The first pass: from a checkpoint's description to every tensor, byte and refusal of the file; no data is read."""
+"""The first pass: from a model's description to every tensor, byte and refusal of the file; no weight is read."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import PlanError
-from moe2gguf.experts.layer import LayerExperts
-from moe2gguf.experts.saved import SavedCalibration, read_calibration
+from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import expert_width
-from moe2gguf.experts.text import Text, read_text
-from moe2gguf.gguf import types
-from moe2gguf.gguf.layout import Layout, active_bytes, lay_out, mean_bits_per_weight
-from moe2gguf.gguf.shards import lay_out_shards
-from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.hf.folder import Checkpoint
-from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.limits import check_expert_counts, expert_count_warnings
-from moe2gguf.quant.assign import Assignment
-from moe2gguf.recipes import gguf_as_hf as weights_gguf
-from moe2gguf.recipes.options import Options, adopted, refusals
-from moe2gguf.recipes.source import Source, draft, fitted, open_source
-from moe2gguf.recipes.tensors_hf import Experts
+from moe2gguf.quant.rules import Rule
+from moe2gguf.recipes.draft import Wanted, draft_file
+from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
+from moe2gguf.recipes.inputs import Inputs
+from moe2gguf.recipes.options import Options
+from moe2gguf.recipes.source import Source, fit_slicing
 from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
@@ -34,53 +28,43 @@ NO_TEXT = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything about the file to come. `slicing` is None where the MLPs are not cut; `text` calibrates, if any,
-    unless `saved` has a calibration.
+@dataclass(frozen=True, kw_only=True)
+class Plan(FilePlan):
+    """The plan of a conversion, a value: two plans of one source and options are equal and share nothing.
 
-    `assigned` is why every tensor has its type. `layout` is of one file; `shards`, unless empty, are what is written
-    instead: the tensors of each and where they stand.
+    options      with what they left open taken from a saved calibration
+    slicing      how the MLPs are cut; None where they are not
+    calibration  on which text the experts are fitted, if they are
+    saved        the calibration that is used instead of a new one, if any
+    has_open_types  the types for a target size are not chosen yet: see `moe2gguf.recipes.fit_types.fit_types`
     """
 
     options: Options
-    checkpoint: Source
+    source: Source
     slicing: Slicing | None
-    experts: Experts
-    text: Text | None
+    calibration: Calibration | None
     saved: SavedCalibration | None
-    assigned: Assignment
-    metadata: Mapping[str, MetadataValue]
-    tensors: tuple[OutputTensor, ...]
-    layout: Layout
-    digest: SourceDigest
-    warnings: tuple[str, ...]
-    shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
+    has_open_types: bool = False
 
     @property
-    def file_size(self) -> int:
-        """Bytes of the finished file, or of all its shards, exactly."""
-        return sum(layout.file_size for _, layout in self.shards) or self.layout.file_size
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of all tensors together, zero neurons included."""
-        return mean_bits_per_weight(self.tensors)
+    def model(self) -> Model:
+        """The hyper-parameters of the source."""
+        return self.source.model
 
     @property
     def n_expert(self) -> int:
         """Experts per layer in the file; 0 for a dense file."""
-        return self.slicing.n_expert if self.slicing else self.checkpoint.model.n_expert
+        return self.slicing.n_expert if self.slicing else self.model.n_expert
 
     @property
     def n_expert_used(self) -> int:
         """Experts that run per token unless the user says otherwise; 0 for a dense file."""
-        return self.slicing.n_expert_used if self.slicing else self.checkpoint.model.n_expert_used
+        return self.slicing.n_expert_used if self.slicing else self.model.n_expert_used
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of all merged expert tensors."""
-        return sum(tensor.n_bytes for tensor in self.tensors if _is_expert(tensor.name))
+        return sum(tensor.n_bytes for tensor in self.tensors if "_exps." in tensor.name)
 
     @property
     def padding_bytes(self) -> int:
@@ -88,7 +72,7 @@ class Plan:
         if self.slicing is None:
             return 0
         places = self.slicing.n_expert * self.slicing.d_expert
-        return self.expert_bytes - self.expert_bytes * self.checkpoint.model.d_ff // places
+        return self.expert_bytes - self.expert_bytes * self.model.d_ff // places
 
     def active_bytes(self, n_expert_used: int) -> int:
         """Bytes of weights read per generated token when `n_expert_used` experts run (ignored for a dense file)."""
@@ -104,151 +88,89 @@ class Plan:
         """The plan as JSON-ready values."""
         k_range = range(1, self.n_expert + 1)
         return {
-            "model": dataclasses.asdict(self.checkpoint.model),
+            **super().to_dict(),
+            "model": dataclasses.asdict(self.model),
             "slicing": dataclasses.asdict(self.slicing) if self.slicing else None,
-            "file_size": self.file_size,
-            "shards": [{"tensors": len(tensors), "bytes": layout.file_size} for tensors, layout in self.shards],
-            "bits_per_weight": round(self.bits_per_weight, 4),
-            **self.assigned.to_dict(),
             "padding_bytes": self.padding_bytes,
             "expert_count": self.n_expert,
             "expert_used_count": self.n_expert_used,
             "active_bytes_per_token": {k: self.active_bytes(k) for k in k_range or (0,)},
             "speed_bound": {k: round(self.speed_bound(k), 4) for k in k_range},
-            "metadata": {key: _short(value) for key, value in self.metadata.items()},
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "shape": list(tensor.shape),
-                    "type": tensor.type.name,
-                    "bytes": tensor.n_bytes,
-                    "bits_per_weight": types.bits_per_weight(tensor.type),
-                    "importance": tensor.importance is not None,
-                    "sources": list(tensor.sources),
-                    "copied": tensor.copied,
-                }
-                for tensor in self.tensors
-            ],
-            "warnings": list(self.warnings),
-            "refusals": [],
+            "metadata": {key: _shorten(value) for key, value in self.metadata.items()},
         }
 
 
-def plan_conversion(model: Path, options: Options | None = None) -> Plan:
-    """Plan the conversion of `model`, a Hugging Face folder or a dense GGUF file.
+def make_plan(source: Source, inputs: Inputs, base: Sequence[Rule] | None = None) -> Plan:
+    """Plan the conversion of `source`; `base` are rules for types in place of those that `--type` stands for.
 
     Raises:
         PlanError: every reason, all at once, why this cannot be converted.
-        CheckpointError: `model` is neither.
-        GGUFError: a file that is no sound GGUF file, or a set of shards that is not whole.
     """
-    options, saved = options or Options(), None
-    differing: list[str] = []
-    checkpoint = open_source(model, name=options.name)
-    if options.load_calibration:
-        saved = read_calibration(options.load_calibration)
-        options, differing = adopted(options, saved)
-        differing += _refuse_saved(checkpoint.model, saved)
-    if found := [*differing, *refusals(checkpoint.model, options), *_refuse_gguf(checkpoint, options)]:
+    options, saved = inputs.options, inputs.saved
+    source = _set_used(source, options)
+    slicing = fit_slicing(source, _slice(source.model, options)) if options.slices(source.model) else None
+    calibration, open_types = _describe_calibration(source.model, inputs), options.types.has_target and base is None
+    draft = draft_file(source, Wanted(slicing, options.types, inputs.types, calibration, base))
+    refusals, limits = _check_counts(source.model, slicing, len(draft.tensors))
+    if found := [*draft.assigned.refusals, *draft.refusals, *refusals]:
         raise PlanError(found)
-    slicing = None
-    if isinstance(checkpoint, Checkpoint) and checkpoint.model.n_expert and options.used:
-        hyper = dataclasses.replace(checkpoint.model, n_expert_used=options.used)
-        checkpoint = dataclasses.replace(checkpoint, model=hyper)
-    elif not checkpoint.model.n_expert and not options.dense:
-        slicing = fitted(checkpoint, _slicing(checkpoint.model, options))
-    needs_text = slicing and slicing.method.needs_calibration and not saved
-    text = read_text(options.calibration) if needs_text else None
-    calibration = Calibration(text.label, text.digest, _whole_windows(checkpoint.model, options)) if text else None
-    if saved:
-        calibration = Calibration(saved.record.label, saved.record.text, _whole_windows(checkpoint.model, options))
-    experts, digest = Experts(_plain_experts(checkpoint.model, slicing)), SourceDigest()
-    made = draft(checkpoint, slicing, experts, digest, options.types(), calibration)
-    assigned, tensors, metadata = made.assigned, made.tensors, made.metadata
-    if found := [*assigned.refusals, *made.refusals, *_refuse_counts(checkpoint.model, slicing, tensors)]:
-        raise PlanError(found)
-    notes = [*checkpoint.warnings, *assigned.warnings, *made.warnings]
-    if saved and not isinstance(checkpoint, Checkpoint):
-        notes.append(
-            f"--load-calibration {saved.path.name}: only its shapes are compared with a GGUF file, whose weights are "
-            "rounded; see that it was made from the same model"
-        )
-    if text and options.calibration is None:
-        notes.append(NO_TEXT)
-    warnings = (*notes, *_warnings(checkpoint.model, slicing, tensors))
-    layout = lay_out(metadata, tensors, made.kinds)
-    shards = lay_out_shards(metadata, tensors, made.kinds, options.shard_size)
+    warnings = [*source.warnings, *draft.assigned.warnings, *draft.warnings, *_warn_of_calibration(source, inputs)]
     return Plan(
-        options,
-        checkpoint,
-        slicing,
-        experts,
-        text,
-        saved,
-        assigned,
-        metadata,
-        tensors,
-        layout,
-        digest,
-        warnings,
-        shards,
+        options=options,
+        source=source,
+        slicing=slicing,
+        calibration=calibration,
+        saved=saved,
+        assigned=draft.assigned,
+        metadata=draft.metadata,
+        tensors=draft.tensors,
+        files=lay_out_files(draft.metadata, draft.tensors, draft.kinds, None if open_types else options.shard_size),
+        warnings=(*warnings, *limits, *(_warn_of_slicing(slicing) if slicing else [])),
+        has_open_types=open_types,
     )
 
 
-def _whole_windows(model: Model, options: Options) -> int:
-    """The tokens that a calibration reads: those asked for, less what does not fill a window."""
-    n_context = window(model)
-    return max(options.tokens_for(model) // n_context, 2) * n_context
+def _set_used(source: Source, options: Options) -> Source:
+    """A checkpoint that has experts already, with the user's count of those that run."""
+    if not (isinstance(source, Checkpoint) and source.model.n_expert and options.used):
+        return source
+    return dataclasses.replace(source, model=dataclasses.replace(source.model, n_expert_used=options.used))
 
 
-def window(model: Model) -> int:
+def _slice(model: Model, options: Options) -> Slicing:
+    n_expert = options.n_expert
+    width = expert_width(model.d_ff, n_expert, options.align)
+    method = options.resolve_method()
+    return Slicing(n_expert, options.n_expert_used, width, method, options.align, scale_tensor=options.expert_scale)
+
+
+def _describe_calibration(model: Model, inputs: Inputs) -> Calibration | None:
+    """Which text the experts are fitted to: whole windows of it."""
+    n_context = calibration_window(model)
+    n_token = max(inputs.options.n_token(model) // n_context, 2) * n_context if inputs.text or inputs.saved else 0
+    if inputs.saved:
+        return Calibration(inputs.saved.record.label, inputs.saved.record.text, n_token)
+    return Calibration(inputs.text.label, inputs.text.digest, n_token) if inputs.text else None
+
+
+def calibration_window(model: Model) -> int:
     """Tokens of a calibration window: 512, or what the model can hold."""
     return min(WINDOW, model.n_context)
 
 
-def _refuse_saved(model: Model, saved: SavedCalibration) -> list[str]:
-    """Whether a calibration was made for a model of this shape."""
-    if model.n_expert:
-        return ["--load-calibration: the checkpoint has experts already, which are kept; leave it out"]
-    record, file = saved.record, saved.path.name
-    return [
-        f"--load-calibration {file}: made for {name} {getattr(record, name)}, the checkpoint has {value}"
-        for name in ("n_layer", "d_model", "d_ff")
-        if (value := getattr(model, name)) != getattr(record, name)
-    ]
+def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
+    warnings = []
+    if inputs.saved and not isinstance(source, Checkpoint):
+        warnings.append(
+            f"--load-calibration {inputs.saved.path.name}: only its shapes are compared with a GGUF file, whose "
+            "weights are rounded; see that it was made from the same model"
+        )
+    if inputs.text and inputs.options.calibration.text is None:
+        warnings.append(NO_TEXT)
+    return warnings
 
 
-def _refuse_gguf(source: Source, options: Options) -> list[str]:
-    """Why a GGUF file cannot be calibrated, if that is what the options want."""
-    if isinstance(source, Checkpoint) or options.dense or options.load_calibration:
-        return []
-    return weights_gguf.refusals(source) if options.choose_method().needs_calibration else []
-
-
-def _plain_experts(model: Model, slicing: Slicing | None) -> LayerExperts | None:
-    """The experts of a method that needs no calibration, the same in every layer."""
-    if slicing is None or slicing.method.needs_calibration:
-        return None
-    factor = slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used
-    return LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, factor, slicing.grain)
-
-
-def _slicing(model: Model, options: Options) -> Slicing:
-    n_expert, n_expert_used = options.counts()
-    width = expert_width(model.d_ff, n_expert, options.align)
-    return Slicing(
-        n_expert, n_expert_used, width, options.choose_method(), options.align, scale_tensor=options.expert_scale
-    )
-
-
-def _warnings(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTensor]) -> list[str]:
-    k = (slicing or model).n_expert_used
-    count = {"n_layer": model.n_layer, "n_tensor": len(tensors), "n_scale": _n_scale(slicing)}
-    warnings = expert_count_warnings(k, **count) if k else []
-    return warnings + (_slicing_warnings(slicing) if slicing else [])
-
-
-def _slicing_warnings(slicing: Slicing) -> list[str]:
+def _warn_of_slicing(slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
     if k < n and slicing.method.router == "zero":
@@ -265,23 +187,19 @@ def _slicing_warnings(slicing: Slicing) -> list[str]:
     return warnings
 
 
-def _refuse_counts(model: Model, slicing: Slicing | None, tensors: Sequence[OutputTensor]) -> list[str]:
-    source = slicing or model
-    if not source.n_expert:
-        return []
-    count = {"n_layer": model.n_layer, "n_tensor": len(tensors), "n_scale": _n_scale(slicing)}
-    return check_expert_counts(source.n_expert, source.n_expert_used, **count)
+def _check_counts(model: Model, slicing: Slicing | None, n_tensor: int) -> tuple[list[str], list[str]]:
+    """What llama.cpp's limits on experts forbid, and which of its settings cannot run the file."""
+    n_expert, n_expert_used = (slicing or model).n_expert, (slicing or model).n_expert_used
+    if not n_expert:
+        return [], []
+    shape = {
+        "n_layer": model.n_layer,
+        "n_tensor": n_tensor,
+        "n_scale": int(slicing is not None and slicing.scale_tensor),
+    }
+    return check_expert_counts(n_expert, n_expert_used, **shape), expert_count_warnings(n_expert_used, **shape)
 
 
-def _n_scale(slicing: Slicing | None) -> int:
-    """Tensors of expert scales per layer."""
-    return int(slicing is not None and slicing.scale_tensor)
-
-
-def _is_expert(name: str) -> bool:
-    return "_exps." in name
-
-
-def _short(value: MetadataValue) -> Any:
+def _shorten(value: MetadataValue) -> Any:
     """Long arrays (the vocabulary) as their length, everything else as it is."""
     return f"[{len(value)} values]" if isinstance(value, list) and len(value) > 16 else value

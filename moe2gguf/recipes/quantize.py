@@ -1,10 +1,10 @@
-"""The recipe: a GGUF file becomes the same file with other tensor types."""
+"""A GGUF file becomes the same file with other tensor types: `quantize`, from top to bottom."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,18 +16,21 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import kernels, types
-from moe2gguf.gguf.file import GGUFFile, TensorInfo
-from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.resume import describe_job
-from moe2gguf.gguf.shards import lay_out_shards, read_model
+from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, check_model_target, write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
-from moe2gguf.quant.imatrix_use import KEYS, Consulted, consult, neurons_of
+from moe2gguf.quant.imatrix_use import KEYS, consult, neurons_of
 from moe2gguf.quant.presets import ARCHITECTURES, Network
 from moe2gguf.quant.rules import Rule, TypeOptions, own_rules
-from moe2gguf.quant.target import target_rules
+from moe2gguf.quant.target import choose_types, refuse_target
+from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
+from moe2gguf.recipes.inputs import TypeInputs, read_type_inputs
+from moe2gguf.recipes.tensors import Copy, PlannedTensor
 from moe2gguf.spec import MetadataValue
 
 BLOCK = 4 << 20
@@ -37,57 +40,25 @@ MAX_ALIGNMENT = 1 << 20
 PREFIX = "moe2gguf.quantize."
 
 
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """Everything about the file to come; no tensor of the source has been read.
+@dataclass(frozen=True, kw_only=True)
+class QuantizationPlan(FilePlan):
+    """The plan of a quantization, a value.
 
-    `layout` is of one file; `shards`, unless empty, are what is written instead, none larger than `shard_size`.
+    has_open_types  the types for a target size are not chosen yet: see `fit_types`
     """
 
     source: GGUFFile
     options: TypeOptions
-    assigned: Assignment
-    metadata: Mapping[str, MetadataValue]
-    tensors: tuple[OutputTensor, ...]
-    layout: Layout
-    warnings: tuple[str, ...]
-    shards: tuple[tuple[tuple[OutputTensor, ...], Layout], ...] = ()
+    allow_requantize: bool = False
     shard_size: int | None = None
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the finished file, or of all its shards, exactly."""
-        return sum(layout.file_size for _, layout in self.shards) or self.layout.file_size
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of all tensors together."""
-        return mean_bits_per_weight(self.tensors)
+    has_open_types: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
-        return {
-            "source": str(self.source.path),
-            "source_size": self.source.file_size,
-            "file_size": self.file_size,
-            "shards": [{"tensors": len(tensors), "bytes": layout.file_size} for tensors, layout in self.shards],
-            "bits_per_weight": round(self.bits_per_weight, 4),
-            **self.assigned.to_dict(),
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "shape": list(tensor.shape),
-                    "stored": self.source.tensors[tensor.name].type.name,
-                    "type": tensor.type.name,
-                    "bytes": tensor.n_bytes,
-                    "bits_per_weight": types.bits_per_weight(tensor.type),
-                    "importance": tensor.importance is not None,
-                }
-                for tensor in self.tensors
-            ],
-            "warnings": list(self.warnings),
-            "refusals": [],
-        }
+        common = super().to_dict()
+        for tensor in common["tensors"]:
+            tensor["stored"] = self.source.tensors[tensor["name"]].type.name
+        return {"source": str(self.source.path), "source_size": self.source.file_size, **common}
 
 
 @dataclass(frozen=True)
@@ -104,8 +75,8 @@ class Quantization:
 
 
 def quantize(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     options: TypeOptions,
     *,
     allow_requantize: bool = False,
@@ -114,6 +85,7 @@ def quantize(
     resume: bool = True,
     threads: int | None = None,
     progress: Progress = silent,
+    on_plan: Callable[[QuantizationPlan], None] = lambda _: None,
 ) -> Quantization:
     """Write the GGUF file `source` again as `out`, with the types that `options` choose.
 
@@ -126,7 +98,8 @@ def quantize(
         force: replace `out` if it exists.
         resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
         threads: threads that quantize (None: one per core).
-        progress: receives stages ("write", "verify") and the bytes done.
+        progress: receives stages ("choose types", "write", "verify") and the units done.
+        on_plan: is given the plan before anything is written.
 
     Raises:
         PlanError: the options do not fit the file; every reason is listed.
@@ -136,57 +109,150 @@ def quantize(
         HarnessError: a type needs llama.cpp's kernels, and they are not installed.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
-    plan = plan_quantization(source, options, allow_requantize=allow_requantize, shard_size=shard_size)
-    return write_quantization(plan, out, force=force, resume=resume, threads=threads, progress=progress)
+    out = Path(out)
 
+    # Open the file, read what the options name, and plan every tensor and byte.
+    file = read_model(Path(source))
+    inputs = read_type_inputs(options)
+    plan = make_plan(file, options, inputs, allow_requantize=allow_requantize, shard_size=shard_size)
+    plan = fit_types(plan, inputs, progress)
+    on_plan(plan)
+    _require_kernels(plan)
+    check_model_target(out, len(plan.files), file.files, force=force)
 
-def plan_quantization(
-    source: Path, options: TypeOptions, *, allow_requantize: bool = False, shard_size: int | None = None
-) -> QuantizationPlan:
-    """The first pass of `quantize`: every tensor's type and place; arguments and errors as there."""
-    file = read_model(source)
-    if refusals := _refuse_file(file):
-        raise PlanError(refusals)
-    stored = [OutputTensor(t.name, t.shape, t.type) for t in file.tensors.values()]
-    guided = consult(options, stored, neurons_of(file))
-    network = dataclasses.replace(network_of(file), importance=guided.matrix is not None)
-    assigned = assign(stored, options, network, guided.guidance.complete, _target(file, options, guided))
-    refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
-    refusals += guided.refusals(stored, assigned)
-    if refusals:
-        raise PlanError(refusals)
-    tensors = guided.guidance.attached([_output(file, info, assigned) for info in file.tensors.values()])
-    metadata = {**_metadata(file, assigned, options), **guided.metadata}
-    kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
-    layout = lay_out(metadata, tensors, kinds)
-    warnings = (*assigned.warnings, *guided.guidance.warnings)
-    shards = lay_out_shards(metadata, tensors, kinds, shard_size)
-    return QuantizationPlan(file, options, assigned, metadata, tensors, layout, warnings, shards, shard_size)
-
-
-def write_quantization(
-    plan: QuantizationPlan,
-    out: Path,
-    *,
-    force: bool = False,
-    resume: bool = True,
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> Quantization:
-    """The second pass: write, verify and name the file that `plan` describes; arguments and errors as in `quantize`."""
-    changed = [tensor for tensor in plan.tensors if _changes(plan, tensor)]
-    types.require_kernels((t.type for t in changed), importance=any(t.importance for t in changed))
-    kernels.require({plan.source.tensors[t.name].type for t in changed} & {*types.BLOCKS})
-    shards = plan.shards or ((plan.tensors, plan.layout),)
-    check_model_target(out, len(shards), plan.source.files, force=force)
+    # Decode, encode, write, verify and name the files.
     kinds = {tensor.type for tensor in plan.tensors}
-    job = describe_job("quantize", plan.options, plan.source.files, plan.layout.header, kinds)
-    manifest = {**job, "shard size": str(plan.shard_size or "")}
-    path, n_reused = write_model(out, shards, manifest, resume=resume, threads=threads, progress=progress)
+    manifest = describe_job("quantize", options, file.files, plan.header, kinds)
+    tensors = {tensor.name: tensor for tensor in _make_outputs(plan, plan.tensors, inputs)}
+    path, n_reused = write_model(
+        out,
+        [([tensors[tensor.name] for tensor in planned], layout) for planned, layout in plan.files],
+        {**manifest, "shard size": str(shard_size or "")},
+        resume=resume,
+        threads=threads,
+        progress=progress,
+    )
     return Quantization(path, plan, n_reused)
 
 
-def network_of(file: GGUFFile) -> Network:
+def plan_quantization(
+    source: str | Path,
+    options: TypeOptions,
+    *,
+    allow_requantize: bool = False,
+    shard_size: int | None = None,
+    progress: Progress = silent,
+) -> QuantizationPlan:
+    """The plan of what `quantize` would write. No weight is read, but for a target size; errors as in `quantize`."""
+    file, inputs = read_model(Path(source)), read_type_inputs(options)
+    plan = make_plan(file, options, inputs, allow_requantize=allow_requantize, shard_size=shard_size)
+    return fit_types(plan, inputs, progress)
+
+
+def make_plan(
+    file: GGUFFile,
+    options: TypeOptions,
+    inputs: TypeInputs,
+    base: Sequence[Rule] | None = None,
+    *,
+    allow_requantize: bool = False,
+    shard_size: int | None = None,
+) -> QuantizationPlan:
+    """Plan the quantization of `file`; `base` are rules for types in place of those that `options.type` stands for.
+
+    Raises:
+        PlanError: the options do not fit the file; every reason is listed.
+    """
+    if refusals := [*_refuse_file(file), *refuse_target(options)]:
+        raise PlanError(refusals)
+    open_types = options.has_target and base is None
+    stored = _list_stored(file)
+    guided = consult(inputs.matrix, options, stored, neurons_of(file))
+    network = dataclasses.replace(describe_network(file), importance=guided.matrix is not None)
+    assigned = assign(stored, options, network, guided.guidance.complete, base, inputs.rules)
+    refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
+    if refusals := [*refusals, *guided.refusals(stored, assigned)]:
+        raise PlanError(refusals)
+    tensors = tuple(
+        dataclasses.replace(
+            tensor,
+            copied=tensor.type in types.BLOCKS and tensor.type == file.tensors[tensor.name].type,
+            guided=tensor.name in guided.guidance.importance,
+        )
+        for tensor in assigned.typed(stored)
+    )
+    metadata = {**_make_metadata(file, assigned, options), **guided.metadata}
+    kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
+    return QuantizationPlan(
+        source=file,
+        options=options,
+        assigned=assigned,
+        metadata=metadata,
+        tensors=tensors,
+        files=lay_out_files(metadata, tensors, kinds, None if open_types else shard_size),
+        warnings=(*assigned.warnings, *guided.guidance.warnings),
+        allow_requantize=allow_requantize,
+        shard_size=shard_size,
+        has_open_types=open_types,
+    )
+
+
+def fit_types(plan: QuantizationPlan, inputs: TypeInputs, progress: Progress = silent) -> QuantizationPlan:
+    """The plan with the types that have the least error under its target, for which weights are read.
+
+    A plan without a target stays as it is. Errors as in `moe2gguf.quant.target.choose_types`.
+    """
+    if not plan.has_open_types:
+        return plan
+    file, options = plan.source, plan.options
+    tensors = _make_outputs(plan, _list_stored(file), inputs, decode=True)
+    complete = consult(inputs.matrix, options, tensors, neurons_of(file)).guidance.complete
+    header_size = len(lay_out(_keep_metadata(file), tensors, file.types).header)
+    rules = choose_types(options, inputs.rules, tensors, complete, header_size, progress)
+    return make_plan(file, options, inputs, rules, allow_requantize=plan.allow_requantize, shard_size=plan.shard_size)
+
+
+def _require_kernels(plan: QuantizationPlan) -> None:
+    """Raise HarnessError, before anything is written, where a type to read or to write needs a missing kernel."""
+    changed = [tensor for tensor in plan.tensors if plan.source.tensors[tensor.name].type != tensor.type]
+    types.require_kernels((tensor.type for tensor in changed), importance=any(tensor.guided for tensor in changed))
+    kernels.require({plan.source.tensors[tensor.name].type for tensor in changed} & {*types.BLOCKS})
+
+
+def _list_stored(file: GGUFFile) -> list[PlannedTensor]:
+    """The tensors of the file with the types in which they are stored."""
+    return [PlannedTensor(info.name, info.shape, info.type, Copy(), (info.name,)) for info in file.tensors.values()]
+
+
+def _make_outputs(
+    plan: QuantizationPlan, tensors: Sequence[PlannedTensor], inputs: TypeInputs, *, decode: bool = False
+) -> list[OutputTensor]:
+    """The tensors with what makes their arrays; `decode`: as numbers, whatever their type is."""
+    file = plan.source
+    importance = consult(inputs.matrix, plan.options, tensors, neurons_of(file)).guidance.importance
+    return [
+        OutputTensor(
+            tensor.name,
+            tensor.shape,
+            tensor.type,
+            (file.path.name,),
+            functools.partial(_make_blocks, SourceTensor(file, stored), decode or tensor.type != stored.type),
+            copied=tensor.copied,
+            importance=importance.get(tensor.name),
+        )
+        for tensor in tensors
+        for stored in (file.tensors[tensor.name],)
+    ]
+
+
+def _make_blocks(source: SourceTensor, decode: bool) -> Iterator[NDArray[np.generic]]:
+    """The tensor in pieces of whole rows (n, width): numbers, or (not `decode`) a block type's bytes as they are."""
+    width = source.shape[-1] if source.shape else 1
+    for rows in source.blocks(max(1, BLOCK // max(width, 1)) * source.info.row_bytes):
+        yield source.decode(rows) if decode else rows
+
+
+def describe_network(file: GGUFFile) -> Network:
     """What presets depend on, from the file's metadata.
 
     Raises:
@@ -234,42 +300,14 @@ def _refuse_sources(file: GGUFFile, assigned: Assignment, allow_requantize: bool
     ]
 
 
-def _output(file: GGUFFile, info: TensorInfo, assigned: Assignment) -> OutputTensor:
-    kind = assigned.types[info.name]
-    return OutputTensor(
-        info.name, info.shape, kind, (file.path.name,), lambda: _blocks(file, info, decode=kind != info.type)
-    )
-
-
-def _blocks(file: GGUFFile, info: TensorInfo, *, decode: bool) -> Iterator[NDArray[np.generic]]:
-    """The tensor in pieces of whole rows (n, width): numbers, or (not `decode`) a block type's bytes as they are."""
-    source, width = SourceTensor(file, info), info.shape[-1] if info.shape else 1
-    for rows in source.blocks(max(1, BLOCK // max(width, 1)) * info.row_bytes):
-        yield source.decode(rows) if decode else rows
-
-
-def _target(file: GGUFFile, options: TypeOptions, guided: Consulted) -> tuple[Rule, ...] | None:
-    """Rules that fill the user's target, from weights as numbers."""
-    tensors = [
-        OutputTensor(i.name, i.shape, i.type, (file.path.name,), functools.partial(_blocks, file, i, decode=True))
-        for i in file.tensors.values()
-    ]
-    layout = lay_out(_metadata_kept(file), tensors, file.types)
-    return target_rules(options, guided.guidance.attached(tensors), guided.guidance.complete, layout)
-
-
-def _changes(plan: QuantizationPlan, tensor: OutputTensor) -> bool:
-    return plan.source.tensors[tensor.name].type != tensor.type
-
-
-def _metadata_kept(file: GGUFFile) -> dict[str, MetadataValue]:
+def _keep_metadata(file: GGUFFile) -> dict[str, MetadataValue]:
     return {key: value for key, value in file.metadata.items() if not key.startswith((PREFIX, KEYS))}
 
 
-def _metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -> dict[str, MetadataValue]:
+def _make_metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -> dict[str, MetadataValue]:
     """The source's keys in their order, the file type renewed, and how this file was made; no path, no time."""
     result: dict[str, MetadataValue] = {
-        **_metadata_kept(file),
+        **_keep_metadata(file),
         "general.quantization_version": int(GGML_QUANT_VERSION),
         "general.file_type": assigned.file_type,
         PREFIX + "version": version("moe2gguf"),

@@ -1,4 +1,4 @@
-"""Every tensor of the file to come, made from a dense GGUF file.
+"""The tensors of a file to come that is made from a dense GGUF file: planned first, made in the second pass.
 
 Whole rows move and whole blocks are cut as bytes. Numbers are decoded and quantized again only where another type was
 chosen, or where a down projection's neurons leave their blocks.
@@ -7,23 +7,31 @@ chosen, or where a down projection's neurons leave their blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import list_names
 from moe2gguf.experts import slicing as cut
-from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.gguf import blocks, types
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
-from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.gguf.writer import Blocks, OutputTensor
 from moe2gguf.hf.safetensors import SourceDigest
-from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, Experts, made
+from moe2gguf.recipes.tensors import (
+    Copy,
+    ExpertColumns,
+    ExpertRows,
+    ExpertSource,
+    PlannedTensor,
+    RotaryPairs,
+    Router,
+    Scales,
+)
+from moe2gguf.recipes.tensors_hf import BLOCK_BYTES
 from moe2gguf.spec import Slicing
 
 Array = NDArray[np.generic]
@@ -31,155 +39,145 @@ Array = NDArray[np.generic]
 _MLP = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight")
 
 
-def stored_tensors(dense: DenseFile, slicing: Slicing | None) -> list[Entry]:
-    """Every tensor of the file to come, in file order, with the type in which it is stored."""
-    entries: list[Entry] = []
+def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the dense MLPs."""
+    tensors = list[PlannedTensor]()
     routed = set()
     for name, source in dense.tensors.items():
         part = _MLP.fullmatch(name)
         if slicing is None or not part:
-            entries.append(Entry(name, source.shape, source.info.type))
+            tensors.append(PlannedTensor(name, source.shape, source.info.type, _plan_copy(dense, name), (name,)))
             continue
-        layer, role = f"blk.{part[1]}", part[2]
+        i, role = int(part[1]), part[2]
         n, d_model, d_expert = slicing.n_expert, dense.model.d_model, slicing.d_expert
-        if layer not in routed:
-            routed.add(layer)
-            entries.append(Entry(f"{layer}.ffn_gate_inp.weight", (n, d_model), types.named("F32")))
+        if i not in routed:
+            routed.add(i)
+            tensors.append(PlannedTensor(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), types.named("F32"), Router(i)))
             if slicing.scale_tensor:
-                entries.append(Entry(f"{layer}.ffn_down_exps.scale", (n,), types.named("F32")))
-        shape = (d_model, d_expert) if role == "down" else (d_expert, d_model)
-        entries.append(Entry(f"{layer}.ffn_{role}_exps.weight", (n, *shape), source.info.type))
-    return entries
-
-
-def output_tensors(
-    dense: DenseFile,
-    slicing: Slicing | None,
-    experts: Experts,
-    digest: SourceDigest,
-    chosen: Mapping[str, TensorType],
-) -> tuple[OutputTensor, ...]:
-    """The tensors of `stored_tensors` with their `chosen` types, and how each is made."""
-    tensors = []
-    for entry in stored_tensors(dense, slicing):
-        kind = chosen[entry.name]
-        source = dense.tensors.get(entry.name.replace("_exps.weight", ".weight"))
-        if source is None:
-            tensors.append(_ours(entry, experts))
-            continue
-        make, copied = _maker(dense, source, kind, slicing, experts, digest)
-        tensors.append(OutputTensor(entry.name, entry.shape, kind, (source.name,), make, copied=copied))
+                tensors.append(PlannedTensor(f"blk.{i}.ffn_down_exps.scale", (n,), types.named("F32"), Scales(i)))
+        is_down = role == "down"
+        shape = (n, d_model, d_expert) if is_down else (n, d_expert, d_model)
+        made = ExpertColumns(i, amplified=not slicing.scale_tensor) if is_down else ExpertRows(i)
+        tensors.append(PlannedTensor(f"blk.{i}.ffn_{role}_exps.weight", shape, source.info.type, made, (name,)))
     return tuple(tensors)
 
 
-def _ours(entry: Entry, experts: Experts) -> OutputTensor:
-    """A router, or the experts' scales."""
-    i = int(entry.name.split(".")[1])
-    if entry.name.endswith(".scale"):
-        return made(entry.name, entry.shape, lambda: experts.layer(i).scale)
-    return made(entry.name, entry.shape, lambda: experts.layer(i).router)
+def _plan_copy(dense: DenseFile, name: str) -> Copy | RotaryPairs:
+    """A tensor outside of the MLPs: as it is, or with its rows in arch `llama`'s order."""
+    part = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)", name)
+    if not dense.rotates_halves or not part:
+        return Copy()
+    n_head, n_head_kv = dense.model.n_head, dense.model.n_head_kv
+    if part[1] == "qkv":
+        return RotaryPairs((n_head, n_head_kv), n_head_kv * dense.model.d_head)
+    return RotaryPairs((n_head if part[1] == "q" else n_head_kv,))
 
 
-def _maker(
-    dense: DenseFile,
-    source: SourceTensor,
-    kind: TensorType,
-    slicing: Slicing | None,
-    experts: Experts,
-    digest: SourceDigest,
-) -> tuple[Blocks, bool]:
-    """What makes the tensor, and whether its blocks are copied rather than quantized."""
-    keeps = kind == source.info.type and source.info.type not in types.FLOATS
-    part = _MLP.fullmatch(source.name)
-    if slicing is None or not part:
-        order = dense.row_order(source.name)
-        if order is None:
-            return lambda: (_as(kind, source, piece) for piece in digest.blocks(source, BLOCK_BYTES)), keeps
-        return lambda: iter([_as(kind, source, digest.read(source)[order])]), keeps
-    layer = _layer(experts, int(part[1]))
-    if part[2] != "down":
-        return lambda: _rows(source, kind, layer(), digest.read(source)), keeps
-    keeps = keeps and not moves_neurons(slicing, source.block)
-    return lambda: _down(source, kind, slicing, layer(), digest.read(source)), keeps
+def mark_copied(dense: DenseFile, slicing: Slicing | None, tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
+    """The tensors with their final types, each marked if the blocks of its source are copied."""
+    return [replace(tensor, copied=_keeps_blocks(dense, slicing, tensor, tensor.type)) for tensor in tensors]
 
 
-def _layer(experts: Experts, i: int) -> Callable[[], LayerExperts]:
-    return lambda: experts.layer(i)
+def _keeps_blocks(dense: DenseFile, slicing: Slicing | None, tensor: PlannedTensor, kind: TensorType) -> bool:
+    """Whether a tensor that gets the type `kind` is made of the blocks of its source as they are."""
+    if not tensor.sources or kind in types.FLOATS or kind != dense.tensors[tensor.sources[0]].info.type:
+        return False
+    return slicing is None or not isinstance(tensor.operation, ExpertColumns) or not _moves_neurons(slicing, kind)
 
 
-def _rows(source: SourceTensor, kind: TensorType, layer: LayerExperts, weight: Array) -> Iterator[Array]:
-    """The gate or up projection (d_ff, d_model), cut between its rows."""
-    return (_as(kind, source, rows) for rows in cut.slice_rows(weight, layer.order))
+def _moves_neurons(slicing: Slicing, kind: TensorType) -> bool:
+    """Whether neurons may leave the blocks in which a down projection of type `kind` stores them."""
+    return slicing.method.needs_calibration or slicing.grain % types.block_size(kind) != 0
 
 
-def _as(kind: TensorType, source: SourceTensor, rows: Array) -> Array:
-    """Stored rows as the writer wants them: as they are, or decoded where blocks become another type."""
-    return rows if kind == source.info.type else source.decode(rows)
+def make_blocks(
+    tensor: PlannedTensor, dense: DenseFile, experts: ExpertSource, digest: SourceDigest
+) -> Iterator[Array]:
+    """The arrays of which the tensor consists, one after the other; `digest` hashes the sources as they are read.
+
+    Numbers, or where `tensor.type` is the block type of the source its blocks.
+
+    Raises:
+        GGUFError: the file became shorter.
+        HarnessError: a type needs llama.cpp to be decoded, which is not installed.
+    """
+    if isinstance(tensor.operation, Router | Scales):
+        layer = experts.layer(tensor.operation.layer)
+        yield layer.router if isinstance(tensor.operation, Router) else layer.scale
+        return
+    source = dense.tensors[tensor.sources[0]]
+    keeps_type = tensor.type == source.info.type
+    match tensor.operation:
+        case Copy():
+            yield from (piece if keeps_type else source.decode(piece) for piece in digest.blocks(source, BLOCK_BYTES))
+        case RotaryPairs() as pairs:
+            rows = digest.read(source)[pairs.order(dense.model.d_head)]
+            yield rows if keeps_type else source.decode(rows)
+        case ExpertRows(i):
+            for rows in cut.slice_rows(digest.read(source), experts.layer(i).order):
+                yield rows if keeps_type else source.decode(rows)
+        case ExpertColumns():
+            yield from _make_columns(tensor, tensor.operation, source, experts, digest.read(source))
 
 
-def _down(
-    source: SourceTensor, kind: TensorType, slicing: Slicing, layer: LayerExperts, weight: Array
+def _make_columns(
+    tensor: PlannedTensor, operation: ExpertColumns, source: SourceTensor, experts: ExpertSource, stored: Array
 ) -> Iterator[Array]:
     """The down projection (d_model, d_ff), cut between its columns: as blocks where they stay whole."""
-    factors = np.ones_like(layer.scale) if slicing.scale_tensor else layer.scale
+    layer = experts.layer(operation.layer)
+    factors = layer.scale if operation.amplified else np.ones_like(layer.scale)
     if layer.down is not None:
         yield from cut.slice_columns(layer.down, layer.order, factors)
-    elif source.info.type in types.FLOATS:
-        yield from cut.slice_columns(weight, layer.order, factors)
-    elif kind == source.info.type and not moves_neurons(slicing, source.block):
+    elif tensor.copied:
         chosen = blocks.block_order(layer.order, source.block)
         assert chosen is not None, "the plan keeps blocks only where the slices do"  # noqa: S101 -- ours, not the user's
-        yield from blocks.slice_blocks(weight.view(np.uint8), kind, chosen, factors, source.name)
+        yield from blocks.slice_blocks(stored.view(np.uint8), tensor.type, chosen, factors, source.name)
     else:
-        yield from cut.slice_columns(source.decode(weight), layer.order, factors)
+        yield from cut.slice_columns(source.decode(stored), layer.order, factors)
 
 
-def moves_neurons(slicing: Slicing, block: int) -> bool:
-    """Whether neurons may leave the blocks of `block` in which a down projection stores them."""
-    return slicing.method.needs_calibration or slicing.grain % block != 0
-
-
-def requantized(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, TensorType]) -> dict[str, list[str]]:
+def find_requantized(
+    dense: DenseFile, slicing: Slicing | None, tensors: Sequence[PlannedTensor]
+) -> dict[str, list[str]]:
     """Quantized tensors that are decoded and quantized again: "Q4_1 to Q8_0" -> names, file order.
 
     Where both types are the same, the neurons move.
     """
     groups: dict[str, list[str]] = {}
-    for entry in stored_tensors(dense, slicing):
-        kind = chosen[entry.name]
-        if entry.type in types.FLOATS:
-            continue
-        moves = slicing is not None and entry.name.endswith(".ffn_down_exps.weight")
-        if kind != entry.type or (moves and slicing and moves_neurons(slicing, types.block_size(entry.type))):
-            groups.setdefault(f"{entry.type.name} to {kind.name}", []).append(entry.name)
+    for tensor in tensors:
+        stored = dense.tensors[tensor.sources[0]].info.type if tensor.sources else types.named("F32")
+        if stored not in types.FLOATS and not _keeps_blocks(dense, slicing, tensor, tensor.type):
+            groups.setdefault(f"{stored.name} to {tensor.type.name}", []).append(tensor.name)
     return groups
 
 
-def refusals(dense: DenseFile, slicing: Slicing | None, chosen: Mapping[str, TensorType], *, allow: bool) -> list[str]:
+def refuse_blocks(
+    dense: DenseFile, slicing: Slicing | None, tensors: Sequence[PlannedTensor], *, allow: bool
+) -> list[str]:
     """Down projections whose contiguous slices end inside blocks (unless `allow`), or that cannot be encoded again."""
     if slicing is None:
         return []
     found = []
     again = [
-        entry
-        for entry in stored_tensors(dense, slicing)
-        if entry.name.endswith(".ffn_down_exps.weight")
-        and chosen[entry.name] == entry.type
-        and entry.type not in types.FLOATS
-        and moves_neurons(slicing, types.block_size(entry.type))
+        tensor
+        for tensor in tensors
+        if isinstance(tensor.operation, ExpertColumns)
+        and tensor.type == dense.tensors[tensor.sources[0]].info.type
+        and tensor.type not in types.FLOATS
+        and _moves_neurons(slicing, tensor.type)
     ]
     if again and not allow and not slicing.method.needs_calibration:
         found.append(_split_blocks(dense, slicing, again))
-    if hopeless := [entry for entry in again if entry.type in NEEDS_IMPORTANCE]:
+    if hopeless := [tensor for tensor in again if tensor.type in NEEDS_IMPORTANCE]:
         found.append(
-            f"{hopeless[0].type.name} needs an importance matrix to be quantized again, for {_names(hopeless)}; "
+            f"{hopeless[0].type.name} needs an importance matrix to be quantized again, for {_list_names(hopeless)}; "
             "give them another type with --tensor-type"
         )
     return found
 
 
-def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[Entry]) -> str:
-    block = max(types.block_size(entry.type) for entry in again)
+def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[PlannedTensor]) -> str:
+    block = max(types.block_size(tensor.type) for tensor in again)
     n_block = dense.model.d_ff // block
     whole = [n for n in range(2, 17) if n_block % n == 0]
     ways = [f"choose --experts {' or '.join(map(str, whole))}, which divide them evenly"] if whole else []
@@ -189,9 +187,9 @@ def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[Entry]) ->
     ways.append("give them another type with --tensor-type")
     return (
         f"{slicing.n_expert} experts of {slicing.d_expert} neurons cut through the blocks of {block} in which "
-        f"{_names(again)} are stored ({n_block} blocks); " + " or ".join(ways)
+        f"{_list_names(again)} are stored ({n_block} blocks); " + " or ".join(ways)
     )
 
 
-def _names(entries: Sequence[Entry]) -> str:
-    return list_names([entry.name for entry in entries], 2)
+def _list_names(tensors: Sequence[PlannedTensor]) -> str:
+    return list_names([tensor.name for tensor in tensors], 2)

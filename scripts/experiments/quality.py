@@ -30,10 +30,14 @@ from moe2gguf.experts.stats import ActivationStatistics
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.measure.compare import CompareSettings, compare
 from moe2gguf.measure.logits import cut_windows
+from moe2gguf.progress import Progress
+from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.calibrate import open_calibration_model
-from moe2gguf.recipes.convert import convert, write_plan
-from moe2gguf.recipes.options import Options
-from moe2gguf.recipes.plan import Plan, plan_conversion
+from moe2gguf.recipes.convert import convert, plan_conversion
+from moe2gguf.recipes.inputs import Inputs
+from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
+from moe2gguf.recipes.plan import Plan
+from moe2gguf.recipes.tensors import ExpertSource, loaded_experts
 from moe2gguf.spec import Slicing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts/
@@ -57,10 +61,10 @@ class Run:
     threads: int
     work: Path
 
-    def options(self, k: int, **changes: Any) -> Options:
-        """A conversion at k of N_EXPERT experts."""
-        text: dict[str, Any] = {"calibration": self.calibration, "calibration_tokens": self.n_token}
-        return Options(experts=N_EXPERT, used=k, type="f16", **(text | changes))
+    def options(self, k: int, **method: Any) -> Options:
+        """A conversion at k of N_EXPERT experts; `method` are fields of `MethodOptions`."""
+        calibration = CalibrationOptions(self.calibration, self.n_token)
+        return Options(N_EXPERT, k, types=TypeOptions("f16"), method=MethodOptions(**method), calibration=calibration)
 
 
 @dataclass(frozen=True)
@@ -85,22 +89,24 @@ def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, always_on
     """A method of ours or of others that is a slicer; `always_on_all` runs a fixed choice of neurons."""
 
     def make(run: Run, k: int, out: Path) -> None:
-        plan = plan_conversion(run.model, run.options(k, refit=refit))
-        slicing = plan.slicing
-        if always_on_all:
-            slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
-        work = out.with_suffix(".layers")
-        _calibrate(run, plan, slicing, work, slicer(k))
-        plan.experts.load = functools.partial(LayerExperts.load, work)
-        write_plan(replace(plan, text=None), out, threads=run.threads)
-        shutil.rmtree(work)
+        def find_experts(
+            plan: Plan, inputs: Inputs, work: Path, progress: Progress, *, resume: bool = True
+        ) -> ExpertSource:
+            del inputs, progress, resume
+            slicing = plan.slicing
+            if always_on_all:
+                slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
+            _calibrate(run, plan, slicing, work, slicer(k))
+            return loaded_experts(functools.partial(LayerExperts.load, work), (), ())
+
+        convert(run.model, out, run.options(k, refit=refit), threads=run.threads, find_experts=find_experts)
 
     return make
 
 
 def _calibrate(run: Run, plan: Plan, slicing: Slicing, work: Path, slicer: Slicer) -> None:
-    settings = CalibrationSettings(run.n_token, N_CONTEXT)
-    calibrate(open_calibration_model(plan.checkpoint), plan.text, slicing, settings, work, _ignore, slicer)
+    settings, text = CalibrationSettings(run.n_token, N_CONTEXT), read_text(run.calibration)
+    calibrate(open_calibration_model(plan.source), text, slicing, settings, work, _ignore, slicer)
 
 
 def flap(keep: Callable[[Sequence[rivals.Fluctuation], float], list[torch.Tensor]]) -> Any:
@@ -161,7 +167,7 @@ def cmoe_shared(k: int) -> int:
 
 
 METHODS = (
-    Method("contiguous, zero router", "kalomaze/Mistral-7b-MoEified-8x", by_options(preset="exact", calibration=None)),
+    Method("contiguous, zero router", "kalomaze/Mistral-7b-MoEified-8x", by_options(preset="exact")),
     Method(
         "random, least squares",
         "LLaMA-MoE's split, our router",
@@ -194,7 +200,7 @@ def main() -> None:
     run = prepare(options)
     began = time.monotonic()
     dense = run.work / "dense.gguf"
-    convert(run.model, dense, Options(dense=True, type="f16"), force=True, threads=run.threads)
+    convert(run.model, dense, Options(dense=True, types=TypeOptions("f16")), force=True, threads=run.threads)
     rows = []
     for k in options.used:
         for method in (*METHODS, *(always_on(count) for count in options.shared if count < k)):
@@ -206,7 +212,7 @@ def main() -> None:
         "model": options.model.name,
         "machine": machine(),
         "n_expert": N_EXPERT,
-        "calibration_tokens": run.n_token,
+        "n_token": run.n_token,
         "windows": run.n_window,
         "context": N_CONTEXT,
         "text_sha256": hashlib.sha256(run.held_out.encode()).hexdigest(),
@@ -293,7 +299,7 @@ def cmoe_row(run: Run, k: int) -> dict[str, Any]:
     work = run.work / "cmoe"
     _calibrate(run, plan, plan.slicing, work, keep)
     shutil.rmtree(work)
-    ids = held_out_ids(run, plan.checkpoint.vocabulary.first_id)
+    ids = held_out_ids(run, plan.source.vocabulary.first_id)
     perplexity, perplexity_dense = torch_perplexity(run.model, ids, layers, k), torch_perplexity(run.model, ids, [], k)
     print(f"  CMoE, {k} of {N_EXPERT}: {perplexity:.2f}", file=sys.stderr, flush=True)
     return {

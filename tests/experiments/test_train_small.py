@@ -9,10 +9,11 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+from flat_options import flat_options
 from llama_logits import llama_logits
 from tokenizers import Tokenizer
 
-from moe2gguf import Options, convert
+from moe2gguf import convert
 from moe2gguf.experts.text import read_text
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
@@ -37,7 +38,7 @@ def test_it_learns_and_converts(
     assert second < first < 400
     assert second < 200
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("I've 1,234 words; it ISN'T over: été").ids
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
     expected = checkpoints.torch_logits(folder, tokens)
     assert np.abs(expected - llama_logits(tmp_path / "dense.gguf", tokens)).max() <= 1e-3
     assert expected.std() > 0.5

@@ -1,6 +1,5 @@
 """Calibrated conversions end to end: experts from real activations, in llama.cpp, resumable and repeatable."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -11,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from chosen_experts import chosen_experts
+from flat_options import change_options, flat_options
 from interruptions import stop_in_third_layer
 from llama_logits import llama_logits, llama_logits_at, mean_kl
 from reference import reference_logits
 from safetensors.numpy import load_file, save_file
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import CalibrationError, OutputError, PlanError
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 64)]
-QUICK = {"experts": 8, "calibration_tokens": 2048}
+QUICK = {"experts": 8, "n_token": 2048}
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def folder(tmp_path_factory):
         ("routed", "least-squares", 2),
         ("routed", "least-squares", 0),
         ("contiguous", "least-squares", 0),
-        ("activations", "least-squares", -1),
+        ("activations", "least-squares", None),
     ],
 )
 def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group, router, always_on):
     """Whatever the grouping and the router, in llama.cpp; and every k equals the numpy graph."""
-    options = Options(
-        **QUICK, used=4, group=group, router=router, n_shared=always_on, refit=False, amplify="exact", preset="exact"
+    options = flat_options(
+        **QUICK, used=4, group=group, router=router, n_shared=always_on, refit=False, amplify="exact", preset="sparse"
     )
     convert(folder, tmp_path / "sliced.gguf", options)
     expected = checkpoints.torch_logits(folder, TOKENS)
@@ -64,7 +64,7 @@ def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group,
 
 def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
     """Read from llama.cpp's own routing tensors: experts 0 and 1 in every layer, for every token, at every k."""
-    convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, n_shared=2, group="activations", refit=False))
+    convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4, n_shared=2, group="activations", refit=False))
 
     for k in (3, 4, 6):
         chosen = chosen_experts(tmp_path / "x.gguf", TOKENS, k)
@@ -76,9 +76,9 @@ def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_p
 
 def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(folder, tmp_path):
     """On text it was not calibrated on (the tokens above): KL against the dense model, at half of the experts."""
-    done = convert(folder, tmp_path / "ours.gguf", Options(**QUICK, used=4))
+    done = convert(folder, tmp_path / "ours.gguf", flat_options(**QUICK, used=4))
     assert all(layer.shared_rate > 0.99 for layer in done.layers)
-    convert(folder, tmp_path / "seed.gguf", Options(experts=8, used=4, preset="exact"))
+    convert(folder, tmp_path / "seed.gguf", flat_options(experts=8, used=4, preset="exact"))
     expected = checkpoints.torch_logits(folder, TOKENS)
 
     ours, seed = (mean_kl(expected, llama_logits(tmp_path / name, TOKENS)) for name in ("ours.gguf", "seed.gguf"))
@@ -100,7 +100,9 @@ def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(f
 def test_every_family_calibrates(tmp_path, family):
     """The dense stream of the calibration is transformers' own forward pass: with all experts kept, nothing changes."""
     folder = checkpoints.make(tmp_path / family, family)
-    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=8, group="activations", router="least-squares"))
+    done = convert(
+        folder, tmp_path / "x.gguf", flat_options(**QUICK, used=8, group="activations", router="least-squares")
+    )
 
     assert 3 == len(done.layers)
     assert mean_kl(checkpoints.torch_logits(folder, TOKENS), llama_logits(tmp_path / "x.gguf", TOKENS)) <= 2e-6
@@ -132,7 +134,7 @@ def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
 def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
     """Seed, text and machine being equal."""
     for name in ("a", "b"):
-        convert(folder, tmp_path / name, Options(**QUICK, used=4, refit=True))
+        convert(folder, tmp_path / name, flat_options(**QUICK, used=4, refit=True))
 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
@@ -140,8 +142,8 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
 
 def test_hidden_states_on_disk_give_the_same_bytes(folder, tmp_path):
     """With no memory allowed for them; the folder they were in is gone."""
-    convert(folder, tmp_path / "a", Options(**QUICK, used=4, refit=True))
-    convert(folder, tmp_path / "b", Options(**QUICK, used=4, refit=True, calibration_memory=0))
+    convert(folder, tmp_path / "a", flat_options(**QUICK, used=4, refit=True))
+    convert(folder, tmp_path / "b", flat_options(**QUICK, used=4, refit=True, memory=0))
 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
@@ -151,20 +153,20 @@ def test_a_device_that_is_not_there(folder, tmp_path):
     """One error with the way out, for a name torch does not know and for one it knows but has not got."""
     for device in ("nonsense", "cuda:99"):
         with pytest.raises(CalibrationError, match=f"--torch-device {device}: torch cannot use it"):
-            convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, device=device))
+            convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4, device=device))
 
 
 @pytest.mark.parametrize("refit", [True, False])
 def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch, refit):
     """Stopped after its second layer: the next run does the third only."""
-    options = Options(**QUICK, used=4, refit=refit)
+    options = flat_options(**QUICK, used=4, refit=refit)
     convert(folder, tmp_path / "whole.gguf", options)
     done = stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "x.gguf", options)
     assert ["whole.gguf", "x.gguf.calibration"] == sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(OutputError, match=r"another job:\n  - n expert used: 4 there, 5 now\n"):
-        convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=5))
+        convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=5))
 
     convert(folder, tmp_path / "x.gguf", options)
 
@@ -178,7 +180,7 @@ def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder,
     (tmp_path / "x.gguf.calibration").mkdir()
     (tmp_path / "x.gguf.calibration" / "job.json").write_text("{}")
 
-    convert(folder, tmp_path / "x.gguf", Options(experts=8))
+    convert(folder, tmp_path / "x.gguf", flat_options(experts=8))
 
     assert (tmp_path / "x.gguf.calibration" / "job.json").exists()
 
@@ -190,7 +192,7 @@ def test_without_transformers_the_error_says_what_to_install(folder, tmp_path, m
         monkeypatch.delitem(sys.modules, name)
 
     with pytest.raises(CalibrationError, match=r"pip install 'moe2gguf\[calibrate\]'"):
-        convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4))
+        convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4))
 
 
 def test_a_layers_file_is_read_back(tmp_path):
@@ -219,15 +221,15 @@ def test_a_layers_file_is_read_back(tmp_path):
         ({"used": 4, "router": "zero", "n_shared": 1}, "--router zero cannot"),
         ({"used": 4, "group": "contiguous", "n_shared": 1}, "--group contiguous has no important"),
         ({"used": 8, "refit": True}, "--refit corrects for experts that do not run"),
-        ({"used": 4, "amplify": "any", "n_shared": 0}, "--amplify any needs always-on"),
+        ({"used": 4, "amplify": "any", "n_shared": 0}, "--amplify any needs shared"),
         ({"used": 4, "group": "x", "router": "y"}, "--router y: unknown; choose zero, least-squares"),
-        ({"used": 4, "calibration_tokens": 10}, "too few for a stable solve of this width; at least 1024"),
+        ({"used": 4, "n_token": 10}, "too few for a stable solve of this width; at least 1024"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(folder, options, words):
     """By the plan, with the way out."""
     with pytest.raises(PlanError) as caught:
-        plan_conversion(folder, Options(experts=8, **options))
+        plan_conversion(folder, flat_options(experts=8, **options))
 
     assert words in str(caught.value)
 
@@ -235,14 +237,14 @@ def test_combinations_that_make_no_sense_are_refused(folder, options, words):
 def test_a_wide_model_needs_more_tokens(tmp_path):
     """A refit solves for d_ff weights per output, on four fifths of the tokens; without one two per input will do."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=1600, num_hidden_layers=1)
-    options = Options(**QUICK | {"calibration_tokens": 1536}, used=4)
+    options = flat_options(**QUICK | {"n_token": 1536}, used=4)
 
     with pytest.raises(PlanError, match="at least 2000, or --no-refit"):
-        plan_conversion(wide, dataclasses.replace(options, refit=True))
+        plan_conversion(wide, change_options(options, refit=True))
 
-    plain = plan_conversion(wide, dataclasses.replace(options, refit=False))
+    plain = plan_conversion(wide, change_options(options, refit=False))
     assert [] == [w for w in plain.warnings if "no longer" in w]
-    enough = dataclasses.replace(options, refit=True, calibration_tokens=2048)
+    enough = change_options(options, refit=True, n_token=2048)
     assert any("no longer the dense model" in warning for warning in plan_conversion(wide, enough).warnings)
 
 
@@ -254,7 +256,7 @@ def test_less_text_than_was_asked_for(folder, tmp_path):
         convert(
             folder,
             tmp_path / "x.gguf",
-            Options(**QUICK | {"calibration_tokens": 8192}, used=4, calibration=tmp_path / "some.txt"),
+            flat_options(**QUICK | {"n_token": 8192}, used=4, text=tmp_path / "some.txt"),
         )
 
 
@@ -264,14 +266,14 @@ def test_unusable_text_is_refused_and_nothing_is_written(folder, tmp_path):
     (tmp_path / "short.txt").write_text("few words")
     for name in ("empty.txt", "short.txt"):
         with pytest.raises(CalibrationError):
-            convert(folder, tmp_path / "x.gguf", Options(experts=8, used=4, calibration=tmp_path / name))
+            convert(folder, tmp_path / "x.gguf", flat_options(experts=8, used=4, text=tmp_path / name))
         assert not (tmp_path / "x.gguf").exists()
         shutil.rmtree(tmp_path / "x.gguf.calibration", ignore_errors=True)
 
 
 def test_the_report_is_json_ready(folder, tmp_path):
     """Per layer: what was kept, how well it was chosen, who works how much."""
-    done = convert(folder, tmp_path / "x.gguf", Options(**QUICK, used=4, refit=True))
+    done = convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4, refit=True))
 
     layers = json.loads(json.dumps(done.to_dict()))["layers"]
 
@@ -288,6 +290,6 @@ def test_the_report_is_json_ready(folder, tmp_path):
 def test_tokens_by_default(folder, tmp_path):
     """16,384, or two per neuron where that is more and a refit is to come, so that a wide model needs no option."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=9000, num_hidden_layers=1)
-    plans = [plan_conversion(wide, Options(experts=8, used=4, refit=refit)) for refit in (True, False)]
+    plans = [plan_conversion(wide, flat_options(experts=8, used=4, refit=refit)) for refit in (True, False)]
 
     assert [18000 // 128 * 128, 16384] == [plan.metadata["moe2gguf.calibration.tokens"] for plan in plans]

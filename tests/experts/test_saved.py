@@ -1,6 +1,5 @@
 """moe2gguf.experts.saved: a calibration in a file gives the same experts again, and refuses what does not fit it."""
 
-import dataclasses
 import json
 import struct
 import sys
@@ -9,15 +8,16 @@ import checkpoints
 import gguf
 import numpy as np
 import pytest
+from flat_options import change_options, flat_options
 from safetensors.numpy import load_file, save_file
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import CalibrationError, Moe2GgufError, OutputError, PlanError
 from moe2gguf.experts import saved
 from moe2gguf.measure.check import compare_conversion
 from moe2gguf.recipes.hf_output import write_folder
 
-QUICK = {"experts": 8, "calibration_tokens": 1024}
+QUICK = {"experts": 8, "n_token": 1024}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def kept(folder, tmp_path_factory):
     """(GGUF file, calibration file) of one conversion without a refit: 8 experts, 4 used, 2 of them always on."""
     place = tmp_path_factory.mktemp("kept")
-    options = Options(**QUICK, used=4, n_shared=2, refit=False, save_calibration=place / "kept.calibration")
+    options = flat_options(**QUICK, used=4, n_shared=2, refit=False, save_to=place / "kept.calibration")
     convert(folder, place / "x.gguf", options)
     return place / "x.gguf", place / "kept.calibration"
 
@@ -39,7 +39,7 @@ def kept(folder, tmp_path_factory):
 def refitted(folder, tmp_path_factory):
     """The same with a refit."""
     place = tmp_path_factory.mktemp("refitted")
-    options = Options(**QUICK, used=4, refit=True, save_calibration=place / "kept.calibration")
+    options = flat_options(**QUICK, used=4, refit=True, save_to=place / "kept.calibration")
     convert(folder, place / "x.gguf", options)
     return place / "x.gguf", place / "kept.calibration"
 
@@ -55,7 +55,7 @@ def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, reques
     file, calibration = request.getfixturevalue(which)
     monkeypatch.setitem(sys.modules, "moe2gguf.experts.calibration", None)
 
-    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=calibration))
+    done = convert(folder, tmp_path / "y.gguf", flat_options(load_from=calibration))
 
     assert file.read_bytes() == (tmp_path / "y.gguf").read_bytes()
     assert 3 == len(done.layers)
@@ -65,16 +65,16 @@ def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, reques
 def test_a_gguf_file_of_the_same_model(folder, kept, refitted, tmp_path):
     """F32: the same tensors. Q8_0: gate and up are the dense blocks, only the down projections are quantized again."""
     for kind in ("f32", "q8_0"):
-        convert(folder, tmp_path / f"{kind}.gguf", Options(dense=True, type=kind))
+        convert(folder, tmp_path / f"{kind}.gguf", flat_options(dense=True, type=kind))
     for kept_file, calibration in (kept, refitted):
-        convert(tmp_path / "f32.gguf", tmp_path / "a.gguf", Options(load_calibration=calibration), force=True)
+        convert(tmp_path / "f32.gguf", tmp_path / "a.gguf", flat_options(load_from=calibration), force=True)
         before, after = tensors(kept_file), tensors(tmp_path / "a.gguf")
         assert before.keys() == after.keys()
         assert all(np.array_equal(array, after[name]) for name, array in before.items())
 
-    done = convert(tmp_path / "q8_0.gguf", tmp_path / "b.gguf", Options(load_calibration=kept[1], align=32))
+    done = convert(tmp_path / "q8_0.gguf", tmp_path / "b.gguf", flat_options(load_from=kept[1], align=32))
 
-    convert(folder, tmp_path / "c.gguf", Options(load_calibration=kept[1], align=32))
+    convert(folder, tmp_path / "c.gguf", flat_options(load_from=kept[1], align=32))
     dense, exact, found = (tensors(tmp_path / name) for name in ("q8_0.gguf", "c.gguf", "b.gguf"))
     down = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
     assert down == [t.name for t in done.plan.tensors if t.type.name == "Q8_0" and not t.copied]
@@ -91,8 +91,8 @@ def test_a_gguf_file_of_the_same_model(folder, kept, refitted, tmp_path):
 
 def test_another_type_and_padding(folder, refitted, tmp_path):
     """The same experts in F16, padded to 32: equal to a conversion that calibrates for them."""
-    convert(folder, tmp_path / "a.gguf", Options(load_calibration=refitted[1], type="f16", align=32))
-    convert(folder, tmp_path / "b.gguf", Options(**QUICK, used=4, refit=True, type="f16", align=32))
+    convert(folder, tmp_path / "a.gguf", flat_options(load_from=refitted[1], type="f16", align=32))
+    convert(folder, tmp_path / "b.gguf", flat_options(**QUICK, used=4, refit=True, type="f16", align=32))
 
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
@@ -100,7 +100,7 @@ def test_another_type_and_padding(folder, refitted, tmp_path):
 @pytest.mark.parametrize(("options", "factor", "size"), [({"used": 6}, 6 / 4, 1), ({"amplify": "exact"}, 8 / 4, 0.1)])
 def test_another_count_or_amplification_without_a_new_pass(folder, kept, tmp_path, options, factor, size):
     """Down projections times the ratio of the factors, the router smaller for `exact`, all else equal."""
-    convert(folder, tmp_path / "y.gguf", Options(load_calibration=kept[1], **options))
+    convert(folder, tmp_path / "y.gguf", flat_options(load_from=kept[1], **options))
 
     before, after = tensors(kept[0]), tensors(tmp_path / "y.gguf")
     for name, data in before.items():
@@ -110,7 +110,7 @@ def test_another_count_or_amplification_without_a_new_pass(folder, kept, tmp_pat
 
 def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
     """--check auto beside --load-calibration: 4 of 8 experts are not the dense model, but both files run."""
-    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=kept[1]))
+    done = convert(folder, tmp_path / "y.gguf", flat_options(load_from=kept[1]))
 
     checked = compare_conversion(done, "auto", threads=1)
 
@@ -125,7 +125,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
         ("refitted", {"refit": False}, "--refit False: kept.calibration was made with True"),
         ("kept", {"amplify": "any"}, "--amplify any: kept.calibration was made with used"),
         ("kept", {"experts": 4, "group": "activations"}, "--group activations: kept.calibration was made with routed"),
-        ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 always-on experts"),
+        ("kept", {"used": 2}, "--used 2: kept.calibration has layers with 2 shared experts"),
         ("kept", {"seed": 3}, "--seed 3: kept.calibration was made with 0"),
         ("kept", {"preset": "exact"}, "--preset exact and --dense use no calibration"),
     ],
@@ -133,7 +133,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
 def test_options_that_do_not_fit_are_named(folder, which, options, words, request):
     """By the plan, all of them."""
     with pytest.raises(PlanError) as caught:
-        plan_conversion(folder, Options(load_calibration=request.getfixturevalue(which)[1], **options))
+        plan_conversion(folder, flat_options(load_from=request.getfixturevalue(which)[1], **options))
 
     assert words in str(caught.value)
 
@@ -143,25 +143,25 @@ def test_another_text_is_refused(folder, kept, tmp_path):
     (tmp_path / "other.txt").write_text("other words " * 100)
 
     with pytest.raises(PlanError, match="made from another text, moe2gguf texts 1"):
-        plan_conversion(folder, Options(load_calibration=kept[1], calibration=tmp_path / "other.txt"))
+        plan_conversion(folder, flat_options(load_from=kept[1], text=tmp_path / "other.txt"))
 
 
 def test_another_checkpoint_is_refused(folder, kept, tmp_path):
     """Of another shape by the plan; of the same shape, for one changed number, before anything gets its name."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=128)
     with pytest.raises(PlanError, match="made for d_ff 96, the checkpoint has 128"):
-        plan_conversion(wide, Options(load_calibration=kept[1]))
+        plan_conversion(wide, flat_options(load_from=kept[1]))
     twin = checkpoints.make(tmp_path / "twin")
     weights = load_file(twin / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
     save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
 
-    options = Options(load_calibration=kept[1])
+    options = flat_options(load_from=kept[1])
 
     for write in (
         lambda: convert(twin, tmp_path / "y.gguf", options),
-        lambda: convert(twin, tmp_path / "y.gguf", dataclasses.replace(options, shard_size=200_000)),
-        lambda: write_folder(plan_conversion(twin, options), tmp_path / "y"),
+        lambda: convert(twin, tmp_path / "y.gguf", change_options(options, shard_size=200_000)),
+        lambda: write_folder(twin, tmp_path / "y", options),
     ):
         with pytest.raises(CalibrationError, match="made from another checkpoint"):
             write()
@@ -220,7 +220,7 @@ def test_damaged_and_hostile_files(folder, kept, tmp_path, change):
     bad = changed(kept[1], tmp_path / "bad", change)
 
     with pytest.raises(Moe2GgufError, match="bad"):
-        convert(folder, tmp_path / "y.gguf", Options(load_calibration=bad))
+        convert(folder, tmp_path / "y.gguf", flat_options(load_from=bad))
 
     assert ["bad"] == [path.name for path in tmp_path.iterdir()]
 
@@ -239,10 +239,10 @@ def test_a_file_of_an_older_version(folder, kept, tmp_path):
     """Where the options that are gone were off, the experts and the report are the same."""
     old = changed(kept[1], tmp_path / "old", _older)
 
-    done = convert(folder, tmp_path / "y.gguf", Options(load_calibration=old))
+    done = convert(folder, tmp_path / "y.gguf", flat_options(load_from=old))
 
     assert kept[0].read_bytes() == (tmp_path / "y.gguf").read_bytes()
-    assert done.layers == convert(folder, tmp_path / "z.gguf", Options(load_calibration=kept[1])).layers
+    assert done.layers == convert(folder, tmp_path / "z.gguf", flat_options(load_from=kept[1])).layers
 
 
 def test_orders_that_are_no_permutation(folder, kept, tmp_path):
@@ -258,7 +258,7 @@ def test_orders_that_are_no_permutation(folder, kept, tmp_path):
         (tmp_path / "bad").write_bytes(data)
 
         with pytest.raises(CalibrationError, match="layer 2 does not place every neuron once"):
-            convert(folder, tmp_path / "y.gguf", Options(load_calibration=tmp_path / "bad"))
+            convert(folder, tmp_path / "y.gguf", flat_options(load_from=tmp_path / "bad"))
 
 
 def test_other_files_are_refused(folder, tmp_path):
@@ -266,28 +266,28 @@ def test_other_files_are_refused(folder, tmp_path):
     (tmp_path / "text").write_text("hello")
     for path in (tmp_path / "text", folder / "model.safetensors"):
         with pytest.raises(CalibrationError, match="not a calibration that --save-calibration wrote"):
-            plan_conversion(folder, Options(load_calibration=path))
+            plan_conversion(folder, flat_options(load_from=path))
 
 
 def test_an_existing_file_is_not_replaced(folder, kept, tmp_path):
     """Said before the calibration starts."""
     before = kept[1].read_bytes()
     with pytest.raises(OutputError, match="exists"):
-        convert(folder, tmp_path / "y.gguf", Options(**QUICK, used=4, save_calibration=kept[1]))
+        convert(folder, tmp_path / "y.gguf", flat_options(**QUICK, used=4, save_to=kept[1]))
 
     assert before == kept[1].read_bytes()
 
 
 def test_nothing_to_keep_is_refused(folder, kept, tmp_path):
     """All experts on, or a calibration that was kept already; and the file itself is no place for it."""
-    for options in (Options(experts=8), Options(load_calibration=kept[1])):
+    for options in (flat_options(experts=8), flat_options(load_from=kept[1])):
         with pytest.raises(PlanError, match="--save-calibration: "):
-            plan_conversion(folder, dataclasses.replace(options, save_calibration=tmp_path / "new"))
-    options = Options(**QUICK, used=4, shard_size=200_000)
+            plan_conversion(folder, change_options(options, save_to=tmp_path / "new"))
+    options = flat_options(**QUICK, used=4, shard_size=200_000)
     shard = tmp_path / f"y-00001-of-{len(plan_conversion(folder, options).shards):05}.gguf"
     for size, place in ((None, tmp_path / "y"), (200_000, shard)):
         with pytest.raises(OutputError, match="is the file to write already"):
-            convert(folder, tmp_path / "y", dataclasses.replace(options, shard_size=size, save_calibration=place))
+            convert(folder, tmp_path / "y", change_options(options, shard_size=size, save_to=place))
 
     assert [] == list(tmp_path.iterdir())
 

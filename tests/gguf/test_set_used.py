@@ -4,12 +4,13 @@ import checkpoints
 import gguf
 import numpy as np
 import pytest
+from flat_options import flat_options
 from llama_logits import llama_logits, llama_logits_at
 
-from moe2gguf import Options, convert, verify
+from moe2gguf import convert, verify
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.set_used import set_used
-from moe2gguf.recipes import source
+from moe2gguf.recipes import draft
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
 
 def test_the_count_changes_and_nothing_else(folder, tmp_path):
     """llama.cpp runs the new count by default; the rest of the file keeps its bytes."""
-    path = convert(folder, tmp_path / "x.gguf", Options(experts=8)).path
+    path = convert(folder, tmp_path / "x.gguf", flat_options(experts=8)).path
     before = path.read_bytes()
 
     set_used(path, 3)
@@ -41,7 +42,7 @@ def test_the_count_changes_and_nothing_else(folder, tmp_path):
 @pytest.mark.parametrize(("k", "words"), [(0, "at least 1"), (9, "there are only 8")])
 def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
     """They would abort llama.cpp."""
-    path = convert(folder, tmp_path / "x.gguf", Options(experts=8)).path
+    path = convert(folder, tmp_path / "x.gguf", flat_options(experts=8)).path
 
     with pytest.raises(GGUFError, match=words):
         set_used(path, k)
@@ -49,7 +50,7 @@ def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
 
 def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
     """Amplified for 4 of 8: another count would be too loud or too quiet."""
-    options = Options(experts=8, used=4, group="activations", n_shared=0, refit=False, calibration_tokens=2048)
+    options = flat_options(experts=8, used=4, group="activations", n_shared=0, refit=False, n_token=2048)
     path = convert(folder, tmp_path / "x.gguf", options).path
 
     with pytest.raises(GGUFError, match=r"amplified for 4 of them.*--used 6"):
@@ -59,10 +60,10 @@ def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
 
 def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(folder, tmp_path, monkeypatch):
     """`any` alone serves every count; a bias for what 4 of 8 leave out does not, and verify still reads such a file."""
-    options = Options(experts=8, used=4, amplify="any", refit=False, calibration_tokens=2048)
+    options = flat_options(experts=8, used=4, amplify="any", refit=False, n_token=2048)
     set_used(convert(folder, tmp_path / "x.gguf", options).path, 6)
-    provenance = source.provenance
-    monkeypatch.setattr(source, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
+    provenance = draft.provenance
+    monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
     path = convert(folder, tmp_path / "y.gguf", options).path
 
     assert () == verify(path).problems
@@ -72,7 +73,7 @@ def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(folder, tmp_path
 
 def test_a_dense_file_has_no_count(folder, tmp_path):
     """And says so."""
-    path = convert(folder, tmp_path / "x.gguf", Options(dense=True)).path
+    path = convert(folder, tmp_path / "x.gguf", flat_options(dense=True)).path
 
     with pytest.raises(GGUFError, match="has no experts"):
         set_used(path, 1)

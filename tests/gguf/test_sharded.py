@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tiny_gguf
 from click.testing import CliRunner
+from flat_options import flat_options
 from llama_logits import llama_logits_of
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.cli.options import Size
 from moe2gguf.errors import GGUFError, OutputError, PlanError
@@ -27,7 +28,7 @@ from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import plan_quantization, quantize
 
 SIZE = 100_000
-SLICED = Options(experts=4, shard_size=SIZE)
+SLICED = flat_options(experts=4, shard_size=SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def names(folder):
 
 def test_the_set_is_the_file(dense, tmp_path):
     """Same tensors and metadata as one file, exactly the planned sizes, and llama.cpp's logits."""
-    convert(dense, tmp_path / "one.gguf", Options(experts=4))
+    convert(dense, tmp_path / "one.gguf", flat_options(experts=4))
     plan = plan_conversion(dense, SLICED)
 
     done = convert(dense, tmp_path / "out.gguf", SLICED)
@@ -66,24 +67,24 @@ def test_the_set_is_the_file(dense, tmp_path):
 
 def test_a_set_goes_in(dense, tmp_path):
     """A dense set, by any of its shards, gives the bytes that the one file gives; --dense puts it together."""
-    done = convert(dense, tmp_path / "set.gguf", Options(dense=True, shard_size=SIZE))
+    done = convert(dense, tmp_path / "set.gguf", flat_options(dense=True, shard_size=SIZE))
     second = next(tmp_path.glob("set-00002-*"))
 
-    convert(dense, tmp_path / "a.gguf", Options(experts=4))
-    convert(second, tmp_path / "b.gguf", Options(experts=4))
-    convert(second, tmp_path / "whole.gguf", Options(dense=True))
-    convert(dense, tmp_path / "same.gguf", Options(dense=True))
+    convert(dense, tmp_path / "a.gguf", flat_options(experts=4))
+    convert(second, tmp_path / "b.gguf", flat_options(experts=4))
+    convert(second, tmp_path / "whole.gguf", flat_options(dense=True))
+    convert(dense, tmp_path / "same.gguf", flat_options(dense=True))
 
     assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     a, b = (read_gguf(tmp_path / name) for name in ("a.gguf", "b.gguf"))
     assert all((a.read_tensor(tensor) == b.read_tensor(b.tensors[name])).all() for name, tensor in a.tensors.items())
     with pytest.raises(OutputError, match="is a file of the model itself"):
-        convert(done.path, second, Options(experts=4), force=True)
+        convert(done.path, second, flat_options(experts=4), force=True)
 
 
 def test_a_model_that_fits_is_one_file(dense, tmp_path):
     """Under the name that was asked for."""
-    done = convert(dense, tmp_path / "out.gguf", Options(experts=4, shard_size=10**9))
+    done = convert(dense, tmp_path / "out.gguf", flat_options(experts=4, shard_size=10**9))
 
     assert names(tmp_path) == ["out.gguf"]
     assert done.plan.to_dict()["shards"] == []
@@ -105,7 +106,7 @@ def test_existing_shards_are_kept_unless_forced(dense, tmp_path):
 
 def test_sizes_that_are_too_small_name_what_does_not_fit(dense, tmp_path):
     """In the plan, before anything is written: one sentence, and the size that it gives is enough, to the byte."""
-    for options in (Options(experts=4), Options(dense=True)):
+    for options in (flat_options(experts=4), flat_options(dense=True)):
         for size in (50_000, 1000, 0, -5):
             with pytest.raises(PlanError) as caught:
                 plan_conversion(dense, dataclasses.replace(options, shard_size=size))
@@ -170,7 +171,7 @@ def tensors_of(path):
 def test_a_quantized_set_is_the_quantized_file(dense, tmp_path):
     """Of one file and of a set alike: its tensors, its metadata, the planned sizes, and llama.cpp's logits."""
     one = quantize(dense, tmp_path / "one.gguf", TypeOptions("q8_0")).path
-    source = convert(dense, tmp_path / "f32.gguf", Options(dense=True, shard_size=SIZE)).path
+    source = convert(dense, tmp_path / "f32.gguf", flat_options(dense=True, shard_size=SIZE)).path
     plan = plan_quantization(source, TypeOptions("q8_0"), shard_size=40_000)
 
     done = quantize(source, tmp_path / "out.gguf", TypeOptions("q8_0"), shard_size=40_000)
@@ -235,7 +236,7 @@ def test_shards_of_another_type_are_foreign(dense, tmp_path):
 SLOW = """
 import contextlib, sys, time
 from pathlib import Path
-from moe2gguf import Options, convert
+from moe2gguf import convert
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
@@ -254,9 +255,9 @@ def slowly(self, target):
 Path.replace = slowly
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 if sys.argv[3] == "convert":
-    convert(source, target, Options(experts=4, shard_size=100_000), threads=1, progress=slow)
+    convert(source, target, flat_options(experts=4, shard_size=100_000), threads=1, progress=slow)
 elif sys.argv[3] == "one":
-    convert(source, target, Options(experts=4), threads=1, progress=slow)
+    convert(source, target, flat_options(experts=4), threads=1, progress=slow)
 else:
     quantize(source, target, TypeOptions("q8_0"), shard_size=40_000, threads=1, progress=slow)
 """
@@ -346,10 +347,10 @@ def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbe
     before = names(tmp_path)
 
     for source, options, difference in (
-        (dense, Options(experts=4, shard_size=150_000), "shard size: 100000 there, 150000 now"),
-        (dense, Options(experts=4), "shard size: 100000 there, none now"),
-        (dense, Options(experts=2, shard_size=SIZE), "experts: 4 there, 2 now"),
-        (dense, Options(experts=4, shard_size=SIZE, type="f16"), "type: auto there, f16 now"),
+        (dense, flat_options(experts=4, shard_size=150_000), "shard size: 100000 there, 150000 now"),
+        (dense, flat_options(experts=4), "shard size: 100000 there, none now"),
+        (dense, flat_options(experts=2, shard_size=SIZE), "experts: 4 there, 2 now"),
+        (dense, flat_options(experts=4, shard_size=SIZE, type="f16"), "type: auto there, f16 now"),
         (other, SLICED, "other.gguf: none there, other.gguf of"),
     ):
         with pytest.raises(OutputError, match=rf"(?s)out.gguf.partial: holds.*  - {difference}.*--no-res"):
@@ -365,7 +366,7 @@ def test_a_set_and_a_file_give_way_to_each_other(dense, tmp_path, undisturbed):
     """What another kind of job left under the same name is replaced where the user starts anew; other files are not."""
     target = tmp_path / "out.gguf"
     killed(dense, target, "write", 8)
-    one = convert(dense, target, Options(experts=4), resume=False).path
+    one = convert(dense, target, flat_options(experts=4), resume=False).path
     assert names(tmp_path) == ["out.gguf"]
     one.rename(tmp_path / "out.gguf.partial")
 

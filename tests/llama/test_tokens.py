@@ -3,9 +3,10 @@
 import checkpoints
 import numpy as np
 import pytest
+from flat_options import flat_options
 from tiny_tokenizers import byte_level_bpe, llama_json_only, sentencepiece_model
 
-from moe2gguf import Options, convert
+from moe2gguf import convert
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.hf.folder import open_checkpoint
@@ -35,7 +36,7 @@ def test_ids_and_first_token_are_the_folders(folder, tmp_path, name):
     for path in folder.glob("*token*"):
         path.unlink()
     assert 450 == TOKENIZERS[name](folder)
-    convert(folder, tmp_path / "x.gguf", Options(dense=True))
+    convert(folder, tmp_path / "x.gguf", flat_options(dense=True))
     special = "" if name == "tokenizer.model" else " <|end|> </s>"
     text = Text(read_text(None).text[:100_000] + special + "\n\n\n  über 🚀 \t end ", "x")
 
@@ -49,8 +50,8 @@ def test_ids_and_first_token_are_the_folders(folder, tmp_path, name):
 
 def test_a_set_of_shards_has_one_vocabulary(folder, tmp_path):
     """The first file names it."""
-    convert(folder, tmp_path / "one.gguf", Options(dense=True))
-    done = convert(folder, tmp_path / "out.gguf", Options(dense=True, shard_size=130_000))
+    convert(folder, tmp_path / "one.gguf", flat_options(dense=True))
+    done = convert(folder, tmp_path / "out.gguf", flat_options(dense=True, shard_size=130_000))
 
     ids, first = read_tokens(done.path, "Hello world")
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny_gguf
 from click.testing import CliRunner
+from flat_options import flat_options
 from html_page import Page
 from reference import reference_routing
 
-from moe2gguf import Options, convert
+from moe2gguf import convert
 from moe2gguf.cli import cli
 from moe2gguf.cli.tables_expert_usage import experts as show
 from moe2gguf.errors import HarnessError
@@ -153,7 +154,7 @@ def test_a_converted_file_carries_its_calibrations_load(tmp_path: Path) -> None:
     """The load is in the metadata; on the calibration's own text llama.cpp runs nearly the same experts."""
     folder, text = checkpoints.make(tmp_path / "model"), tmp_path / "text"
     text.write_text(TEXT * 40)
-    convert(folder, tmp_path / "m.gguf", Options(experts=8, used=4, calibration=text, calibration_tokens=1024))
+    convert(folder, tmp_path / "m.gguf", flat_options(experts=8, used=4, text=text, n_token=1024))
     file = read_gguf(tmp_path / "m.gguf")
     load = np.array(file.metadata[CALIBRATION_LOAD], np.float64).reshape(3, 8)
     np.testing.assert_allclose(load.sum(axis=1), 4, rtol=1e-6)

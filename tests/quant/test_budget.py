@@ -14,7 +14,7 @@ from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.types import named
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.quant import budget
-from moe2gguf.quant.budget import Option, choose, fitting, hull, reachable, solve
+from moe2gguf.quant.budget import Option, choose_under_budget, find_range, list_types, lower_hull, spend_budget
 
 Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
 
@@ -41,9 +41,9 @@ def test_the_choice_is_the_best_but_for_one_step(tensors, extra):
         for combination in itertools.product(*options.values())
         if sum(one.n_bytes for one in combination) <= limit
     )
-    steps = [a.error - b.error for choices in options.values() for a, b in itertools.pairwise(hull(choices))]
+    steps = [a.error - b.error for choices in options.values() for a, b in itertools.pairwise(lower_hull(choices))]
 
-    found = solve(options, limit)
+    found = spend_budget(options, limit)
 
     assert best - 1e-9 <= found.error <= best + max(steps, default=0) + 1e-9
 
@@ -53,8 +53,8 @@ def test_the_hull_drops_what_is_never_best():
     a, b, c, d = (Option(Q8_0, n, e) for n, e in ((10, 9.0), (20, 3.0), (30, 2.9), (40, 1.0)))
     worse = [Option(Q4_0, 10, 9.5), Option(Q4_0, 25, 4.0)]
 
-    assert [a, b, d] == hull([d, c, *worse, b, a])
-    assert [b] == hull([b])
+    assert [a, b, d] == lower_hull([d, c, *worse, b, a])
+    assert [b] == lower_hull([b])
 
 
 def test_bytes_go_to_the_tensor_that_gains():
@@ -64,7 +64,7 @@ def test_bytes_go_to_the_tensor_that_gains():
     exact[:, ::32] = -8
     tensors = [tensor("blk.0.attn_q.weight", exact), tensor("blk.0.attn_k.weight", rng.standard_normal((64, 64)))]
 
-    found = choose(tensors, (), types.n_bytes((64, 64), Q4_0) + types.n_bytes((64, 64), Q8_0), threads=2)
+    found = choose_under_budget(tensors, (), types.n_bytes((64, 64), Q4_0) + types.n_bytes((64, 64), Q8_0), threads=2)
 
     assert {"blk.0.attn_q.weight": Q4_0, "blk.0.attn_k.weight": Q8_0} == found.types
     assert 0 < found.error < 1e-4
@@ -76,11 +76,11 @@ def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch, kind):
     rng = np.random.default_rng(1)
     rows, means = rng.standard_normal((2, 8, 64)), rng.random((2, 64)).astype(np.float32)
     means[0] = 1
-    monkeypatch.setattr(budget, "fitting", lambda *_, **__: [named(kind)])
+    monkeypatch.setattr(budget, "list_types", lambda *_, **__: [named(kind)])
 
-    flat = choose([tensor("x.weight", rows)], (), 10**9, threads=1)
+    flat = choose_under_budget([tensor("x.weight", rows)], (), 10**9, threads=1)
     monkeypatch.setattr(budget.types, "encode", unguided(budget.types.encode))
-    weighted = choose([tensor("x.weight", rows, lambda: list(means))], (), 10**9, threads=1)
+    weighted = choose_under_budget([tensor("x.weight", rows, lambda: list(means))], (), 10**9, threads=1)
 
     rounded = gguf.quants.dequantize(gguf.quants.quantize(rows.astype(np.float32), named(kind)), named(kind))
     square = (rows.astype(np.float32) - rounded.reshape(rows.shape).astype(np.float64)) ** 2
@@ -100,11 +100,13 @@ def test_which_types_a_tensor_may_have():
     narrow, wide = Entry("x.weight", (4, 96), F16), Entry("x.weight", (4, 512), F16)
 
     assert {"F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"} == {
-        kind.name for kind in fitting(narrow, guided=True)
+        kind.name for kind in list_types(narrow, guided=True)
     }
-    more = {kind.name for kind in fitting(wide, guided=True)} - {kind.name for kind in fitting(wide, guided=False)}
+    more = {kind.name for kind in list_types(wide, guided=True)} - {
+        kind.name for kind in list_types(wide, guided=False)
+    }
     assert {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"} == more
-    assert (4 * 96 // 32 * 17, 4 * 96 * 2) == reachable([narrow], ())
+    assert (4 * 96 // 32 * 17, 4 * 96 * 2) == find_range([narrow], ())
 
 
 def test_a_weight_that_is_not_finite_is_an_error():
@@ -112,4 +114,4 @@ def test_a_weight_that_is_not_finite_is_an_error():
     rows = np.ones((4, 64))
     rows[0, 3] = np.nan
     with pytest.raises(CorruptWeightError, match=r"x\.weight"):
-        choose([tensor("x.weight", rows)], (), 10**9, threads=1)
+        choose_under_budget([tensor("x.weight", rows)], (), 10**9, threads=1)

@@ -9,10 +9,11 @@ import imatrix_files
 import numpy as np
 import pytest
 import tiny_gguf
+from flat_options import change_options, flat_options
 from llama_cpp import llama_cpp as lib
 from llama_quantize import quantize as llama_quantize
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import ImportanceError, PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.reader import read_gguf
@@ -273,8 +274,8 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(("experts", "align"), [(3, 32), (4, 32)], ids=["exact", "padded"])
 def test_a_dense_matrix_is_sliced_with_the_model(checkpoint, tmp_path, experts, align):
     """convert gives the bytes that quantizing the sliced file with the sliced numbers gives; zero neurons get zero."""
-    convert(checkpoint, tmp_path / "dense.gguf", Options(dense=True))
-    convert(checkpoint, tmp_path / "sliced.gguf", Options(experts=experts, align=align))
+    convert(checkpoint, tmp_path / "dense.gguf", flat_options(dense=True))
+    convert(checkpoint, tmp_path / "sliced.gguf", flat_options(experts=experts, align=align))
     statistics = statistics_of(tmp_path / "dense.gguf")
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
     own = {name: value for name, value in statistics.items() if "ffn_" not in name}
@@ -287,7 +288,9 @@ def test_a_dense_matrix_is_sliced_with_the_model(checkpoint, tmp_path, experts, 
     own["blk.0.ffn_down_exps.weight"] = padded, counts * experts
     expected = theirs(tmp_path / "sliced.gguf", tmp_path / "theirs.gguf", "IQ4_NL", own, pure=True)
 
-    convert(checkpoint, tmp_path / "ours.gguf", Options(experts, align=align, type="iq4_nl", pure=True, imatrix=matrix))
+    convert(
+        checkpoint, tmp_path / "ours.gguf", flat_options(experts, align=align, type="iq4_nl", pure=True, imatrix=matrix)
+    )
     quantize(tmp_path / "sliced.gguf", tmp_path / "later.gguf", TypeOptions("iq4_nl", pure=True, imatrix=matrix))
 
     ours = contents(tmp_path / "ours.gguf")
@@ -300,9 +303,9 @@ def test_a_dense_matrix_is_sliced_with_the_model(checkpoint, tmp_path, experts, 
 
 def test_experts_of_a_matrix_are_not_those_of_a_new_grouping(checkpoint, tmp_path):
     """A per-expert matrix fits contiguous experts; which neurons a calibrated expert gets is not known before."""
-    convert(checkpoint, tmp_path / "sliced.gguf", Options(experts=3))
+    convert(checkpoint, tmp_path / "sliced.gguf", flat_options(experts=3))
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics_of(tmp_path / "sliced.gguf"))
-    options = Options(3, type="q4_0", pure=True, imatrix=matrix)
+    options = flat_options(3, type="q4_0", pure=True, imatrix=matrix)
     plan_conversion(checkpoint, options)
 
     with pytest.raises(PlanError, match="which neurons an expert gets is decided in this run"):
@@ -331,15 +334,15 @@ def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path):
     n, d_ff = 3, 768
     folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=d_ff, num_hidden_layers=2)
     dense, sliced, ours = (tmp_path / f"{name}.gguf" for name in ("dense", "sliced", "ours"))
-    convert(folder, dense, Options(dense=True))
+    convert(folder, dense, flat_options(dense=True))
     statistics = statistics_of(dense)
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
     kept = tmp_path / "kept"
-    calibrated = Options(n, used=2, n_shared=1, refit=True, calibration_tokens=1024, save_calibration=kept)
+    calibrated = flat_options(n, used=2, n_shared=1, refit=True, n_token=1024, save_to=kept)
 
-    convert(folder, ours, dataclasses.replace(calibrated, type="q4_k", pure=True, imatrix=matrix))
+    convert(folder, ours, change_options(calibrated, type="q4_k", pure=True, imatrix=matrix))
 
-    convert(folder, sliced, Options(load_calibration=kept))
+    convert(folder, sliced, flat_options(load_from=kept))
     own = {name: value for name, value in statistics.items() if "ffn_" not in name}
     unpermuted = {}
     for i in range(2):

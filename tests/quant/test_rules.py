@@ -191,7 +191,7 @@ def test_the_embedding_may_be_small_without_an_importance_matrix():
 
 
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
-def test_a_recipe_file(tmp_path, suffix):
+def test_a_type_rules(tmp_path, suffix):
     """TOML or JSON by its suffix; tried after the options."""
     path = tmp_path / f"recipe{suffix}"
     rules = [(r"blk\.(0|2)\..*_exps\.weight", "q6_k"), (r"blk\..*_exps\.weight", "q4_k")]
@@ -226,7 +226,7 @@ def test_a_senseless_type_rules_is_an_error(tmp_path, content):
         read_type_rules(path)
 
 
-def test_a_recipe_file_is_not_read_without_end(tmp_path):
+def test_a_type_rules_is_not_read_without_end(tmp_path):
     """A model file named by mistake costs a megabyte, not all memory."""
     path = tmp_path / "recipe.json"
     path.write_text('{"rules": []}' + " " * (1 << 20))

@@ -1,15 +1,14 @@
 """--target-size and --target-bpw: a file under the size, the rules of the user first, unreachable targets refused."""
 
-import dataclasses
-
 import checkpoints
 import imatrix_files
 import pytest
 import tiny_gguf
 from click.testing import CliRunner
+from flat_options import change_options, flat_options
 from llama_logits import llama_logits, mean_kl
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf.reader import read_gguf
@@ -98,17 +97,17 @@ def test_the_named_range_is_reachable(sliced):
 def test_convert_meets_a_target_with_and_without_a_matrix(tmp_path):
     """In one pass, in experts padded to whole blocks; an importance matrix changes what is chosen or how it is made."""
     folder = checkpoints.make(tmp_path / "model", num_hidden_layers=1)
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
     shapes = {t.name: t.shape for t in read_gguf(tmp_path / "dense.gguf").tensors.values()}
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", imatrix_files.statistics_for(shapes))
-    options = Options(4, align=32, target_bpw=8.0)
+    options = flat_options(4, align=32, target_bpw=8.0)
 
-    for name, chosen in {"plain": options, "guided": dataclasses.replace(options, imatrix=matrix)}.items():
+    for name, chosen in {"plain": options, "guided": change_options(options, imatrix=matrix)}.items():
         done = convert(folder, tmp_path / f"{name}.gguf", chosen)
         assert 7.0 <= done.plan.bits_per_weight <= 8.0
         assert read_gguf(tmp_path / f"{name}.gguf").tensors["blk.0.ffn_gate_inp.weight"].type.name == "F32"
     with pytest.raises(PlanError, match="reachable are"):
-        plan_conversion(folder, dataclasses.replace(options, target_bpw=2.0))
+        plan_conversion(folder, change_options(options, target_bpw=2.0))
 
 
 @pytest.mark.parametrize(

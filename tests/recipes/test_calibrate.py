@@ -8,15 +8,16 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from flat_options import flat_options
 from interruptions import stop_in_third_layer
 from qwen2_gguf import qwen2_gguf
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import CalibrationError, HarnessError, OutputError
 from moe2gguf.experts import saved
 
-QUICK = {"experts": 8, "used": 4, "calibration_tokens": 1024}
+QUICK = {"experts": 8, "used": 4, "n_token": 1024}
 DOWN = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
 
 
@@ -42,14 +43,14 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("calibrating")
     checkpoints.make(place / "m", intermediate_size=256)
     for kind in ("f32", "q8_0"):
-        convert(place / "m", place / f"{kind}.gguf", Options(dense=True, type=kind))
-    convert(place / "m", place / "experts.gguf", Options(**QUICK))
+        convert(place / "m", place / f"{kind}.gguf", flat_options(dense=True, type=kind))
+    convert(place / "m", place / "experts.gguf", flat_options(**QUICK))
     return place
 
 
 def test_only_the_default_text_comes_with_advice(place, tmp_path):
     (tmp_path / "text.txt").write_text("some text of the kind the model is for " * 900)
-    advised, own = (Options(**QUICK), Options(**QUICK, calibration=tmp_path / "text.txt"))
+    advised, own = (flat_options(**QUICK), flat_options(**QUICK, text=tmp_path / "text.txt"))
     assert any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", advised).warnings)
     assert not any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", own).warnings)
 
@@ -57,9 +58,9 @@ def test_only_the_default_text_comes_with_advice(place, tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"refit": True}], ids=["default", "refit"])
 def test_a_file_gives_the_experts_of_the_folder(place, tmp_path, changes):
     """With nothing said but how many are used: every tensor, bit for bit, and the same figures by layer."""
-    expected = convert(place / "m", tmp_path / "a.gguf", Options(**QUICK, **changes))
+    expected = convert(place / "m", tmp_path / "a.gguf", flat_options(**QUICK, **changes))
 
-    done = convert(place / "f32.gguf", tmp_path / "b.gguf", Options(**QUICK, **changes))
+    done = convert(place / "f32.gguf", tmp_path / "b.gguf", flat_options(**QUICK, **changes))
 
     assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
     assert expected.layers == done.layers
@@ -71,10 +72,12 @@ def test_a_file_gives_the_experts_of_the_folder(place, tmp_path, changes):
 def test_arch_qwen2_gives_the_experts_of_the_folder(tmp_path):
     """With biases, and with q and k in Hugging Face's order; the experts' rows, bit for bit."""
     folder = checkpoints.make(tmp_path / "m", "qwen2")
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
-    convert(folder, tmp_path / "a.gguf", Options(**QUICK))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
+    convert(folder, tmp_path / "a.gguf", flat_options(**QUICK))
 
-    convert(qwen2_gguf(folder, tmp_path / "dense.gguf", tmp_path / "in.gguf"), tmp_path / "b.gguf", Options(**QUICK))
+    convert(
+        qwen2_gguf(folder, tmp_path / "dense.gguf", tmp_path / "in.gguf"), tmp_path / "b.gguf", flat_options(**QUICK)
+    )
 
     assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
 
@@ -82,10 +85,10 @@ def test_arch_qwen2_gives_the_experts_of_the_folder(tmp_path):
 def test_llama3_scaling_gives_the_experts_of_the_folder(tmp_path):
     """Its divisors come from a tensor, rounded once: the same neurons in each expert, routers to float rounding."""
     folder = checkpoints.make(tmp_path / "m", "llama3-rope")
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
-    convert(folder, tmp_path / "a.gguf", Options(**QUICK, refit=False))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
+    convert(folder, tmp_path / "a.gguf", flat_options(**QUICK, refit=False))
 
-    convert(tmp_path / "dense.gguf", tmp_path / "b.gguf", Options(**QUICK, refit=False))
+    convert(tmp_path / "dense.gguf", tmp_path / "b.gguf", flat_options(**QUICK, refit=False))
 
     expected, found = tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf")
     routers = {name: (expected.pop(name), found.pop(name)) for name in list(expected) if "ffn_gate_inp" in name}
@@ -99,9 +102,9 @@ def test_llama3_scaling_gives_the_experts_of_the_folder(tmp_path):
 def test_quantized_weights_move_and_only_down_projections_are_quantized_again(tmp_path, kind, width):
     """The experts are those of the decoded model: gate and up bit for bit, the down projections rounded once more."""
     shape = {"hidden_size": 256, "intermediate_size": width, "num_hidden_layers": 1}
-    folder, options = checkpoints.make(tmp_path / "m", **shape), Options(4, 2, calibration_tokens=1024, refit=False)
-    convert(folder, tmp_path / "in.gguf", Options(dense=True, type=kind, pure=True))
-    convert(tmp_path / "in.gguf", tmp_path / "decoded.gguf", Options(dense=True, type="f32"))
+    folder, options = checkpoints.make(tmp_path / "m", **shape), flat_options(4, 2, n_token=1024, refit=False)
+    convert(folder, tmp_path / "in.gguf", flat_options(dense=True, type=kind, pure=True))
+    convert(tmp_path / "in.gguf", tmp_path / "decoded.gguf", flat_options(dense=True, type="f32"))
     convert(tmp_path / "decoded.gguf", tmp_path / "expected.gguf", options)
 
     done = convert(tmp_path / "in.gguf", tmp_path / "x.gguf", options)
@@ -119,7 +122,7 @@ def test_quantized_weights_move_and_only_down_projections_are_quantized_again(tm
 
 def test_types_are_those_that_were_asked_for(place):
     """--tensor-type for the down projections, which are then not quantized to their own type."""
-    plan = plan_conversion(place / "q8_0.gguf", Options(**QUICK, tensor_types=(r".*ffn_down_exps\.weight=f16",)))
+    plan = plan_conversion(place / "q8_0.gguf", flat_options(**QUICK, tensor_types=(r".*ffn_down_exps\.weight=f16",)))
 
     kinds = {tensor.name: tensor.type.name for tensor in plan.tensors}
     assert {"F16"} == {kinds[name] for name in DOWN}
@@ -128,16 +131,16 @@ def test_types_are_those_that_were_asked_for(place):
 
 def test_a_set_of_shards(place, tmp_path):
     """Weights and vocabulary of a model in several files, bit for bit."""
-    done = convert(place / "f32.gguf", tmp_path / "in.gguf", Options(dense=True, shard_size=200_000))
+    done = convert(place / "f32.gguf", tmp_path / "in.gguf", flat_options(dense=True, shard_size=200_000))
 
-    convert(done.path, tmp_path / "x.gguf", Options(**QUICK))
+    convert(done.path, tmp_path / "x.gguf", flat_options(**QUICK))
 
     assert_same(tensors(place / "experts.gguf"), tensors(tmp_path / "x.gguf"))
 
 
 def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monkeypatch):
     """Stopped in its third layer; another file of the same model is another job."""
-    options, done = Options(**QUICK), stop_in_third_layer(monkeypatch)
+    options, done = flat_options(**QUICK), stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(place / "f32.gguf", tmp_path / "x.gguf", options)
     with pytest.raises(OutputError, match=r"holds the unfinished work of another job:\n(.*\n)*  - checkpoint: "):
@@ -155,7 +158,7 @@ def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
     (tmp_path / "x.gguf.calibration").write_text("mine")
 
     with pytest.raises(OutputError, match=r"x\.gguf\.calibration: cannot be created \(File exists\)"):
-        convert(place / "m", tmp_path / "x.gguf", Options(**QUICK))
+        convert(place / "m", tmp_path / "x.gguf", flat_options(**QUICK))
 
     assert ["x.gguf.calibration"] == [path.name for path in tmp_path.iterdir()]
 
@@ -163,16 +166,16 @@ def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
 def test_a_calibration_is_kept_and_used_again(place, tmp_path):
     """For the file it was made from: the same bytes. The folder's weights are other ones, as far as can be told."""
     kept = tmp_path / "kept.calibration"
-    convert(place / "q8_0.gguf", tmp_path / "a.gguf", Options(**QUICK, save_calibration=kept))
+    convert(place / "q8_0.gguf", tmp_path / "a.gguf", flat_options(**QUICK, save_to=kept))
 
-    convert(place / "q8_0.gguf", tmp_path / "b.gguf", Options(load_calibration=kept))
+    convert(place / "q8_0.gguf", tmp_path / "b.gguf", flat_options(load_from=kept))
 
     assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
     assert (256, 8, 4) == tuple(
         getattr(saved.read_calibration(kept).record, name) for name in ("d_ff", "n_expert", "n_expert_used")
     )
     with pytest.raises(CalibrationError, match="other weights, or those of a GGUF file"):
-        convert(place / "m", tmp_path / "c.gguf", Options(load_calibration=kept))
+        convert(place / "m", tmp_path / "c.gguf", flat_options(load_from=kept))
 
 
 def test_the_command_plans_and_reports(place, tmp_path):
@@ -197,6 +200,6 @@ def test_without_llama_cpp_nothing_is_left(place, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "broken")
 
     with pytest.raises(HarnessError, match=r"token ids come from llama.cpp .*pip install 'moe2gguf\[run\]'"):
-        convert(place / "f32.gguf", tmp_path / "x.gguf", Options(**QUICK))
+        convert(place / "f32.gguf", tmp_path / "x.gguf", flat_options(**QUICK))
 
     assert ["broken"] == [path.name for path in tmp_path.iterdir()]

@@ -11,13 +11,14 @@ import checkpoints
 import gguf
 import numpy as np
 import pytest
+from flat_options import flat_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_logits import llama_logits, llama_logits_at, mean_kl
 from reference import reference_logits
 from safetensors.numpy import load_file, save_file
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import CorruptWeightError, OutputError, PlanError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.hf.safetensors import INDEX
@@ -44,8 +45,8 @@ def test_dense_and_sliced_files_equal_transformers(made, family, tmp_path):
     """F32, at positions past every original context: the same logits as transformers' own forward pass."""
     folder = made(family)
     expected = checkpoints.torch_logits(folder, TOKENS)
-    convert(folder, tmp_path / "dense.gguf", Options(dense=True))
-    convert(folder, tmp_path / "sliced.gguf", Options(experts=4))
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
+    convert(folder, tmp_path / "sliced.gguf", flat_options(experts=4))
 
     for name in ("dense.gguf", "sliced.gguf"):
         logits = llama_logits(tmp_path / name, TOKENS)
@@ -58,7 +59,7 @@ def test_dense_and_sliced_files_equal_transformers(made, family, tmp_path):
 @pytest.mark.parametrize("align", [1, 32])
 def test_every_count_equals_the_numpy_graph(made, align, tmp_path):
     """k = 1 .. n of a file whose experts need padding (96 neurons in 5 experts), against the textbook graph."""
-    convert(made("llama"), tmp_path / "sliced.gguf", Options(experts=5, align=align))
+    convert(made("llama"), tmp_path / "sliced.gguf", flat_options(experts=5, align=align))
     counts = [1, 2, 3, 4, 5]
 
     for k, logits in zip(counts, llama_logits_at(tmp_path / "sliced.gguf", TOKENS[:40], counts), strict=True):
@@ -96,11 +97,11 @@ def test_mixtral_options(tmp_path):
         tmp_path / "m", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, head_dim=16
     )
 
-    convert(folder, tmp_path / "out.gguf", Options(used=3))
+    convert(folder, tmp_path / "out.gguf", flat_options(used=3))
 
     assert (4, 3) == counts_of(tmp_path / "out.gguf")
     with pytest.raises(PlanError, match="has 4 experts already") as caught:
-        plan_conversion(folder, Options(experts=8, dense=True))
+        plan_conversion(folder, flat_options(experts=8, dense=True))
     assert 2 == len(caught.value.refusals)
 
 
@@ -109,7 +110,7 @@ def test_mixtral_options(tmp_path):
 def test_every_type_from_every_type(tmp_path, dtype, kind):
     """The tensors have the planned types and the sliced weights are the checkpoint's, to the type's precision."""
     folder = checkpoints.make(tmp_path / "model", dtype=dtype, intermediate_size=128)
-    convert(folder, tmp_path / "out.gguf", Options(experts=4, type=kind, allow_fallback=True))
+    convert(folder, tmp_path / "out.gguf", flat_options(experts=4, type=kind, allow_fallback=True))
 
     stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     down = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].astype(np.float32)
@@ -137,9 +138,9 @@ def test_the_plan_is_the_file(made, tmp_path_factory, experts, align, kind, tied
     """Exact size, names, shapes and types, before a tensor is read; padding is exactly zero."""
     folder = made("llama-tied" if tied else "llama")
     out = tmp_path_factory.mktemp("plan") / "out.gguf"
-    plan = plan_conversion(folder, Options(experts=experts, align=align, type=kind))
+    plan = plan_conversion(folder, flat_options(experts=experts, align=align, type=kind))
 
-    convert(folder, out, Options(experts=experts, align=align, type=kind))
+    convert(folder, out, flat_options(experts=experts, align=align, type=kind))
 
     assert plan.file_size == out.stat().st_size
     tensors = gguf.GGUFReader(out).tensors
@@ -185,7 +186,7 @@ def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path):
 
 def test_metadata_says_what_was_done(made, tmp_path):
     """Hyper-parameters, provenance, no key that arch `llama` misreads."""
-    done = convert(made("llama"), tmp_path / "out.gguf", Options(experts=5, used=5, align=32))
+    done = convert(made("llama"), tmp_path / "out.gguf", flat_options(experts=5, used=5, align=32))
     fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()}
 
     assert {
@@ -250,11 +251,11 @@ def test_f16_overflow_after_the_amplification(tmp_path, value, fits):
     save_file(tensors, folder / "model.safetensors")
 
     if fits:
-        convert(folder, tmp_path / "out.gguf", Options(type="f16"))
+        convert(folder, tmp_path / "out.gguf", flat_options(type="f16"))
     else:
         with pytest.raises(CorruptWeightError, match=r"down_proj.*--type bf16"):
-            convert(folder, tmp_path / "out.gguf", Options(type="f16"))
-        convert(folder, tmp_path / "out.gguf", Options(type="bf16"))
+            convert(folder, tmp_path / "out.gguf", flat_options(type="f16"))
+        convert(folder, tmp_path / "out.gguf", flat_options(type="bf16"))
 
 
 def test_all_refusals_at_once(tmp_path):
@@ -317,7 +318,7 @@ def test_tied_embeddings_ignore_a_stored_head_and_old_files_their_frequencies(tm
 def test_each_bad_option_is_refused_with_the_way_out(made, options, words):
     """By the plan, so before anything is written."""
     with pytest.raises(PlanError) as caught:
-        plan_conversion(made("llama"), Options(**options))
+        plan_conversion(made("llama"), flat_options(**options))
 
     assert words in str(caught.value)
 
@@ -326,27 +327,27 @@ def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path):
     """The limit of llama.cpp's graph, with its reason, instead of a file that kills every program."""
     folder = checkpoints.make(tmp_path / "model", num_hidden_layers=12, hidden_size=16)
     with pytest.raises(PlanError, match="the process aborts"):
-        plan_conversion(folder, Options(experts=16))
+        plan_conversion(folder, flat_options(experts=16))
     assert (16, 4) == counts_of(
-        convert(folder, tmp_path / "out.gguf", Options(experts=16, used=4, preset="exact")).path
+        convert(folder, tmp_path / "out.gguf", flat_options(experts=16, used=4, preset="exact")).path
     )
 
 
 def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(made, tmp_path):
     """96 neurons in 8 experts of 12, padded to 32: 8 * 32 - 96 zero neurons."""
-    plan = plan_conversion(made("llama"), Options(experts=8, align=32, type="q8_0"))
+    plan = plan_conversion(made("llama"), flat_options(experts=8, align=32, type="q8_0"))
 
     places = sum(t.n_bytes for t in plan.tensors if "_exps" in t.name)
     assert plan.padding_bytes == places - places * 96 // 256
-    convert(made("llama"), tmp_path / "out.gguf", Options(experts=8, align=32, type="q8_0"))
-    convert(made("llama"), tmp_path / "dense.gguf", Options(dense=True, type="q8_0"))
+    convert(made("llama"), tmp_path / "out.gguf", flat_options(experts=8, align=32, type="q8_0"))
+    convert(made("llama"), tmp_path / "dense.gguf", flat_options(dense=True, type="q8_0"))
     ours, theirs = (llama_logits(tmp_path / name, TOKENS) for name in ("out.gguf", "dense.gguf"))
     assert mean_kl(theirs, ours) < 1e-3
 
 
 def test_speed_bounds_by_hand(made):
     """All experts: a little under 1, for the router is read too. Half of them: the arithmetic of bytes."""
-    plan = plan_conversion(made("llama"), Options(experts=4))
+    plan = plan_conversion(made("llama"), flat_options(experts=4))
     sizes = {tensor.name: tensor.n_bytes for tensor in plan.tensors}
     experts = sum(size for name, size in sizes.items() if "_exps" in name)
     other = sum(sizes.values()) - experts - sizes["token_embd.weight"]
@@ -359,14 +360,14 @@ def test_speed_bounds_by_hand(made):
 
 def test_fewer_experts_with_a_zero_router_is_one_clear_warning(made):
     """Never shipped silently; and all experts give no warning."""
-    (warning,) = plan_conversion(made("llama"), Options(used=4, preset="exact")).warnings
+    (warning,) = plan_conversion(made("llama"), flat_options(used=4, preset="exact")).warnings
     assert "not be coherent" in warning
     assert () == plan_conversion(made("llama")).warnings
 
 
 def test_a_number_of_experts_that_is_no_power_of_two_is_said_to_round(made):
     """The amplification is then not exact in the file's type."""
-    assert "not a power of two" in plan_conversion(made("llama"), Options(experts=6)).warnings[0]
+    assert "not a power of two" in plan_conversion(made("llama"), flat_options(experts=6)).warnings[0]
 
 
 def test_targets(made, tmp_path):
@@ -392,9 +393,9 @@ def test_a_folder_of_links_gives_the_same_bytes(made, place, tmp_path):
     folder.mkdir(parents=True)
     for number, path in enumerate(sorted(made("llama").iterdir())):
         (folder / path.name).symlink_to(shutil.copyfile(path, blobs / str(number)))
-    convert(made("llama"), tmp_path / "real.gguf", Options(name="Tiny"))
+    convert(made("llama"), tmp_path / "real.gguf", flat_options(name="Tiny"))
 
-    done = convert(folder, tmp_path / "links.gguf", Options(name="Tiny"))
+    done = convert(folder, tmp_path / "links.gguf", flat_options(name="Tiny"))
 
     assert (tmp_path / "real.gguf").read_bytes() == (tmp_path / "links.gguf").read_bytes()
     assert (place == "links") == any("links to other places" in warning for warning in done.plan.warnings)
@@ -431,7 +432,7 @@ def test_the_model_card_becomes_metadata(tmp_path):
     assert expected == {key: metadata[key] for key in expected}
     checkpoints.rewrite_config(folder, _name_or_path=str(Path("/home/me/secret")))
     assert "secret" not in json.dumps(plan_conversion(folder).to_dict()["metadata"])
-    assert "Mine" == plan_conversion(folder, Options(name="Mine")).metadata["general.name"]
+    assert "Mine" == plan_conversion(folder, flat_options(name="Mine")).metadata["general.name"]
 
 
 @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ def test_a_senseless_model_card_is_an_error_or_nothing_never_a_crash(tmp_path, f
 
 def test_a_conversion_is_described_by_json_ready_values(made, tmp_path):
     """What --json prints."""
-    done = convert(made("llama"), tmp_path / "out.gguf", Options(experts=4))
+    done = convert(made("llama"), tmp_path / "out.gguf", flat_options(experts=4))
 
     values = json.loads(json.dumps(done.to_dict()))
 
@@ -471,10 +472,10 @@ def test_a_conversion_is_described_by_json_ready_values(made, tmp_path):
 def test_a_preset_in_one_pass(tmp_path):
     """Experts padded to 256, types like the dense parent's, file type and bits per weight in metadata and plan."""
     folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=512, dtype="bfloat16")
-    options = Options(experts=4, align=256, type="q4_k_m", tensor_types=(r"blk\.0\.ffn_up_exps\.weight=q8_0",))
+    options = flat_options(experts=4, align=256, type="q4_k_m", tensor_types=(r"blk\.0\.ffn_up_exps\.weight=q8_0",))
 
     done = convert(folder, tmp_path / "out.gguf", options)
-    dense = plan_conversion(folder, Options(dense=True, type="q4_k_m"))
+    dense = plan_conversion(folder, flat_options(dense=True, type="q4_k_m"))
 
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     stored = {t.name: t.tensor_type.name for t in reader.tensors}
@@ -491,10 +492,10 @@ def test_a_preset_in_one_pass(tmp_path):
 def test_q4_k_that_does_not_fit_offers_the_ways_out(made):
     """24 wide experts in a 64 wide model: every misfit at once, nothing silent; allowed, each is listed."""
     with pytest.raises(PlanError) as caught:
-        plan_conversion(made("llama"), Options(experts=4, type="q4_k_m"))
+        plan_conversion(made("llama"), flat_options(experts=4, type="q4_k_m"))
     assert any("--align 256" in text and "--allow-fallback" in text for text in caught.value.refusals)
 
-    plan = plan_conversion(made("llama"), Options(experts=4, type="q4_k_m", allow_fallback=True))
+    plan = plan_conversion(made("llama"), flat_options(experts=4, type="q4_k_m", allow_fallback=True))
 
     assert any("Q4_K does not fit" in text and "Q5_0 instead" in text for text in plan.warnings)
     assert {fallback["used"] for fallback in plan.to_dict()["fallbacks"]} == {"Q5_0", "Q8_0", "F16"}
@@ -503,7 +504,7 @@ def test_q4_k_that_does_not_fit_offers_the_ways_out(made):
 SLOW = """
 import sys, time, contextlib
 from pathlib import Path
-from moe2gguf import Options, convert
+from moe2gguf import convert
 
 @contextlib.contextmanager
 def slow(stage, total):
@@ -512,21 +513,21 @@ def slow(stage, total):
         time.sleep(0.02)
     yield advance
 
-convert(Path(sys.argv[1]), Path(sys.argv[2]), Options(experts=4), threads=1, progress=slow)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), flat_options(experts=4), threads=1, progress=slow)
 """
 
 
 def test_a_killed_conversion_goes_on_where_it_was(made, tmp_path):
     """SIGKILL twice: the third run reuses what was done and gives the same bytes, the digest of the source included."""
     folder, undisturbed, target = made("llama"), tmp_path / "undisturbed.gguf", tmp_path / "out.gguf"
-    digest = convert(folder, undisturbed, Options(experts=4)).source_digest
+    digest = convert(folder, undisturbed, flat_options(experts=4)).source_digest
     for step in (4, 30):
         with subprocess.Popen([sys.executable, "-c", SLOW, folder, target], stdout=subprocess.PIPE) as process:
             for _ in range(step):
                 process.stdout.readline()
             process.kill()
 
-    done = convert(folder, target, Options(experts=4))
+    done = convert(folder, target, flat_options(experts=4))
 
     assert done.reused > 5
     assert digest == done.source_digest
@@ -537,10 +538,10 @@ def test_a_killed_conversion_goes_on_where_it_was(made, tmp_path):
 def test_an_f32_file_equals_the_folder_it_came_from(made, tmp_path):
     """Folder to experts, and folder to dense GGUF to experts: the same tensors, byte for byte."""
 
-    convert(made("llama"), tmp_path / "dense.gguf", Options(dense=True))
+    convert(made("llama"), tmp_path / "dense.gguf", flat_options(dense=True))
     for n, scale in ((4, False), (6, True)):
-        convert(made("llama"), tmp_path / "direct.gguf", Options(experts=n, expert_scale=scale), force=True)
-        convert(tmp_path / "dense.gguf", tmp_path / "out.gguf", Options(experts=n), force=True)
+        convert(made("llama"), tmp_path / "direct.gguf", flat_options(experts=n, expert_scale=scale), force=True)
+        convert(tmp_path / "dense.gguf", tmp_path / "out.gguf", flat_options(experts=n), force=True)
 
         direct, out = (read_gguf(tmp_path / name) for name in ("direct.gguf", "out.gguf"))
         assert set(direct.tensors) == set(out.tensors)

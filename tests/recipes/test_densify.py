@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from flat_options import flat_options
 from llama_logits import llama_logits
 from safetensors.numpy import load_file, save_file
 
-from moe2gguf import Options, TypeOptions, convert, plan_conversion, quantize
+from moe2gguf import TypeOptions, convert, quantize
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, PlanError
-from moe2gguf.recipes import source
+from moe2gguf.recipes import draft
 from moe2gguf.recipes.densify import densify, join_experts
 from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
-ROUTED = {"calibration_tokens": 1024, "refit": False}
+ROUTED = {"n_token": 1024, "refit": False}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def dense(tmp_path_factory):
 
 def sliced(dense, out, options):
     """A folder of experts of it."""
-    return write_folder(plan_conversion(dense, options), out).path
+    return write_folder(dense, out, options).path
 
 
 def bytes_of(folder):
@@ -52,7 +53,9 @@ def test_two_experts_by_hand():
     assert [[5.0, 10.0, 15.0]] == one["down"].tolist()
 
 
-@pytest.mark.parametrize("options", [Options(experts=4), Options(experts=4, align=32), Options(experts=8)])
+@pytest.mark.parametrize(
+    "options", [flat_options(experts=4), flat_options(experts=4, align=32), flat_options(experts=8)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contiguous_slices_fold_back_bit_for_bit(options, dtype, tmp_path):
     """Amplification 4 or 8, with and without padding: every tensor is the checkpoint's own."""
@@ -73,7 +76,7 @@ def test_contiguous_slices_fold_back_bit_for_bit(options, dtype, tmp_path):
 
 def test_grouped_slices_fold_back_to_the_same_neurons(dense, tmp_path):
     """Activations decide the groups: the neurons come back in another order, each bit for bit with its column."""
-    folder = sliced(dense, tmp_path / "sliced", Options(experts=8, used=4, **ROUTED))
+    folder = sliced(dense, tmp_path / "sliced", flat_options(experts=8, used=4, **ROUTED))
 
     densify(folder, tmp_path / "back")
 
@@ -93,8 +96,8 @@ def test_grouped_slices_fold_back_to_the_same_neurons(dense, tmp_path):
 
 def test_a_file_folds_back_to_the_dense_file(dense, tmp_path):
     """GGUF to GGUF: the tensors of `convert --dense`, bit for bit, and llama.cpp runs it."""
-    convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
-    convert(dense, tmp_path / "dense.gguf", Options(dense=True))
+    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
+    convert(dense, tmp_path / "dense.gguf", flat_options(dense=True))
 
     densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
 
@@ -110,8 +113,8 @@ def test_a_file_folds_back_to_the_dense_file(dense, tmp_path):
 def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path):
     """More rows in a layer's experts than one read takes; the set is named by its last shard."""
     dense = checkpoints.make(tmp_path / "dense", intermediate_size=6000, num_hidden_layers=1)
-    convert(dense, tmp_path / "sliced.gguf", Options(experts=4, shard_size=2 * 10**6))
-    convert(dense, tmp_path / "dense.gguf", Options(dense=True))
+    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4, shard_size=2 * 10**6))
+    convert(dense, tmp_path / "dense.gguf", flat_options(dense=True))
     shards = sorted(tmp_path.glob("sliced-*.gguf"))
 
     densify(shards[-1], tmp_path / "back.gguf")
@@ -124,7 +127,7 @@ def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path):
 
 def test_quantized_experts_become_numbers(dense, tmp_path):
     """A q8_0 file: its projections are written as F32 with the values that the blocks stand for."""
-    convert(dense, tmp_path / "sliced.gguf", Options(experts=2, align=32))
+    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=2, align=32))
     quantize(tmp_path / "sliced.gguf", tmp_path / "q8.gguf", TypeOptions("q8_0"))
 
     densify(tmp_path / "q8.gguf", tmp_path / "back.gguf")
@@ -138,7 +141,7 @@ def test_quantized_experts_become_numbers(dense, tmp_path):
 
 def test_experts_weighed_by_the_input_are_refused(dense, tmp_path):
     """`--amplify any`: no dense model computes the same, so a folder and a file are refused with the way out."""
-    options = Options(experts=4, used=2, amplify="any", **ROUTED)
+    options = flat_options(experts=4, used=2, amplify="any", **ROUTED)
     folder = sliced(dense, tmp_path / "sliced", options)
     convert(folder, tmp_path / "sliced.gguf")
 
@@ -150,9 +153,9 @@ def test_experts_weighed_by_the_input_are_refused(dense, tmp_path):
 
 def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypatch):
     """All experts together are not the dense model then; nothing in the metadata but this key tells."""
-    provenance = source.provenance
-    monkeypatch.setattr(source, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
-    convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
+    provenance = draft.provenance
+    monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
+    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
 
     with pytest.raises(PlanError, match="a bias neuron"):
         densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
@@ -160,7 +163,7 @@ def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypat
 
 def test_even_experts_of_another_program_fold_back(dense, tmp_path):
     """Zero routers and no metadata of ours: each expert counts 1/n, and transformers computes the same."""
-    folder = sliced(dense, tmp_path / "sliced", Options(experts=4, preset="exact"))
+    folder = sliced(dense, tmp_path / "sliced", flat_options(experts=4, preset="exact"))
     checkpoints.rewrite_config(folder, moe2gguf={"moe2gguf.slicing.expert_count": 4})
 
     assert "even" == densify(folder, tmp_path / "back").how
@@ -171,7 +174,7 @@ def test_even_experts_of_another_program_fold_back(dense, tmp_path):
 
 def test_a_file_without_a_projection_is_refused(dense, tmp_path):
     """A tensor that the metadata promises is missing: named before anything is written."""
-    convert(dense, tmp_path / "sliced.gguf", Options(experts=4))
+    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
     data = (tmp_path / "sliced.gguf").read_bytes().replace(b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_op_exps.weight")
     (tmp_path / "sliced.gguf").write_bytes(data)
 
@@ -183,7 +186,7 @@ def test_a_file_without_a_projection_is_refused(dense, tmp_path):
 
 def test_a_dense_model_is_refused(dense, tmp_path):
     """There is nothing to fold, in a folder or in a file."""
-    convert(dense, tmp_path / "dense.gguf", Options(dense=True))
+    convert(dense, tmp_path / "dense.gguf", flat_options(dense=True))
 
     with pytest.raises(PlanError, match="dense already"):
         densify(dense, tmp_path / "out")
@@ -193,7 +196,7 @@ def test_a_dense_model_is_refused(dense, tmp_path):
 
 def test_the_command(dense, tmp_path):
     """One line on stdout, and the folder converts like the first one."""
-    folder = sliced(dense, tmp_path / "sliced", Options(experts=4))
+    folder = sliced(dense, tmp_path / "sliced", flat_options(experts=4))
 
     done = CliRunner().invoke(cli, ["densify", str(folder), str(tmp_path / "back")])
 

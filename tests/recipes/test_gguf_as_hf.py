@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flat_options import flat_options
 from qwen2_gguf import qwen2_gguf
 from safetensors.numpy import load_file
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.forward import Layers
 from moe2gguf.gguf.dense_model import open_dense
@@ -23,7 +24,7 @@ IDS = np.arange(5, 69).reshape(2, 32)
 
 def dense(folder, path, **options):
     """The checkpoint as a dense GGUF file."""
-    convert(folder, path, Options(dense=True, **options))
+    convert(folder, path, flat_options(dense=True, **options))
     return path
 
 
@@ -128,9 +129,9 @@ def test_what_the_modules_do_not_compute_is_refused(tmp_path, change, words):
     with pytest.raises(
         PlanError, match=rf"{words}; convert its Hugging Face folder.*--load-calibration.*--preset exact"
     ):
-        plan_conversion(tmp_path / "x.gguf", Options(experts=4, used=2))
+        plan_conversion(tmp_path / "x.gguf", flat_options(experts=4, used=2))
 
-    plan_conversion(tmp_path / "x.gguf", Options(experts=4, used=2, preset="exact"))
+    plan_conversion(tmp_path / "x.gguf", flat_options(experts=4, used=2, preset="exact"))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_rotary_settings_that_are_no_numbers(tmp_path, key, kind, value):
     (tmp_path / "x.gguf").write_bytes(g.LlamaFile().set(f"llama.rope.{key}", kind, value).bytes())
 
     with pytest.raises(PlanError, match=rf"llama.rope.{key}: expected a finite number above zero, found"):
-        plan_conversion(tmp_path / "x.gguf", Options(experts=2))
+        plan_conversion(tmp_path / "x.gguf", flat_options(experts=2))
 
 
 def test_odd_heads(tmp_path):
@@ -156,4 +157,4 @@ def test_odd_heads(tmp_path):
     (tmp_path / "x.gguf").write_bytes(g.LlamaFile(d_model=15, n_head=1, n_head_kv=1).bytes())
 
     with pytest.raises(PlanError, match="heads of 15: the rotary embedding needs pairs"):
-        plan_conversion(tmp_path / "x.gguf", Options(experts=2))
+        plan_conversion(tmp_path / "x.gguf", flat_options(experts=2))

@@ -10,9 +10,10 @@ import torch
 import transformers
 from chosen_experts import chosen_experts
 from click.testing import CliRunner
+from flat_options import flat_options
 from safetensors.numpy import load_file, save_file
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, HealError
 from moe2gguf.experts.heal.log import LayerLine, ScoreLine, StepLine
@@ -51,8 +52,8 @@ def models(tmp_path_factory):
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     text = root / "text.txt"
     text.write_text(read_text(None).text[:40000])
-    options = Options(experts=8, used=4, calibration_tokens=1024, refit=False)
-    return dense, write_folder(plan_conversion(dense, options), root / "sliced").path, text
+    options = flat_options(experts=8, used=4, n_token=1024, refit=False)
+    return dense, write_folder(dense, root / "sliced", options).path, text
 
 
 def run(models, out, settings, **changes):

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from flat_options import flat_options
 from llama_logits import llama_logits_at
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.recipes import write_folder as shards
@@ -19,12 +20,12 @@ from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
 HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen2", "llama-bias"))]
-CALIBRATED = Options(experts=4, used=2, calibration_tokens=1024, refit=True, amplify="any")
+CALIBRATED = flat_options(experts=4, used=2, n_token=1024, refit=True, amplify="any")
 
 
 def write(folder, out, options, **settings):
     """The folder `out` of the checkpoint `folder`."""
-    return write_folder(plan_conversion(folder, options), out, **settings).path
+    return write_folder(folder, out, options, **settings).path
 
 
 def tensors_of(path):
@@ -46,7 +47,7 @@ def hf_logits(folder, k):
 def test_with_all_experts_transformers_computes_the_dense_model(family, tmp_path):
     """Every family that fits: rotary settings, head sizes and tied embeddings survive; 1e-3 in float32."""
     dense = checkpoints.make(tmp_path / "dense", family)
-    folder = write(dense, tmp_path / "sliced", Options(experts=4))
+    folder = write(dense, tmp_path / "sliced", flat_options(experts=4))
 
     assert np.abs(checkpoints.torch_logits(dense, TOKENS) - hf_logits(folder, 4)).max() <= 1e-3
 
@@ -67,7 +68,7 @@ def test_transformers_and_llama_cpp_compute_the_same_at_every_count(family, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [Options(experts=5, align=32), CALIBRATED], ids=["seed", "calibrated"])
+@pytest.mark.parametrize("options", [flat_options(experts=5, align=32), CALIBRATED], ids=["seed", "calibrated"])
 def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype, options, tmp_path):
     """Every tensor of the GGUF file, whichever way it went, and the recipe in its metadata."""
     dense = checkpoints.make(tmp_path / "dense", "llama", dtype=dtype)
@@ -84,9 +85,9 @@ def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype, option
 def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path, monkeypatch):
     """A limit of 100 kB per shard: several files, every tensor named once, the same logits."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
-    whole = write(dense, tmp_path / "whole", Options(experts=4))
+    whole = write(dense, tmp_path / "whole", flat_options(experts=4))
     monkeypatch.setattr(shards.write_shards, "__defaults__", (100_000,))
-    cut = write(dense, tmp_path / "cut", Options(experts=4))
+    cut = write(dense, tmp_path / "cut", flat_options(experts=4))
 
     names = sorted(path.name for path in cut.glob("*.safetensors"))
     assert len(names) > 2
@@ -97,7 +98,7 @@ def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path, monkeypatch):
 def test_what_the_class_cannot_hold_is_refused_with_the_reason(tmp_path):
     """Attention biases, block types, rules for single tensors: all in one list, and nothing is left behind."""
     qwen = checkpoints.make(tmp_path / "qwen", "qwen2")
-    rules = Options(experts=4, type="q8_0", align=32, tensor_types=(r"blk\.0\..*=f32",))
+    rules = flat_options(experts=4, type="q8_0", align=32, tensor_types=(r"blk\.0\..*=f32",))
 
     with pytest.raises(PlanError) as caught:
         write(qwen, tmp_path / "out", rules)
@@ -108,7 +109,7 @@ def test_what_the_class_cannot_hold_is_refused_with_the_reason(tmp_path):
         if word in line
     ]
     with pytest.raises(PlanError, match="source again"):
-        write(qwen, tmp_path / "out", Options(dense=True))
+        write(qwen, tmp_path / "out", flat_options(dense=True))
     assert ["qwen"] == [path.name for path in tmp_path.iterdir()]
 
 
@@ -117,15 +118,15 @@ def test_only_a_folder_of_ours_is_replaced(tmp_path):
     dense = checkpoints.make(tmp_path / "dense", "llama")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    out = write(dense, tmp_path / "out", Options(experts=4))
+    out = write(dense, tmp_path / "out", flat_options(experts=4))
 
     with pytest.raises(OutputError, match="--force"):
-        write(dense, out, Options(experts=2))
+        write(dense, out, flat_options(experts=2))
     with pytest.raises(OutputError, match="was not written by moe2gguf"):
-        write(dense, tmp_path / "mine", Options(experts=2), force=True)
+        write(dense, tmp_path / "mine", flat_options(experts=2), force=True)
     with pytest.raises(OutputError, match="the model itself"):
-        write(dense, dense, Options(experts=2), force=True)
-    write(dense, out, Options(experts=2), force=True)
+        write(dense, dense, flat_options(experts=2), force=True)
+    write(dense, out, flat_options(experts=2), force=True)
 
     assert 2 == json.loads((out / "config.json").read_text())["num_local_experts"]
     assert ["dense", "mine", "out"] == sorted(path.name for path in tmp_path.iterdir())
@@ -141,7 +142,7 @@ def test_a_failure_leaves_no_folder(tmp_path):
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(Exception, match="NaN or infinity"):
-        write(dense, tmp_path / "out", Options(experts=4))
+        write(dense, tmp_path / "out", flat_options(experts=4))
 
     assert ["dense"] == [path.name for path in tmp_path.iterdir()]
 
@@ -149,7 +150,7 @@ def test_a_failure_leaves_no_folder(tmp_path):
 def test_hostile_provenance_is_left_out(tmp_path):
     """Only short plain values under our own names reach the metadata of a file."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
-    folder = write(dense, tmp_path / "out", Options(experts=4))
+    folder = write(dense, tmp_path / "out", flat_options(experts=4))
     bad = {"moe2gguf.slicing.x": [1], "llama.block_count": 7, "moe2gguf.slicing.y": "a" * 1000, "moe2gguf.slicing.z": 1}
     checkpoints.rewrite_config(folder, moe2gguf=bad)
 

@@ -22,7 +22,7 @@ from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.quant.presets import FILE_TYPE_NAMES, PRESETS
 from moe2gguf.quant.rules import TypeOptions
-from moe2gguf.recipes.quantize import network_of, plan_quantization, quantize
+from moe2gguf.recipes.quantize import describe_network, plan_quantization, quantize
 
 TOKENS = [1, *np.random.default_rng(0).integers(3, 300, 60).tolist()]
 UNGUIDED = [
@@ -291,14 +291,14 @@ def test_a_set_of_shards_is_quantized_as_one(tmp_path):
 
 def test_the_network_of_a_file_and_of_a_hostile_one(dense, sliced, tmp_path):
     """From the metadata; a missing number and a billion layers are errors, not a crash or a long wait."""
-    assert (2, 4, 2, 256, False, 0) == dataclasses.astuple(network_of(read_gguf(dense)))[1:7]
-    assert 4 == network_of(read_gguf(sliced)).n_expert
+    assert (2, 4, 2, 256, False, 0) == dataclasses.astuple(describe_network(read_gguf(dense)))[1:7]
+    assert 4 == describe_network(read_gguf(sliced)).n_expert
     for n, words in ((None, "block_count is missing"), (10**9, "1000000000 layers, but only 1 tensors")):
         keys = [g.key("general.architecture", "str", "llama")] + ([g.key("llama.block_count", "u32", n)] if n else [])
         keys += [g.key("llama.attention.head_count", "u32", 4)]
         (tmp_path / "bad").write_bytes(g.gguf(keys, [g.f32("a.weight", (2, 64))]))
         with pytest.raises(GGUFError, match=re.escape(words)):
-            network_of(read_gguf(tmp_path / "bad"))
+            describe_network(read_gguf(tmp_path / "bad"))
 
 
 def test_the_plan_is_the_file(dense, tmp_path):

@@ -8,17 +8,18 @@ import llama_quantize
 import numpy as np
 import pytest
 import tiny_gguf
+from flat_options import flat_options
 from gguf import GGMLQuantizationType as GGMLType
 from llama_logits import llama_logits_at, llama_logits_of, mean_kl
 
-from moe2gguf import Options, convert, plan_conversion
+from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import CheckpointError, CorruptWeightError, GGUFError, OutputError, PlanError
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.gguf.dense_model import open_dense
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.hf.safetensors import SourceDigest
-from moe2gguf.recipes.tensors_gguf import output_tensors, requantized, stored_tensors
-from moe2gguf.recipes.tensors_hf import Experts
+from moe2gguf.recipes.tensors import ExpertSource
+from moe2gguf.recipes.tensors_gguf import find_requantized, make_blocks, mark_copied, plan_tensors
 from moe2gguf.spec import Method, Slicing
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
@@ -83,8 +84,8 @@ def assert_same_weights(source, out, d_ff=1024):
 @pytest.mark.parametrize("name", ["F32", *TYPES])
 def test_all_experts_are_the_dense_weights_bit_for_bit(dense, tmp_path, name):
     """Decoded by the gguf package; types and the other tensors' bytes unchanged, and the plan says so."""
-    plan = plan_conversion(dense(name), Options(experts=N))
-    convert(dense(name), tmp_path / "out.gguf", Options(experts=N))
+    plan = plan_conversion(dense(name), flat_options(experts=N))
+    convert(dense(name), tmp_path / "out.gguf", flat_options(experts=N))
 
     assert_same_weights(dense(name), tmp_path / "out.gguf")
     before, after = (read_gguf(path) for path in (dense(name), tmp_path / "out.gguf"))
@@ -102,7 +103,7 @@ def test_llama_cpp_computes_the_same(dense, tmp_path):
     """k = n: the logits of the dense file, up to the order of sums and the rounding of activations, in every type."""
     paths = []
     for name in TYPES:
-        convert(dense(name), tmp_path / f"{name}.gguf", Options(experts=N))
+        convert(dense(name), tmp_path / f"{name}.gguf", flat_options(experts=N))
         paths += [dense(name), tmp_path / f"{name}.gguf"]
 
     found = llama_logits_of(paths, TOKENS)
@@ -118,7 +119,7 @@ def test_scale_tensors_leave_the_weights_alone(tmp_path, n, asked, name):
     source = tiny(tmp_path / "F32.gguf", d_ff=256 * n)
     llama_quantize.quantize(source, tmp_path / "in.gguf", gguf.LlamaFileType[f"MOSTLY_{name}"], pure=True)
 
-    done = convert(tmp_path / "in.gguf", tmp_path / "out.gguf", Options(experts=n, expert_scale=asked))
+    done = convert(tmp_path / "in.gguf", tmp_path / "out.gguf", flat_options(experts=n, expert_scale=asked))
 
     after = numbers(tmp_path / "out.gguf")
     np.testing.assert_array_equal(np.full(n, n, np.float32), after["blk.1.ffn_down_exps.scale"])
@@ -144,8 +145,8 @@ def test_qwen2_becomes_llama(tmp_path, kind, fused):
     if kind == "q8_0":
         llama_quantize.quantize(source, source := tmp_path / "q.gguf", gguf.LlamaFileType.MOSTLY_Q8_0)
 
-    convert(source, tmp_path / "dense.gguf", Options(dense=True))
-    convert(source, tmp_path / "out.gguf", Options(experts=2))
+    convert(source, tmp_path / "dense.gguf", flat_options(dense=True))
+    convert(source, tmp_path / "out.gguf", flat_options(experts=2))
 
     names = ["dense.gguf", "out.gguf"]
     expected, *found = llama_logits_of([source, *(tmp_path / name for name in names)], TOKENS)
@@ -167,7 +168,7 @@ def test_everything_else_is_carried_over(tmp_path):
     path = tmp_path / "in.gguf"
     path.write_bytes(g.gguf(list(model.keys.values()), list(model.tensors.values()), alignment=64))
 
-    convert(path, tmp_path / "out.gguf", Options(experts=2))
+    convert(path, tmp_path / "out.gguf", flat_options(experts=2))
 
     before, after = read_gguf(path), read_gguf(tmp_path / "out.gguf")
     changed = {"llama.feed_forward_length": 32, "llama.expert_count": 2, "llama.expert_used_count": 2}
@@ -181,7 +182,7 @@ def test_everything_else_is_carried_over(tmp_path):
 
 def test_name_and_type_change_their_keys(dense, tmp_path):
     """--name, and --type, which quantizes anew and says what was quantized before."""
-    done = convert(dense("Q8_0"), tmp_path / "out.gguf", Options(experts=N, name="Other", type="q4_0"))
+    done = convert(dense("Q8_0"), tmp_path / "out.gguf", flat_options(experts=N, name="Other", type="q4_0"))
 
     file = read_gguf(tmp_path / "out.gguf")
     assert ("Other", 2) == (file.metadata["general.name"], file.metadata["general.file_type"])
@@ -200,16 +201,16 @@ def test_blocks_that_slices_cut_are_refused_with_every_way_out(tmp_path):
     llama_quantize.quantize(source, path := tmp_path / "in.gguf", gguf.LlamaFileType.MOSTLY_Q4_K_S, pure=True)
 
     with pytest.raises(PlanError) as caught:
-        plan_conversion(path, Options(experts=4))
+        plan_conversion(path, flat_options(experts=4))
     for way in ("--align 256", "--experts", "--allow-fallback", "--tensor-type"):
         assert way in str(caught.value)
 
-    convert(path, tmp_path / "padded.gguf", Options(experts=4, align=256))
+    convert(path, tmp_path / "padded.gguf", flat_options(experts=4, align=256))
     assert_same_weights(path, tmp_path / "padded.gguf", d_ff=5 * 256)
-    convert(path, tmp_path / "five.gguf", Options(experts=5))
+    convert(path, tmp_path / "five.gguf", flat_options(experts=5))
     assert_same_weights(path, tmp_path / "five.gguf", d_ff=5 * 256)
 
-    done = convert(path, tmp_path / "fallback.gguf", Options(experts=4, allow_fallback=True))
+    done = convert(path, tmp_path / "fallback.gguf", flat_options(experts=4, allow_fallback=True))
     kinds = {tensor.name: tensor.type.name for tensor in done.plan.tensors}
     assert ("Q5_0", "Q4_K") == (kinds["blk.0.ffn_down_exps.weight"], kinds["blk.0.ffn_gate_exps.weight"])
     assert [tensor.name for tensor in done.plan.tensors if not tensor.copied and tensor.type != GGMLType.F32] == [
@@ -220,23 +221,23 @@ def test_blocks_that_slices_cut_are_refused_with_every_way_out(tmp_path):
     assert mean_kl(expected, found[0]) <= 1e-4
     assert 1e-5 <= mean_kl(expected, found[1]) <= 0.05
 
-    convert(path, tmp_path / "typed.gguf", Options(experts=4, tensor_types=(r".*ffn_down_exps\.weight=q8_0",)))
+    convert(path, tmp_path / "typed.gguf", flat_options(experts=4, tensor_types=(r".*ffn_down_exps\.weight=q8_0",)))
 
 
 def test_a_grouping_that_moves_neurons(dense):
     """Any order of neurons: gate and up are the dense rows bit for bit, only the down projection is quantized again."""
     source = open_dense(dense("Q8_0"))
     order = np.random.default_rng(0).permutation(1024).reshape(N, 256)
-    recipe = Method(group="activations", n_shared=None, router="least-squares")
-    slicing = Slicing(N, N, 256, recipe, grain=32)
+    method = Method(group="activations", n_shared=None, router="least-squares")
+    slicing = Slicing(N, N, 256, method, grain=32)
     layer = LayerExperts(order, np.zeros((N, 256), np.float32), np.full(N, N, np.float32))
-    kinds = {entry.name: entry.type for entry in stored_tensors(source, slicing)}
 
-    tensors = output_tensors(source, slicing, Experts(layer), SourceDigest(), kinds)
+    tensors = mark_copied(source, slicing, plan_tensors(source, slicing))
 
     def made(name):
         (tensor,) = (tensor for tensor in tensors if tensor.name == f"blk.1.ffn_{name}_exps.weight")
-        return tensor.copied, np.stack([np.asarray(block) for block in tensor.blocks()])
+        blocks = make_blocks(tensor, source, ExpertSource(lambda _: layer), SourceDigest())
+        return tensor.copied, np.stack([np.asarray(block) for block in blocks])
 
     before = numbers(dense("Q8_0"))
     for name in ("gate", "up"):
@@ -248,7 +249,7 @@ def test_a_grouping_that_moves_neurons(dense):
     copied, down = made("down")
     assert not copied
     np.testing.assert_array_equal(before["blk.1.ffn_down.weight"][:, order].swapaxes(0, 1) * N, down)
-    groups = requantized(source, slicing, kinds)
+    groups = find_requantized(source, slicing, tensors)
     assert {"Q8_0 to Q8_0": [f"blk.{i}.ffn_down_exps.weight" for i in range(2)]} == groups
 
 
@@ -260,10 +261,10 @@ def test_more_experts_than_blocks(tmp_path):
     with pytest.raises(
         PlanError, match=r"4 experts of 256 neurons cut through the blocks of 256.*\(3 blocks\)"
     ) as caught:
-        plan_conversion(path, Options(experts=4, align=256))
+        plan_conversion(path, flat_options(experts=4, align=256))
     assert "--align" not in str(caught.value)
 
-    done = convert(path, tmp_path / "out.gguf", Options(experts=4, align=256, allow_fallback=True))
+    done = convert(path, tmp_path / "out.gguf", flat_options(experts=4, align=256, allow_fallback=True))
 
     assert any("2 tensors are decoded and quantized again, Q6_K to Q6_K" in line for line in done.plan.warnings)
     assert mean_kl(*llama_logits_of([path, tmp_path / "out.gguf"], TOKENS)) <= 0.01
@@ -271,7 +272,7 @@ def test_more_experts_than_blocks(tmp_path):
 
 def test_used_counts_run_as_planned(dense, tmp_path):
     """--preset exact --used 2 --amplify used: factor 2, k = 2 in the file, and llama.cpp runs every count."""
-    convert(dense("Q8_0"), tmp_path / "out.gguf", Options(experts=N, used=2, preset="exact", amplify="used"))
+    convert(dense("Q8_0"), tmp_path / "out.gguf", flat_options(experts=N, used=2, preset="exact", amplify="used"))
 
     file = read_gguf(tmp_path / "out.gguf")
     assert 2 == file.metadata["llama.expert_used_count"]
@@ -304,7 +305,7 @@ def test_files_that_are_no_dense_llama_are_refused(tmp_path, change, words):
     (tmp_path / "in.gguf").write_bytes(model.bytes())
 
     with pytest.raises(PlanError, match=words):
-        plan_conversion(tmp_path / "in.gguf", Options(experts=2))
+        plan_conversion(tmp_path / "in.gguf", flat_options(experts=2))
 
 
 def test_other_refusals(dense, tmp_path):
@@ -318,7 +319,7 @@ def test_other_refusals(dense, tmp_path):
     with pytest.raises(CheckpointError, match="neither a Hugging Face model folder nor a GGUF file"):
         plan_conversion(tmp_path / "absent")
     with pytest.raises(OutputError, match="is a file of the model itself"):
-        convert(dense("Q8_0"), dense("Q8_0"), Options(experts=4), force=True)
+        convert(dense("Q8_0"), dense("Q8_0"), flat_options(experts=4), force=True)
 
 
 def test_a_scale_that_would_overflow_names_the_way_out(tmp_path):
@@ -331,15 +332,15 @@ def test_a_scale_that_would_overflow_names_the_way_out(tmp_path):
     (tmp_path / "in.gguf").write_bytes(model.bytes())
 
     with pytest.raises(CorruptWeightError, match=r"blk\.\d\.ffn_down\.weight.*--expert-scale"):
-        convert(tmp_path / "in.gguf", tmp_path / "out.gguf", Options(experts=2))
+        convert(tmp_path / "in.gguf", tmp_path / "out.gguf", flat_options(experts=2))
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
-    convert(tmp_path / "in.gguf", tmp_path / "out.gguf", Options(experts=2, expert_scale=True))
+    convert(tmp_path / "in.gguf", tmp_path / "out.gguf", flat_options(experts=2, expert_scale=True))
 
 
 def test_equal_inputs_give_equal_bytes(dense, tmp_path):
     """No time, no path."""
     for name in ("a.gguf", "b.gguf"):
-        convert(dense("Q4_K_S"), tmp_path / name, Options(experts=N), threads=1 if name == "a.gguf" else 3)
+        convert(dense("Q4_K_S"), tmp_path / name, flat_options(experts=N), threads=1 if name == "a.gguf" else 3)
 
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

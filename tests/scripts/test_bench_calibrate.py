@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from flat_options import flat_options
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import bench_calibrate as bench
 
-from moe2gguf import Options, plan_conversion
+from moe2gguf import plan_conversion
 
 
 def test_its_checkpoints_can_be_calibrated(tmp_path: Path) -> None:
@@ -18,8 +19,8 @@ def test_its_checkpoints_can_be_calibrated(tmp_path: Path) -> None:
     size = bench.Size(1024, 1, 128, 256)
     bench.checkpoint(tmp_path / "model", size)
 
-    options = Options(experts=16, used=8, refit=True, calibration_tokens=1024)
-    model = plan_conversion(tmp_path / "model", options).checkpoint.model
+    options = flat_options(experts=16, used=8, refit=True, n_token=1024)
+    model = plan_conversion(tmp_path / "model", options).model
 
     assert (1, 128, 256) == (model.n_layer, model.d_model, model.d_ff)
 

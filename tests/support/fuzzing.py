@@ -28,13 +28,14 @@ import hypothesis
 import imatrix_files
 import numpy as np
 import tiny_tokenizers
+from flat_options import flat_options
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from moe2gguf import Options, TypeOptions, inspect, plan_conversion, verify
+from moe2gguf import TypeOptions, inspect, plan_conversion, verify
 from moe2gguf.errors import ImportanceError, Moe2GgufError
+from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
 from moe2gguf.quant.imatrix_match import guide
 from moe2gguf.quant.imatrix_use import neurons_of
@@ -220,7 +221,7 @@ def read_gguf_file(folder: Path) -> None:
     verify(path, threads=1)
     for step in (
         lambda: inspect(path).to_dict(),
-        lambda: plan_conversion(path, Options(experts=2)).to_dict(),
+        lambda: plan_conversion(path, flat_options(experts=2)).to_dict(),
         lambda: plan_quantization(path, TypeOptions("q8_0", allow_fallback=True)).to_dict(),
     ):
         allowed(step)
@@ -228,7 +229,7 @@ def read_gguf_file(folder: Path) -> None:
 
 def plan_and_show(path: Path) -> None:
     """Plan two experts, and the plan as JSON."""
-    plan_conversion(path, Options(experts=2)).to_dict()
+    plan_conversion(path, flat_options(experts=2)).to_dict()
 
 
 def merge_and_check(matrices: Sequence[ImportanceMatrix]) -> None:
@@ -260,12 +261,13 @@ def read_matrices(folder: Path) -> None:
 def guide_model(path: Path, found: list[ImportanceMatrix]) -> None:
     """Each number that a kernel would be given is sound, and there are as many as it reads."""
     file = read_model(path)
-    tensors = [OutputTensor(tensor.name, tensor.shape, tensor.type) for tensor in file.tensors.values()]
+    tensors = [Entry(tensor.name, tensor.shape, tensor.type) for tensor in file.tensors.values()]
     for matrix, repair in itertools.product(found, ("none", "ones")):
         guidance = guide(matrix, tensors, neurons_of(file), repair)
         str([*guidance.refusals(file.tensors), *guidance.warnings]).encode()
-        for tensor in guidance.attached(tensors):
-            rows = tensor.importance() if tensor.importance else []
+        for tensor in tensors:
+            importance = guidance.importance.get(tensor.name)
+            rows = importance() if importance else []
             assert not rows or len(rows) == math.prod(tensor.shape[:-2])
             for row in rows:
                 assert row is None or (row.shape == tensor.shape[-1:] and np.isfinite(row).all() and (row >= 0).all())
@@ -281,7 +283,7 @@ def require_sound_sums(matrix: ImportanceMatrix) -> None:
 
 def read_folder(folder: Path) -> None:
     """The plan of a conversion, which reads all files but the weights' data."""
-    allowed(lambda: plan_conversion(folder, Options(experts=2)).to_dict())
+    allowed(lambda: plan_conversion(folder, flat_options(experts=2)).to_dict())
 
 
 def allowed(step: Callable[[], object]) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import checkpoints
 import sweeps
 import tiny_gguf
+from flat_options import flat_options
 
-from moe2gguf import Options, convert
+from moe2gguf import convert
 from moe2gguf.gguf.resume import Journal, Piece
 from moe2gguf.measure import imatrix
 from moe2gguf.measure.compare import compare
@@ -38,18 +39,18 @@ def make_inputs(folder: Path) -> Path:
 
 def run_convert(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
     """One file, tensor by tensor."""
-    convert(inputs / "dense.gguf", out, Options(experts=2 if changed else 4), threads=1, resume=resume)
+    convert(inputs / "dense.gguf", out, flat_options(experts=2 if changed else 4), threads=1, resume=resume)
 
 
 def run_convert_shards(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
     """A set of files, tensor by tensor."""
-    options = Options(experts=4, shard_size=90_000 if changed else 100_000)
+    options = flat_options(experts=4, shard_size=90_000 if changed else 100_000)
     convert(inputs / "dense.gguf", out, options, threads=1, resume=resume)
 
 
 def run_calibration(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
     """Experts that fit a text, layer by layer, in the model's folder."""
-    options = Options(experts=4, used=2, calibration_tokens=1024, seed=1 if changed else 0, device="cpu")
+    options = flat_options(experts=4, used=2, n_token=1024, seed=1 if changed else 0, device="cpu")
     convert(inputs / "warm", out, options, threads=1, resume=resume)
 
 
@@ -83,7 +84,7 @@ def run_compare(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
 JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "convert": (run_convert, "experts: 4 there, 2 now"),
     "convert-shards": (run_convert_shards, "shard size: 100000 there, 90000 now"),
-    "calibration": (run_calibration, "seed: 0 there, 1 now"),
+    "text": (run_calibration, "seed: 0 there, 1 now"),
     "quantize": (run_quantize, "pure: False there, True now"),
     "imatrix": (run_imatrix, "--tokens: 128 there, 96 now"),
     "compare": (run_compare, None),

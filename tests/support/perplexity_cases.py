@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny_gguf
+from flat_options import flat_options
 
-from moe2gguf import Options, convert
+from moe2gguf import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).resolve().parents[1] / "recorded"
@@ -65,8 +66,8 @@ def tiny(folder: Path) -> Case:
 
 def smollm2(folder: Path, model: Path) -> Case:
     """SmolLM2-135M-Instruct in F16 and in Q4_0, on the text of this project's license."""
-    convert(model, folder / "smollm2-f16.gguf", Options(dense=True, type="f16"))
-    convert(model, folder / "smollm2-q4_0.gguf", Options(dense=True, type="q4_0", allow_fallback=True))
+    convert(model, folder / "smollm2-f16.gguf", flat_options(dense=True, type="f16"))
+    convert(model, folder / "smollm2-q4_0.gguf", flat_options(dense=True, type="q4_0", allow_fallback=True))
     text = (ROOT / "LICENSE").read_text("ascii")
     return Case("smollm2", folder / "smollm2-f16.gguf", folder / "smollm2-q4_0.gguf", None, text, 256, 4)
 

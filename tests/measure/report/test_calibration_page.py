@@ -7,9 +7,10 @@ from pathlib import Path
 import checkpoints
 import pytest
 from click.testing import CliRunner
+from flat_options import flat_options
 from html_page import Page
 
-from moe2gguf import Options, plan_conversion
+from moe2gguf import plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.measure.report.calibration import draw_figures, make_page, summarize
@@ -34,7 +35,7 @@ def layer(i, n=8):
 @pytest.fixture(scope="module")
 def done(folder):
     """A conversion that was planned, with made-up figures of three layers."""
-    plan = plan_conversion(folder, Options(experts=8, used=4))
+    plan = plan_conversion(folder, flat_options(experts=8, used=4))
     return Conversion(Path("script><b>&.gguf"), plan, "0" * 64, tuple(layer(i) for i in range(3)))
 
 
