@@ -58,6 +58,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_nbytes": (_size, (_pointer,)),
     "ggml_backend_buffer_is_host": (ctypes.c_bool, (_pointer,)),
     "ggml_backend_tensor_get": (None, (_pointer, _pointer, _size, _size)),
+    "ggml_backend_cpu_buffer_type": (_pointer, ()),
+    "ggml_backend_dev_by_type": (_pointer, (_int,)),
+    "ggml_backend_reg_by_name": (_pointer, (_text,)),
+    "ggml_backend_reg_get_proc_address": (_pointer, (_pointer, _text)),
+    "ggml_backend_reg_dev_count": (_size, (_pointer,)),
+    "ggml_backend_reg_dev_get": (_pointer, (_pointer, _size)),
 }
 """Result and arguments of each function."""
 

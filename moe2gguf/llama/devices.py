@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.ggml import declare
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.library import import_llama
 
@@ -127,9 +128,9 @@ class _Placement(ctypes.Structure):
 
 def keep_experts_on_cpu(lib: ModuleType) -> Any:
     """Return a C array of placement rules: expert tensors in the processor's memory, as llama.cpp's --cpu-moe does."""
-    cpu_memory = _get_function(lib, "ggml_backend_cpu_buffer_type")
+    cpu_memory = declare(lib._lib, "ggml_backend_cpu_buffer_type").ggml_backend_cpu_buffer_type()
     return (_Placement * 2)(
-        _Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory()), _Placement(None, None)
+        _Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory), _Placement(None, None)
     )
 
 
@@ -140,8 +141,8 @@ def _require_gpu(lib: ModuleType) -> None:
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama.cpp#L99-L109
     """
     lib.llama_supports_gpu_offload()
-    by_type = _get_function(lib, "ggml_backend_dev_by_type", ctypes.c_int)
-    if not any(by_type(kind) for kind in _GPU_TYPES):
+    ggml = declare(lib._lib, "ggml_backend_dev_by_type")
+    if not any(ggml.ggml_backend_dev_by_type(kind) for kind in _GPU_TYPES):
         raise HarnessError(
             "the installed llama.cpp has no GPU support, or sees no GPU: run vendor/install cuda|vulkan|metal "
             "(see vendor/README.md), or leave the device gpu out"
@@ -158,18 +159,18 @@ def _list_rpc_devices(lib: ModuleType, servers: Sequence[str]) -> Any:
         raise HarnessError(
             "the installed llama.cpp has no RPC: run vendor/install rpc (see vendor/README.md), or leave --rpc out"
         )
-    backend = _get_function(lib, "ggml_backend_reg_by_name", ctypes.c_char_p)(b"RPC")
-    find = _get_function(lib, "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_char_p)
-    add = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(find(backend, b"ggml_backend_rpc_add_server"))
-    count = _get_function(lib, "ggml_backend_reg_dev_count", ctypes.c_void_p, result=ctypes.c_size_t)
-    device = _get_function(lib, "ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    names = ("reg_by_name", "reg_get_proc_address", "reg_dev_count", "reg_dev_get")
+    ggml = declare(lib._lib, *(f"ggml_backend_{name}" for name in names))
+    backend = ggml.ggml_backend_reg_by_name(b"RPC")
+    address = ggml.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
+    add = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
     found = []
     for server in servers:
         _require_answer(server)
         group = add(server.encode())
         if not group:
             raise HarnessError(f"the RPC server {server} offers no device: start it with one")
-        found += [device(group, i) for i in range(count(group))]
+        found += [ggml.ggml_backend_reg_dev_get(group, i) for i in range(ggml.ggml_backend_reg_dev_count(group))]
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
@@ -180,10 +181,3 @@ def _require_answer(server: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
         raise HarnessError(f"no RPC server answers at {server!r} ({error}): give host:port of a running one") from error
-
-
-def _get_function(lib: ModuleType, name: str, *arguments: Any, result: Any = ctypes.c_void_p) -> Any:
-    """Return a function of ggml with its types, which ctypes cannot know."""
-    function = getattr(lib._lib, name)
-    function.argtypes, function.restype = arguments, result
-    return function

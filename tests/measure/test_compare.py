@@ -313,5 +313,6 @@ def test_the_command(files: dict[str, Path], tmp_path: Path) -> None:
     assert 1 == done.exit_code, done.output
     assert ["ok", "failed"] == [row["status"] for row in json.loads(done.stdout)["rows"]]
     assert 3 == len((tmp_path / "rows.csv").read_text().splitlines())
-    missing = CliRunner().invoke(cli, ["compare", *arguments, "--report", str(tmp_path / "no" / "report.html")])
+    report = str(tmp_path / "no" / "report.html")
+    missing = CliRunner().invoke(cli, ["compare", *arguments, "--force", "--report", report])
     assert isinstance(missing.exception, HarnessError)
