@@ -129,9 +129,7 @@ class _Placement(ctypes.Structure):
 def keep_experts_on_cpu(lib: ModuleType) -> Any:
     """Return a C array of placement rules: expert tensors in the processor's memory, as llama.cpp's --cpu-moe does."""
     cpu_memory = declare(lib._lib, "ggml_backend_cpu_buffer_type").ggml_backend_cpu_buffer_type()
-    return (_Placement * 2)(
-        _Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory), _Placement(None, None)
-    )
+    return (_Placement * 2)(_Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory), _Placement(None, None))
 
 
 def _require_gpu(lib: ModuleType) -> None:

@@ -59,7 +59,7 @@ def sample(
         n_sequence=draw.n_sequence,
         n_threads=threads,
         kv_type="f16",
-        repack=True,
+        repack=False,  # AMX kernels end the process on virtual machines that do not save the tiles
     )
     yield from stream_from_child(_sample, path, place_on_device(setup, device), draw, what=f"running {path}")
 
