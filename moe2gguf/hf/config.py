@@ -103,6 +103,7 @@ def _is_plain(value: object) -> bool:
 
 def read_model(values: Mapping[str, Any], family: Family, problems: list[str], warnings: list[str]) -> Model:
     """Hyper-parameters of `family` from config.json. Appends every refusal to `problems`, every note to `warnings`."""
+    values = dict(values)
     config = Config(values, problems)
     _refuse(config)
     d_model, n_head = config.integer("hidden_size"), config.integer("num_attention_heads")
@@ -116,7 +117,13 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         )
     if d_head % 2:
         problems.append(f"config.json: head_dim {d_head} is odd; the rotary embedding needs pairs")
-    experts = "num_local_experts" in values
+    experts = "router" in family.mlp[0].tensors
+    if experts and config.has("num_experts"):  # transformers reads it as another name of num_local_experts
+        n_expert = values.setdefault("num_local_experts", values["num_experts"])
+        if n_expert != values["num_experts"]:
+            problems.append(
+                f"config.json: num_local_experts is {n_expert!r} and num_experts {values['num_experts']!r}; remove one"
+            )
     flags = {field: config.flag(key) for field, key in family.config_flags} | dict.fromkeys(family.always, True)
     n_context = config.integer("max_position_embeddings")
     _warn(config, n_context, warnings)
@@ -169,16 +176,25 @@ def _warn(config: Config, n_context: int, warnings: list[str]) -> None:
 
 
 def read_rope(config: Config, family: Family) -> Rope:
-    """Rotary settings from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (transformers 5)."""
+    """Rotary settings from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (transformers 5).
+
+    Where both objects are there `rope_scaling` counts, as in transformers 5
+    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py,
+    `convert_rope_params_to_dict`); two values for one setting are a problem.
+    """
     values, problems = config.values, config.problems
-    found = [key for key in ("rope_parameters", "rope_scaling") if config.has(key)]
-    scaling: Any = values[found[0]] if found else {}
-    where = f"config.json: {found[0]}" if found else "config.json"
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        problems.append(f"{where} is {scaling!r}; expected one flat object for all layers")
-        return Rope()
-    rope = Config(scaling, problems, where)
-    theta = rope.number("rope_theta", config.number("rope_theta", family.rope_theta))
+    found = {f"config.json: {key}": values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)}
+    for where, settings in found.items():
+        if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
+            problems.append(f"{where} is {settings!r}; expected one flat object for all layers")
+            return Rope()
+    where = next(iter(found), "config.json")
+    scaling: dict[str, Any] = {**found.get(where, {})}
+    outer = {"rope_theta": values["rope_theta"]} if config.has("rope_theta") else {}
+    used = {"rope_theta": family.rope_theta, **outer, **scaling}
+    problems += _contradictions(where, used, {"config.json": outer, **found})
+    rope = Config(used, problems, where)
+    theta = rope.number("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1.0) not in (1, None):
         problems.append(f"{where}: partial_rotary_factor is not 1; arch `llama` rotates whole heads")
@@ -191,7 +207,7 @@ def read_rope(config: Config, family: Family) -> Rope:
             theta,
             "llama3",
             rope.number("factor"),
-            rope.integer("original_max_position_embeddings"),
+            rope.integer("original_max_position_embeddings", config.integer("max_position_embeddings")),
             low_freq_factor=rope.number("low_freq_factor"),
             high_freq_factor=rope.number("high_freq_factor"),
         )
@@ -201,6 +217,19 @@ def read_rope(config: Config, family: Family) -> Rope:
         f"{where}: rope type {kind!r} is not supported; llama.cpp's arch `llama` has linear, yarn and llama3"
     )
     return Rope(theta)
+
+
+def _contradictions(where: str, used: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Every setting in one of `places` that has another value in `used`, the settings read from `where` first."""
+    kind = used.get("rope_type", used.get("type", "default"))
+    used = {"partial_rotary_factor": 1.0, **used, "rope_type": kind, "type": kind}
+    return [
+        f"{place}: {key} is {value!r}, but {where}, which counts, has {used.get(key, 'none')!r}; remove the wrong one"
+        for place, settings in places.items()
+        for key, value in settings.items()
+        if value not in (None, used.get(key))
+        and not (place != where and key in ("rope_type", "type") and value == "default")  # that is: no scaling
+    ]
 
 
 def _read_yarn(rope: Config, theta: float, config: Config) -> Rope:

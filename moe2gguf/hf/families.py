@@ -52,10 +52,12 @@ class Family:
     rope_theta: float = 10000.0  # the class default in transformers, used where config.json has no rope_theta
 
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 _LAYER = "model.layers.{i}."
 
 BASE: tuple[Rule, ...] = (
-    Rule("token_embd.weight", "model.embed_tokens.weight"),
+    Rule("token_embd.weight", EMBEDDING),
     Rule("blk.{i}.attn_norm.weight", _LAYER + "input_layernorm.weight"),
     Rule("blk.{i}.attn_q.weight", _LAYER + "self_attn.q_proj.weight", permute="n_head"),
     Rule("blk.{i}.attn_q.bias", _LAYER + "self_attn.q_proj.bias", permute="n_head", when="bias_qkv"),
@@ -67,7 +69,7 @@ BASE: tuple[Rule, ...] = (
     Rule("blk.{i}.attn_output.bias", _LAYER + "self_attn.o_proj.bias", when="bias_output"),
     Rule("blk.{i}.ffn_norm.weight", _LAYER + "post_attention_layernorm.weight"),
     Rule("output_norm.weight", "model.norm.weight"),
-    Rule("output.weight", "lm_head.weight", when="untied_embeddings"),
+    Rule("output.weight", HEAD, when="untied_embeddings"),
 )
 """Every tensor of the supported families that is not part of an MLP."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CheckpointError, PlanError, VocabularyError, list_names
 from moe2gguf.hf import card, config
-from moe2gguf.hf.families import MLP, Family, expected, ignored
+from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, expected, ignored
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside, links_out_of
 from moe2gguf.hf.safetensors import DTYPES, StoredTensor, read_headers
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose description is complete and consistent; no tensor data has been read."""
+    """A checkpoint whose description is complete and consistent."""
 
     folder: Path
     model: Model
@@ -80,13 +80,14 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         warnings.append(f"{folder}: {len(links)} files are links to other places: {list_names(links)}")
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
-    tensors = _attempt(lambda: read_headers(folder), problems)
+    tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: read_headers(folder), problems)
     if model is None or family is None:
         raise PlanError(problems)
     mlp = family.mlp[0]
     if tensors is not None:
+        model, tensors = _untie(model, tensors, warnings)
         mlp = _layout(family, model, tensors)
-        tensors = _compare(model, mlp, tensors, problems, warnings)
+        tensors = _compare(model, mlp, tensors, problems)
     vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
     metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
@@ -103,23 +104,45 @@ def _attempt(step: Callable[[], T], problems: list[str]) -> T | None:
         return None
 
 
+def _untie(
+    model: Model, tensors: Mapping[str, StoredTensor], warnings: list[str]
+) -> tuple[Model, Mapping[str, StoredTensor]]:
+    """`model` and `tensors` as they are where embeddings are said to be tied and a head is stored as well.
+
+    As in transformers 5 a head of other numbers than the embedding is used, and a head without an embedding is both.
+    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_utils.py (`tie_weights`)
+    """
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if not model.tied_embeddings or head is None:
+        return model, tensors
+    if embedding is None:
+        rest = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+        return model, {**rest, EMBEDDING: replace(head, name=EMBEDDING)}
+    if head.equals(embedding):
+        warnings.append(f"{HEAD} is ignored: it equals the embedding, to which config.json ties it")
+        return model, tensors
+    warnings.append(
+        f"{HEAD} is written although config.json says tie_word_embeddings: true: its numbers are not the embedding's "
+        "(transformers 5 does the same)"
+    )
+    return replace(model, tied_embeddings=False), tensors
+
+
 def _layout(family: Family, model: Model, tensors: Mapping[str, Any]) -> MLP:
     """The layout of the family's MLP tensors that the checkpoint has the most names of."""
     return max(family.mlp, key=lambda mlp: len(expected(model, mlp).keys() & tensors.keys()))
 
 
 def _compare(
-    model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], problems: list[str], warnings: list[str]
+    model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], problems: list[str]
 ) -> dict[str, StoredTensor]:
     """The tensors the model needs; missing, unexpected and mis-shaped ones are all appended to `problems`."""
     wanted = expected(model, mlp)
     for name in wanted.keys() - tensors.keys():
-        hint = " (config.json does not say tie_word_embeddings: true)" if name == "lm_head.weight" else ""
+        hint = " (config.json does not say tie_word_embeddings: true)" if name == HEAD else ""
         problems.append(f"missing tensor: {name} {wanted[name]}{hint}")
     for name in tensors.keys() - wanted.keys():
-        if name == "lm_head.weight" and model.tied_embeddings:
-            warnings.append("lm_head.weight is ignored: config.json says that it is tied to the embedding")
-        elif not ignored(name):
+        if not ignored(name) and not (name == HEAD and model.tied_embeddings):
             problems.append(f"unexpected tensor: {name} {tensors[name].shape} has no place in a {model.architecture}")
     found = {name: tensors[name] for name in wanted if name in tensors}
     for name, tensor in found.items():

@@ -42,6 +42,7 @@ MOST_NAMES = 8
 PIECE = 1 << 20
 """Bytes that are read at once: they stay in the cache while they are hashed."""
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
@@ -80,6 +81,15 @@ class StoredTensor:
                 _read_into(file, block, self, seen)
                 yield block
 
+    def equals(self, other: StoredTensor, rows: int = 1024) -> bool:
+        """Whether `other` has the same shape and the same numbers, whatever the type."""
+        if self.shape != other.shape or not {self.dtype, other.dtype} <= DTYPES.keys():
+            return False
+        n_row = self.shape[0] if self.shape else 1
+        ours, theirs = (one.blocks(max(one.n_bytes // max(n_row, 1), 1) * rows) for one in (self, other))
+        pairs = zip(ours, theirs, strict=True)
+        return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in pairs)
+
     def is_zero(self, max_bytes: int = 1 << 24) -> bool:
         """Whether every element is zero."""
         return not any(block.any() for block in self.blocks(max_bytes))
@@ -99,8 +109,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name; reads headers only.
 
     Raises:
-        CheckpointError: no safetensors files, a missing or surplus shard, a name outside the folder, a broken
-            header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
+        CheckpointError: no safetensors files, a missing or surplus shard, a second model, a name outside the folder, a
+            broken header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
     """
     index = inside(folder, INDEX)
     files = _indexed_files(folder, index) if index.exists() else [_single_file(folder)]
@@ -120,8 +130,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 def _single_file(folder: Path) -> Path:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if "model.safetensors" in found:
-        return inside(folder, "model.safetensors")
+    if SINGLE in found:
+        return inside(folder, SINGLE)
     if len(found) == 1 and not _SHARD.fullmatch(found[0]):
         return inside(folder, found[0])
     if found:
@@ -141,11 +151,26 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: shards named in {INDEX} are missing: {list_names(missing, MOST_NAMES)}")
     stems = {match[1] for name in names if (match := _SHARD.fullmatch(name))}
     present = sorted(path.name for path in folder.glob("*.safetensors"))
+    _refuse_second_model(folder, names, files)
     if surplus := [name for name in present if name not in names and (m := _SHARD.fullmatch(name)) and m[1] in stems]:
         raise CheckpointError(
             f"{folder}: shards that {INDEX} does not name: {list_names(surplus, MOST_NAMES)}; fetch one whole set"
         )
     return files
+
+
+def _refuse_second_model(folder: Path, names: list[str], shards: list[Path]) -> None:
+    """Refuse a model.safetensors beside the shards that `names` lists, unless it holds the same tensors."""
+    single = inside(folder, SINGLE)
+    if SINGLE in names or not single.exists():
+        return
+    tensors = {tensor.name: tensor for tensor in _read_header(single)}
+    sharded = {tensor.name: tensor for shard in shards for tensor in _read_header(shard)}
+    if tensors.keys() != sharded.keys() or not all(tensors[name].equals(sharded[name]) for name in tensors):
+        raise CheckpointError(
+            f"{folder}: holds two models, {SINGLE} and the shards of {INDEX}, and they differ (transformers would load "
+            f"{SINGLE}); move away the one that you do not want"
+        )
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

@@ -1,6 +1,9 @@
 """moe2gguf.hf.config: typed reads that collect every problem, and every way rope settings are written."""
 
+import copy
+
 import pytest
+from transformers import LlamaConfig
 
 from moe2gguf.hf.config import read_family, read_model
 from moe2gguf.hf.families import FAMILIES, REFUSED
@@ -123,6 +126,68 @@ def test_rope_settings_old_and_new(changes, expected):
     model, problems, _ = read(**changes)
 
     assert ([], expected) == (problems, model.rope)
+
+
+LINEAR, LLAMA3 = {"rope_type": "linear", "factor": 2.0}, {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": PLAIN, "rope_theta": 5e5, "rope_scaling": LINEAR},
+        {"rope_parameters": PLAIN, "rope_scaling": LINEAR | {"rope_theta": 5e5}},
+        {"rope_parameters": PLAIN, "rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_scaling": {}},
+        {"rope_parameters": {}, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if not key.startswith("original")}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ],
+)
+def test_both_rope_objects_are_read_as_transformers_reads_them(changes):
+    """`rope_scaling` counts, `rope_theta` comes from the objects or from beside them."""
+    values = {key: value for key, value in GOOD.items() if key != "architectures"}
+    theirs = LlamaConfig(**values | copy.deepcopy(changes)).rope_parameters
+
+    model, problems, _ = read(**changes)
+
+    assert [] == problems
+    assert (theirs["rope_theta"], theirs["rope_type"], theirs["factor"]) == (
+        model.rope.theta, model.rope.kind, model.rope.factor,
+    )  # fmt: skip
+    assert theirs.get("original_max_position_embeddings") == model.rope.original_context
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": PLAIN, "rope_scaling": LINEAR}, "rope_parameters: rope_theta is 500000.0"),
+        ({"rope_parameters": PLAIN, "rope_theta": 1e4}, "config.json: rope_theta is 10000.0"),
+        ({"rope_parameters": LLAMA3, "rope_scaling": LINEAR}, "rope_type is 'llama3'"),
+        ({"rope_parameters": LLAMA3, "rope_scaling": {"rope_type": "default"}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": LINEAR | {"factor": 4.0}, "rope_scaling": LINEAR}, "factor is 4.0"),
+        ({"rope_scaling": LINEAR | {"type": "yarn"}}, "type is 'yarn'"),
+    ],
+)
+def test_two_values_for_one_rope_setting_are_refused(changes, words):
+    """Both are named; nobody can know which was meant."""
+    problems = read(**changes)[1]
+
+    assert any(words in problem and "remove the wrong one" in problem for problem in problems), problems
+
+
+def test_the_number_of_experts_has_two_names():
+    """transformers reads num_experts as num_local_experts; a dense family has neither, whatever config.json says."""
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 2}
+
+    assert (8, []) == (read(**mixtral, num_experts=8)[0].n_expert, read(**mixtral, num_experts=8)[1])
+    assert "num_experts 4" in read(**mixtral, num_local_experts=8, num_experts=4)[1][0]
+    assert (0, []) == (read(num_local_experts=8)[0].n_expert, read(num_local_experts=8)[1])
 
 
 def test_families_differ_by_data_only():

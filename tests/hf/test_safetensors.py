@@ -113,6 +113,18 @@ def test_a_surplus_shard_of_the_same_set_is_named(tmp_path):
     assert "model-00003-of-00003" in refused(tmp_path)
 
 
+def test_a_second_model_beside_the_shards_is_refused(tmp_path):
+    """transformers would load the single file; both are named. The same numbers twice are no contradiction."""
+    sharded(tmp_path, TWO)
+    save_file({"a": A, "b": B}, tmp_path / "model.safetensors")
+    assert {"a", "b"} == read_headers(tmp_path).keys()
+
+    for other in ({"a": A, "b": B + 1}, {"a": A}, {"a": A, "b": B[:1]}):
+        save_file(other, tmp_path / "model.safetensors")
+        message = refused(tmp_path)
+        assert "model.safetensors and the shards of model.safetensors.index.json" in message
+
+
 def test_a_tensor_in_two_shards_is_named(tmp_path):
     """Even when both agree."""
     first, second = TWO

@@ -22,6 +22,7 @@ from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import CorruptWeightError, OutputError, PlanError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.hf.safetensors import INDEX
+from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 100)]
 
@@ -301,6 +302,52 @@ def test_tied_embeddings_ignore_a_stored_head_and_old_files_their_frequencies(tm
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert plain.plan.warnings == ()
     assert ["lm_head.weight is ignored"] == [warning[:25] for warning in done.plan.warnings]
+
+
+def test_a_head_of_its_own_beside_tied_embeddings_is_written(tmp_path):
+    """A fine-tune that trained its head: transformers 5 uses the stored one; the folder form has it too."""
+    folder = checkpoints.make(tmp_path / "model", "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, folder / "model.safetensors")
+    expected = checkpoints.torch_logits(folder, TOKENS)
+
+    done = convert(folder, tmp_path / "out.gguf")
+    convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
+    write_folder(plan_conversion(folder), tmp_path / "folder")
+
+    assert any("lm_head.weight is written" in warning for warning in done.plan.warnings)
+    for name in ("out.gguf", "dense.gguf"):
+        assert np.abs(expected - llama_logits(tmp_path / name, TOKENS)).max() <= 1e-3, name
+    assert np.abs(expected - checkpoints.torch_logits(tmp_path / "folder", TOKENS)).max() <= 1e-3
+
+
+def test_a_head_without_an_embedding_is_both(tmp_path):
+    """Tied embeddings, stored under the head's name: the same file."""
+    folder = checkpoints.make(tmp_path / "model", "llama-tied")
+    convert(folder, tmp_path / "a.gguf", flat_options(name="Tiny"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    expected = checkpoints.torch_logits(folder, TOKENS)
+
+    convert(folder, tmp_path / "b.gguf", flat_options(name="Tiny"))
+
+    assert np.abs(expected - llama_logits(tmp_path / "b.gguf", TOKENS)).max() <= 1e-3
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_scaling_beside_rope_parameters_is_not_lost(tmp_path):
+    """Both generations of rope settings in one config.json: transformers' logits at positions beyond the original."""
+    folder = checkpoints.make(tmp_path / "model")
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    checkpoints.rewrite_config(folder, rope_theta=10000.0, rope_scaling=scaling)
+    assert "rope_parameters" in json.loads((folder / "config.json").read_text())
+
+    convert(folder, tmp_path / "out.gguf")
+
+    expected = checkpoints.torch_logits(folder, TOKENS)
+    assert np.abs(expected - llama_logits(tmp_path / "out.gguf", TOKENS)).max() <= 1e-3
 
 
 @pytest.mark.parametrize(
