@@ -96,16 +96,14 @@ def check(checked: Check) -> None:
     """The comparison in llama.cpp, in words."""
     console = out()
     console.print(
-        f"against {escape(checked.dense)} over {checked.n_token} tokens, {checked.n_expert_used} experts used:"
+        f"compared with {escape(checked.dense)} over {checked.n_token} tokens, {checked.n_expert_used} experts used:"
     )
     table = Table("", "largest logit difference", "KL divergence", "same top token", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
+    table.add_row("this file", f"{checked.max_difference:.2e}", f"{checked.kl_mean:.2e} nats", f"{checked.top1:.2%}")
     table.add_row(
-        "sliced - dense", f"{checked.max_difference:.2e}", f"{checked.kl_mean:.2e} nats", f"{checked.top1:.2%}"
-    )
-    table.add_row(
-        "dense - dense (noise)",
+        "dense file again (noise)",
         f"{checked.noise_max_difference:.2e}",
         f"{checked.noise_kl_mean:.2e} nats",
         f"{checked.noise_top1:.2%}",
@@ -146,7 +144,7 @@ def stream(prompt: str, pieces: Generation) -> None:
 
 def sampled(done: Sample) -> None:
     """The file and what is in it."""
-    out().print(f"{done.path}: {done.n_text:,} texts, {done.n_token:,} tokens", markup=False)
+    out().print(f"wrote {done.path}: {done.n_text:,} texts, {done.n_token:,} tokens", markup=False)
 
 
 def collection(done: Collection) -> None:
@@ -154,7 +152,7 @@ def collection(done: Collection) -> None:
     merged = f", {done.n_merged} {'matrix' if done.n_merged == 1 else 'matrices'} merged" if done.n_merged else ""
     resumed = f" ({done.n_resumed:,} of them before)" if done.n_resumed else ""
     out().print(
-        f"{done.path}: {len(done.matrix.entries)} tensors, {done.n_token:,} tokens{resumed}{merged}", markup=False
+        f"wrote {done.path}: {len(done.matrix.entries)} tensors, {done.n_token:,} tokens{resumed}{merged}", markup=False
     )
     if done.scarce:
         table = Table("layer", "experts and their tokens", box=None, pad_edge=False)

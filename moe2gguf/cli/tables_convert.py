@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moe2gguf.recipes.quantize import Quantization, QuantizationPlan
 
 WEAK = 0.95
-"""Always-on experts should run for at least this share of tokens."""
+"""Shared experts should be used by at least this share of tokens."""
 
 
 def plan(plan: Plan) -> None:
@@ -81,7 +81,7 @@ def _active(console: Console, plan: Plan) -> None:
         mark = " (file)" if k == plan.n_expert_used else ""
         table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
     console.print(table)
-    console.print("The bound is what memory bandwidth alone would allow against the dense model; measure to know.")
+    console.print("speed-up: the limit that memory bandwidth sets, relative to the dense model; bench measures it")
 
 
 def conversion(done: Conversion, checked: Check | None) -> None:
@@ -103,7 +103,7 @@ def _written(done: Conversion | Quantization) -> str:
 
 
 def _reused(done: Conversion | Quantization) -> str:
-    return f" ({done.reused} of them from the run that was stopped)" if done.reused else ""
+    return f" ({done.reused} of them from the interrupted run)" if done.reused else ""
 
 
 def densified(done: Densified) -> None:
@@ -125,8 +125,8 @@ def layers(reports: Sequence[LayerReport]) -> None:
     console = display.out()
     columns = (
         "layer",
-        "always on",
-        "for every token",
+        "shared",
+        "used by tokens",
         "energy kept",
         "best choice",
         "hit rate",
@@ -152,13 +152,16 @@ def layers(reports: Sequence[LayerReport]) -> None:
         )
     console.print(table)
     console.print(
-        "energy kept: share of the routed experts' output that the chosen ones hold (best choice: if always the "
-        "largest were chosen); load: share of tokens, least and most busy routed expert; constant: smallest value, "
-        "on tokens held out, of the direction that keeps experts always on (perfect: 1); after refit: error left"
+        "shared: number of shared experts, and the share of tokens that use them\n"
+        "energy kept: share of the routed experts' output that the chosen experts hold; best choice: the same if the "
+        "experts with the largest outputs were chosen; hit rate: share of choices that are the same\n"
+        "load: share of tokens that the least and the most used routed expert get\n"
+        "constant: smallest value, on held-out tokens, of the direction by which the router chooses the shared experts "
+        "(ideal: 1); after refit: error that the refit leaves"
     )
     if weak := [i for i, report in enumerate(reports) if report.shared_rate < WEAK]:
         display.warnings(
-            [f"always-on experts do not run for every token in layers {weak}; fewer of them may do better"]
+            [f"some tokens do not use the shared experts in layers {weak}; fewer shared experts may be better"]
         )
 
 
@@ -176,7 +179,7 @@ def _energy(done: Conversion) -> None:
             f"{k} of {plan.n_expert}{mark}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"
         )
     console.print(table)
-    console.print("energy kept: here of all experts, always-on ones included.")
+    console.print("energy kept: here of all experts, shared ones included")
 
 
 def _share(value: float | None) -> str:

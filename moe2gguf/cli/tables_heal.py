@@ -31,11 +31,12 @@ def heal_line(line: LogLine) -> None:
 
 
 def healing(done: Healing) -> None:
-    """The first and the best held-out scores by count."""
+    """The first and the best scores on held-out text, for each number of experts."""
     console = display.out()
     if scores := done.scores:
         best = min(scores, key=lambda line: line.kl_mean)
-        table = Table("experts used", "KL at first", "KL now", "perplexity now", "dense", box=None, pad_edge=False)
+        columns = ("experts used", "KL before", "KL after", "perplexity after", "of the dense model")
+        table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
         for k in best.kl:

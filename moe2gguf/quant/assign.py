@@ -120,6 +120,8 @@ def assign(
     guided: Container[str] = (),
     base: Sequence[Rule] | None = None,
     own: Sequence[Rule] | None = None,
+    *,
+    slices: bool = True,
 ) -> Assignment:
     """The type of every tensor.
 
@@ -130,6 +132,7 @@ def assign(
         guided: the names of tensors that have an importance.
         base: rules in place of those that `--type` stands for.
         own: the user's rules (None: they are read, see `own_rules`).
+        slices: whether the width of the experts can still be chosen, which refusals then advise.
 
     Raises:
         PlanError: the options name unknown types, broken patterns or an unreadable file, or the preset is not known for
@@ -149,7 +152,7 @@ def assign(
                 kind = rules[decided].type
         chosen[tensor.name] = kind
     refusals = _unused([(rule, counts[i]) for i, rule in enumerate(own)], tensors)
-    fallbacks, misfits = _fit(tensors, chosen, allow=options.allow_fallback)
+    fallbacks, misfits = _fit(tensors, chosen, allow=options.allow_fallback, slices=slices)
     refusals += [*misfits, *_unguided(tensors, chosen, options, guided)]
     used = tuple((rule, counts[i]) for i, rule in enumerate(rules) if counts[i])
     preset = FILE_TYPE_NAMES.get(options.type.upper())
@@ -174,7 +177,9 @@ def _unused(counts: Sequence[tuple[Rule, int]], tensors: Sequence[Entry]) -> lis
     return refusals
 
 
-def _fit(tensors: Sequence[Entry], chosen: dict[str, TensorType], *, allow: bool) -> tuple[list[Fallback], list[str]]:
+def _fit(
+    tensors: Sequence[Entry], chosen: dict[str, TensorType], *, allow: bool, slices: bool
+) -> tuple[list[Fallback], list[str]]:
     """Substitutes, written into `chosen`, or refusals, for the types whose blocks do not fit their rows."""
     fallbacks, misfits = [], dict[tuple[TensorType, int], list[str]]()
     for tensor in tensors:
@@ -187,7 +192,7 @@ def _fit(tensors: Sequence[Entry], chosen: dict[str, TensorType], *, allow: bool
             chosen[tensor.name] = substitute
         else:
             misfits.setdefault((kind, width), []).append(tensor.name)
-    return fallbacks, [_misfit(kind, width, names) for (kind, width), names in misfits.items()]
+    return fallbacks, [_misfit(kind, width, names, slices=slices) for (kind, width), names in misfits.items()]
 
 
 def _substitute(kind: TensorType, width: int) -> TensorType | None:
@@ -198,13 +203,14 @@ def _substitute(kind: TensorType, width: int) -> TensorType | None:
     return types.named("F16") if width % types.block_size(substitute) else substitute
 
 
-def _misfit(kind: TensorType, width: int, names: Sequence[str]) -> str:
+def _misfit(kind: TensorType, width: int, names: Sequence[str], *, slices: bool) -> str:
     block, substitute = types.block_size(kind), _substitute(kind, width)
-    ways = [f"pad the experts with --align {block}", "choose another --experts"] if _are_experts(names) else []
+    can_pad = slices and _are_experts(names)
+    ways = [f"pad the experts with --align {block}", "choose another --experts"] if can_pad else []
     if substitute:
         bits = f"{types.bits_per_weight(substitute):g} bits per weight for {types.bits_per_weight(kind):g}"
         ways.append(f"take {substitute.name} there with --allow-fallback ({bits})")
-    ways.append("give them another type with --tensor-type, or all with --type")
+    ways.append("give them another type with --tensor-type, or choose another type for all")
     return (
         f"{kind.name} needs rows whose width is a multiple of {block}, but {width} is the width of "
         f"{list_names(names)}; " + " or ".join(ways)

@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from moe2gguf.errors import PlanError
@@ -132,7 +133,7 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
         if network.architecture not in ARCHITECTURES and types.named(PRESETS[name].type) not in types.FLOATS:
             raise PlanError(
                 [
-                    f"--type {options.type}: llama.cpp's choice of types is known here for the architectures "
+                    f"type {options.type}: llama.cpp's choice of types is known here for the architectures "
                     f"{' and '.join(ARCHITECTURES)}, not for {network.architecture}; use --pure, or --type-rules"
                 ]
             )
@@ -149,10 +150,11 @@ PLAIN = tuple(kind for kind in types.NAMES if kind not in MIXES)
 
 
 def refuse_type(name: str) -> list[str]:
-    """Why `--type NAME` cannot be: a sentence, or nothing."""
+    """Why the type NAME cannot be: a sentence, or nothing."""
     if name.lower() in (AUTO, *MIXES, *PLAIN):
         return []
-    return [f"--type {name}: unknown; choose auto, {', '.join(MIXES)}, or for all matrices alike {', '.join(PLAIN)}"]
+    near = get_close_matches(name.lower().replace("-", "_"), [AUTO, *MIXES, *PLAIN], cutoff=0.5)
+    return [f"type {name}: unknown; {'choose ' + ' or '.join(near) if near else 'choose one of ' + ', '.join(MIXES)}"]
 
 
 def own_rules(options: TypeOptions) -> tuple[Rule, ...]:

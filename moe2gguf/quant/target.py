@@ -70,7 +70,7 @@ def refuse_target(options: TypeOptions) -> list[str]:
     table = {
         "--target-size and --target-bpw: give one of them": options.target_size is not None
         and options.target_bpw is not None,
-        f"--type {options.type}: a target chooses the types; leave it out, or pin some by --tensor-type": (
+        f"type {options.type}: a target chooses the types; leave it out, or pin some by --tensor-type": (
             options.type.lower() != AUTO
         ),
         "--pure: has no meaning with a target; leave it out": options.pure,

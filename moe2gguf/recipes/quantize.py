@@ -169,7 +169,7 @@ def make_plan(
     stored = _list_stored(file)
     guided = consult(inputs.matrix, options, stored, neurons_of(file))
     network = dataclasses.replace(describe_network(file), importance=guided.matrix is not None)
-    assigned = assign(stored, options, network, guided.guidance.complete, base, inputs.rules)
+    assigned = assign(stored, options, network, guided.guidance.complete, base, inputs.rules, slices=False)
     refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
     if refusals := [*refusals, *guided.refusals(stored, assigned)]:
         raise PlanError(refusals)

@@ -179,7 +179,7 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path, name,
 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
-    assert re.search(r"tensors \(\d+ of them from the run that was stopped\)", done.stdout)
+    assert re.search(r"tensors \(\d+ of them from the interrupted run\)", done.stdout)
     assert ["x.gguf"] == [path.name for path in target.iterdir()]
 
 
@@ -256,6 +256,10 @@ def test_quantize_plan_shows_rules_and_refusals(files):
     assert not os.path.exists("unused.gguf")
     assert 1 == refused.returncode
     assert all("Q4_K needs rows whose width" in text for text in json.loads(refused.stdout)["refusals"])
+
+    sliced = moe2gguf("quantize", files[0], "unused.gguf", "q4_k", "--plan")
+    assert "ffn_down_exps" in sliced.stderr
+    assert not any(name in sliced.stderr for name in ("--align", "--experts", "--type"))
 
 
 def test_check_auto_compares_the_same_types(tmp_path):

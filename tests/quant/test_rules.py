@@ -127,7 +127,7 @@ def test_everything_wrong_with_the_rules_is_listed_at_once(tmp_path):
     with pytest.raises(PlanError) as caught:
         assign(tensors(), options, NETWORK)
 
-    words = ("--type q9_9: unknown", "'q9_9' is not a type", "not a regular expression", "PATTERN=TYPE", "missing.json")
+    words = ("type q9_9: unknown", "'q9_9' is not a type", "not a regular expression", "PATTERN=TYPE", "missing.json")
     assert 6 == len(caught.value.refusals)
     for word in words:
         assert word in str(caught.value)
@@ -248,12 +248,14 @@ def test_a_preset_is_a_list_of_rules():
     ] == [(rule.pattern, rule.type.name) for rule in rules]
 
 
-def test_names_are_known_in_any_case_and_unknown_ones_listed():
-    """Presets and plain types."""
+def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named():
+    """Presets and plain types; a name that is like none gets the presets."""
     for name in ("auto", "Q4_K_M", "q4_k_m", "Q4_K", "q4_k", "MXFP4", "bf16"):
         assert [] == refuse_type(name)
-    (refusal,) = refuse_type("q9_9")
-    assert "--type q9_9: unknown; choose auto, f32, bf16, f16, q8_0, q6_k, q5_k_m" in refusal
+    assert ["type q4km: unknown; choose q4_k_m or q4_k or q5_k_m"] == refuse_type("q4km")
+    assert ["type fp16: unknown; choose f16 or bf16"] == refuse_type("fp16")
+    (refusal,) = refuse_type("gibberish")
+    assert refusal.startswith("type gibberish: unknown; choose one of f32, bf16, f16, q8_0, q6_k, q5_k_m")
 
 
 def test_a_preset_of_an_unknown_architecture_is_refused():

@@ -358,7 +358,7 @@ def test_scaling_beside_rope_parameters_is_not_lost(tmp_path):
         ({"experts": 8, "used": 9}, "--used 9: must lie between 1 and the number of experts, 8"),
         ({"used": 0}, "--used 0"),
         ({"align": 0}, "--align 0"),
-        ({"type": "q9_9"}, "--type q9_9: unknown; choose auto"),
+        ({"type": "q9_9"}, "type q9_9: unknown; choose"),
         ({"type": "q8_0", "experts": 8}, "pad the experts with --align 32"),
     ],
 )
