@@ -33,7 +33,7 @@ class Draw:
     seed: int = 0
 
 
-def sample(
+def sample_texts(
     path: Path, draw: Draw, *, device: str = "cpu", threads: int | None = None
 ) -> Generator[tuple[str, int], None, None]:
     """Yield (text, its tokens) as texts end: at the model's own end of text, or at `n_context`.
@@ -77,21 +77,14 @@ def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], 
         n_context = min(draw.n_context, model.facts.n_context_train or draw.n_context)
         model.start(n_context)
         rng = np.random.default_rng(draw.seed)
-        first, bos = beginnings(model), model.bos()
+        first, bos = list_first_tokens(model), model.bos()
         prefix = [] if bos is None else [bos]
-
-        def fresh() -> _Text:
-            return _Text([*prefix, int(rng.choice(first))])
-
-        def spelled(text: _Text) -> tuple[str, int]:
-            own = text.tokens[len(prefix) :]
-            return b"".join(map(model.piece, own)).decode("utf-8", "ignore"), len(own)
-
-        texts = [fresh() for _ in range(draw.n_sequence)]
+        texts = [_begin(prefix, first, rng) for _ in range(draw.n_sequence)]
         n_left = draw.n_token - draw.n_sequence
         while n_left > 0:
+            # One token of every text goes in; where it was the last, the next one is drawn.
             logits = model.step([text.tokens[text.n_fed] for text in texts], [text.n_fed for text in texts])
-            drawn = draws(logits, draw.temperature, rng)
+            drawn = draw_tokens(logits, draw.temperature, rng)
             for i, text in enumerate(texts):
                 text.n_fed += 1
                 if text.n_fed < len(text.tokens):
@@ -101,15 +94,23 @@ def _sample(path: Path, setup: Setup, draw: Draw) -> Generator[tuple[str, int], 
                     text.tokens.append(int(drawn[i]))
                     n_left -= 1
                 if ended or len(text.tokens) >= n_context:
-                    yield spelled(text)
+                    yield _spell(model, text.tokens[len(prefix) :])
                     model.forget(i)
-                    texts[i] = fresh()
+                    texts[i] = _begin(prefix, first, rng)
                     n_left -= 1
         for text in texts:
-            yield spelled(text)
+            yield _spell(model, text.tokens[len(prefix) :])
 
 
-def beginnings(model: Llama) -> NDArray[np.int64]:
+def _begin(prefix: list[int], first: NDArray[np.int64], rng: np.random.Generator) -> _Text:
+    return _Text([*prefix, int(rng.choice(first))])
+
+
+def _spell(model: Llama, tokens: list[int]) -> tuple[str, int]:
+    return b"".join(map(model.piece, tokens)).decode("utf-8", "ignore"), len(tokens)
+
+
+def list_first_tokens(model: Llama) -> NDArray[np.int64]:
     """The tokens a text may start with: those that are text, not control tokens, single bytes or unused ones."""
     lib = model.lib
     attributes = [lib.llama_vocab_get_attr(model.vocab, token) for token in range(model.facts.n_vocab)]
@@ -119,7 +120,7 @@ def beginnings(model: Llama) -> NDArray[np.int64]:
     return found
 
 
-def draws(logits: Logits, temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
+def draw_tokens(logits: Logits, temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """One token per row of logits (n_row, n_vocab), by their softmax at this temperature: (n_row,).
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.gguf.writer import check_target, replace_files
-from moe2gguf.llama.sampling import Draw, sample
+from moe2gguf.llama.sampling import Draw, sample_texts
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import convert
@@ -55,7 +55,7 @@ def sample_text(
     check_target(out, [model], force=force)
     texts, n_token = [], 0
     with _gguf(model, out, threads, progress) as file, progress("sample", draw.n_token) as advance:
-        for text, n in sample(file, draw, device=device, threads=threads):
+        for text, n in sample_texts(file, draw, device=device, threads=threads):
             texts.append(text)
             n_token += n
             advance(n)

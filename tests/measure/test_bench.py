@@ -99,3 +99,10 @@ def test_the_command(files: dict[str, Path]) -> None:
     assert [4, 2] == [row["n_expert_used"] for row in json.loads(done.stdout)["rows"]]
     bad = CliRunner().invoke(cli, ["bench", str(files["moe"]), "--used", "4;2"])
     assert (2, True) == (bad.exit_code, "not a list of whole numbers such as 8,6,4" in bad.output)
+
+
+def test_only_refused_runs_are_no_success(files: dict[str, Path]) -> None:
+    """Nothing was timed: the reason stands in the row."""
+    found = bench([files["moe"]], used=[9], timing=Timing(n_prompt=8, n_generate=4, repeat=1, threads=1))
+    assert not found.ok
+    assert ["there are only 4" in row.reason for row in found.rows] == [True]

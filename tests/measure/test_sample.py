@@ -19,7 +19,7 @@ from moe2gguf.experts.text import read_text
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import open_model
-from moe2gguf.llama.sampling import Draw, draws, sample
+from moe2gguf.llama.sampling import Draw, draw_tokens, sample_texts
 from moe2gguf.measure.sample import DENSE, sample_text
 
 PIECES = [text.replace("▁", " ") for text in tiny_gguf.vocabulary()[0][FIRST_BYTE + 256 :]]
@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 
 def test_texts_start_with_any_piece_and_end_where_the_model_ends_them(chain):
     """Bytes make whole characters; tokens that are no text are neither drawn first nor counted."""
-    found = list(sample(chain, Draw(300, n_sequence=4, temperature=0.1), threads=1))
+    found = list(sample_texts(chain, Draw(300, n_sequence=4, temperature=0.1), threads=1))
     whole, last = found[:-4], found[-4:]
     assert len(whole) >= 96
     assert {n for _, n in whole} == {3}
@@ -55,13 +55,13 @@ def test_texts_start_with_any_piece_and_end_where_the_model_ends_them(chain):
 @pytest.mark.parametrize(("n_token", "n_context"), [(60, 8), (120, 16), (700, 300)])
 def test_a_text_that_does_not_end_is_as_long_as_the_context(model, n_token, n_context):
     """BOS takes a place in it; the last texts are cut off. llama.cpp makes room for 256 tokens without being asked."""
-    *whole, _, _ = sample(model, Draw(n_token, n_context=n_context, n_sequence=2), threads=1)
+    *whole, _, _ = sample_texts(model, Draw(n_token, n_context=n_context, n_sequence=2), threads=1)
     assert len(whole) >= 2
     assert max(n for _, n in whole) == n_context - 1
 
 
 def test_the_seed_decides(model):
-    one, same, other = (list(sample(model, Draw(60, n_sequence=3, seed=seed), threads=1)) for seed in (1, 1, 2))
+    one, same, other = (list(sample_texts(model, Draw(60, n_sequence=3, seed=seed), threads=1)) for seed in (1, 1, 2))
     assert one == same
     assert one != other
 
@@ -97,7 +97,7 @@ def test_tokens_are_drawn_by_their_softmax(temperature):
     logits = np.array([1.0, -2.0, 0.0, 2.5, -np.log(2)], np.float32)
     expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     n = 60_000
-    found = draws(np.broadcast_to(logits, (n, 5)), temperature, np.random.default_rng(0))
+    found = draw_tokens(np.broadcast_to(logits, (n, 5)), temperature, np.random.default_rng(0))
     shares = np.bincount(found, minlength=5) / n
     assert (abs(shares - expected) < 5 * np.sqrt(expected * (1 - expected) / n)).all()
 
@@ -105,12 +105,12 @@ def test_tokens_are_drawn_by_their_softmax(temperature):
 def test_every_row_has_a_draw_of_its_own():
     logits = np.full((2, 50), -100, np.float32)
     logits[0, 7] = logits[1, 31] = 0
-    assert draws(logits, 1.0, np.random.default_rng(0)).tolist() == [7, 31]
+    assert draw_tokens(logits, 1.0, np.random.default_rng(0)).tolist() == [7, 31]
 
 
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(HarnessError, match="not finite"):
-        draws(np.array([[0.0, np.nan]], np.float32), 1.0, np.random.default_rng(0))
+        draw_tokens(np.array([[0.0, np.nan]], np.float32), 1.0, np.random.default_rng(0))
 
 
 def test_a_vocabulary_without_text_is_an_error(tmp_path):
@@ -120,7 +120,7 @@ def test_a_vocabulary_without_text_is_an_error(tmp_path):
         if kinds.parts[i][0] == gguf.TokenType.NORMAL:
             kinds.parts[i][0] = gguf.TokenType.UNUSED
     with pytest.raises(HarnessError, match="no token of plain text"):
-        list(sample(path, Draw(9), threads=1))
+        list(sample_texts(path, Draw(9), threads=1))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_vocabulary_without_text_is_an_error(tmp_path):
 )
 def test_numbers_out_of_range(model, draw):
     with pytest.raises(HarnessError, match="needed are at least"):
-        list(sample(model, draw))
+        list(sample_texts(model, draw))
 
 
 def test_the_command_writes_a_text_that_calibration_reads(model, tmp_path):
@@ -136,7 +136,7 @@ def test_the_command_writes_a_text_that_calibration_reads(model, tmp_path):
     command = ["sample", str(model), str(out), "--tokens", "80", "--parallel", "4", "--threads", "1"]
     done = CliRunner().invoke(cli, [*command, "--json"], catch_exceptions=False)
     found = json.loads(done.stdout)
-    drawn = list(sample(model, Draw(80, n_sequence=4), threads=1))
+    drawn = list(sample_texts(model, Draw(80, n_sequence=4), threads=1))
     assert found == {"path": str(out), "texts": len(drawn), "tokens": sum(n for _, n in drawn)}
     assert read_text(out).text == "\n\n".join(text for text, _ in drawn)
     again = CliRunner().invoke(cli, command)
@@ -151,7 +151,7 @@ def test_a_folder_writes_what_its_dense_file_writes(tmp_path):
     convert(folder, tmp_path / "dense.gguf", DENSE)
     before = sorted(tmp_path.iterdir())
     sample_text(folder, tmp_path / "own.txt", Draw(60), threads=1)
-    drawn = sample(tmp_path / "dense.gguf", Draw(60), threads=1)
+    drawn = sample_texts(tmp_path / "dense.gguf", Draw(60), threads=1)
     assert read_text(tmp_path / "own.txt").text == "\n\n".join(text for text, _ in drawn)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "own.txt"])
 
