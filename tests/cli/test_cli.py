@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
@@ -18,13 +20,13 @@ from moe2gguf.cli import cli
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA checkpoint."""
     return checkpoints.make(tmp_path_factory.mktemp("cli") / "model")
 
 
 @pytest.fixture(scope="module")
-def files(model, tmp_path_factory):
+def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(sliced, dense) files of it."""
     folder = tmp_path_factory.mktemp("files")
     for name, options in (("sliced.gguf", ["-e", "4"]), ("dense.gguf", ["--dense"])):
@@ -32,7 +34,7 @@ def files(model, tmp_path_factory):
     return folder / "sliced.gguf", folder / "dense.gguf"
 
 
-def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
+def test_convert_prints_one_line_and_no_progress_when_piped(model: Any, tmp_path: Path) -> None:
     """stdout: what was written; stderr: nothing."""
     done = moe2gguf("convert", model, tmp_path / "out.gguf", "-e", 4)
 
@@ -41,7 +43,7 @@ def test_convert_prints_one_line_and_no_progress_when_piped(model, tmp_path):
     assert f"wrote {tmp_path}/out.gguf: {size} bytes, 33 tensors, 4 experts, 4 used; verified\n" == done.stdout
 
 
-def test_json_is_the_only_thing_on_stdout(model, tmp_path):
+def test_json_is_the_only_thing_on_stdout(model: Any, tmp_path: Path) -> None:
     """Warnings go to stderr, so that a pipe gets JSON whatever happens."""
     done = moe2gguf("convert", model, tmp_path / "out.gguf", "-e", 4, "-k", 2, "--preset", "exact", "--json")
 
@@ -49,7 +51,7 @@ def test_json_is_the_only_thing_on_stdout(model, tmp_path):
     assert "not be coherent" in done.stderr
 
 
-def test_plan_writes_nothing_and_needs_no_target(model, tmp_path):
+def test_plan_writes_nothing_and_needs_no_target(model: Any, tmp_path: Path) -> None:
     """Every tensor, the exact size, bytes and bound at each count."""
     done = moe2gguf("convert", model, "--plan", "-e", 4)
 
@@ -61,7 +63,7 @@ def test_plan_writes_nothing_and_needs_no_target(model, tmp_path):
     assert [] == values["refusals"]
 
 
-def test_a_plan_that_is_refused_says_so_in_json_too(model):
+def test_a_plan_that_is_refused_says_so_in_json_too(model: Any) -> None:
     """The same refusals on stdout for machines, exit code 1."""
     done = moe2gguf("convert", model, "--plan", "--json", "-e", 1000, "-k", 2000)
 
@@ -69,7 +71,7 @@ def test_a_plan_that_is_refused_says_so_in_json_too(model):
     assert ["--experts 1000", "--used 2000"] == [text.split(":")[0] for text in json.loads(done.stdout)["refusals"]]
 
 
-def test_check_auto_compares_with_a_dense_twin_and_removes_it(model, tmp_path):
+def test_check_auto_compares_with_a_dense_twin_and_removes_it(model: Any, tmp_path: Path) -> None:
     """In llama.cpp; the folder afterwards holds the one file that was asked for."""
     done = moe2gguf("convert", model, tmp_path / "out.gguf", "--check", "auto", "--json")
 
@@ -79,7 +81,7 @@ def test_check_auto_compares_with_a_dense_twin_and_removes_it(model, tmp_path):
     assert ["out.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_verify_says_sound_or_what_is_wrong(files, tmp_path):
+def test_verify_says_sound_or_what_is_wrong(files: Any, tmp_path: Path) -> None:
     """Exit code 0, or 1 with every problem."""
     sliced, dense = files
     assert "sound" in moe2gguf("verify", sliced).stdout
@@ -96,7 +98,7 @@ def test_verify_says_sound_or_what_is_wrong(files, tmp_path):
     assert "ok: " in same.stdout
 
 
-def test_verify_check_fails_for_another_model(files, tmp_path):
+def test_verify_check_fails_for_another_model(files: Any, tmp_path: Path) -> None:
     """A file that is not the dense model is told apart, with exit code 1."""
     other = checkpoints.make(tmp_path / "other", initializer_range=0.2)
     moe2gguf("convert", other, tmp_path / "other.gguf", "--dense")
@@ -107,7 +109,7 @@ def test_verify_check_fails_for_another_model(files, tmp_path):
     assert "NOT THE SAME" in done.stdout
 
 
-def test_inspect_shows_experts_and_provenance(files):
+def test_inspect_shows_experts_and_provenance(files: Any) -> None:
     """As a table and as JSON."""
     text = moe2gguf("inspect", files[0]).stdout
     values = json.loads(moe2gguf("inspect", files[0], "--json").stdout)
@@ -116,7 +118,7 @@ def test_inspect_shows_experts_and_provenance(files):
     assert 4 == values["experts"]["count"]
 
 
-def test_run_streams_text(files):
+def test_run_streams_text(files: Any) -> None:
     """Deterministic at temperature 0; speeds on stderr; --used changes what runs."""
     first = moe2gguf("run", files[0], "-p", "Hello", "-n", 8)
     again = moe2gguf("run", files[0], "-p", "Hello", "-n", 8)
@@ -147,7 +149,9 @@ def test_run_streams_text(files):
         (["frobnicate"], 2, "No such command"),
     ],
 )
-def test_wrong_input_is_one_clear_error(model, tmp_path, monkeypatch, arguments, code, words):
+def test_wrong_input_is_one_clear_error(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, code: int, words: str
+) -> None:
     """Exit 1 for what is wrong with the data, 2 for the usage; no traceback; nothing left."""
     monkeypatch.chdir(tmp_path)
     done = moe2gguf(*(argument.replace("MODEL", str(model)) for argument in arguments))
@@ -159,7 +163,7 @@ def test_wrong_input_is_one_clear_error(model, tmp_path, monkeypatch, arguments,
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path, name, code):
+def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path: Path, name: str, code: int) -> None:
     """Ctrl-C and a polite kill in mid-write: exit code and message say so, the second run reuses the first."""
     folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=2048, num_hidden_layers=8)
     target = tmp_path / "out"
@@ -183,7 +187,7 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path, name,
     assert ["x.gguf"] == [path.name for path in target.iterdir()]
 
 
-def test_help_is_immediate_and_needs_nothing_heavy():
+def test_help_is_immediate_and_needs_nothing_heavy() -> None:
     """--help imports neither torch, transformers nor llama.cpp."""
     code = "import sys; sys.argv = ['moe2gguf', '--help']\nfrom moe2gguf.cli import cli\ntry: cli()\n"
     code += "finally: print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
@@ -193,7 +197,7 @@ def test_help_is_immediate_and_needs_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", [None, *cli.commands])
-def test_every_command_has_help_with_an_example(command):
+def test_every_command_has_help_with_an_example(command: Any) -> None:
     """`--help` is the manual most people read."""
     result = CliRunner().invoke(cli, [*([command] if command else []), "--help"])
 
@@ -203,14 +207,14 @@ def test_every_command_has_help_with_an_example(command):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts(shell):
+def test_completion_scripts(shell: str) -> None:
     """Each names the program and the variable click listens to."""
     result = CliRunner().invoke(cli, ["completion", shell])
 
     assert "_MOE2GGUF_COMPLETE" in result.output
 
 
-def test_completion_completes():
+def test_completion_completes() -> None:
     """What the script asks for while the user types."""
     environment = os.environ | {"_MOE2GGUF_COMPLETE": "bash_complete", "COMP_WORDS": "moe2gguf con", "COMP_CWORD": "1"}
     code = "import sys; sys.argv = ['moe2gguf']\nfrom moe2gguf.cli import main; main()"
@@ -219,12 +223,12 @@ def test_completion_completes():
     assert "plain,convert" in done.stdout
 
 
-def test_a_gguf_written_by_the_command_is_a_gguf(files):
+def test_a_gguf_written_by_the_command_is_a_gguf(files: Any) -> None:
     """Read by the gguf package."""
     assert 33 == len(gguf.GGUFReader(files[0]).tensors)
 
 
-def test_quantize_in_one_pass_and_from_a_file_give_the_same_tensors(model, tmp_path):
+def test_quantize_in_one_pass_and_from_a_file_give_the_same_tensors(model: Any, tmp_path: Path) -> None:
     """`convert --type` and `quantize` share kernels and rules; one line on stdout."""
     rule = r"blk\..*\.ffn_down_exps\.weight=q8_0"
     options = ["--tensor-type", rule, "--allow-fallback"]
@@ -245,7 +249,7 @@ def test_quantize_in_one_pass_and_from_a_file_give_the_same_tensors(model, tmp_p
     assert "Q8_0" == next(t.tensor_type.name for t in files[0] if t.name == "blk.0.ffn_down_exps.weight")
 
 
-def test_quantize_plan_shows_rules_and_refusals(files):
+def test_quantize_plan_shows_rules_and_refusals(files: Any) -> None:
     """What each pattern decided, bits per weight; for machines the refusals and exit code 1."""
     shown = moe2gguf("quantize", files[1], "unused.gguf", "q8_0", "--plan")
     refused = moe2gguf("quantize", files[1], "unused.gguf", "q4_k", "--plan", "--json")
@@ -262,7 +266,7 @@ def test_quantize_plan_shows_rules_and_refusals(files):
     assert not any(name in sliced.stderr for name in ("--align", "--experts", "--type"))
 
 
-def test_check_auto_compares_the_same_types(tmp_path):
+def test_check_auto_compares_the_same_types(tmp_path: Path) -> None:
     """The dense twin of a quantized file has the sliced file's types, tensor by tensor, so only slicing is judged."""
     model = checkpoints.make(tmp_path / "model", intermediate_size=128)
     done = moe2gguf(

@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
@@ -25,7 +27,7 @@ QUICK = {"experts": 8, "n_token": 2048}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA whose hidden states share a constant part, as those of trained models do."""
     folder = checkpoints.make(tmp_path_factory.mktemp("calibration") / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -45,7 +47,9 @@ def folder(tmp_path_factory):
         ("activations", "least-squares", None),
     ],
 )
-def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group, router, always_on):
+def test_exact_mode_is_the_dense_model_with_all_experts(
+    folder: Any, tmp_path: Path, group: str, router: str, always_on: int | None
+) -> None:
     """Whatever the grouping and the router, in llama.cpp; and every k equals the numpy graph."""
     options = flat_options(
         **QUICK, used=4, group=group, router=router, n_shared=always_on, refit=False, amplify="exact", preset="sparse"
@@ -62,7 +66,7 @@ def test_exact_mode_is_the_dense_model_with_all_experts(folder, tmp_path, group,
         assert (difference <= 2e-3).mean() >= 0.9, k  # float32 decides a near-tie otherwise once in a while
 
 
-def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_path):
+def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder: Any, tmp_path: Path) -> None:
     """Read from llama.cpp's own routing tensors: experts 0 and 1 in every layer, for every token, at every k."""
     convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4, n_shared=2, group="activations", refit=False))
 
@@ -74,7 +78,7 @@ def test_always_on_experts_are_chosen_by_llama_cpp_for_every_token(folder, tmp_p
         assert len(np.unique(chosen[:, :, 2:] if k < 6 else chosen)) > 3  # the others differ from token to token
 
 
-def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(folder, tmp_path):
+def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(folder: Any, tmp_path: Path) -> None:
     """On text it was not calibrated on (the tokens above): KL against the dense model, at half of the experts."""
     done = convert(folder, tmp_path / "ours.gguf", flat_options(**QUICK, used=4))
     assert all(layer.shared_rate > 0.99 for layer in done.layers)
@@ -97,7 +101,7 @@ def test_the_coherent_recipe_is_the_default_below_all_and_better_than_the_seed(f
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "llama-bias", "llama3-rope", "yarn-rope"])
-def test_every_family_calibrates(tmp_path, family):
+def test_every_family_calibrates(tmp_path: Path, family: str) -> None:
     """The dense stream of the calibration is transformers' own forward pass: with all experts kept, nothing changes."""
     folder = checkpoints.make(tmp_path / family, family)
     done = convert(
@@ -108,7 +112,7 @@ def test_every_family_calibrates(tmp_path, family):
     assert mean_kl(checkpoints.torch_logits(folder, TOKENS), llama_logits(tmp_path / "x.gguf", TOKENS)) <= 2e-6
 
 
-def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
+def test_the_streams_are_transformers_own_hidden_states(folder: Any, tmp_path: Path) -> None:
     """Layer by layer, one layer's weights in memory, the same numbers as the whole model."""
     import transformers
 
@@ -131,7 +135,7 @@ def test_the_streams_are_transformers_own_hidden_states(folder, tmp_path):
     )
 
 
-def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
+def test_the_same_input_gives_the_same_bytes(folder: Any, tmp_path: Path) -> None:
     """Seed, text and machine being equal."""
     for name in ("a", "b"):
         convert(folder, tmp_path / name, flat_options(**QUICK, used=4, refit=True))
@@ -140,7 +144,7 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
     assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_hidden_states_on_disk_give_the_same_bytes(folder, tmp_path):
+def test_hidden_states_on_disk_give_the_same_bytes(folder: Any, tmp_path: Path) -> None:
     """With no memory allowed for them; the folder they were in is gone."""
     convert(folder, tmp_path / "a", flat_options(**QUICK, used=4, refit=True))
     convert(folder, tmp_path / "b", flat_options(**QUICK, used=4, refit=True, memory=0))
@@ -149,7 +153,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(folder, tmp_path):
     assert ["a", "b"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_a_device_that_is_not_there(folder, tmp_path):
+def test_a_device_that_is_not_there(folder: Any, tmp_path: Path) -> None:
     """One error with the way out, for a name torch does not know and for one it knows but has not got."""
     for device in ("nonsense", "cuda:99"):
         with pytest.raises(CalibrationError, match=f"--torch-device {device}: torch cannot use it"):
@@ -157,7 +161,9 @@ def test_a_device_that_is_not_there(folder, tmp_path):
 
 
 @pytest.mark.parametrize("refit", [True, False])
-def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, monkeypatch, refit):
+def test_a_stopped_calibration_resumes_with_the_same_bytes(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool
+) -> None:
     """Stopped after its second layer: the next run does the third only."""
     options = flat_options(**QUICK, used=4, refit=refit)
     convert(folder, tmp_path / "whole.gguf", options)
@@ -175,7 +181,7 @@ def test_a_stopped_calibration_resumes_with_the_same_bytes(folder, tmp_path, mon
     assert not (tmp_path / "x.gguf.calibration").exists()
 
 
-def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder, tmp_path):
+def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder: Any, tmp_path: Path) -> None:
     """A stopped calibration of the same name is still there after a plain conversion."""
     (tmp_path / "x.gguf.calibration").mkdir()
     (tmp_path / "x.gguf.calibration" / "job.json").write_text("{}")
@@ -185,7 +191,9 @@ def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder,
     assert (tmp_path / "x.gguf.calibration" / "job.json").exists()
 
 
-def test_without_transformers_the_error_says_what_to_install(folder, tmp_path, monkeypatch):
+def test_without_transformers_the_error_says_what_to_install(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Torch alone is not enough; the message names both ways out."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     for name in ("moe2gguf.experts.calibration", "moe2gguf.experts.forward"):
@@ -195,7 +203,7 @@ def test_without_transformers_the_error_says_what_to_install(folder, tmp_path, m
         convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4))
 
 
-def test_a_layers_file_is_read_back(tmp_path):
+def test_a_layers_file_is_read_back(tmp_path: Path) -> None:
     """With and without a corrected down projection."""
     rng = np.random.default_rng(0)
     for down in (None, rng.standard_normal((4, 6)).astype(np.float32)):
@@ -226,7 +234,7 @@ def test_a_layers_file_is_read_back(tmp_path):
         ({"used": 4, "n_token": 10}, "too few for a stable solve of this width; at least 1024"),
     ],
 )
-def test_combinations_that_make_no_sense_are_refused(folder, options, words):
+def test_combinations_that_make_no_sense_are_refused(folder: Any, options: Any, words: str) -> None:
     """By the plan, with the way out."""
     with pytest.raises(PlanError) as caught:
         plan_conversion(folder, flat_options(experts=8, **options))
@@ -234,7 +242,7 @@ def test_combinations_that_make_no_sense_are_refused(folder, options, words):
     assert words in str(caught.value)
 
 
-def test_a_wide_model_needs_more_tokens(tmp_path):
+def test_a_wide_model_needs_more_tokens(tmp_path: Path) -> None:
     """A refit solves for d_ff weights per output, on four fifths of the tokens; without one two per input will do."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=1600, num_hidden_layers=1)
     options = flat_options(**QUICK | {"n_token": 1536}, used=4)
@@ -248,7 +256,7 @@ def test_a_wide_model_needs_more_tokens(tmp_path):
     assert any("no longer the dense model" in warning for warning in plan_conversion(wide, enough).warnings)
 
 
-def test_less_text_than_was_asked_for(folder, tmp_path):
+def test_less_text_than_was_asked_for(folder: Any, tmp_path: Path) -> None:
     """No silent half of it: the metadata says how many tokens were read."""
     (tmp_path / "some.txt").write_text("some more words " * 400)
 
@@ -260,7 +268,7 @@ def test_less_text_than_was_asked_for(folder, tmp_path):
         )
 
 
-def test_unusable_text_is_refused_and_nothing_is_written(folder, tmp_path):
+def test_unusable_text_is_refused_and_nothing_is_written(folder: Any, tmp_path: Path) -> None:
     """Empty or too short; no file, no partial file."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("few words")
@@ -271,7 +279,7 @@ def test_unusable_text_is_refused_and_nothing_is_written(folder, tmp_path):
         shutil.rmtree(tmp_path / "x.gguf.calibration", ignore_errors=True)
 
 
-def test_the_report_is_json_ready(folder, tmp_path):
+def test_the_report_is_json_ready(folder: Any, tmp_path: Path) -> None:
     """Per layer: what was kept, how well it was chosen, who works how much."""
     done = convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4, refit=True))
 
@@ -287,7 +295,7 @@ def test_the_report_is_json_ready(folder, tmp_path):
         assert {"hit_rate", "constant_min", "refit_error", "n_shared"} <= layer.keys()
 
 
-def test_tokens_by_default(folder, tmp_path):
+def test_tokens_by_default(folder: Any, tmp_path: Path) -> None:
     """16,384, or two per neuron where that is more and a refit is to come, so that a wide model needs no option."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=9000, num_hidden_layers=1)
     plans = [plan_conversion(wide, flat_options(experts=8, used=4, refit=refit)) for refit in (True, False)]

@@ -1,6 +1,7 @@
 """moe2gguf.experts.grouping: balanced, complete, and close to the best assignment."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 @given(m=st.integers(2, 40), n=st.integers(1, 6), n_shared=st.integers(0, 3), seed=st.integers(0, 5))
-def test_groups_are_balanced_and_complete(m, n, n_shared, seed):
+def test_groups_are_balanced_and_complete(m: Any, n: Any, n_shared: Any, seed: Any) -> None:
     """Every neuron once; sizes differ by at most one; sorted within a group."""
     n, n_shared = min(n, m), min(n_shared, n)
     a = torch.randn(100, m, generator=torch.Generator().manual_seed(seed))
@@ -28,7 +29,7 @@ def test_groups_are_balanced_and_complete(m, n, n_shared, seed):
     assert all(group.tolist() == sorted(group.tolist()) for group in groups)
 
 
-def test_always_on_experts_hold_the_most_important_neurons():
+def test_always_on_experts_hold_the_most_important_neurons() -> None:
     """No routed neuron matters more than an always-on one."""
     importance = torch.rand(32, generator=GENERATOR)
     groups = split_neurons(importance, torch.eye(32), group_sizes(32, 4), 2, 0)
@@ -36,7 +37,7 @@ def test_always_on_experts_hold_the_most_important_neurons():
     assert importance[torch.cat(groups[:2])].min() >= importance[torch.cat(groups[2:])].max()
 
 
-def test_neurons_that_fire_together_are_found():
+def test_neurons_that_fire_together_are_found() -> None:
     """Three blocks of correlated neurons, shuffled: the clustering recovers them."""
     block = torch.arange(24) % 3
     similarity = (block[:, None] == block[None]).float() + 0.1 * torch.eye(24)
@@ -47,7 +48,7 @@ def test_neurons_that_fire_together_are_found():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_assignment_is_near_the_best_one(seed):
+def test_the_assignment_is_near_the_best_one(seed: Any) -> None:
     """Against every assignment of six neurons to three pairs: never worse than 5 % below the best total."""
     score = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).double()
 
@@ -64,21 +65,21 @@ def test_the_assignment_is_near_the_best_one(seed):
     assert [2, 2, 2] == torch.bincount(label, minlength=3).tolist()
 
 
-def test_the_worked_example():
+def test_the_worked_example() -> None:
     """The one of the docstring."""
     score = torch.tensor([[3.0, 0], [2, 1], [5, 0], [4, 0]])
 
     assert [1, 1, 0, 0] == balanced_assign(score, [2, 2]).tolist()
 
 
-def test_identical_neurons_do_no_harm():
+def test_identical_neurons_do_no_harm() -> None:
     """Seeding needs distances; where there are none, any balanced grouping will do."""
     label = cluster(torch.ones(12, 12), [4, 4, 4], seed=0)
 
     assert [4, 4, 4] == torch.bincount(label, minlength=3).tolist()
 
 
-def topical(always=0):
+def topical(always: Any = 0) -> Any:
     """(mlp, x, router, topic of each neuron): a neuron fires for one topic of four, `always` more for every token.
 
     The router's rows are the topics, so the best groups are known.
@@ -93,7 +94,7 @@ def topical(always=0):
     return MLP(gate, up, down), x, torch.eye(TOPICS, TOPICS + 1), topic
 
 
-def test_energy_by_expert():
+def test_energy_by_expert() -> None:
     """a_i^2 = h_i^2 |d_i|^2 summed over the tokens for which the expert is among the first k, in plain loops."""
     mlp, x, router, _ = topical()
     router = router + 0.01 * torch.randn(router.shape, generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,7 @@ def test_energy_by_expert():
     torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-4)
 
 
-def test_neurons_find_the_expert_that_runs_for_them():
+def test_neurons_find_the_expert_that_runs_for_them() -> None:
     """From any groups to those of the topics, in one round."""
     mlp, x, router, topic = topical()
 
@@ -118,7 +119,7 @@ def test_neurons_find_the_expert_that_runs_for_them():
     assert [{t} for t in range(TOPICS)] == [set(topic[group].tolist()) for group in groups]
 
 
-def test_who_loses_most_by_being_routed_always_runs():
+def test_who_loses_most_by_being_routed_always_runs() -> None:
     """Not the loudest neurons, which their topic's expert keeps whole, but those that fire for every token."""
     mlp, x, router, topic = topical(always=WIDTH)
     loud = torch.where(topic >= 0, 3.0, 1.0)[:, None]
@@ -132,7 +133,7 @@ def test_who_loses_most_by_being_routed_always_runs():
     assert energy[topic >= 0].mean() > energy[topic < 0].mean()
 
 
-def test_outliers_stay_in_shared_experts():
+def test_outliers_stay_in_shared_experts() -> None:
     """While there is room, whatever they keep elsewhere."""
     mlp, x, router, topic = topical(always=WIDTH)
     router = torch.cat([10 * torch.eye(TOPICS + 1)[[TOPICS]], router])

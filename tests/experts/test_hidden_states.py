@@ -1,6 +1,7 @@
 """moe2gguf.experts.hidden_states: numbers per token, wherever they are kept."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.hidden_states import LazyRows, RowsOnDisk, allocate, chunks, sample_rows
 
 
-def test_rows_on_disk_are_what_was_written(tmp_path):
+def test_rows_on_disk_are_what_was_written(tmp_path: Path) -> None:
     """Piece by piece, in any order, beside a tensor that takes the same writes; what was not written is zero."""
     expected, rows = torch.zeros(1000, 7), RowsOnDisk(tmp_path / "rows", 1000, 7)
     for part in (slice(300, 950), slice(0, 10), slice(5, 8)):
@@ -22,13 +23,13 @@ def test_rows_on_disk_are_what_was_written(tmp_path):
     assert 1000 * 7 * 4 == (tmp_path / "rows").stat().st_size
 
 
-def test_pieces_cover_everything_once():
+def test_pieces_cover_everything_once() -> None:
     """Example: 5000 tokens in pieces of 2048."""
     assert [slice(0, 2048), slice(2048, 4096), slice(4096, 5000)] == list(chunks(5000))
     assert [] == list(chunks(0))
 
 
-def test_lazy_rows_are_computed_when_asked_for():
+def test_lazy_rows_are_computed_when_asked_for() -> None:
     """A piece at a time, each time anew."""
     asked = []
     rows = LazyRows(10, lambda part: asked.append(part) or torch.arange(10)[part])
@@ -37,7 +38,7 @@ def test_lazy_rows_are_computed_when_asked_for():
     assert [slice(3, 5)] == asked
 
 
-def test_sampled_rows_are_spread_over_all():
+def test_sampled_rows_are_spread_over_all() -> None:
     """However they are read."""
     rows = torch.arange(103.0)[:, None]
 
@@ -49,7 +50,7 @@ def test_sampled_rows_are_spread_over_all():
     assert 103 == len(sample_rows(rows, 60))
 
 
-def test_the_limit_decides_where_rows_are_kept(tmp_path):
+def test_the_limit_decides_where_rows_are_kept(tmp_path: Path) -> None:
     """Three stores of 100 x 4 float32: 4800 bytes."""
     assert all(isinstance(rows, torch.Tensor) for rows in allocate("abc", 100, 4, 4800, tmp_path))
     assert [] == list(tmp_path.iterdir())
@@ -59,14 +60,14 @@ def test_the_limit_decides_where_rows_are_kept(tmp_path):
     assert ["a.f32", "b.f32", "c.f32"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_a_disk_without_room_is_refused(tmp_path):
+def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     """Before hours of work; the message has the ways out."""
     with pytest.raises(CalibrationError, match="more --calibration-memory, take fewer --calibration-tokens"):
         allocate("abc", 10**9, 10**6, 0, tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
-def test_rows_on_disk_take_no_memory(tmp_path):
+def test_rows_on_disk_take_no_memory(tmp_path: Path) -> None:
     """A quarter of a gigabyte is written and read through a few megabytes."""
     n_token, width = 2**16, 2**10
     rows = allocate(["rows"], n_token, width, 10**6, tmp_path)[0]
@@ -81,6 +82,6 @@ def test_rows_on_disk_take_no_memory(tmp_path):
     assert most - first < 2**25
 
 
-def resident():
+def resident() -> Any:
     """Bytes of memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,5 +1,7 @@
 """moe2gguf.experts.refit: the ridge solution, against a brute-force one."""
 
+from typing import Any
+
 import torch
 
 from moe2gguf.experts.refit import STRENGTHS, Normal, refit
@@ -7,14 +9,14 @@ from moe2gguf.experts.refit import STRENGTHS, Normal, refit
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def problem(n=300, m=7, d=4):
+def problem(n: Any = 300, m: Any = 7, d: Any = 4) -> Any:
     """(h, y, w): y is linear in h, with noise."""
     h = torch.randn(n, m, generator=GENERATOR)
     y = h @ torch.randn(m, d, generator=GENERATOR) + 0.5 * torch.randn(n, d, generator=GENERATOR)
     return h, y, torch.rand(n, generator=GENERATOR)
 
 
-def filled(h, y, w, parts=3):
+def filled(h: Any, y: Any, w: Any, parts: Any = 3) -> Any:
     """Normal equations of all tokens, added in parts."""
     normal = Normal.empty(h.shape[1], y.shape[1])
     for a, b, c in zip(h.chunk(parts), y.chunk(parts), w.chunk(parts), strict=True):
@@ -22,7 +24,7 @@ def filled(h, y, w, parts=3):
     return normal.finished()
 
 
-def test_solve_is_the_weighted_ridge_solution():
+def test_solve_is_the_weighted_ridge_solution() -> None:
     """The augmented least squares problem, solved directly."""
     h, y, w = problem()
     normal = filled(h, y, w)
@@ -34,7 +36,7 @@ def test_solve_is_the_weighted_ridge_solution():
     torch.testing.assert_close(expected, normal.solve(strength), rtol=1e-3, atol=1e-4)
 
 
-def test_error_is_the_share_that_is_left():
+def test_error_is_the_share_that_is_left() -> None:
     """Against the residual itself."""
     h, y, w = problem()
     delta = torch.randn(7, 4, generator=GENERATOR)
@@ -43,7 +45,7 @@ def test_error_is_the_share_that_is_left():
     assert abs(float(left) - filled(h, y, w).error(delta)) < 1e-4
 
 
-def test_a_refit_is_never_worse_on_its_own_tokens():
+def test_a_refit_is_never_worse_on_its_own_tokens() -> None:
     """All tokens together: at most the error of no refit; and much better where y is linear in h."""
     h, y, w = problem()
     train, held_out = filled(h[:200], y[:200], w[:200]), filled(h[200:], y[200:], w[200:])
@@ -55,7 +57,7 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
     assert strength > 0
 
 
-def test_noise_is_left_alone():
+def test_noise_is_left_alone() -> None:
     """Where what the first tokens say is wrong for the others, the weights stay what they are."""
     h, _, w = problem()
     noise = 10 * torch.randn(20, 4, generator=GENERATOR)
@@ -65,7 +67,7 @@ def test_noise_is_left_alone():
     assert (0.0, 1.0) == (float(delta.abs().max()), error)
 
 
-def test_few_tokens_are_refitted_with_caution():
+def test_few_tokens_are_refitted_with_caution() -> None:
     """Fewer tokens than unknowns and much noise: the strongest ridges are of use where weaker ones do harm."""
     few, true = torch.Generator().manual_seed(1), torch.randn(60, 4, generator=torch.Generator().manual_seed(2))
     h = torch.randn(300, 60, generator=few)

@@ -11,7 +11,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(400, 6, generator=GENERATOR) + torch.tensor([2.0, 0, 0, 1, 0, 0])
 
 
-def test_ridge_is_the_textbook_least_squares():
+def test_ridge_is_the_textbook_least_squares() -> None:
     """Without a ridge, torch's own least squares solution."""
     targets = X @ torch.randn(6, 3, generator=GENERATOR) + torch.randn(400, 3, generator=GENERATOR)
 
@@ -20,7 +20,7 @@ def test_ridge_is_the_textbook_least_squares():
     torch.testing.assert_close(torch.linalg.lstsq(X, targets).solution.T, rows, rtol=1e-4, atol=1e-5)
 
 
-def test_the_constant_direction_is_constant():
+def test_the_constant_direction_is_constant() -> None:
     """v . x is close to 1 where the inputs have a common offset, and the best linear fit of 1 anywhere."""
     offset = X * 0.05 + torch.tensor([1.0, 0, 0, 0, 0, 0])
     v = routing.constant_direction(router_moments(offset, offset[:, :0]))
@@ -32,7 +32,7 @@ def test_the_constant_direction_is_constant():
 
 
 @pytest.mark.parametrize("n_shared", [0, 1, 3])
-def test_assembled_rows_only_order(n_shared):
+def test_assembled_rows_only_order(n_shared: int) -> None:
     """Logits stay below the size; always-on experts come first for every token; the routed order is kept."""
     x = X * 0.05 + torch.tensor([1.0, 0, 0, 0, 0, 0])
     v = routing.constant_direction(router_moments(x, x[:, :0]))
@@ -49,7 +49,7 @@ def test_assembled_rows_only_order(n_shared):
     assert (logits.softmax(-1) * (n_shared + 5) - 1).abs().max() < 2 * ROUTER_SIZE
 
 
-def test_concentrated_rows_give_the_routed_experts_their_share():
+def test_concentrated_rows_give_the_routed_experts_their_share() -> None:
     """Where v . x is 1, the routed experts hold the mass they were promised, evenly to within the ordering."""
     x = torch.cat([torch.ones(50, 1), 0.1 * torch.randn(50, 5, generator=GENERATOR)], dim=1)
     v = torch.tensor([1.0, 0, 0, 0, 0, 0])

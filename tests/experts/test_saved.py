@@ -3,6 +3,8 @@
 import json
 import struct
 import sys
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
@@ -21,13 +23,13 @@ QUICK = {"experts": 8, "n_token": 1024}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA."""
     return checkpoints.make(tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture(scope="module")
-def kept(folder, tmp_path_factory):
+def kept(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(GGUF file, calibration file) of one conversion without a refit: 8 experts, 4 used, 2 of them always on."""
     place = tmp_path_factory.mktemp("kept")
     options = flat_options(**QUICK, used=4, n_shared=2, refit=False, save_to=place / "kept.calibration")
@@ -36,7 +38,7 @@ def kept(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def refitted(folder, tmp_path_factory):
+def refitted(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same with a refit."""
     place = tmp_path_factory.mktemp("refitted")
     options = flat_options(**QUICK, used=4, refit=True, save_to=place / "kept.calibration")
@@ -44,13 +46,15 @@ def refitted(folder, tmp_path_factory):
     return place / "x.gguf", place / "kept.calibration"
 
 
-def tensors(path):
+def tensors(path: Any) -> Any:
     """Name -> array of a GGUF file, read by gguf's own reader."""
     return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
 
 
 @pytest.mark.parametrize("which", ["kept", "refitted"])
-def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, request, monkeypatch):
+def test_a_kept_calibration_gives_the_same_bytes(
+    folder: Any, tmp_path: Path, which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a pass over the text: torch is not needed; no option has to be repeated."""
     file, calibration = request.getfixturevalue(which)
     monkeypatch.setitem(sys.modules, "moe2gguf.experts.calibration", None)
@@ -62,7 +66,7 @@ def test_a_kept_calibration_gives_the_same_bytes(folder, tmp_path, which, reques
     assert ["y.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_a_gguf_file_of_the_same_model(folder, kept, refitted, tmp_path):
+def test_a_gguf_file_of_the_same_model(folder: Any, kept: Any, refitted: Any, tmp_path: Path) -> None:
     """F32: the same tensors. Q8_0: gate and up are the dense blocks, only the down projections are quantized again."""
     for kind in ("f32", "q8_0"):
         convert(folder, tmp_path / f"{kind}.gguf", flat_options(dense=True, type=kind))
@@ -89,7 +93,7 @@ def test_a_gguf_file_of_the_same_model(folder, kept, refitted, tmp_path):
     assert np.abs(near - exact[down[1]]).max() < 0.02 * np.abs(exact[down[1]]).max()
 
 
-def test_another_type_and_padding(folder, refitted, tmp_path):
+def test_another_type_and_padding(folder: Any, refitted: Any, tmp_path: Path) -> None:
     """The same experts in F16, padded to 32: equal to a conversion that calibrates for them."""
     convert(folder, tmp_path / "a.gguf", flat_options(load_from=refitted[1], type="f16", align=32))
     convert(folder, tmp_path / "b.gguf", flat_options(**QUICK, used=4, refit=True, type="f16", align=32))
@@ -98,7 +102,9 @@ def test_another_type_and_padding(folder, refitted, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "factor", "size"), [({"used": 6}, 6 / 4, 1), ({"amplify": "exact"}, 8 / 4, 0.1)])
-def test_another_count_or_amplification_without_a_new_pass(folder, kept, tmp_path, options, factor, size):
+def test_another_count_or_amplification_without_a_new_pass(
+    folder: Any, kept: Any, tmp_path: Path, options: Any, factor: Any, size: float
+) -> None:
     """Down projections times the ratio of the factors, the router smaller for `exact`, all else equal."""
     convert(folder, tmp_path / "y.gguf", flat_options(load_from=kept[1], **options))
 
@@ -108,7 +114,7 @@ def test_another_count_or_amplification_without_a_new_pass(folder, kept, tmp_pat
         np.testing.assert_allclose(data * np.float32(times), after[name], rtol=1e-6, err_msg=name)
 
 
-def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
+def test_the_dense_twin_of_a_check_needs_no_calibration(folder: Any, kept: Any, tmp_path: Path) -> None:
     """--check auto beside --load-calibration: 4 of 8 experts are not the dense model, but both files run."""
     done = convert(folder, tmp_path / "y.gguf", flat_options(load_from=kept[1]))
 
@@ -130,7 +136,9 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder, kept, tmp_path):
         ("kept", {"preset": "exact"}, "--preset exact and --dense use no calibration"),
     ],
 )
-def test_options_that_do_not_fit_are_named(folder, which, options, words, request):
+def test_options_that_do_not_fit_are_named(
+    folder: Any, which: str, options: Any, words: str, request: pytest.FixtureRequest
+) -> None:
     """By the plan, all of them."""
     with pytest.raises(PlanError) as caught:
         plan_conversion(folder, flat_options(load_from=request.getfixturevalue(which)[1], **options))
@@ -138,7 +146,7 @@ def test_options_that_do_not_fit_are_named(folder, which, options, words, reques
     assert words in str(caught.value)
 
 
-def test_another_text_is_refused(folder, kept, tmp_path):
+def test_another_text_is_refused(folder: Any, kept: Any, tmp_path: Path) -> None:
     """By its digest; the file's own text is named."""
     (tmp_path / "other.txt").write_text("other words " * 100)
 
@@ -146,7 +154,7 @@ def test_another_text_is_refused(folder, kept, tmp_path):
         plan_conversion(folder, flat_options(load_from=kept[1], text=tmp_path / "other.txt"))
 
 
-def test_another_checkpoint_is_refused(folder, kept, tmp_path):
+def test_another_checkpoint_is_refused(folder: Any, kept: Any, tmp_path: Path) -> None:
     """Of another shape by the plan; of the same shape, for one changed number, before anything gets its name."""
     wide = checkpoints.make(tmp_path / "wide", intermediate_size=128)
     with pytest.raises(PlanError, match="made for d_ff 96, the checkpoint has 128"):
@@ -169,7 +177,7 @@ def test_another_checkpoint_is_refused(folder, kept, tmp_path):
     assert ["twin", "wide"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def changed(source, target, change):
+def changed(source: Any, target: Any, change: Any) -> Any:
     """A copy of a calibration with its header changed by `change(header)`."""
     data = source.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -180,18 +188,18 @@ def changed(source, target, change):
     return target
 
 
-def _job(**values):
-    def change(header):
+def _job(**values: Any) -> Any:
+    def change(header: Any) -> None:
         header["__metadata__"]["job"] = json.dumps(json.loads(header["__metadata__"]["job"]) | values)
 
     return change
 
 
-def _metadata(**values):
+def _metadata(**values: Any) -> Any:
     return lambda header: header["__metadata__"].update(values)
 
 
-def _swap(header):
+def _swap(header: Any) -> None:
     """Two tensors change places: the first is another's size."""
     header["0.router"], header["0.amplification"] = header["0.amplification"], header["0.router"]
 
@@ -215,7 +223,7 @@ def _swap(header):
         lambda header: header.pop("__metadata__"),
     ],
 )
-def test_damaged_and_hostile_files(folder, kept, tmp_path, change):
+def test_damaged_and_hostile_files(folder: Any, kept: Any, tmp_path: Path, change: Any) -> None:
     """One clear error each; nothing is allocated from their numbers, nothing is written."""
     bad = changed(kept[1], tmp_path / "bad", change)
 
@@ -225,7 +233,7 @@ def test_damaged_and_hostile_files(folder, kept, tmp_path, change):
     assert ["bad"] == [path.name for path in tmp_path.iterdir()]
 
 
-def _older(header):
+def _older(header: Any) -> None:
     """The names of an older version, and two options that are gone."""
     metadata = header["__metadata__"]
     record, reports = json.loads(metadata["job"]), json.loads(metadata["reports"])
@@ -235,7 +243,7 @@ def _older(header):
     metadata |= {"job": json.dumps(record), "reports": json.dumps(reports)}
 
 
-def test_a_file_of_an_older_version(folder, kept, tmp_path):
+def test_a_file_of_an_older_version(folder: Any, kept: Any, tmp_path: Path) -> None:
     """Where the options that are gone were off, the experts and the report are the same."""
     old = changed(kept[1], tmp_path / "old", _older)
 
@@ -245,7 +253,7 @@ def test_a_file_of_an_older_version(folder, kept, tmp_path):
     assert done.layers == convert(folder, tmp_path / "z.gguf", flat_options(load_from=kept[1])).layers
 
 
-def test_orders_that_are_no_permutation(folder, kept, tmp_path):
+def test_orders_that_are_no_permutation(folder: Any, kept: Any, tmp_path: Path) -> None:
     """A neuron twice, or a number out of range, never reaches a weight."""
     stored = load_file(kept[1])
     for value in (0, 10**6):
@@ -261,7 +269,7 @@ def test_orders_that_are_no_permutation(folder, kept, tmp_path):
             convert(folder, tmp_path / "y.gguf", flat_options(load_from=tmp_path / "bad"))
 
 
-def test_other_files_are_refused(folder, tmp_path):
+def test_other_files_are_refused(folder: Any, tmp_path: Path) -> None:
     """Not a calibration at all: text, another safetensors file."""
     (tmp_path / "text").write_text("hello")
     for path in (tmp_path / "text", folder / "model.safetensors"):
@@ -269,7 +277,7 @@ def test_other_files_are_refused(folder, tmp_path):
             plan_conversion(folder, flat_options(load_from=path))
 
 
-def test_an_existing_file_is_not_replaced(folder, kept, tmp_path):
+def test_an_existing_file_is_not_replaced(folder: Any, kept: Any, tmp_path: Path) -> None:
     """Said before the calibration starts."""
     before = kept[1].read_bytes()
     with pytest.raises(OutputError, match="exists"):
@@ -278,7 +286,7 @@ def test_an_existing_file_is_not_replaced(folder, kept, tmp_path):
     assert before == kept[1].read_bytes()
 
 
-def test_nothing_to_keep_is_refused(folder, kept, tmp_path):
+def test_nothing_to_keep_is_refused(folder: Any, kept: Any, tmp_path: Path) -> None:
     """All experts on, or a calibration that was kept already; and the file itself is no place for it."""
     for options in (flat_options(experts=8), flat_options(load_from=kept[1])):
         with pytest.raises(PlanError, match="--save-calibration: "):
@@ -292,7 +300,7 @@ def test_nothing_to_keep_is_refused(folder, kept, tmp_path):
     assert [] == list(tmp_path.iterdir())
 
 
-def test_the_file_is_read_by_the_safetensors_library(kept):
+def test_the_file_is_read_by_the_safetensors_library(kept: Any) -> None:
     """Names, shapes and types are those that the module says."""
     stored = load_file(kept[1])
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from moe2gguf.spec import Method, Slicing
 D_MODEL, D_FF, N, K = 24, 80, 8, 4
 
 
-def layer(seed=0, n_token=1500):
+def layer(seed: Any = 0, n_token: Any = 1500) -> Any:
     """(mlp, inputs): neurons in clusters that fire together, inputs with a common offset as after a norm."""
     g = torch.Generator().manual_seed(seed)
     topics = torch.randn(10, D_MODEL, generator=g)
@@ -30,23 +31,23 @@ def layer(seed=0, n_token=1500):
     return mlp, LayerInputs(x, y, x, y)
 
 
-def slice_by(mlp, inputs, slicing):
+def slice_by(mlp: Any, inputs: Any, slicing: Any) -> Any:
     """`slice_layer` with what `collect_statistics` finds."""
     return slice_layer(mlp, inputs, slicing, collect_statistics(mlp, inputs.dense, torch.empty_like(inputs.output)))
 
 
-def slicing(**recipe):
+def slicing(**recipe: Any) -> Any:
     """n = 8, k = 4, no padding."""
     return Slicing(N, K, D_FF // N, Method(**recipe))
 
 
-def error(sliced, inputs, k=K):
+def error(sliced: Any, inputs: Any, k: Any = K) -> Any:
     """Share of the dense output's energy that is missing."""
     return float((sliced(inputs.sliced, k) - inputs.output).square().sum() / inputs.output.square().sum())
 
 
 @pytest.mark.parametrize(("group", "router"), list(itertools.product(GROUPS, ROUTERS)))
-def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
+def test_all_experts_in_exact_mode_are_the_dense_mlp(group: Any, router: Any) -> None:
     """Whatever the grouping and the router."""
     mlp, inputs = layer()
     shared = 0 if group == "contiguous" or router == "zero" else 2
@@ -57,7 +58,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group, router):
     assert error(sliced, inputs, N) < 1e-3
 
 
-def test_always_on_experts_always_run():
+def test_always_on_experts_always_run() -> None:
     """For every token, at every count above them."""
     mlp, inputs = layer()
     sliced = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="used"))
@@ -68,11 +69,11 @@ def test_always_on_experts_always_run():
     assert [1.0, 1.0] == sliced.report.load[:2]
 
 
-def test_what_was_learned_beats_what_was_not():
+def test_what_was_learned_beats_what_was_not() -> None:
     """Activation groups with a least-squares router keep more than contiguous groups do."""
     mlp, inputs = layer()
 
-    def left(**recipe):
+    def left(**recipe: Any) -> Any:
         return error(slice_by(mlp, inputs, slicing(amplify="used", **recipe)), inputs)
 
     ours = left(group="activations", router="least-squares", n_shared=2)
@@ -80,7 +81,7 @@ def test_what_was_learned_beats_what_was_not():
     assert ours < left(group="contiguous", router="zero")
 
 
-def test_a_refit_is_never_worse_on_its_own_tokens():
+def test_a_refit_is_never_worse_on_its_own_tokens() -> None:
     """And here much better."""
     mlp, inputs = layer()
     recipe = {"group": "activations", "router": "least-squares", "n_shared": 2, "amplify": "used"}
@@ -91,7 +92,7 @@ def test_a_refit_is_never_worse_on_its_own_tokens():
     torch.testing.assert_close(mlp.gate, with_refit.mlp.gate)
 
 
-def test_router_rows_keep_the_oracles_order_better_than_chance():
+def test_router_rows_keep_the_oracles_order_better_than_chance() -> None:
     """Hit rate against the true largest outputs; energy kept is at most the oracle's."""
     mlp, inputs = layer()
     report = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1)).report
@@ -101,7 +102,7 @@ def test_router_rows_keep_the_oracles_order_better_than_chance():
     assert abs(sum(report.load) - K) < 1e-5
 
 
-def test_groups_that_know_their_router_keep_more():
+def test_groups_that_know_their_router_keep_more() -> None:
     """Of the dense output's energy, and of what the first k experts of the router's order have."""
     mlp, inputs = layer()
     recipe = {"router": "least-squares", "n_shared": 2, "amplify": "used"}
@@ -111,7 +112,7 @@ def test_groups_that_know_their_router_keep_more():
     assert routed.report.energy_by_used[K - 1] > clustered.report.energy_by_used[K - 1]
 
 
-def test_fitted_amplification_is_the_least_squares_constant_of_each_expert():
+def test_fitted_amplification_is_the_least_squares_constant_of_each_expert() -> None:
     """Against a solver that sees every expert's output for every token, as loud as the dense output; tokens without
     weight do not count."""
     mlp, inputs = layer()
@@ -134,7 +135,7 @@ def test_fitted_amplification_is_the_least_squares_constant_of_each_expert():
 
 
 @pytest.mark.parametrize("amplify", AMPLIFICATIONS)
-def test_amplifications(amplify):
+def test_amplifications(amplify: Any) -> None:
     """exact: n; used: k; fitted: no worse than used but for its loudness; any: every expert counts once with all
     on, and graceful below."""
     mlp, inputs = layer()
@@ -157,7 +158,7 @@ def test_amplifications(amplify):
         assert error(sliced, inputs) < 0.2 * error(exact, inputs)
 
 
-def test_outlier_neurons_are_always_on():
+def test_outlier_neurons_are_always_on() -> None:
     """One neuron makes a huge output for one token in a hundred (an attention sink): it must be in an always-on expert,
     though its mean energy over all tokens may be small."""
     mlp, inputs = layer(n_token=20000)
@@ -178,7 +179,7 @@ def test_outlier_neurons_are_always_on():
     assert 77 in sliced.groups[0].tolist()
 
 
-def test_activations_that_are_not_finite():
+def test_activations_that_are_not_finite() -> None:
     """An error, not a file of NaN."""
     mlp, inputs = layer()
     inputs.sliced[3, 3] = float("nan")
@@ -188,12 +189,12 @@ def test_activations_that_are_not_finite():
 
 
 @pytest.mark.parametrize(("k", "expected"), [(12, 8), (8, 4), (4, 2), (2, 1), (1, 0)])
-def test_how_many_are_always_on_by_default(k, expected):
+def test_how_many_are_always_on_by_default(k: int, expected: int) -> None:
     """Of 16."""
     assert expected == default_n_shared(16, k)
 
 
-def test_a_few_experts_leave_one_to_route():
+def test_a_few_experts_leave_one_to_route() -> None:
     """Of two or three experts a quarter is none; a choice that is always the same would not be one."""
     assert {(2, 1): 0, (3, 1): 0, (3, 2): 1, (4, 1): 0, (4, 3): 2} == {
         (n, k): default_n_shared(n, k) for n, k in ((2, 1), (3, 1), (3, 2), (4, 1), (4, 3))

@@ -1,5 +1,7 @@
 """moe2gguf.experts.slicing: every neuron in exactly one expert, nothing lost, padding exactly zero."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,7 +23,7 @@ ALIGNS = st.sampled_from([1, 3, 32, 256])
 
 
 @given(d_ff=WIDTHS, n_expert=EXPERTS, align=ALIGNS)
-def test_every_neuron_lies_in_exactly_one_expert(d_ff, n_expert, align):
+def test_every_neuron_lies_in_exactly_one_expert(d_ff: Any, n_expert: Any, align: Any) -> None:
     """Whatever the numbers, the order holds each neuron once; the rest is padding."""
     order = contiguous_order(d_ff, n_expert, align)
 
@@ -29,7 +31,7 @@ def test_every_neuron_lies_in_exactly_one_expert(d_ff, n_expert, align):
 
 
 @given(d_ff=WIDTHS, n_expert=EXPERTS, align=ALIGNS)
-def test_experts_are_equally_wide_aligned_and_no_wider_than_needed(d_ff, n_expert, align):
+def test_experts_are_equally_wide_aligned_and_no_wider_than_needed(d_ff: Any, n_expert: Any, align: Any) -> None:
     """The width is the smallest multiple of `align` that holds ceil(d_ff / n_expert) neurons."""
     width = expert_width(d_ff, n_expert, align)
 
@@ -39,7 +41,7 @@ def test_experts_are_equally_wide_aligned_and_no_wider_than_needed(d_ff, n_exper
 
 
 @given(d_ff=WIDTHS, n_expert=EXPERTS, align=ALIGNS)
-def test_real_neurons_are_spread_evenly(d_ff, n_expert, align):
+def test_real_neurons_are_spread_evenly(d_ff: Any, n_expert: Any, align: Any) -> None:
     """No expert has more than one neuron more than another, so alignment never leaves whole experts empty."""
     counts = (contiguous_order(d_ff, n_expert, align) != PADDING).sum(axis=1)
 
@@ -47,7 +49,7 @@ def test_real_neurons_are_spread_evenly(d_ff, n_expert, align):
 
 
 @given(d_ff=WIDTHS, n_expert=EXPERTS, align=ALIGNS, seed=st.integers(0, 99))
-def test_concatenated_experts_restore_the_matrices(d_ff, n_expert, align, seed):
+def test_concatenated_experts_restore_the_matrices(d_ff: Any, n_expert: Any, align: Any, seed: Any) -> None:
     """Rows (gate, up) and columns (down) come back in order once padding, which is exactly zero, is dropped."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((d_ff, 5)).astype(np.float32)
@@ -63,14 +65,14 @@ def test_concatenated_experts_restore_the_matrices(d_ff, n_expert, align, seed):
     assert not columns[:, ~real].any()
 
 
-def test_four_neurons_by_hand():
+def test_four_neurons_by_hand() -> None:
     """Two experts of a four-neuron MLP, amplified by two: the experts' mean is the dense output."""
     gate, up, down = np.eye(4, dtype=np.float32), np.ones((4, 4), np.float32), np.arange(8.0, dtype=np.float32)
     down = down.reshape(2, 4)
     order = contiguous_order(4, 2)
     x = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
 
-    def mlp(g, u, d):
+    def mlp(g: Any, u: Any, d: Any) -> Any:
         z = g @ x
         return d @ (z / (1 + np.exp(-z)) * (u @ x))
 
@@ -79,7 +81,7 @@ def test_four_neurons_by_hand():
     np.testing.assert_allclose(mlp(gate, up, down), np.mean([mlp(*part) for part in parts], axis=0), rtol=1e-6)
 
 
-def test_a_scattered_order_is_gathered():
+def test_a_scattered_order_is_gathered() -> None:
     """An order that is no run of neurons works the same, padding in the middle included."""
     weight = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     order = np.array([[3, PADDING, 0], [1, 2, PADDING]])
@@ -91,7 +93,7 @@ def test_a_scattered_order_is_gathered():
     assert [[6, 0, 0], [7, 0, 1]] == next(slice_columns(weight.T, order, [1.0, 1.0])).tolist()
 
 
-def test_an_overflow_of_the_amplification_becomes_an_infinity_not_a_warning():
+def test_an_overflow_of_the_amplification_becomes_an_infinity_not_a_warning() -> None:
     """f16 times 16 can overflow; the writer sees the infinity and refuses it."""
     weight = np.full((1, 2), 60000, np.float16)
 
@@ -101,7 +103,7 @@ def test_an_overflow_of_the_amplification_becomes_an_infinity_not_a_warning():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_power_of_two_amplifies_exactly(dtype):
+def test_a_power_of_two_amplifies_exactly(dtype: str) -> None:
     """Dividing again gives the same bits, subnormals included."""
     weight = np.array([[1e-7, 0.1, -3.3, 6e-8]], dtype)
 
@@ -110,7 +112,7 @@ def test_a_power_of_two_amplifies_exactly(dtype):
     assert np.array_equal(weight, only / weight.dtype.type(8))
 
 
-def test_another_row_for_one_neuron():
+def test_another_row_for_one_neuron() -> None:
     """In its place in one expert, in the weights' type; padding and the checkpoint itself stay as they were."""
     weight = np.arange(8, dtype="float16").reshape(4, 2)
     order = np.array([[0, 1, -1], [3, 2, -1]])
@@ -124,7 +126,7 @@ def test_another_row_for_one_neuron():
     assert ([6, 7], np.float16) == (weight[3].tolist(), first.dtype)
 
 
-def test_the_zero_router_is_zero_and_f32():
+def test_the_zero_router_is_zero_and_f32() -> None:
     """Every expert weighs the same."""
     router = zero_router(3, 5)
 

@@ -1,6 +1,8 @@
 """moe2gguf.experts.text: what may calibrate, and the windows made of it."""
 
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.text import EMBEDDED, read_text, tokenize_windows
 
 
-def test_the_embedded_text_needs_no_file():
+def test_the_embedded_text_needs_no_file() -> None:
     """It is part of the package, long enough for 65k tokens of most tokenizers, and every part of it has all kinds."""
     text = read_text(None)
 
@@ -31,7 +33,7 @@ def test_the_embedded_text_needs_no_file():
         assert max(np.diff(places)) < 0.12
 
 
-def test_plain_text_and_jsonl_are_the_same_text(tmp_path):
+def test_plain_text_and_jsonl_are_the_same_text(tmp_path: Path) -> None:
     """The label is the file's name, never its path."""
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "b.jsonl").write_text('{"text": "one", "x": 1}\n\n{"text": "two"}\n')
@@ -55,7 +57,7 @@ def test_plain_text_and_jsonl_are_the_same_text(tmp_path):
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     ],
 )
-def test_unusable_text_is_a_clear_error(tmp_path, name, content, words):
+def test_unusable_text_is_a_clear_error(tmp_path: Path, name: str, content: Any, words: str) -> None:
     """Named, with the line where there is one."""
     (tmp_path / name).write_bytes(content)
 
@@ -63,7 +65,7 @@ def test_unusable_text_is_a_clear_error(tmp_path, name, content, words):
         read_text(tmp_path / name)
 
 
-def test_of_a_part_of_a_text_nothing_is_half(tmp_path):
+def test_of_a_part_of_a_text_nothing_is_half(tmp_path: Path) -> None:
     """No byte order mark, no half character, no half JSON line; a file that is shorter is whole."""
     (tmp_path / "a.txt").write_text("\ufeffweiß\r\nä", encoding="utf-8", newline="")
     (tmp_path / "b.jsonl").write_text('{"text": "one\\ud800\u2028"}\n{"text": "two"}\n')
@@ -75,7 +77,7 @@ def test_of_a_part_of_a_text_nothing_is_half(tmp_path):
 
 
 @pytest.mark.parametrize("bos", [None, 1])
-def test_windows_are_the_tokenizers_ids(tmp_path, bos):
+def test_windows_are_the_tokenizers_ids(tmp_path: Path, bos: int | None) -> None:
     """Spread over the text, each as a prompt of its own: transformers' ids, after BOS where the model wants one."""
     byte_level_bpe(tmp_path)
     text = read_text(None)
@@ -90,7 +92,7 @@ def test_windows_are_the_tokenizers_ids(tmp_path, bos):
     assert 10 == len({tuple(row) for row in ids.tolist()})
 
 
-def test_a_folder_with_tokenizer_model_alone(tmp_path):
+def test_a_folder_with_tokenizer_model_alone(tmp_path: Path) -> None:
     """sentencepiece's ids, as LLaMA 1 and 2 ship them."""
     sentencepiece_model(tmp_path)
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)
@@ -102,7 +104,7 @@ def test_a_folder_with_tokenizer_model_alone(tmp_path):
     assert [1, *expected[:63]] == ids[0].tolist()
 
 
-def test_a_window_of_the_first_token_alone(tmp_path):
+def test_a_window_of_the_first_token_alone(tmp_path: Path) -> None:
     """A context of 1 in a hostile file."""
     byte_level_bpe(tmp_path)
 
@@ -110,7 +112,7 @@ def test_a_window_of_the_first_token_alone(tmp_path):
         tokenize_windows(tmp_path, read_text(None), 1024, 1, 0)
 
 
-def test_too_little_text(tmp_path):
+def test_too_little_text(tmp_path: Path) -> None:
     """Two windows at least; the message says how much there is and how much is needed."""
     byte_level_bpe(tmp_path)
     (tmp_path / "short.txt").write_text("a few words")

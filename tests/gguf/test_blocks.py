@@ -1,5 +1,7 @@
 """moe2gguf.gguf.blocks: every block type is multiplied and cut exactly, judged by llama.cpp's and gguf's decoders."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ ROWS, WIDTH = 2, 512
 UNKNOWN_TO_GGUF = ("Q1_0", "Q2_0")
 
 
-def encoded(kind):
+def encoded(kind: Any) -> Any:
     """Rows of blocks (ROWS, row_bytes): random codes, which are weights in every type, and scales of many sizes."""
     n, size = BLOCK_SIZES[kind]
     rng = np.random.default_rng(0)
@@ -32,14 +34,14 @@ def encoded(kind):
     return raw.reshape(ROWS, -1)
 
 
-def decoded(raw, kind):
+def decoded(raw: Any, kind: Any) -> Any:
     pytest.importorskip("llama_cpp")
     return kernels.dequantize(np.ascontiguousarray(raw), kind).reshape(len(raw), -1)
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("factor", [2.0, 8.0, 16.0])
-def test_a_power_of_two_multiplies_every_weight_exactly(kind, factor):
+def test_a_power_of_two_multiplies_every_weight_exactly(kind: Any, factor: float) -> None:
     """Decoded by llama.cpp, and by the gguf package where it can: bit for bit the factor times the weights."""
     raw = encoded(kind)
 
@@ -53,7 +55,7 @@ def test_a_power_of_two_multiplies_every_weight_exactly(kind, factor):
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
-def test_dividing_back_gives_the_same_bytes(kind):
+def test_dividing_back_gives_the_same_bytes(kind: Any) -> None:
     """Up and down again is the identity, so nothing else of a block was touched."""
     raw = encoded(kind).reshape(-1, BLOCK_SIZES[kind][1])
 
@@ -64,11 +66,11 @@ def test_dividing_back_gives_the_same_bytes(kind):
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
-def test_a_scale_that_does_not_fit_is_refused(kind):
+def test_a_scale_that_does_not_fit_is_refused(kind: Any) -> None:
     """Overflow is an error that names tensor, type and the ways out; so is a factor that would round."""
     raw = encoded(kind).reshape(-1, BLOCK_SIZES[kind][1])
 
-    def grow(times):
+    def grow(times: Any) -> None:
         for _ in range(times):
             blocks.amplified(raw, kind, 256.0, "blk.0.ffn_down.weight")
 
@@ -78,7 +80,7 @@ def test_a_scale_that_does_not_fit_is_refused(kind):
         blocks.amplified(raw, kind, 6.0, "blk.0.ffn_down.weight")
 
 
-def test_bits_lost_below_the_smallest_number_are_noticed():
+def test_bits_lost_below_the_smallest_number_are_noticed() -> None:
     """Dividing a scale into the subnormal range is refused where it drops a bit, and done where it does not."""
     kind = gguf.GGMLQuantizationType.Q4_0
     raw = np.zeros((2, 18), np.uint8)
@@ -90,7 +92,7 @@ def test_bits_lost_below_the_smallest_number_are_noticed():
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
-def test_zero_bytes_are_zero_weights(kind):
+def test_zero_bytes_are_zero_weights(kind: Any) -> None:
     """What pads an expert: a block of zero bytes decodes to zeros in every type."""
     size = BLOCK_SIZES[kind][1]
 
@@ -98,7 +100,7 @@ def test_zero_bytes_are_zero_weights(kind):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"])
-def test_slices_are_columns_of_the_decoded_matrix(name):
+def test_slices_are_columns_of_the_decoded_matrix(name: str) -> None:
     """Cut between blocks, reordered, padded and amplified: the same as doing it to the numbers."""
     kind = types.named(name)
     raw = encoded(kind)
@@ -123,7 +125,7 @@ def test_slices_are_columns_of_the_decoded_matrix(name):
         range(40),  # not whole blocks
     ],
 )
-def test_neurons_that_leave_their_block_are_noticed(neurons):
+def test_neurons_that_leave_their_block_are_noticed(neurons: Any) -> None:
     """Such an order has no block order: its weights have to be quantized again."""
     order = np.array([list(neurons)])
 

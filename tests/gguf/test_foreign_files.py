@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llama_tokens import LlamaTokens
@@ -21,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "voca
 
 
 @pytest.fixture(scope="module")
-def files():
+def files() -> Any:
     """The files; skips, with the reason, where the package cannot be had."""
     made = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     if made.returncode != 0:
@@ -29,7 +30,7 @@ def files():
     return sorted(Path(made.stdout.strip()).glob("*.gguf"))
 
 
-def test_all_of_them_read(files):
+def test_all_of_them_read(files: Any) -> None:
     """Header, metadata and JSON of each; the tokens that llama.cpp counts; only the tensors are missing."""
     assert len(files) >= 15
     for path in files:

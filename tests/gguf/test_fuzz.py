@@ -11,6 +11,7 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fuzzing
 import pytest
@@ -27,7 +28,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_file_does_harm(target, tmp_path):
+def test_no_file_does_harm(target: Any, tmp_path: Path) -> None:
     """No crash, hang, large allocation or path outside the folder, and no exception but our errors."""
     command = [sys.executable, fuzzing.__file__, target, str(SECONDS), str(SEED)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf_bytes as g
 import pytest
@@ -18,7 +19,7 @@ from moe2gguf.recipes.quantize import quantize
 
 
 @pytest.fixture
-def inspected(tmp_path: Path):
+def inspected(tmp_path: Path) -> Any:
     """Inspect a file of these bytes."""
 
     def _inspect(raw: bytes) -> Inspection:
@@ -49,7 +50,7 @@ ALWAYS = 10 * 16 + 16 + 2 * (256 + 128 + 128 + 256 + 32 + 64)
 EXPERTS = 2 * 3 * 4 * 24 * 16
 
 
-def test_the_numbers_of_a_mixture_of_experts(inspected):
+def test_the_numbers_of_a_mixture_of_experts(inspected: Any) -> None:
     """Parameters in all and per token, experts, and bits per weight, against a count by hand."""
     it = inspected(MOE.bytes())
 
@@ -63,7 +64,7 @@ def test_the_numbers_of_a_mixture_of_experts(inspected):
     assert it.file_size == it.path.stat().st_size
 
 
-def test_a_dense_model_has_no_experts(inspected):
+def test_a_dense_model_has_no_experts(inspected: Any) -> None:
     """In a dense file every parameter is active."""
     it = inspected(g.LlamaFile().bytes())
 
@@ -71,7 +72,7 @@ def test_a_dense_model_has_no_experts(inspected):
     assert it.n_active == it.n_parameters
 
 
-def test_an_unclear_used_count_gives_no_active_number(inspected):
+def test_an_unclear_used_count_gives_no_active_number(inspected: Any) -> None:
     """A used count per layer, or one above the count, is shown as unclear, and never guessed."""
     model = g.LlamaFile(n_expert=4).set_array("llama.expert_used_count", "u32", [1, 2])
 
@@ -82,7 +83,7 @@ def test_an_unclear_used_count_gives_no_active_number(inspected):
     assert inspected(g.LlamaFile(n_expert=4, n_used=5).bytes()).n_active is None
 
 
-def test_tensors_and_metadata_are_listed_in_the_files_order(inspected):
+def test_tensors_and_metadata_are_listed_in_the_files_order(inspected: Any) -> None:
     """Each tensor with shape, type, size and place; each key with its type, long lists by their beginning."""
     keys = [g.key("b", "f32", 0.5), g.array("a", "u8", list(range(20)))]
     it = inspected(g.gguf(keys, [g.Tensor("q", (2, 32), g.Q8_0, bytes(68)), g.f32("f", (3,))]))
@@ -97,14 +98,14 @@ def test_tensors_and_metadata_are_listed_in_the_files_order(inspected):
     )
 
 
-def test_provenance_is_gathered(inspected):
+def test_provenance_is_gathered(inspected: Any) -> None:
     """Our own keys are found together."""
     model = g.LlamaFile(n_expert=4).set("moe2gguf.version", "str", "0.1.0").set("moe2gguf.seed", "u32", 7)
 
     assert inspected(model.bytes()).provenance == {"moe2gguf.version": "0.1.0", "moe2gguf.seed": 7}
 
 
-def test_the_record_survives_json(inspected):
+def test_the_record_survives_json(inspected: Any) -> None:
     """Strict JSON, even where the file has NaN and bytes that are no text; nothing else is changed."""
     model = g.LlamaFile(n_expert=4).set("moe2gguf.odd", "f32", float("nan"))
     model.set("general.name", "str", b"\xff\x1b[2J")
@@ -126,7 +127,7 @@ def test_the_record_survives_json(inspected):
     }
 
 
-def test_the_text_says_what_the_file_is(inspected):
+def test_the_text_says_what_the_file_is(inspected: Any) -> None:
     """Summary first, then metadata and types; the tensors only when asked for."""
     it = inspected(MOE.bytes())
 
@@ -142,7 +143,7 @@ def test_the_text_says_what_the_file_is(inspected):
     assert "\nblk.0.ffn_down_exps.weight 4 x 16 x 24 F16 3,072 16\n" in everything
 
 
-def test_a_pipe_gets_whole_names_and_no_colors(inspected):
+def test_a_pipe_gets_whole_names_and_no_colors(inspected: Any) -> None:
     """Into a pipe, a long key and its value stand on one line, without escapes and without trailing spaces."""
     name = "general." + "very_" * 30 + "long"
     model = g.LlamaFile().set(name, "str", "value " * 15)
@@ -154,7 +155,7 @@ def test_a_pipe_gets_whole_names_and_no_colors(inspected):
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
 
 
-def test_a_terminal_folds_and_loses_nothing(inspected):
+def test_a_terminal_folds_and_loses_nothing(inspected: Any) -> None:
     """In a narrow terminal a long key is folded, not cut: all its characters are there."""
     name = "general." + "abcdefghij" * 10
 
@@ -165,7 +166,7 @@ def test_a_terminal_folds_and_loses_nothing(inspected):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_hostile_text_cannot_reach_the_terminal(inspected, terminal):
+def test_hostile_text_cannot_reach_the_terminal(inspected: Any, terminal: bool) -> None:
     """Escape sequences, line ends, direction marks and markup in names and values come out as plain text."""
     evil = "\x1b[2J\x9b31m\r\n\x07\u202e[red]x[/red] :smile: [link=file:///etc]y[/link]"
     keys = [g.key("general.architecture", "str", evil), g.key("general.name", "str", evil), g.key(evil, "str", evil)]
@@ -182,14 +183,14 @@ def test_hostile_text_cannot_reach_the_terminal(inspected, terminal):
         assert terminal or words in text
 
 
-def test_an_encoding_without_the_characters_is_no_error(inspected):
+def test_an_encoding_without_the_characters_is_no_error(inspected: Any) -> None:
     """Where the output knows only ASCII, other characters are written as escapes."""
     it = inspected(g.gguf([g.array("tokens", "str", ["Ġa", "日"])]))
 
     assert "2: [\\u0120a, \\u65e5]" in printed(it, encoding="ascii")
 
 
-def test_long_values_are_shortened_in_the_text_only(inspected):
+def test_long_values_are_shortened_in_the_text_only(inspected: Any) -> None:
     """A chat template fills one line of the table; the record has it whole."""
     template = "{{ message }}" * 1000
     it = inspected(g.gguf([g.key("tokenizer.chat_template", "str", template)]))
@@ -198,7 +199,7 @@ def test_long_values_are_shortened_in_the_text_only(inspected):
     assert it.to_dict()["metadata"][0]["value"] == template
 
 
-def test_a_file_without_tensors_is_inspected(inspected):
+def test_a_file_without_tensors_is_inspected(inspected: Any) -> None:
     """A vocabulary file has metadata to show, and no bits per weight."""
     it = inspected(g.gguf([g.key("general.architecture", "u32", 5)]))
 
@@ -206,7 +207,7 @@ def test_a_file_without_tensors_is_inspected(inspected):
     assert "architecture  not given" in printed(it)
 
 
-def test_a_cut_file_is_refused(inspected):
+def test_a_cut_file_is_refused(inspected: Any) -> None:
     """A file that lost its end is an error that names the tensor, not a table of half the truth."""
     with pytest.raises(GGUFError, match=r"'blk\.1\.ffn_down_exps\.weight': bytes"):
         inspected(MOE.bytes()[:-40])

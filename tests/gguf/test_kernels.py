@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -29,7 +31,7 @@ DECODABLE = [kind for kind in types.BLOCKS if kind in gguf.quants._type_traits]
 
 @pytest.mark.parametrize("kind", sorted(types.NUMPY), ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", STRUCTURED.values(), ids=STRUCTURED)
-def test_installations_with_and_without_llama_cpp_write_the_same_bytes(kind, rows):
+def test_installations_with_and_without_llama_cpp_write_the_same_bytes(kind: Any, rows: Any) -> None:
     """The gguf package's quantizers stand in for ggml's, bit for bit."""
     with np.errstate(all="ignore"):
         expected = gguf.quants.quantize(rows, kind).reshape(-1)
@@ -38,7 +40,7 @@ def test_installations_with_and_without_llama_cpp_write_the_same_bytes(kind, row
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
-def test_every_type_decodes_to_about_the_same(kind):
+def test_every_type_decodes_to_about_the_same(kind: Any) -> None:
     """Each type's root mean square error of normal numbers is below what its bits allow; more bits, less error."""
     weight = np.ones(512, np.float32)
 
@@ -51,7 +53,7 @@ def test_every_type_decodes_to_about_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", DECODABLE, ids=lambda kind: kind.name)
-def test_decoding_equals_the_gguf_packages(kind):
+def test_decoding_equals_the_gguf_packages(kind: Any) -> None:
     """Two implementations, one meaning of the bits."""
     blocks = kernels.quantize(NORMAL, kind, "t", np.ones(512, np.float32))
 
@@ -61,7 +63,7 @@ def test_decoding_equals_the_gguf_packages(kind):
 
 
 @pytest.mark.parametrize("kind", UNGUIDED, ids=lambda kind: kind.name)
-def test_rows_do_not_depend_on_each_other(kind):
+def test_rows_do_not_depend_on_each_other(kind: Any) -> None:
     """So that threads may split a tensor anywhere; zero neurons and odd rows do not abort."""
     rows = np.concatenate([array[:3] for array in STRUCTURED.values()])
 
@@ -70,7 +72,7 @@ def test_rows_do_not_depend_on_each_other(kind):
     assert whole.tobytes() == b"".join(kernels.quantize(row[None], kind, "t").tobytes() for row in rows)
 
 
-def test_an_importance_changes_the_bytes_and_must_fit():
+def test_an_importance_changes_the_bytes_and_must_fit() -> None:
     """It reaches the kernel; one of another width is refused, as is a type that needs one without."""
     importance = np.linspace(0.1, 10, 512, dtype=np.float32) ** 2
     plain = kernels.quantize(NORMAL, GGMLType.Q4_K, "t")
@@ -83,7 +85,7 @@ def test_an_importance_changes_the_bytes_and_must_fit():
             kernels.quantize(NORMAL, kind, "t")
 
 
-def test_what_would_abort_the_process_is_an_error():
+def test_what_would_abort_the_process_is_an_error() -> None:
     """Rows of another width than whole blocks; an empty array is no rows."""
     with pytest.raises(HarnessError, match="rows of 100 do not fit Q4_K's blocks of 256"):
         kernels.quantize(np.zeros((2, 100), np.float32), GGMLType.Q4_K, "t")
@@ -97,7 +99,7 @@ class Renamed(int):
 
 
 @pytest.mark.parametrize("number", [GGMLType.Q8_0, GGMLType.Q8_1])
-def test_a_library_that_means_another_type_is_noticed(number):
+def test_a_library_that_means_another_type_is_noticed(number: Any) -> None:
     """Other llama.cpp builds may lack a type or use its number otherwise."""
     kernels.require([GGMLType.Q8_0])
 
@@ -105,7 +107,7 @@ def test_a_library_that_means_another_type_is_noticed(number):
         kernels.require([Renamed(number)])
 
 
-def test_a_library_with_other_blocks_is_noticed(monkeypatch):
+def test_a_library_with_other_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gguf package and llama.cpp must agree on a block's bytes, or the file would be shifted."""
     monkeypatch.setitem(kernels.BLOCK_SIZES, GGMLType.Q8_0, (32, 36))
 
@@ -113,7 +115,7 @@ def test_a_library_with_other_blocks_is_noticed(monkeypatch):
         kernels.quantize(NORMAL, GGMLType.Q8_0, "t")
 
 
-def test_a_value_beyond_a_scale_is_named():
+def test_a_value_beyond_a_scale_is_named() -> None:
     """1e8 / 127 does not fit Q8_0's half-precision scale: an error, never an infinity in the file."""
     rows = NORMAL.copy()
     rows[3, 5] = 1e8
@@ -142,7 +144,7 @@ assert "llama_cpp" not in sys.modules
 """
 
 
-def test_without_llama_cpp_the_common_types_work_and_the_others_say_what_to_install():
+def test_without_llama_cpp_the_common_types_work_and_the_others_say_what_to_install() -> None:
     """In an interpreter that cannot find the package."""
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     data, *errors = done.stdout.splitlines()
@@ -155,7 +157,7 @@ def test_without_llama_cpp_the_common_types_work_and_the_others_say_what_to_inst
     assert [message] * 2 == errors
 
 
-def test_a_folder_without_the_library_is_named(tmp_path):
+def test_a_folder_without_the_library_is_named(tmp_path: Path) -> None:
     """LLAMA_CPP_LIB_PATH is obeyed as llama-cpp-python obeys it; the Python package is not imported for a kernel."""
     code = "from moe2gguf.gguf import kernels; kernels.library(); import sys; assert 'llama_cpp' not in sys.modules"
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode

@@ -1,5 +1,7 @@
 """moe2gguf.gguf.layout: headers that the gguf package reads back, and sizes that are exact."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -36,7 +38,9 @@ ENTRIES = st.lists(
 
 
 @given(metadata=METADATA, tensors=ENTRIES)
-def test_the_gguf_package_reads_back_what_was_laid_out(metadata, tensors, tmp_path_factory):
+def test_the_gguf_package_reads_back_what_was_laid_out(
+    metadata: Any, tensors: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Every value, tensor name, shape, type and offset; and the file has exactly the planned size."""
     path = tmp_path_factory.mktemp("layout") / "file.gguf"
     layout = lay_out(metadata, tensors)
@@ -52,7 +56,7 @@ def test_the_gguf_package_reads_back_what_was_laid_out(metadata, tensors, tmp_pa
     assert [layout.offsets[t.name] for t in tensors] == [t.data_offset for t in reader.tensors]
 
 
-def test_the_smallest_file_byte_by_byte():
+def test_the_smallest_file_byte_by_byte() -> None:
     """One key, one tensor: the header written out by hand."""
     layout = lay_out({"a": 7}, [Entry("t", (2, 3), GGMLType.F32)])
 
@@ -67,7 +71,7 @@ def test_the_smallest_file_byte_by_byte():
     assert (96, 96 + 32) == (len(layout.header), layout.file_size)
 
 
-def test_a_strings_place_can_be_found():
+def test_a_strings_place_can_be_found() -> None:
     """So that a digest, known only at the end, replaces its placeholder."""
     layout = lay_out({"x": "0000", "digest": "0000"}, [])
     offset = value_offset(layout, "digest", "0000")
@@ -79,19 +83,19 @@ def test_a_strings_place_can_be_found():
 
 
 @pytest.mark.parametrize("value", [-1, 2**32, 1e300, [], [2**31], {"a": 1}])
-def test_values_that_do_not_fit_name_the_key(value):
+def test_values_that_do_not_fit_name_the_key(value: Any) -> None:
     """No wrap-around, no silently dropped empty array."""
     with pytest.raises(GGUFError, match=r"some\.key"):
         lay_out({"some.key": value}, [])
 
 
-def test_two_tensors_of_one_name_are_refused():
+def test_two_tensors_of_one_name_are_refused() -> None:
     """A file with both would not load."""
     with pytest.raises(GGUFError, match="same name"):
         lay_out({}, [Entry("t", (1,), GGMLType.F32)] * 2)
 
 
-def test_offsets_are_aligned():
+def test_offsets_are_aligned() -> None:
     """A tensor whose size is no multiple of 32 does not shift the next one off its alignment."""
     layout = lay_out({}, [Entry("a", (3,), GGMLType.F32), Entry("b", (3,), GGMLType.F32)])
 
@@ -104,7 +108,9 @@ def test_offsets_are_aligned():
     data=st.data(),
     alignment=st.sampled_from([8, 32, 64, 4096]),
 )
-def test_stored_kinds_and_the_alignment_of_another_file_are_obeyed(kind, data, alignment, tmp_path_factory):
+def test_stored_kinds_and_the_alignment_of_another_file_are_obeyed(
+    kind: Any, data: Any, alignment: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """A value comes back with the type that it had, alone and in arrays, empty ones too."""
     bits, signed = int(kind.name.lstrip("UINT")), kind.name.startswith("INT")
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
@@ -123,7 +129,7 @@ def test_stored_kinds_and_the_alignment_of_another_file_are_obeyed(kind, data, a
     assert {0} == {offset % alignment for offset in layout.offsets.values()}
 
 
-def test_a_value_outside_its_stored_type_is_an_error():
+def test_a_value_outside_its_stored_type_is_an_error() -> None:
     """Never wrapped around."""
     with pytest.raises(GGUFError, match="metadata a: 256 does not fit"):
         lay_out({"a": 256}, [], {"a": ValueType(gguf.GGUFValueType.UINT8)})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_bytes as g
@@ -132,7 +133,7 @@ STRICTER = {
 
 
 @pytest.fixture
-def write(tmp_path: Path):
+def write(tmp_path: Path) -> Any:
     def _write(raw: bytes, name: str = "model.gguf") -> Path:
         path = tmp_path / name
         path.write_bytes(raw)
@@ -142,7 +143,7 @@ def write(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_hostile_files_are_refused_with_the_culprit_named(write, name):
+def test_hostile_files_are_refused_with_the_culprit_named(write: Any, name: Any) -> None:
     """Each malformed file is a GGUFError that names the file and the key or tensor that is wrong."""
     raw, words = BAD[name]
     path = write(raw)
@@ -154,7 +155,7 @@ def test_hostile_files_are_refused_with_the_culprit_named(write, name):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_sound_files_are_read(write, name):
+def test_sound_files_are_read(write: Any, name: Any) -> None:
     """Files at the edge of what the format allows are no reason for an alarm."""
     read_gguf(write(GOOD[name]))
 
@@ -177,7 +178,7 @@ print(json.dumps([status(path) for path in sys.argv[1:]]))
 """
 
 
-def test_llama_cpp_agrees_on_every_hand_made_file(write):
+def test_llama_cpp_agrees_on_every_hand_made_file(write: Any) -> None:
     """llama.cpp's own reader accepts and refuses the same files, but for those where we are stricter on purpose."""
     pytest.importorskip("llama_cpp")
     files = {name: raw for name, (raw, _) in BAD.items()} | GOOD
@@ -189,7 +190,7 @@ def test_llama_cpp_agrees_on_every_hand_made_file(write):
     assert set(GOOD) | set(STRICTER) == taken
 
 
-def test_every_value_type_is_read_as_stored(write):
+def test_every_value_type_is_read_as_stored(write: Any) -> None:
     """A key of each type gives its value and its type; an array also the type of its elements."""
     values = {"u8": 255, "i8": -128, "u16": 65535, "i16": -32768, "u32": 2**32 - 1, "i32": -(2**31), "f32": 0.5}
     values |= {"bool": 1, "str": "grüße\n", "u64": 2**64 - 1, "i64": -(2**63), "f64": 0.1}
@@ -208,7 +209,7 @@ def test_every_value_type_is_read_as_stored(write):
     assert file.metadata["bool"] is True
 
 
-def test_strings_that_are_not_utf8_keep_their_bytes(write):
+def test_strings_that_are_not_utf8_keep_their_bytes(write: Any) -> None:
     """A token of arbitrary bytes can be carried over without loss."""
     file = read_gguf(write(g.gguf([g.array("tokens", "str", [b"\xff\xfe", b"ok", b"\xed\xa0\x80"])])))
 
@@ -216,7 +217,7 @@ def test_strings_that_are_not_utf8_keep_their_bytes(write):
     assert [token.encode("utf-8", "surrogateescape") for token in tokens] == [b"\xff\xfe", b"ok", b"\xed\xa0\x80"]
 
 
-def test_long_string_arrays_cross_the_reading_window(write):
+def test_long_string_arrays_cross_the_reading_window(write: Any) -> None:
     """Strings longer than, equal to and split by the window of the reader come out whole and in order."""
     strings = [str(i) * (i % 50) for i in range(60_000)] + ["x" * 400_000, "", "end"]
     keys = [g.array("a", "str", strings), g.key("b", "u32", 7)]
@@ -226,7 +227,7 @@ def test_long_string_arrays_cross_the_reading_window(write):
     assert {"a": strings, "b": 7} == metadata
 
 
-def test_the_gguf_package_reads_the_same(write):
+def test_the_gguf_package_reads_the_same(write: Any) -> None:
     """gguf's reader, an independent one, sees the tensors we see, at the same place and with the same values."""
     path = write(g.LlamaFile(n_expert=3, n_layer=1, make=g.f16).bytes())
 
@@ -242,7 +243,7 @@ def test_the_gguf_package_reads_the_same(write):
     assert keys == ours.metadata
 
 
-def test_tensors_come_as_arrays_of_their_type(write):
+def test_tensors_come_as_arrays_of_their_type(write: Any) -> None:
     """Float and integer tensors have their dtype and shape, block types are rows of bytes."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, 3, 64)).astype(np.float32)
@@ -263,7 +264,7 @@ def test_tensors_come_as_arrays_of_their_type(write):
     assert [str(array.dtype) for array in got.values()] == ["float32", "float16", "bfloat16", "uint8", "int32"]
 
 
-def test_chunks_are_whole_blocks_and_add_up(write):
+def test_chunks_are_whole_blocks_and_add_up(write: Any) -> None:
     """A tensor read in pieces is the tensor; no piece splits a block or is larger than asked."""
     raw = np.random.default_rng(1).integers(0, 256, 34 * 100, np.uint8).tobytes()
     file = read_gguf(write(g.gguf([], [g.Tensor("q", (50, 64), g.Q8_0, raw), g.f32("none", (0, 2))])))
@@ -275,7 +276,7 @@ def test_chunks_are_whole_blocks_and_add_up(write):
     assert list(file.chunks(file.tensors["none"])) == []
 
 
-def test_types_younger_than_the_gguf_package_have_a_name(write):
+def test_types_younger_than_the_gguf_package_have_a_name(write: Any) -> None:
     """Q2_0, which gguf 0.19 does not know, is read by its block of 64 values in 18 bytes."""
     tensor = read_gguf(write(GOOD["Q2_0"])).tensors["t"]
 
@@ -283,7 +284,7 @@ def test_types_younger_than_the_gguf_package_have_a_name(write):
     assert LaterType.Q2_0 == 42
 
 
-def test_every_cut_is_noticed(write):
+def test_every_cut_is_noticed(write: Any) -> None:
     """A file cut after any byte is refused, whether in the header or in the data."""
     keys = [
         g.key("general.name", "str", "Tiny"),
@@ -297,7 +298,7 @@ def test_every_cut_is_noticed(write):
             read_gguf(write(whole[:n]))
 
 
-def test_a_cut_names_all_tensors_that_are_outside(write):
+def test_a_cut_names_all_tensors_that_are_outside(write: Any) -> None:
     """Every tensor that lost bytes is listed, not only the first."""
     tensors = [g.f32(name, (8,)) for name in ("first", "second", "third")]
     path = write(g.gguf([], tensors)[:-40])
@@ -308,7 +309,7 @@ def test_a_cut_names_all_tensors_that_are_outside(write):
     assert "'first'" not in str(caught.value)
 
 
-def test_names_are_escaped_in_messages(write):
+def test_names_are_escaped_in_messages(write: Any) -> None:
     """A tensor's name cannot send control sequences to the terminal of whoever reads the error."""
     with pytest.raises(GGUFError) as caught:
         read_gguf(write(g.gguf([], [g.f32("\x1b[2Jx\u202e", (4,))])[:-20]))
@@ -316,7 +317,7 @@ def test_names_are_escaped_in_messages(write):
     assert str(caught.value).replace("\n", "").isprintable()
 
 
-def test_only_regular_files_are_opened(tmp_path):
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     """A pipe (which would block), a folder, an absent file and an impossible name are refused with a reason."""
     os.mkfifo(tmp_path / "pipe")
 
@@ -325,7 +326,7 @@ def test_only_regular_files_are_opened(tmp_path):
             read_gguf(tmp_path / name)
 
 
-def test_a_file_that_shrinks_is_an_error(write):
+def test_a_file_that_shrinks_is_an_error(write: Any) -> None:
     """A tensor whose bytes vanished after the header was read is not returned half filled."""
     path = write(g.gguf([], TWO))
     file = read_gguf(path)
@@ -353,7 +354,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RLIMIT_AS")
-def test_hostile_files_need_next_to_no_memory(write, tmp_path):
+def test_hostile_files_need_next_to_no_memory(write: Any, tmp_path: Path) -> None:
     """With 16 MiB to spare every hostile file is still refused properly, a sparse one of 10 GB among them."""
     paths = [write(raw, f"{name}.gguf") for name, (raw, _) in BAD.items()]
     huge = [("u8", 9 * 10**9), ("str", 10**9), ("u64", 10**9)]
@@ -377,7 +378,7 @@ EDIT = st.one_of(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(st.tuples(st.integers(0, 2600), EDIT), min_size=1, max_size=4), cut=st.integers(0, 3000))
-def test_mutated_files_are_read_or_refused(tmp_path, edits, cut):
+def test_mutated_files_are_read_or_refused(tmp_path: Path, edits: Any, cut: Any) -> None:
     """Whatever is overwritten in a file or cut from it: a GGUFError or a result, in little time and memory."""
     raw = bytearray(SEED[: len(SEED) - cut] if cut < 200 else SEED)
     for at, value in edits:

@@ -1,6 +1,9 @@
 """moe2gguf.gguf.resume: a stopped job goes on where it was, and reuses nothing that it has not compared."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +21,16 @@ JOB = {"type": "q4_k_m"}
 HASHES = {f"source of {name}": format(i, "064x") for i, name in enumerate(NAMES)}
 
 
-def values(name):
+def values(name: Any) -> Any:
     """More than one checksum piece of them."""
     return np.full((300, 1024), float(name[1:]), np.float32)
 
 
-def write(target, stop_at=None, error=KeyboardInterrupt, job=JOB, resume=True):
+def write(target: Any, stop_at: Any = None, error: Any = KeyboardInterrupt, job: Any = JOB, resume: Any = True) -> Any:
     """Write the six tensors, in order; returns the names of those that were made, and how many were reused."""
     made, hashes = [], {}
 
-    def blocks(name):
+    def blocks(name: Any) -> Iterator[Any]:
         made.append(name)
         if name == stop_at:
             raise error("stopped")
@@ -45,14 +48,14 @@ def write(target, stop_at=None, error=KeyboardInterrupt, job=JOB, resume=True):
 
 
 @pytest.fixture
-def whole(tmp_path):
+def whole(tmp_path: Path) -> Any:
     """The bytes that an undisturbed run writes."""
     write(tmp_path / "whole")
     return (tmp_path / "whole").read_bytes()
 
 
 @pytest.fixture
-def stopped(tmp_path):
+def stopped(tmp_path: Path) -> Any:
     """A target whose first four tensors are finished."""
     target = tmp_path / "x.gguf"
     with pytest.raises(Interrupted, match=r"x.gguf.partial keeps what is finished \(4 pieces\); the same command"):
@@ -60,20 +63,20 @@ def stopped(tmp_path):
     return target
 
 
-def journal_of(target):
+def journal_of(target: Any) -> Any:
     return partial_of(target).with_name("job.jsonl")
 
 
-def partial_of(target):
+def partial_of(target: Any) -> Any:
     return target.with_name(target.name + ".partial") / target.name
 
 
-def files(target):
+def files(target: Any) -> Any:
     """What there is beside the file of an undisturbed run."""
     return sorted(path.name for path in target.parent.iterdir() if path.name != "whole")
 
 
-def test_only_what_is_missing_is_made(stopped, whole):
+def test_only_what_is_missing_is_made(stopped: Any, whole: Any) -> None:
     """Stopped twice, finished in the third run: the same bytes, the sources' hashes known, no other file left."""
     with pytest.raises(KeyboardInterrupt, match=r"\(5 pieces\)"):
         write(stopped, "t5")
@@ -83,7 +86,7 @@ def test_only_what_is_missing_is_made(stopped, whole):
     assert ["x.gguf"] == files(stopped)
 
 
-def test_a_tensor_whose_bytes_changed_is_made_anew(stopped, whole):
+def test_a_tensor_whose_bytes_changed_is_made_anew(stopped: Any, whole: Any) -> None:
     """One bit in the middle of the third."""
     partial = partial_of(stopped)
     data = bytearray(partial.read_bytes())
@@ -108,7 +111,9 @@ def test_a_tensor_whose_bytes_changed_is_made_anew(stopped, whole):
         ('{"job"', "{", NAMES),
     ],
 )
-def test_a_journal_that_makes_no_sense_is_not_believed(stopped, whole, before, after, made):
+def test_a_journal_that_makes_no_sense_is_not_believed(
+    stopped: Any, whole: Any, before: str, after: Any, made: Any
+) -> None:
     """Other checksums, hashes that are none, torn and hostile lines, no job."""
     path = journal_of(stopped)
     assert before in path.read_text()
@@ -119,7 +124,7 @@ def test_a_journal_that_makes_no_sense_is_not_believed(stopped, whole, before, a
 
 
 @pytest.mark.parametrize(("what", "made"), [("no partial file", NAMES[1:]), ("another size", ["t4", "t5"])])
-def test_only_what_is_there_is_continued(stopped, whole, what, made):
+def test_only_what_is_there_is_continued(stopped: Any, whole: Any, what: str, made: Any) -> None:
     """A journal alone, though zeros are what a new file has; a partial file that something else has made longer."""
     if what == "no partial file":
         partial_of(stopped).unlink()
@@ -132,7 +137,7 @@ def test_only_what_is_there_is_continued(stopped, whole, what, made):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_folder_without_a_job_is_not_emptied(tmp_path, resume):
+def test_a_folder_without_a_job_is_not_emptied(tmp_path: Path, resume: bool) -> None:
     """Whoever made it may want what is in it."""
     (tmp_path / "x.gguf.partial").mkdir()
     (tmp_path / "x.gguf.partial" / "thesis.txt").write_text("precious")
@@ -143,7 +148,7 @@ def test_a_folder_without_a_job_is_not_emptied(tmp_path, resume):
     assert "precious" == (tmp_path / "x.gguf.partial" / "thesis.txt").read_text()
 
 
-def test_the_unfinished_file_of_another_job_is_refused(stopped):
+def test_the_unfinished_file_of_another_job_is_refused(stopped: Any) -> None:
     """The message names what differs; --no-resume replaces it."""
     before = files(stopped)
 
@@ -154,7 +159,7 @@ def test_the_unfinished_file_of_another_job_is_refused(stopped):
     assert NAMES == write(stopped, job={"type": "q6_k"}, resume=False)[0]
 
 
-def test_finished_files_and_folders_are_compared_before_they_are_used(tmp_path):
+def test_finished_files_and_folders_are_compared_before_they_are_used(tmp_path: Path) -> None:
     """The newest unharmed one counts; a changed file, one that is gone and one that never got its name do not."""
     with Job(tmp_path / "work", JOB) as job:
         for i in range(4):
@@ -179,7 +184,7 @@ def test_finished_files_and_folders_are_compared_before_they_are_used(tmp_path):
 
 
 @pytest.mark.parametrize("error", [CorruptWeightError, OSError, RuntimeError])
-def test_an_error_keeps_nothing(tmp_path, error):
+def test_an_error_keeps_nothing(tmp_path: Path, error: Any) -> None:
     """Only an interrupt is worth continuing."""
     with pytest.raises((OutputError, error)):
         write(tmp_path / "x.gguf", "t4", error)
@@ -187,7 +192,7 @@ def test_an_error_keeps_nothing(tmp_path, error):
     assert [] == files(tmp_path / "x.gguf")
 
 
-def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path):
+def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path: Path) -> None:
     """There is nothing to continue."""
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         write(tmp_path / "x.gguf", "t0")
@@ -195,7 +200,7 @@ def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path):
     assert [] == files(tmp_path / "x.gguf")
 
 
-def test_a_journal_that_is_a_link_is_not_followed(tmp_path):
+def test_a_journal_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     """A planted link is replaced, not written through."""
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "x.gguf.partial").mkdir()
@@ -206,7 +211,7 @@ def test_a_journal_that_is_a_link_is_not_followed(tmp_path):
     assert "precious" == (tmp_path / "victim").read_text()
 
 
-def test_a_job_names_every_choice_and_input_without_a_path(tmp_path):
+def test_a_job_names_every_choice_and_input_without_a_path(tmp_path: Path) -> None:
     """Options, files by size and time, the header; the build of the kernels only where one is used."""
     (tmp_path / "a.gguf").write_text("abc")
     (tmp_path / "rules.toml").write_text("rules")

@@ -1,5 +1,8 @@
 """moe2gguf.gguf.set_used: the used count, in place."""
 
+from pathlib import Path
+from typing import Any
+
 import checkpoints
 import gguf
 import numpy as np
@@ -16,12 +19,12 @@ TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA."""
     return checkpoints.make(tmp_path_factory.mktemp("edit") / "model")
 
 
-def test_the_count_changes_and_nothing_else(folder, tmp_path):
+def test_the_count_changes_and_nothing_else(folder: Any, tmp_path: Path) -> None:
     """llama.cpp runs the new count by default; the rest of the file keeps its bytes."""
     path = convert(folder, tmp_path / "x.gguf", flat_options(experts=8)).path
     before = path.read_bytes()
@@ -40,7 +43,7 @@ def test_the_count_changes_and_nothing_else(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("k", "words"), [(0, "at least 1"), (9, "there are only 8")])
-def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
+def test_counts_that_cannot_run_are_refused(folder: Any, tmp_path: Path, k: int, words: str) -> None:
     """They would abort llama.cpp."""
     path = convert(folder, tmp_path / "x.gguf", flat_options(experts=8)).path
 
@@ -48,7 +51,7 @@ def test_counts_that_cannot_run_are_refused(folder, tmp_path, k, words):
         set_used(path, k)
 
 
-def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
+def test_files_made_for_one_count_are_refused_with_the_reason(folder: Any, tmp_path: Path) -> None:
     """Amplified for 4 of 8: another count would be too loud or too quiet."""
     options = flat_options(experts=8, used=4, group="activations", n_shared=0, refit=False, n_token=2048)
     path = convert(folder, tmp_path / "x.gguf", options).path
@@ -58,7 +61,9 @@ def test_files_made_for_one_count_are_refused_with_the_reason(folder, tmp_path):
     set_used(path, 4)
 
 
-def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(folder, tmp_path, monkeypatch):
+def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`any` alone serves every count; a bias for what 4 of 8 leave out does not, and verify still reads such a file."""
     options = flat_options(experts=8, used=4, amplify="any", refit=False, n_token=2048)
     set_used(convert(folder, tmp_path / "x.gguf", options).path, 6)
@@ -71,7 +76,7 @@ def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(folder, tmp_path
         set_used(path, 6)
 
 
-def test_a_dense_file_has_no_count(folder, tmp_path):
+def test_a_dense_file_has_no_count(folder: Any, tmp_path: Path) -> None:
     """And says so."""
     path = convert(folder, tmp_path / "x.gguf", flat_options(dense=True)).path
 

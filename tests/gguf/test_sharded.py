@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,15 +34,15 @@ SLICED = flat_options(experts=4, shard_size=SIZE)
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", tiny_gguf.dense_weights())
 
 
-def names(folder):
+def names(folder: Any) -> Any:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_set_is_the_file(dense, tmp_path):
+def test_the_set_is_the_file(dense: Any, tmp_path: Path) -> None:
     """Same tensors and metadata as one file, exactly the planned sizes, and llama.cpp's logits."""
     convert(dense, tmp_path / "one.gguf", flat_options(experts=4))
     plan = plan_conversion(dense, SLICED)
@@ -65,7 +67,7 @@ def test_the_set_is_the_file(dense, tmp_path):
     np.testing.assert_array_equal(*llama_logits_of([tmp_path / "one.gguf", done.path], [1, 60, 200, 280, 17]))
 
 
-def test_a_set_goes_in(dense, tmp_path):
+def test_a_set_goes_in(dense: Any, tmp_path: Path) -> None:
     """A dense set, by any of its shards, gives the bytes that the one file gives; --dense puts it together."""
     done = convert(dense, tmp_path / "set.gguf", flat_options(dense=True, shard_size=SIZE))
     second = next(tmp_path.glob("set-00002-*"))
@@ -82,7 +84,7 @@ def test_a_set_goes_in(dense, tmp_path):
         convert(done.path, second, flat_options(experts=4), force=True)
 
 
-def test_a_model_that_fits_is_one_file(dense, tmp_path):
+def test_a_model_that_fits_is_one_file(dense: Any, tmp_path: Path) -> None:
     """Under the name that was asked for."""
     done = convert(dense, tmp_path / "out.gguf", flat_options(experts=4, shard_size=10**9))
 
@@ -90,7 +92,7 @@ def test_a_model_that_fits_is_one_file(dense, tmp_path):
     assert done.plan.to_dict()["shards"] == []
 
 
-def test_existing_shards_are_kept_unless_forced(dense, tmp_path):
+def test_existing_shards_are_kept_unless_forced(dense: Any, tmp_path: Path) -> None:
     """Any of the names that is taken is an error; --force replaces all of them."""
     first = convert(dense, tmp_path / "out.gguf", SLICED).path
     before = first.read_bytes()
@@ -104,7 +106,7 @@ def test_existing_shards_are_kept_unless_forced(dense, tmp_path):
     assert not verify(first).problems
 
 
-def test_sizes_that_are_too_small_name_what_does_not_fit(dense, tmp_path):
+def test_sizes_that_are_too_small_name_what_does_not_fit(dense: Any, tmp_path: Path) -> None:
     """In the plan, before anything is written: one sentence, and the size that it gives is enough, to the byte."""
     for options in (flat_options(experts=4), flat_options(dense=True)):
         for size in (50_000, 1000, 0, -5):
@@ -125,7 +127,7 @@ def test_sizes_that_are_too_small_name_what_does_not_fit(dense, tmp_path):
 @pytest.mark.parametrize(
     "size", ["2 elephants", "-1", "", "1e9", "nan", "0x10", "5iB", "1.GB", "1,000", "9" * 16, "GB"]
 )
-def test_sizes_that_are_none_are_usage_errors(dense, tmp_path, command, size):
+def test_sizes_that_are_none_are_usage_errors(dense: Any, tmp_path: Path, command: str, size: Any) -> None:
     """One line with an example of a size, exit code 2, and no file."""
     arguments = [command, dense, tmp_path / "out.gguf", *(["q8_0"] if command == "quantize" else [])]
 
@@ -148,12 +150,12 @@ def test_sizes_that_are_none_are_usage_errors(dense, tmp_path, command, size):
         ("2Ti", 2 << 40),
     ],
 )
-def test_sizes_are_read(size, n_byte):
+def test_sizes_are_read(size: str, n_byte: Any) -> None:
     """Decimal and binary, with and without the B."""
     assert n_byte == Size().convert(size, None, None)
 
 
-def test_places_where_a_set_cannot_be_are_refused(dense, tmp_path):
+def test_places_where_a_set_cannot_be_are_refused(dense: Any, tmp_path: Path) -> None:
     """A folder's name, and a folder that is not there."""
     with pytest.raises(OutputError, match="is a folder; name a file in it"):
         convert(dense, tmp_path, SLICED)
@@ -162,13 +164,13 @@ def test_places_where_a_set_cannot_be_are_refused(dense, tmp_path):
     assert [] == names(tmp_path)
 
 
-def tensors_of(path):
+def tensors_of(path: Any) -> Any:
     """Name -> (type, shape, bytes) of a file or a set."""
     model = read_model(path)
     return {t.name: (t.type, t.shape, model.read_tensor(t).tobytes()) for t in model.tensors.values()}
 
 
-def test_a_quantized_set_is_the_quantized_file(dense, tmp_path):
+def test_a_quantized_set_is_the_quantized_file(dense: Any, tmp_path: Path) -> None:
     """Of one file and of a set alike: its tensors, its metadata, the planned sizes, and llama.cpp's logits."""
     one = quantize(dense, tmp_path / "one.gguf", TypeOptions("q8_0")).path
     source = convert(dense, tmp_path / "f32.gguf", flat_options(dense=True, shard_size=SIZE)).path
@@ -190,10 +192,10 @@ def test_a_quantized_set_is_the_quantized_file(dense, tmp_path):
     assert tensors_of(one) == tensors_of(quantize(done.path, tmp_path / "joined.gguf", TypeOptions()).path)
 
 
-def test_quantize_treats_targets_as_convert_does(dense, tmp_path):
+def test_quantize_treats_targets_as_convert_does(dense: Any, tmp_path: Path) -> None:
     """From the command line: plan and JSON, what exists, --force, the source itself, and bad sizes."""
 
-    def run(*words, source=dense):
+    def run(*words: Any, source: Any = dense) -> Any:
         command = ["quantize", str(source), str(tmp_path / "out.gguf"), "q8_0", *words]
         result = CliRunner().invoke(cli, command)
         return result.exit_code, f"{result.output}{result.exception or ''}"
@@ -219,7 +221,7 @@ def test_quantize_treats_targets_as_convert_does(dense, tmp_path):
     assert before == contents(tmp_path)
 
 
-def test_shards_of_another_type_are_foreign(dense, tmp_path):
+def test_shards_of_another_type_are_foreign(dense: Any, tmp_path: Path) -> None:
     """Every shard says the file type: one of a set with the same names and numbers is told from the others."""
     a, b = (
         quantize(dense, tmp_path / name / "x.gguf", TypeOptions(kind), shard_size=size).path
@@ -263,7 +265,7 @@ else:
 """
 
 
-def killed(source, target, moment, nth=1, command="convert"):
+def killed(source: Any, target: Any, moment: Any, nth: Any = 1, command: Any = "convert") -> None:
     """SIGKILL when the `nth` line that begins with `moment` is printed."""
     with subprocess.Popen([sys.executable, "-c", SLOW, source, target, command], stdout=subprocess.PIPE) as process:
         for line in process.stdout:
@@ -274,13 +276,13 @@ def killed(source, target, moment, nth=1, command="convert"):
     assert nth == 0
 
 
-def contents(folder):
+def contents(folder: Any) -> Any:
     """Name -> bytes of every file."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dense, tmp_path_factory):
+def undisturbed(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a run writes that nothing stops."""
     folder = tmp_path_factory.mktemp("undisturbed")
     convert(dense, folder / "out.gguf", SLICED)
@@ -288,7 +290,9 @@ def undisturbed(dense, tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", ["write", "verify", "moved out-00003"])
-def test_a_killed_run_leaves_nothing_that_looks_finished(dense, tmp_path, undisturbed, moment):
+def test_a_killed_run_leaves_nothing_that_looks_finished(
+    dense: Any, tmp_path: Path, undisturbed: Any, moment: str
+) -> None:
     """SIGKILL while writing, verifying or moving: no first shard; what is left is refused, and the next run works."""
     killed(dense, tmp_path / "out.gguf", moment)
 
@@ -301,7 +305,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(dense, tmp_path, undist
 
 
 @pytest.mark.parametrize("moments", [(("write", 4), ("write", 22)), (("write", 13), ("verify", 2))])
-def test_a_killed_run_goes_on_where_it_was(dense, tmp_path, undisturbed, moments):
+def test_a_killed_run_goes_on_where_it_was(dense: Any, tmp_path: Path, undisturbed: Any, moments: Any) -> None:
     """SIGKILL twice, in several shards: the third run makes only what is missing, and the bytes are the same."""
     for moment in moments:
         killed(dense, tmp_path / "out.gguf", *moment)
@@ -313,7 +317,7 @@ def test_a_killed_run_goes_on_where_it_was(dense, tmp_path, undisturbed, moments
     assert undisturbed == contents(tmp_path)
 
 
-def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path):
+def test_a_killed_quantization_goes_on_where_it_was(dense: Any, tmp_path: Path) -> None:
     """The same for quantize; other options and another source are refused, with what differs."""
     target, whole = tmp_path / "out" / "x.gguf", tmp_path / "whole" / "x.gguf"
     target.parent.mkdir()
@@ -338,7 +342,7 @@ def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path):
     assert contents(whole.parent) == contents(target.parent)
 
 
-def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbed):
+def test_an_unfinished_set_of_another_job_is_refused(dense: Any, tmp_path: Path, undisturbed: Any) -> None:
     """The option or the source that differs is named, nothing is lost; resume=False starts anew."""
     target = tmp_path / "out.gguf"
     other = tmp_path / "other.gguf"
@@ -362,7 +366,7 @@ def test_an_unfinished_set_of_another_job_is_refused(dense, tmp_path, undisturbe
     assert undisturbed == contents(tmp_path)
 
 
-def test_a_set_and_a_file_give_way_to_each_other(dense, tmp_path, undisturbed):
+def test_a_set_and_a_file_give_way_to_each_other(dense: Any, tmp_path: Path, undisturbed: Any) -> None:
     """What another kind of job left under the same name is replaced where the user starts anew; other files are not."""
     target = tmp_path / "out.gguf"
     killed(dense, target, "write", 8)
@@ -380,7 +384,7 @@ def test_a_set_and_a_file_give_way_to_each_other(dense, tmp_path, undisturbed):
     assert undisturbed == contents(tmp_path)
 
 
-def test_a_shard_that_changed_is_made_anew(dense, tmp_path, undisturbed):
+def test_a_shard_that_changed_is_made_anew(dense: Any, tmp_path: Path, undisturbed: Any) -> None:
     """One that is gone, one that is cut, one with other bytes, and one with more of them."""
     killed(dense, tmp_path / "out.gguf", "verify")
     gone, cut, changed, longer, *_ = sorted((tmp_path / "out.gguf.partial").glob("*.gguf"))
@@ -396,11 +400,13 @@ def test_a_shard_that_changed_is_made_anew(dense, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_an_interrupt_while_moving_can_be_continued(dense, tmp_path, monkeypatch, undisturbed, n):
+def test_an_interrupt_while_moving_can_be_continued(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any, n: int
+) -> None:
     """Shards that have their names already go back to the others, and the message says how to go on."""
     replace, calls = Path.replace, []
 
-    def interrupted(self, target):
+    def interrupted(self, target: Any) -> Any:
         calls.append(target)
         if len(calls) == n + 1:
             raise KeyboardInterrupt
@@ -420,11 +426,13 @@ def test_an_interrupt_while_moving_can_be_continued(dense, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_an_error_while_moving_leaves_nothing(dense, tmp_path, monkeypatch, n):
+def test_an_error_while_moving_leaves_nothing(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
     """A full disk or the like in the last moment: one OutputError, and an empty folder."""
     replace, calls = Path.replace, []
 
-    def failing(self, target):
+    def failing(self, target: Any) -> Any:
         calls.append(target)
         if len(calls) > n:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -437,12 +445,12 @@ def test_an_error_while_moving_leaves_nothing(dense, tmp_path, monkeypatch, n):
     assert names(tmp_path) == []
 
 
-def test_two_writers_of_one_set(dense, tmp_path):
+def test_two_writers_of_one_set(dense: Any, tmp_path: Path) -> None:
     """The second is refused while the first works, and does it no harm."""
     errors = []
 
     @contextlib.contextmanager
-    def meanwhile(stage, total):
+    def meanwhile(stage: Any, total: Any) -> Iterator[Any]:
         if stage == "verify":
             with pytest.raises(OutputError, match="another process is writing") as caught:
                 convert(dense, tmp_path / "out.gguf", SLICED)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_bytes as g
@@ -37,17 +38,17 @@ def write_set(whole: Path, stem: Path, max_bytes: int) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("whole") / "model.gguf", tiny_gguf.dense_weights())
 
 
 @pytest.fixture
-def shards(whole, tmp_path):
+def shards(whole: Any, tmp_path: Path) -> Any:
     """Five or so shards of a tiny model."""
     return write_set(whole, tmp_path / "model", 100_000)
 
 
-def test_llama_cpp_loads_the_set(whole, shards):
+def test_llama_cpp_loads_the_set(whole: Any, shards: Any) -> None:
     """Stock llama.cpp, given the first shard, computes what it computes from the one file."""
     assert len(shards) > 3
     assert max(path.stat().st_size for path in shards) <= 100_000
@@ -55,7 +56,7 @@ def test_llama_cpp_loads_the_set(whole, shards):
     np.testing.assert_array_equal(llama_logits(whole, TOKENS), llama_logits(shards[0], TOKENS))
 
 
-def test_the_set_reads_like_the_file(whole, shards):
+def test_the_set_reads_like_the_file(whole: Any, shards: Any) -> None:
     """From any of its shards: the same metadata, tensors and values, and no problem for verify."""
     file = read_gguf(whole)
 
@@ -71,7 +72,7 @@ def test_the_set_reads_like_the_file(whole, shards):
         assert set(model.files) == set(shards)
 
 
-def test_gguf_split_by_the_gguf_package_is_read(tmp_path):
+def test_gguf_split_by_the_gguf_package_is_read(tmp_path: Path) -> None:
     """A set written by gguf's own writer, which numbers shards the same way."""
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama", split_max_tensors=2)
     values = {f"t{i}": np.full((4, 32), i, np.float32) for i in range(5)}
@@ -87,24 +88,24 @@ def test_gguf_split_by_the_gguf_package_is_read(tmp_path):
     assert {name: model.read_tensor(t).max() for name, t in model.tensors.items()} == {f"t{i}": i for i in range(5)}
 
 
-def renamed(shards):
+def renamed(shards: Any) -> None:
     shards[1].rename(shards[1].parent / "else.gguf")
     shards[2].rename(shards[1])
     (shards[1].parent / "else.gguf").rename(shards[2])
 
 
-def other_set(shards, whole, n_layer=2, seed=1):
+def other_set(shards: Any, whole: Any, n_layer: Any = 2, seed: Any = 1) -> Any:
     weights = tiny_gguf.dense_weights(seed, n_layer=n_layer)
     folder = shards[0].parent / "other"
     folder.mkdir()
     return write_set(tiny_gguf.write_gguf(folder / "whole.gguf", weights), folder / "model", 100_000)
 
 
-def foreign_count(shards, whole):
+def foreign_count(shards: Any, whole: Any) -> None:
     shutil.copy(other_set(shards, whole, n_layer=1)[1], shards[1])
 
 
-def twice(shards, whole):
+def twice(shards: Any, whole: Any) -> None:
     """Another set with as many shards and tensors, cut elsewhere."""
     file = read_gguf(whole)
     entries = [Entry(t.name, t.shape, t.type) for t in reversed(file.tensors.values())]
@@ -130,7 +131,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_set_is_refused_with_the_shards_named(whole, shards, fault):
+def test_a_wrong_set_is_refused_with_the_shards_named(whole: Any, shards: Any, fault: Any) -> None:
     """By read_model and by verify, whichever shard is given."""
     damage, words = FAULTS[fault]
     damage(shards, whole)
@@ -141,7 +142,7 @@ def test_a_wrong_set_is_refused_with_the_shards_named(whole, shards, fault):
     assert verify(path).problems
 
 
-def test_a_foreign_shard_shows_by_keys_that_should_be_equal(shards):
+def test_a_foreign_shard_shows_by_keys_that_should_be_equal(shards: Any) -> None:
     """A key that stands in several shards, such as the digest of their source, must have one value."""
     for i, path in enumerate(shards):
         keys = [g.key("moe2gguf.source.sha256", "str", "ab"[i == 1])]
@@ -164,7 +165,7 @@ def test_a_foreign_shard_shows_by_keys_that_should_be_equal(shards):
         ({"split.tensors.count": ("u32", 3)}, "expected a INT32"),
     ],
 )
-def test_hostile_numbers_are_refused(tmp_path, keys, words):
+def test_hostile_numbers_are_refused(tmp_path: Path, keys: Any, words: str) -> None:
     """Wrong types (llama.cpp aborts at them), impossible and enormous numbers cost one clear error."""
     for i in range(3):
         pairs = {"split.no": ("u16", i), "split.count": ("u16", 3), "split.tensors.count": ("i32", 3), **keys}
@@ -175,7 +176,7 @@ def test_hostile_numbers_are_refused(tmp_path, keys, words):
         read_shards(tmp_path / "m-00001-of-00003.gguf")
 
 
-def test_one_shard_is_a_file(tmp_path):
+def test_one_shard_is_a_file(tmp_path: Path) -> None:
     """split.count 1 means a whole file under any name."""
     path = tmp_path / "any.gguf"
     path.write_bytes(g.gguf([g.key("split.count", "u16", 1), g.key("split.no", "u16", 0)], [g.f32("a", (4,))]))
@@ -184,7 +185,7 @@ def test_one_shard_is_a_file(tmp_path):
     assert read_model(path).metadata == {}
 
 
-def test_metadata_that_is_too_large_is_named():
+def test_metadata_that_is_too_large_is_named() -> None:
     """A vocabulary cannot be cut: the first shard must hold it."""
     metadata, tensors = {"general.name": "x" * 5000}, [Entry("t", (4, 8), gguf.GGMLQuantizationType.F32)]
     with pytest.raises(PlanError, match=r"--shard-size 4,000: too small for the metadata; give at least") as caught:
@@ -195,7 +196,7 @@ def test_metadata_that_is_too_large_is_named():
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(300, 5000))
-def test_no_shard_is_larger_than_asked(sizes, limit):
+def test_no_shard_is_larger_than_asked(sizes: Any, limit: Any) -> None:
     """Header included; every tensor stands in exactly one shard, in order; or the tensor that is too large is named."""
     tensors = [Entry(f"t{i}", (n, 8), gguf.GGMLQuantizationType.F32) for i, n in enumerate(sizes)]
     metadata = {"general.name": "x" * 100, "moe2gguf.source.sha256": "0" * 20}

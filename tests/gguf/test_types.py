@@ -1,5 +1,7 @@
 """moe2gguf.gguf.types: bytes of every type, against the gguf package, and numbers that must be refused."""
 
+from typing import Any
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -18,7 +20,7 @@ DECODABLE = {name: kind for name, kind in types.NAMES.items() if kind in types.F
 
 @pytest.mark.parametrize("kind", DECODABLE.values(), ids=DECODABLE)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_every_type_has_the_planned_size_and_decodes_to_about_the_same(kind, dtype):
+def test_every_type_has_the_planned_size_and_decodes_to_about_the_same(kind: Any, dtype: Any) -> None:
     """The gguf package, which did not encode floats, decodes what we encoded."""
     array = WEIGHT.astype(dtype)
 
@@ -32,7 +34,7 @@ def test_every_type_has_the_planned_size_and_decodes_to_about_the_same(kind, dty
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_a_float_kept_as_it_is_keeps_its_bits(dtype):
+def test_a_float_kept_as_it_is_keeps_its_bits(dtype: Any) -> None:
     """Same type in and out: the very bytes, negative zero and subnormals included."""
     array = np.array([-0.0, 1e-7, 3.1, -65504.0], dtype)
 
@@ -42,7 +44,7 @@ def test_a_float_kept_as_it_is_keeps_its_bits(dtype):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q8_0], ids=["f32", "q8_0"])
-def test_nan_and_infinity_are_refused_with_their_place(bad, dtype, kind):
+def test_nan_and_infinity_are_refused_with_their_place(bad: Any, dtype: Any, kind: Any) -> None:
     """The error names the tensor and the first bad element, also where a block type would hide it."""
     array = WEIGHT.astype(dtype)
     array[1, 7] = bad
@@ -53,7 +55,7 @@ def test_nan_and_infinity_are_refused_with_their_place(bad, dtype, kind):
 
 @pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False), (1e5, False)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_f16_overflow_is_an_error_that_offers_bf16(value, fits, dtype):
+def test_f16_overflow_is_an_error_that_offers_bf16(value: float, fits: bool, dtype: Any) -> None:
     """65504 is the largest f16; 65519 still rounds to it, 65520 to infinity."""
     array = np.array([[value]], dtype).astype(np.float32)
     if fits:
@@ -64,7 +66,7 @@ def test_f16_overflow_is_an_error_that_offers_bf16(value, fits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_is_finite_agrees_with_numpy_on_every_kind_of_number(dtype):
+def test_is_finite_agrees_with_numpy_on_every_kind_of_number(dtype: Any) -> None:
     """Largest and smallest numbers are finite, empty arrays too."""
     info = ml_dtypes.finfo(dtype)
     good = np.array([0, -0.0, info.max, info.min, info.tiny, info.smallest_subnormal], dtype)
@@ -75,14 +77,14 @@ def test_is_finite_agrees_with_numpy_on_every_kind_of_number(dtype):
         assert not types.is_finite(np.append(good, np.array(bad, dtype)))
 
 
-def test_blocks_that_are_ready_are_kept():
+def test_blocks_that_are_ready_are_kept() -> None:
     """Bytes in, the same bytes out: what `quantize` copies is not touched."""
     blocks = RNG.integers(0, 256, (2, 34), np.uint8)
 
     assert blocks.tobytes() == bytes(types.encode(blocks, GGMLType.Q8_0, "t"))
 
 
-def test_sizes_equal_the_gguf_packages():
+def test_sizes_equal_the_gguf_packages() -> None:
     """Block sizes and bytes come from one table, the gguf package's."""
     assert 3 * 256 // 32 * 34 == types.n_bytes((3, 256), GGMLType.Q8_0)
     assert 32 == types.block_size(GGMLType.Q4_0)
@@ -90,7 +92,7 @@ def test_sizes_equal_the_gguf_packages():
     assert set(types.NAMES.values()) == set(types.FILE_TYPES)
 
 
-def test_every_finite_half_is_widened_as_numpy_does():
+def test_every_finite_half_is_widened_as_numpy_does() -> None:
     """All 63,488 of them, bit for bit, subnormals and both zeros included; other types pass through."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(2, -1)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_bytes as g
@@ -27,10 +28,10 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def check(tmp_path: Path):
+def check(tmp_path: Path) -> Any:
     """Verify a file of these bytes."""
 
-    def _check(raw: bytes, **options: object):
+    def _check(raw: bytes, **options: object) -> Any:
         path = tmp_path / "model.gguf"
         path.write_bytes(raw)
         return verify(path, **options)
@@ -38,7 +39,7 @@ def check(tmp_path: Path):
     return _check
 
 
-def quantized(kind: str):
+def quantized(kind: str) -> Any:
     """A maker of tensors of a block type, by the gguf package's quantizer."""
 
     def make(name: str, shape: tuple[int, ...]) -> g.Tensor:
@@ -73,7 +74,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_sound_files_raise_no_alarm(check, name):
+def test_sound_files_raise_no_alarm(check: Any, name: Any) -> None:
     """A clean model of any layout and type has neither problems nor notes."""
     result = check(SOUND[name].bytes())
 
@@ -83,7 +84,7 @@ def test_sound_files_raise_no_alarm(check, name):
 
 
 @pytest.mark.parametrize("name", ["dense, untied, with biases", "experts", "f16", "Q8_0", "expert scales"])
-def test_llama_cpp_loads_what_is_sound(tmp_path, name):
+def test_llama_cpp_loads_what_is_sound(tmp_path: Path, name: str) -> None:
     """llama.cpp agrees that these files are models: it loads them."""
     llama_cpp = pytest.importorskip("llama_cpp")
     path = tmp_path / "model.gguf"
@@ -95,7 +96,7 @@ def test_llama_cpp_loads_what_is_sound(tmp_path, name):
     assert llama_cpp.Llama(str(path), n_ctx=8, verbose=False).n_vocab() == model.n_vocab
 
 
-def test_the_extremes_of_a_type_are_numbers(check):
+def test_the_extremes_of_a_type_are_numbers(check: Any) -> None:
     """The largest, the smallest and the negative zero of each float type are no reason for an alarm."""
     f32 = np.array([3.4028235e38, -3.4028235e38, 1e-45, -0.0, 0.0])
     f16 = np.array([65504.0, -65504.0, 6e-8, -0.0, 0.0])
@@ -113,7 +114,7 @@ def test_the_extremes_of_a_type_are_numbers(check):
 # --- NaN and infinity ---
 
 
-def poisoned(make, at: tuple[int, ...], value: float, name: str = "blk.1.ffn_down_exps.weight") -> bytes:
+def poisoned(make: Any, at: tuple[int, ...], value: float, name: str = "blk.1.ffn_down_exps.weight") -> bytes:
     """The file with experts, one value of one tensor replaced."""
     model = moe(make=make)
     shape = model.tensors[name].shape
@@ -125,7 +126,7 @@ def poisoned(make, at: tuple[int, ...], value: float, name: str = "blk.1.ffn_dow
 @pytest.mark.parametrize("make", [g.f32, g.f16, g.bf16])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("at", [(0, 0, 0), (2, 3, 5), (3, 15, 23)])
-def test_a_poisoned_weight_is_named(check, make, value, at):
+def test_a_poisoned_weight_is_named(check: Any, make: Any, value: Any, at: Any) -> None:
     """One NaN or infinity anywhere: tensor, layer, expert and index are given, and only that tensor."""
     result = check(poisoned(make, at, value))
 
@@ -133,7 +134,7 @@ def test_a_poisoned_weight_is_named(check, make, value, at):
     assert result.problems == (f"tensor {place}: 1 of 1536 NaN or infinite values, the first at {list(at)}",)
 
 
-def test_a_poisoned_scale_is_named(check):
+def test_a_poisoned_scale_is_named(check: Any) -> None:
     """In a block type it is the block's scale; the index is that of the block's first value."""
     model = moe(make=quantized("Q8_0"), d_model=32, d_ff=64)
     tensor = model.tensors["blk.0.ffn_down_exps.weight"]  # (4, 32, 64): two blocks per row
@@ -147,7 +148,7 @@ def test_a_poisoned_scale_is_named(check):
     assert problems == (f"tensor {place}: 1 of 256 blocks of 32 with a NaN or infinite scale, the first at [2, 5, 32]",)
 
 
-def test_doubles_are_checked(check):
+def test_doubles_are_checked(check: Any) -> None:
     """F64 tensors are rare, and looked at all the same."""
     values = np.array([[1.0, 2.0], [3.0, -INF]])
 
@@ -156,7 +157,7 @@ def test_doubles_are_checked(check):
     assert problems == ("tensor 't': 1 of 4 NaN or infinite values, the first at [1, 1]",)
 
 
-def test_every_poisoned_tensor_is_listed_once(check):
+def test_every_poisoned_tensor_is_listed_once(check: Any) -> None:
     """Many bad values in several tensors give one problem for each tensor, in the order of the file."""
     model = g.LlamaFile(n_layer=1)
     for name in ("blk.0.ffn_down.weight", "output_norm.weight"):
@@ -173,7 +174,7 @@ def test_every_poisoned_tensor_is_listed_once(check):
 
 
 @pytest.mark.parametrize("element", [0, 2**19, 2**23 - 1, 2**23, 2**23 + 2**20 + 77, 2**24 + 98])
-def test_large_tensors_are_read_to_the_end(check, element):
+def test_large_tensors_are_read_to_the_end(check: Any, element: Any) -> None:
     """In a tensor of several chunks all bad values are counted, the first is named, and all bytes are read."""
     values = np.zeros((2**24 + 99,), "<f2")
     values[element :: 2**19] = INF
@@ -186,7 +187,7 @@ def test_large_tensors_are_read_to_the_end(check, element):
     assert (sum(steps[1:]), len(steps)) == (values.nbytes, 4)  # the first step is the header
 
 
-def test_memory_does_not_grow_with_the_tensors(check):
+def test_memory_does_not_grow_with_the_tensors(check: Any) -> None:
     """A file of 64 MiB is verified in a small part of that."""
     raw = g.gguf([], [g.Tensor("t", (2**25,), g.BF16, bytes(2**26))])
     tracemalloc.start()
@@ -203,7 +204,7 @@ DEQUANTIZED = [k for k in FIELDS if k in gguf.quants._type_traits and BLOCK_SIZE
 
 
 @pytest.mark.parametrize("kind", DEQUANTIZED, ids=lambda kind: GGMLType(kind).name)
-def test_scales_are_where_the_gguf_package_reads_them(kind):
+def test_scales_are_where_the_gguf_package_reads_them(kind: Any) -> None:
     """A 16-bit word set to infinity spoils the dequantized block exactly when it is a scale of our table."""
     n_bytes = BLOCK_SIZES[kind][1]
     for at in range(0, n_bytes, 2):
@@ -221,7 +222,7 @@ VALIDATED = [kind for kind in FIELDS if kind not in (GGMLType.Q8_1, GGMLType.F64
 
 
 @pytest.mark.parametrize("kind", VALIDATED, ids=str)
-def test_ggml_validates_alike(kind):
+def test_ggml_validates_alike(kind: Any) -> None:
     """On hundreds of random blocks ours and ggml's own row check agree, block by block."""
     llama_cpp = pytest.importorskip("llama_cpp")
     check = llama_cpp.llama_cpp._lib.ggml_validate_row_data
@@ -324,7 +325,7 @@ UNSOUND: dict[str, tuple[g.LlamaFile, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", UNSOUND)
-def test_unsound_files_are_reported(check, name):
+def test_unsound_files_are_reported(check: Any, name: Any) -> None:
     """Whatever disagrees with the metadata, or would make llama.cpp abort or compute something else, is a problem."""
     model, expected = UNSOUND[name]
 
@@ -333,7 +334,7 @@ def test_unsound_files_are_reported(check, name):
     assert [words for words in expected if words not in text] == []
 
 
-def test_fused_attention_is_known(check):
+def test_fused_attention_is_known(check: Any) -> None:
     """One matrix for query, key and value is as good as three, but not both."""
     model = without(moe(n_layer=1), *(f"blk.0.attn_{n}.weight" for n in "qkv"))
     model.put(g.f32("blk.0.attn_qkv.weight", (32, 16)))
@@ -342,7 +343,7 @@ def test_fused_attention_is_known(check):
     assert "unexpected" in check(model.put(g.f32("blk.0.attn_q.weight", (16, 16))).bytes()).problems[0]
 
 
-def test_problems_of_all_kinds_are_collected(check):
+def test_problems_of_all_kinds_are_collected(check: Any) -> None:
     """One wrong thing does not hide the next: metadata, shapes and values are all looked at."""
     model = moe().set(USED, "u32", 9).put(g.f32("extra", (1,)))
     model.put(g.f32("output_norm.weight", (16,), np.full(16, INF)))
@@ -355,7 +356,7 @@ def test_problems_of_all_kinds_are_collected(check):
 # --- the file around the tensors ---
 
 
-def test_a_gap_between_tensors_is_a_problem(check):
+def test_a_gap_between_tensors_is_a_problem(check: Any) -> None:
     """llama.cpp takes a tensor only right after the one before, so a hole or another order is refused."""
     a, b = g.f32("a", (8,)), g.f32("b", (8,))
     data = bytes(64)
@@ -368,7 +369,7 @@ def test_a_gap_between_tensors_is_a_problem(check):
     assert len(swapped.problems) == 2
 
 
-def test_bytes_after_the_last_tensor_are_noted(check):
+def test_bytes_after_the_last_tensor_are_noted(check: Any) -> None:
     """Trailing bytes are harmless and said so; padding of the last tensor is not worth a word, nor is its absence."""
     whole = moe().put(g.f32("output_norm.weight", (16,))).bytes()
     padded = g.gguf([OTHER], [g.f32("a", (3,))])
@@ -378,7 +379,7 @@ def test_bytes_after_the_last_tensor_are_noted(check):
     assert check(padded).notes == check(padded[:-20]).notes
 
 
-def test_a_cut_file_names_its_tensors(check):
+def test_a_cut_file_names_its_tensors(check: Any) -> None:
     """A file that lost its end has that as its problem, with the tensors that are gone."""
     result = check(moe().bytes()[:-1600])
 
@@ -386,7 +387,7 @@ def test_a_cut_file_names_its_tensors(check):
     assert "'blk.1.ffn_down_exps.weight': bytes" in result.problems[0]
 
 
-def test_a_file_of_metadata_is_no_model(check):
+def test_a_file_of_metadata_is_no_model(check: Any) -> None:
     """Metadata without any tensor is a problem, as is a file that is no GGUF, or none at all."""
     assert check(g.gguf([g.key("general.architecture", "str", "llama")])).problems[0].endswith("but no tensor")
     assert "not a GGUF file" in check(b"x" * 100).problems[0]
@@ -400,7 +401,7 @@ def test_a_file_of_metadata_is_no_model(check):
         ("general.type", "adapter", "only checked for llama models"),
     ],
 )
-def test_other_files_are_checked_as_far_as_we_know_them(check, key, value, words):
+def test_other_files_are_checked_as_far_as_we_know_them(check: Any, key: str, value: str, words: str) -> None:
     """Other architectures and adapters get a note, and their values are checked all the same."""
     model = moe().set(key, "str", value)
     model.put(g.f32("unheard.of", (2,), np.array([1.0, NAN])))
@@ -411,7 +412,7 @@ def test_other_files_are_checked_as_far_as_we_know_them(check, key, value, words
     assert result.problems == ("tensor 'unheard.of': 1 of 2 NaN or infinite values, the first at [1]",)
 
 
-def test_expert_tensors_of_mixed_types_are_noted(check):
+def test_expert_tensors_of_mixed_types_are_noted(check: Any) -> None:
     """Layers whose experts differ in type are legal, and worth knowing."""
     result = check(moe().put(g.f16("blk.1.ffn_up_exps.weight", (4, 24, 16))).bytes())
 
@@ -419,7 +420,7 @@ def test_expert_tensors_of_mixed_types_are_noted(check):
     assert (result.problems, result.notes) == ((), (note,))
 
 
-def test_require_sound_raises_with_every_problem(tmp_path):
+def test_require_sound_raises_with_every_problem(tmp_path: Path) -> None:
     """The error carries all problems; a sound file gives its verification back."""
     path = tmp_path / "model.gguf"
     path.write_bytes(moe().set(USED, "u32", 9).put(g.f32("extra", (1,))).bytes())
@@ -430,7 +431,7 @@ def test_require_sound_raises_with_every_problem(tmp_path):
     assert require_sound(path) == verify(path)
 
 
-def test_a_file_that_shrinks_meanwhile_is_a_problem(check, tmp_path):
+def test_a_file_that_shrinks_meanwhile_is_a_problem(check: Any, tmp_path: Path) -> None:
     """A file cut while it is read is reported, not half verified."""
     raw = g.gguf([], [g.Tensor("t", (2**22,), g.F16, bytes(2**23)), g.Tensor("u", (2**24,), g.F16, bytes(2**25))])
 
@@ -449,7 +450,7 @@ EDIT = st.sampled_from([0, 1, 2, 3, 4, 6, 8, 9, 255])
         st.tuples(st.integers(0, 2400), st.sampled_from([0, 1, 2, 3, 4, 6, 8, 9, 255])), min_size=1, max_size=6
     )
 )
-def test_mutated_files_never_break_verification(check, edits):
+def test_mutated_files_never_break_verification(check: Any, edits: Any) -> None:
     """Whatever byte of the header is changed, the result is a verification, never another exception."""
     raw = bytearray(SEED)
     for at, value in edits:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,7 +25,7 @@ RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
 
 
-def tensors(arrays=ARRAYS):
+def tensors(arrays: Any = ARRAYS) -> Any:
     """Output tensors that hand out `arrays` row by row."""
     return [
         OutputTensor(name, array.shape, GGMLType.F32, ("source",), lambda array=array: iter(array[:, None]))
@@ -30,7 +33,7 @@ def tensors(arrays=ARRAYS):
     ]
 
 
-def write(target, arrays=ARRAYS, threads=3):
+def write(target: Any, arrays: Any = ARRAYS, threads: Any = 3) -> Any:
     """Write `arrays` as a GGUF file."""
     outputs = tensors(arrays)
     layout = lay_out({"digest": "0000"}, outputs)
@@ -40,7 +43,7 @@ def write(target, arrays=ARRAYS, threads=3):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
-def test_an_independent_reader_finds_every_value(tmp_path, threads):
+def test_an_independent_reader_finds_every_value(tmp_path: Path, threads: int) -> None:
     """However many threads wrote it."""
     layout = write(tmp_path / "out.gguf", threads=threads)
 
@@ -52,7 +55,7 @@ def test_an_independent_reader_finds_every_value(tmp_path, threads):
         assert np.array_equal(ARRAYS[tensor.name], tensor.data)
 
 
-def test_progress_adds_up_to_the_file(tmp_path):
+def test_progress_adds_up_to_the_file(tmp_path: Path) -> None:
     """Header and tensors, padding aside."""
     outputs = tensors()
     layout = lay_out({}, outputs)
@@ -63,7 +66,7 @@ def test_progress_adds_up_to_the_file(tmp_path):
     assert len(layout.header) + sum(tensor.n_bytes for tensor in outputs) == sum(told)
 
 
-def test_a_bad_weight_stops_the_writing_and_leaves_nothing(tmp_path):
+def test_a_bad_weight_stops_the_writing_and_leaves_nothing(tmp_path: Path) -> None:
     """The error names tensor and source; neither the file nor a partial one remains."""
     arrays = ARRAYS | {"t3": np.full((4, 64), np.nan, np.float32)}
 
@@ -73,7 +76,7 @@ def test_a_bad_weight_stops_the_writing_and_leaves_nothing(tmp_path):
     assert [] == list(tmp_path.iterdir())
 
 
-def test_a_tensor_of_the_wrong_size_is_a_defect_that_is_noticed(tmp_path):
+def test_a_tensor_of_the_wrong_size_is_a_defect_that_is_noticed(tmp_path: Path) -> None:
     """Never a shifted offset."""
     outputs = [OutputTensor("t", (2, 64), GGMLType.F32, (), lambda: iter([ARRAYS["t0"]]))]
     layout = lay_out({}, outputs)
@@ -86,12 +89,12 @@ def test_a_tensor_of_the_wrong_size_is_a_defect_that_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_an_interrupt_leaves_the_old_file_as_it_was(tmp_path, error):
+def test_an_interrupt_leaves_the_old_file_as_it_was(tmp_path: Path, error: Any) -> None:
     """Replacing happens at the end or not at all."""
     target = tmp_path / "out.gguf"
     target.write_text("old")
 
-    def interrupted():
+    def interrupted() -> None:
         with replace_files(target, [target], 100) as (_, (part,)):
             part.write_bytes(b"new")
             raise error
@@ -125,7 +128,7 @@ with replace_files(target, [target], layout.file_size) as (_, (part,)):
 
 
 @pytest.mark.parametrize("after", [0, 20, 150])
-def test_a_killed_writer_leaves_no_final_name_and_a_rerun_succeeds(tmp_path, after):
+def test_a_killed_writer_leaves_no_final_name_and_a_rerun_succeeds(tmp_path: Path, after: int) -> None:
     """SIGKILL at several offsets: at most the partial file remains, which the next run replaces."""
     target = tmp_path / "out.gguf"
     with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, text=True) as process:
@@ -141,7 +144,7 @@ def test_a_killed_writer_leaves_no_final_name_and_a_rerun_succeeds(tmp_path, aft
     assert 9 == len(gguf.GGUFReader(target).tensors)
 
 
-def test_two_writers_of_one_target(tmp_path):
+def test_two_writers_of_one_target(tmp_path: Path) -> None:
     """The second is told to wait, and does not disturb the first."""
     target = tmp_path / "out.gguf"
     with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, text=True) as process:
@@ -153,12 +156,12 @@ def test_two_writers_of_one_target(tmp_path):
     assert 200 == gguf.GGUFReader(target).tensors[0].data.shape[0]
 
 
-def limited(_=None):
+def limited(_: Any = None) -> None:
     """A file size limit, as a full disk would be met: in the middle of writing."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
-def test_a_full_disk_is_an_error_not_a_success(tmp_path):
+def test_a_full_disk_is_an_error_not_a_success(tmp_path: Path) -> None:
     """The message says so; nothing is left; the exit is no traceback of ours."""
     code = WRITER.replace("with replace", "from moe2gguf.errors import OutputError\ntry:\n with replace").replace(
         "    write_tensors", "  write_tensors"
@@ -173,13 +176,13 @@ def test_a_full_disk_is_an_error_not_a_success(tmp_path):
     assert [] == list(tmp_path.iterdir())
 
 
-def test_too_little_room_is_noticed_before_writing(tmp_path):
+def test_too_little_room_is_noticed_before_writing(tmp_path: Path) -> None:
     """An exabyte does not fit."""
     with pytest.raises(OutputError, match="make room first"), replace_files(tmp_path / "x", [tmp_path / "x"], 10**18):
         pass
 
 
-def test_targets_that_must_not_be_replaced(tmp_path):
+def test_targets_that_must_not_be_replaced(tmp_path: Path) -> None:
     """Existing without force; a source by name, symbolic link and hard link also with it; folders and devices."""
     source, other = tmp_path / "source", tmp_path / "other"
     source.write_text("s")
@@ -201,7 +204,7 @@ def test_targets_that_must_not_be_replaced(tmp_path):
         check_target(tmp_path / "a" / "b", [source], force=False)
 
 
-def test_a_partial_name_that_is_a_link_is_not_followed(tmp_path):
+def test_a_partial_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     """A planted link must not make us overwrite its target."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -213,7 +216,7 @@ def test_a_partial_name_that_is_a_link_is_not_followed(tmp_path):
     assert "precious" == victim.read_text()
 
 
-def test_a_placeholder_is_replaced(tmp_path):
+def test_a_placeholder_is_replaced(tmp_path: Path) -> None:
     """The digest that is known only at the end."""
     with replace_files(tmp_path / "x", [tmp_path / "x"], 8) as (_, (part,)), part.open("wb", buffering=0) as file:
         file.write(b"ab0000gh")
@@ -222,11 +225,11 @@ def test_a_placeholder_is_replaced(tmp_path):
     assert b"abcdefgh" == (tmp_path / "x").read_bytes()
 
 
-def test_the_writer_keeps_only_a_few_tensors_in_memory(tmp_path):
+def test_the_writer_keeps_only_a_few_tensors_in_memory(tmp_path: Path) -> None:
     """As many at once as there are threads."""
     alive, most = [], []
 
-    def blocks(array):
+    def blocks(array: Any) -> Iterator[Any]:
         alive.append(1)
         most.append(len(alive))
         time.sleep(0.01)
@@ -244,7 +247,7 @@ def test_the_writer_keeps_only_a_few_tensors_in_memory(tmp_path):
     assert 1 < max(most) <= 3
 
 
-def test_one_large_tensor_is_quantized_by_several_threads(tmp_path, monkeypatch):
+def test_one_large_tensor_is_quantized_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of rows, whose bytes arrive in order; the first error stops all."""
     rows = RNG.standard_normal((64, 256)).astype(np.float32)
     output = OutputTensor("t", (64, 256), GGMLType.Q4_0, (), lambda: iter([rows]))
@@ -253,7 +256,7 @@ def test_one_large_tensor_is_quantized_by_several_threads(tmp_path, monkeypatch)
     seen = set()
     encode = types.encode
 
-    def watched(array, kind, name, importance):
+    def watched(array: Any, kind: Any, name: Any, importance: Any) -> Any:
         seen.add((threading.get_ident(), len(array)))
         time.sleep(0.005)
         return encode(array, kind, name, importance)
@@ -267,7 +270,7 @@ def test_one_large_tensor_is_quantized_by_several_threads(tmp_path, monkeypatch)
     assert (3, {2}) == (len({thread for thread, _ in seen}), {n for _, n in seen})
 
 
-def test_an_error_does_not_wait_for_the_rows_of_other_tensors(tmp_path, monkeypatch):
+def test_an_error_does_not_wait_for_the_rows_of_other_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large tensor may have minutes of rows in the queue; they are dropped."""
     rows = RNG.standard_normal((1000, 32)).astype(np.float32)
     outputs = [
@@ -290,7 +293,7 @@ def test_an_error_does_not_wait_for_the_rows_of_other_tensors(tmp_path, monkeypa
     assert [] == list(tmp_path.iterdir())
 
 
-def late():
+def late() -> Iterator[Any]:
     """A bad weight, after the other tensor has begun."""
     time.sleep(0.1)
     yield np.full((1, 32), np.nan, np.float32)

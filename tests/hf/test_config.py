@@ -1,6 +1,7 @@
 """moe2gguf.hf.config: typed reads that collect every problem, and every way rope settings are written."""
 
 import copy
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -23,7 +24,7 @@ GOOD = {
 }
 
 
-def read(**changes):
+def read(**changes: Any) -> Any:
     """(model, problems, warnings) of GOOD with changes; None removes a key."""
     values = {key: value for key, value in (GOOD | changes).items() if value is not None}
     problems, warnings = [], []
@@ -32,7 +33,7 @@ def read(**changes):
     return model, problems, warnings
 
 
-def test_a_sound_config_has_no_problems():
+def test_a_sound_config_has_no_problems() -> None:
     """Everything is read under its glossary name."""
     model, problems, warnings = read()
 
@@ -48,7 +49,7 @@ def test_a_sound_config_has_no_problems():
     assert (False, False, False) == (model.tied_embeddings, model.bias_qkv, model.bias_output)
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_come_at_once() -> None:
     """Three faults, three messages, each naming the key and what was expected."""
     _, problems, _ = read(hidden_act="gelu", mlp_bias=True, rms_norm_eps="tiny", vocab_size=None)
 
@@ -86,7 +87,7 @@ def test_all_problems_come_at_once():
         ({"architectures": ["UnheardOf"]}, "does not know it"),
     ],
 )
-def test_each_refusal_says_what_and_why(changes, words):
+def test_each_refusal_says_what_and_why(changes: Any, words: str) -> None:
     """Anything the target graph cannot express, and anything mistyped."""
     _, problems, _ = read(**changes)
 
@@ -94,7 +95,7 @@ def test_each_refusal_says_what_and_why(changes, words):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_known_foreign_architectures_are_refused_with_their_reason(name):
+def test_known_foreign_architectures_are_refused_with_their_reason(name: Any) -> None:
     """Each names what the target graph lacks, and what is supported."""
     _, problems, _ = read(architectures=[name])
 
@@ -121,7 +122,7 @@ def test_known_foreign_architectures_are_refused_with_their_reason(name):
         ),
     ],
 )  # fmt: skip
-def test_rope_settings_old_and_new(changes, expected):
+def test_rope_settings_old_and_new(changes: Any, expected: Any) -> None:
     """`rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`, mean the same."""
     model, problems, _ = read(**changes)
 
@@ -149,7 +150,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 5e5}
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     ],
 )
-def test_both_rope_objects_are_read_as_transformers_reads_them(changes):
+def test_both_rope_objects_are_read_as_transformers_reads_them(changes: Any) -> None:
     """`rope_scaling` counts, `rope_theta` comes from the objects or from beside them."""
     values = {key: value for key, value in GOOD.items() if key != "architectures"}
     theirs = LlamaConfig(**values | copy.deepcopy(changes)).rope_parameters
@@ -174,14 +175,14 @@ def test_both_rope_objects_are_read_as_transformers_reads_them(changes):
         ({"rope_scaling": LINEAR | {"type": "yarn"}}, "type is 'yarn'"),
     ],
 )
-def test_two_values_for_one_rope_setting_are_refused(changes, words):
+def test_two_values_for_one_rope_setting_are_refused(changes: Any, words: str) -> None:
     """Both are named; nobody can know which was meant."""
     problems = read(**changes)[1]
 
     assert any(words in problem and "remove the wrong one" in problem for problem in problems), problems
 
 
-def test_the_number_of_experts_has_two_names():
+def test_the_number_of_experts_has_two_names() -> None:
     """transformers reads num_experts as num_local_experts; a dense family has neither, whatever config.json says."""
     mixtral = {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 2}
 
@@ -190,7 +191,7 @@ def test_the_number_of_experts_has_two_names():
     assert (0, []) == (read(num_local_experts=8)[0].n_expert, read(num_local_experts=8)[1])
 
 
-def test_families_differ_by_data_only():
+def test_families_differ_by_data_only() -> None:
     """Qwen2 always has q/k/v biases, LLaMA all four when it says so, Mistral none."""
     qwen, _, _ = read(architectures=["Qwen2ForCausalLM"])
     llama, _, _ = read(attention_bias=True)
@@ -201,7 +202,7 @@ def test_families_differ_by_data_only():
     ]
 
 
-def test_a_sliding_window_shorter_than_the_context_is_a_warning():
+def test_a_sliding_window_shorter_than_the_context_is_a_warning() -> None:
     """Arch `llama` has full attention; the difference begins beyond the window."""
     assert "beyond 64 tokens" in read(sliding_window=64)[2][0]
     assert [] == read(sliding_window=64, use_sliding_window=False)[2]

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +19,7 @@ B = np.array([1.5, -2.0], np.float16)
 C = np.array([[3.0, -1.0]], ml_dtypes.bfloat16)
 
 
-def sharded(folder, shards, weight_map=None):
+def sharded(folder: Any, shards: Any, weight_map: Any = None) -> None:
     """Write {file name: {tensor: array}} and the index that fits (or the given one)."""
     for name, tensors in shards.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -26,7 +28,7 @@ def sharded(folder, shards, weight_map=None):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map or own}))
 
 
-def raw(path, header, data=b""):
+def raw(path: Any, header: Any, data: Any = b"") -> None:
     """A safetensors file from its header (bytes or JSON value) and data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -35,7 +37,7 @@ def raw(path, header, data=b""):
 TWO = {"model-00001-of-00002.safetensors": {"a": A}, "model-00002-of-00002.safetensors": {"b": B}}
 
 
-def test_one_file_gives_names_shapes_types_and_the_very_values(tmp_path):
+def test_one_file_gives_names_shapes_types_and_the_very_values(tmp_path: Path) -> None:
     """f32, f16 and bf16, from one file."""
     save_file({"a": A, "b": B, "c": C}, tmp_path / "model.safetensors")
 
@@ -49,7 +51,7 @@ def test_one_file_gives_names_shapes_types_and_the_very_values(tmp_path):
         assert array.tobytes() == tensors[name].read().tobytes()
 
 
-def test_shards_are_all_read(tmp_path):
+def test_shards_are_all_read(tmp_path: Path) -> None:
     """Not only the first one; a name in a subfolder is fine."""
     sharded(tmp_path, {"part/x.safetensors": {"a": A}, "y.safetensors": {"b": B}})
 
@@ -57,7 +59,7 @@ def test_shards_are_all_read(tmp_path):
 
 
 @pytest.mark.parametrize("max_bytes", [1, 12, 13, 25, 1000])
-def test_blocks_are_rows_in_order(tmp_path, max_bytes):
+def test_blocks_are_rows_in_order(tmp_path: Path, max_bytes: int) -> None:
     """However small the limit, at least a row at a time; together they are the tensor."""
     save_file({"a": A}, tmp_path / "model.safetensors")
     blocks = list(read_headers(tmp_path)["a"].blocks(max_bytes))
@@ -66,7 +68,7 @@ def test_blocks_are_rows_in_order(tmp_path, max_bytes):
     assert max(block.nbytes for block in blocks) <= max(max_bytes, 12)
 
 
-def test_the_digest_does_not_depend_on_sharding(tmp_path):
+def test_the_digest_does_not_depend_on_sharding(tmp_path: Path) -> None:
     """Nor on whether a tensor was read whole or in blocks; but on every value and name."""
     digests = []
     shardings = ({"model.safetensors": {"a": A, "b": B}}, TWO, {"model.safetensors": {"a": A + 1, "b": B}})
@@ -84,14 +86,14 @@ def test_the_digest_does_not_depend_on_sharding(tmp_path):
     assert digests[0] != digests[2]
 
 
-def refused(folder):
+def refused(folder: Any) -> Any:
     """The message with which the folder is refused."""
     with pytest.raises(CheckpointError) as caught:
         read_headers(folder)
     return str(caught.value)
 
 
-def test_missing_shards_are_all_named(tmp_path):
+def test_missing_shards_are_all_named(tmp_path: Path) -> None:
     """Noticed before anything is read."""
     sharded(tmp_path, TWO)
     for name in TWO:
@@ -102,7 +104,7 @@ def test_missing_shards_are_all_named(tmp_path):
     assert all(name in message for name in TWO)
 
 
-def test_a_surplus_shard_of_the_same_set_is_named(tmp_path):
+def test_a_surplus_shard_of_the_same_set_is_named(tmp_path: Path) -> None:
     """A leftover of another upload; other safetensors files beside the shards are no concern."""
     sharded(tmp_path, TWO)
     save_file({"x": B}, tmp_path / "consolidated.safetensors")
@@ -113,7 +115,7 @@ def test_a_surplus_shard_of_the_same_set_is_named(tmp_path):
     assert "model-00003-of-00003" in refused(tmp_path)
 
 
-def test_a_second_model_beside_the_shards_is_refused(tmp_path):
+def test_a_second_model_beside_the_shards_is_refused(tmp_path: Path) -> None:
     """transformers would load the single file; both are named. The same numbers twice are no contradiction."""
     sharded(tmp_path, TWO)
     save_file({"a": A, "b": B}, tmp_path / "model.safetensors")
@@ -125,7 +127,7 @@ def test_a_second_model_beside_the_shards_is_refused(tmp_path):
         assert "model.safetensors and the shards of model.safetensors.index.json" in message
 
 
-def test_a_tensor_in_two_shards_is_named(tmp_path):
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
     """Even when both agree."""
     first, second = TWO
     sharded(tmp_path, {first: {"a": A}, second: {"a": A}}, {"a": first, "b": second})
@@ -133,7 +135,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
     assert "stored twice: a" in refused(tmp_path)
 
 
-def test_an_index_that_disagrees_with_the_shards_lists_every_name(tmp_path):
+def test_an_index_that_disagrees_with_the_shards_lists_every_name(tmp_path: Path) -> None:
     """Named and not stored, stored and not named, stored elsewhere."""
     first, second = TWO
     sharded(tmp_path, {first: {"a": A, "c": B}, second: {"b": B}}, {"a": second, "b": second, "d": first})
@@ -148,7 +150,7 @@ def test_an_index_that_disagrees_with_the_shards_lists_every_name(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/etc/passwd", "a\\b.safetensors", "C:x.safetensors", "x\0.safetensors", "sub/../../x"]
 )
-def test_names_that_leave_the_folder_are_refused(tmp_path, name):
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     """Whatever an index says, no path leaves the model's folder."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -158,7 +160,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     assert "refused the file name" in refused(folder)
 
 
-def test_a_folder_of_links_is_its_targets(tmp_path):
+def test_a_folder_of_links_is_its_targets(tmp_path: Path) -> None:
     """Index and shards may lie anywhere: names, values and digest are those of the files behind the links."""
     real, folder = tmp_path / "real", tmp_path / "model"
     real.mkdir()
@@ -174,7 +176,7 @@ def test_a_folder_of_links_is_its_targets(tmp_path):
     assert source_digest(read_headers(real)) == source_digest(tensors)
 
 
-def test_a_name_behind_a_linked_folder_is_refused(tmp_path):
+def test_a_name_behind_a_linked_folder_is_refused(tmp_path: Path) -> None:
     """A link to a folder would let an index name files outside."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -186,7 +188,7 @@ def test_a_name_behind_a_linked_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", [INDEX, "model.safetensors"])
-def test_a_link_to_nothing_or_to_a_pipe_is_refused(tmp_path, name):
+def test_a_link_to_nothing_or_to_a_pipe_is_refused(tmp_path: Path, name: Any) -> None:
     """Neither taken for an absent file nor waited for."""
     save_file({"a": A}, tmp_path / "x.safetensors")
     (tmp_path / name).symlink_to("gone")
@@ -197,7 +199,7 @@ def test_a_link_to_nothing_or_to_a_pipe_is_refused(tmp_path, name):
     assert "expected a file" in refused(tmp_path)
 
 
-def test_the_hubs_cache_layout_is_allowed(tmp_path):
+def test_the_hubs_cache_layout_is_allowed(tmp_path: Path) -> None:
     """snapshots/REVISION/file -> ../../blobs/HASH, as huggingface_hub lays it out."""
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     blobs = tmp_path / "models--org--name" / "blobs"
@@ -212,14 +214,14 @@ def test_the_hubs_cache_layout_is_allowed(tmp_path):
 @pytest.mark.parametrize(
     "weight_map", [{}, [], "x", {"a": 1}, {"a": None}], ids=["empty", "list", "string", "number", "null"]
 )
-def test_a_senseless_index_is_refused(tmp_path, weight_map):
+def test_a_senseless_index_is_refused(tmp_path: Path, weight_map: Any) -> None:
     """weight_map must be an object of names."""
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
     assert "weight_map" in refused(tmp_path)
 
 
-def test_shards_without_an_index(tmp_path):
+def test_shards_without_an_index(tmp_path: Path) -> None:
     """Which belong together cannot be known."""
     sharded(tmp_path, TWO)
     (tmp_path / INDEX).unlink()
@@ -227,14 +229,14 @@ def test_shards_without_an_index(tmp_path):
     assert INDEX in refused(tmp_path)
 
 
-def test_pickles_are_never_read(tmp_path):
+def test_pickles_are_never_read(tmp_path: Path) -> None:
     """They can run code; the message says what to do."""
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
 
     assert "save the model as safetensors" in refused(tmp_path)
 
 
-def test_an_empty_folder(tmp_path):
+def test_an_empty_folder(tmp_path: Path) -> None:
     """No file name matches: an error, never a file of metadata alone."""
     assert "no *.safetensors" in refused(tmp_path)
 
@@ -262,7 +264,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers_are_refused(tmp_path, case):
+def test_hostile_headers_are_refused(tmp_path: Path, case: Any) -> None:
     """Each kind of broken header is one clear error that names the file."""
     path = tmp_path / "model.safetensors"
     header = HOSTILE[case]
@@ -274,7 +276,7 @@ def test_hostile_headers_are_refused(tmp_path, case):
     assert "model.safetensors" in refused(tmp_path)
 
 
-def test_a_file_cut_after_its_header_was_read(tmp_path):
+def test_a_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
     """Another process truncates it: an error that names file and tensor, no hang, no zeros."""
     save_file({"a": A}, tmp_path / "model.safetensors")
     tensor = read_headers(tmp_path)["a"]

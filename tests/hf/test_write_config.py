@@ -1,5 +1,8 @@
 """moe2gguf.hf.write_config: transformers builds the same modules of a `Model` and of config.json."""
 
+from pathlib import Path
+from typing import Any
+
 import checkpoints
 import pytest
 import torch
@@ -11,14 +14,14 @@ from moe2gguf.hf.write_config import hf_config
 TOKENS = torch.arange(5, 69)[None]
 
 
-def logits(model):
+def logits(model: Any) -> Any:
     """(n_token, n_vocab) of the tokens above."""
     with torch.no_grad():
         return model.eval()(TOKENS).logits[0]
 
 
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)
-def test_the_forward_pass_is_the_folders_own(tmp_path, family):
+def test_the_forward_pass_is_the_folders_own(tmp_path: Path, family: Any) -> None:
     """Every family and every rotary scaling: with the same weights the same logits, bit for bit."""
     folder = checkpoints.make(tmp_path, family)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -32,7 +35,7 @@ def test_the_forward_pass_is_the_folders_own(tmp_path, family):
     assert torch.equal(logits(theirs), logits(ours))
 
 
-def test_experts_make_it_a_mixtral(tmp_path):
+def test_experts_make_it_a_mixtral(tmp_path: Path) -> None:
     """With its counts; the same logits again."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     folder = checkpoints.write(tmp_path, "MixtralForCausalLM", **experts, sliding_window=None)

@@ -1,5 +1,8 @@
 """moe2gguf.llama.tokens: the ids of a GGUF file's vocabulary are those of the model's folder."""
 
+from pathlib import Path
+from typing import Any
+
 import checkpoints
 import numpy as np
 import pytest
@@ -22,13 +25,13 @@ TOKENIZERS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA with 450 tokens, whose tokenizer a test replaces."""
     return checkpoints.make(tmp_path_factory.mktemp("tokens") / "m", vocab_size=450, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_ids_and_first_token_are_the_folders(folder, tmp_path, name):
+def test_ids_and_first_token_are_the_folders(folder: Any, tmp_path: Path, name: Any) -> None:
     """Of 100 kB with code, tables and spaces, from every kind of tokenizer; BOS where the folder wants one.
 
     Special tokens that are spelled out count as such, but for a bare tokenizer.model, which knows none.
@@ -48,7 +51,7 @@ def test_ids_and_first_token_are_the_folders(folder, tmp_path, name):
     assert ids.dtype == np.int64
 
 
-def test_a_set_of_shards_has_one_vocabulary(folder, tmp_path):
+def test_a_set_of_shards_has_one_vocabulary(folder: Any, tmp_path: Path) -> None:
     """The first file names it."""
     convert(folder, tmp_path / "one.gguf", flat_options(dense=True))
     done = convert(folder, tmp_path / "out.gguf", flat_options(dense=True, shard_size=130_000))
@@ -60,7 +63,7 @@ def test_a_set_of_shards_has_one_vocabulary(folder, tmp_path):
     assert (first, ids.tolist()) == (other, one.tolist())
 
 
-def test_without_llama_cpp_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_without_llama_cpp_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it is for."""
     (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -69,7 +72,7 @@ def test_without_llama_cpp_the_error_says_what_to_install(tmp_path, monkeypatch)
         read_tokens(tmp_path / "x.gguf", "text")
 
 
-def test_a_file_that_llama_cpp_refuses(tmp_path):
+def test_a_file_that_llama_cpp_refuses(tmp_path: Path) -> None:
     """Its own words are in the error."""
     (tmp_path / "x.gguf").write_bytes(b"no GGUF file")
 

@@ -3,6 +3,9 @@
 import contextlib
 import itertools
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import imatrix_files
 import numpy as np
@@ -25,7 +28,7 @@ CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tiny")
     dense = tiny_gguf.dense_weights(n_layer=2)
     routed = tiny_gguf.sliced_weights(dense, 4, router_seed=1)
@@ -37,39 +40,39 @@ def files(tmp_path_factory):
     }
 
 
-def collected(files, name, out, **options):
+def collected(files: Any, name: Any, out: Any, **options: Any) -> Any:
     return collect_imatrix(files[name], out, files["text"], n_context=CONTEXT, threads=1, **options)
 
 
-def tokens_of(path, text):
+def tokens_of(path: Any, text: Any) -> Any:
     """Runs in a child process."""
     with open_model(path, Setup(n_context=8, n_threads=1)) as model:
         return model.tokenize(text)
 
 
-def expected(path, windows, n_expert_used, monkeypatch):
+def expected(path: Any, windows: Any, n_expert_used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sums and counts by the numpy graph in float64, whose matrix products are listened to."""
     squares, counts = {}, {}
 
-    def add(name, x, expert=0, n_expert=1):
+    def add(name: Any, x: Any, expert: Any = 0, n_expert: Any = 1) -> None:
         squares.setdefault(name, np.zeros((n_expert, x.shape[-1])))[expert] += (x * x).sum(axis=0)
         counts.setdefault(name, np.zeros(n_expert, int))[expert] += len(x)
 
     linear, mlp, swiglu = reference._Model.linear, reference._mlp, reference._swiglu
     state = {}
 
-    def heard_linear(model, name, x):
+    def heard_linear(model: Any, name: Any, x: Any) -> Any:
         add(name + ".weight", x)
         return linear(model, name, x)
 
-    def heard_mlp(model, block, x, k):
+    def heard_mlp(model: Any, block: Any, x: Any, k: Any) -> Any:
         routed = block + "ffn_gate_inp.weight" in model
         if routed:
             add(block + "ffn_gate_inp.weight", x)
         state.update(block=block, suffix="_exps" if routed else "", experts=itertools.count())
         return mlp(model, block, x, k)
 
-    def heard_swiglu(x, gate, up, down):
+    def heard_swiglu(x: Any, gate: Any, up: Any, down: Any) -> Any:
         e, n = next(state["experts"]), 4 if state["suffix"] else 1
         g = x @ gate.T
         names = [f"{state['block']}ffn_{part}{state['suffix']}.weight" for part in ("gate", "up", "down")]
@@ -86,7 +89,9 @@ def expected(path, windows, n_expert_used, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "used"), [("dense", None), ("routed", None), ("routed", "all"), ("routed", 1)])
-def test_the_sums_are_the_numpy_graphs(files, tmp_path, monkeypatch, name, used):
+def test_the_sums_are_the_numpy_graphs(
+    files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, used: Any
+) -> None:
     """Every matrix of every layer, the last one too; per expert, the tokens that chose it and no others."""
     done = collected(files, name, tmp_path / "m.gguf", n_token=3 * CONTEXT + 5, n_expert_used=used)
     tokens = run_in_child(tokens_of, files[name], WORDS * 8)[: 3 * CONTEXT].reshape(3, CONTEXT)
@@ -105,7 +110,7 @@ def test_the_sums_are_the_numpy_graphs(files, tmp_path, monkeypatch, name, used)
     assert ["m.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
-def logits_with_and_without(path, text):
+def logits_with_and_without(path: Any, text: Any) -> Any:
     """Runs in a child process."""
     results = []
     for watched in (False, True):
@@ -118,7 +123,7 @@ def logits_with_and_without(path, text):
 
 
 @pytest.mark.parametrize("name", ["dense", "routed"])
-def test_collecting_does_not_change_the_logits(files, name):
+def test_collecting_does_not_change_the_logits(files: Any, name: str) -> None:
     """Bit for bit; and asked for, the output matrix is watched too."""
     without, with_it, names = run_in_child(logits_with_and_without, files[name], WORDS)
 
@@ -126,15 +131,15 @@ def test_collecting_does_not_change_the_logits(files, name):
     assert "output.weight" in names
 
 
-def test_a_stopped_collection_tells_what_was_there(files, tmp_path, monkeypatch):
+def test_a_stopped_collection_tells_what_was_there(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The windows that an earlier run had done are counted."""
     monkeypatch.setattr(harness, "SAVE_EVERY", 0)
 
     @contextlib.contextmanager
-    def progress(stage, total):
+    def progress(stage: Any, total: Any) -> Iterator[Any]:
         told = []
 
-        def advance(n):
+        def advance(n: Any) -> None:
             told.append(n)
             if sum(told) == 2 * CONTEXT:
                 raise KeyboardInterrupt
@@ -150,7 +155,7 @@ def test_a_stopped_collection_tells_what_was_there(files, tmp_path, monkeypatch)
     assert (4 * CONTEXT, 2 * CONTEXT) == (done.n_token, done.n_resumed)
 
 
-def test_of_a_long_text_only_the_start_is_read(files, tmp_path, monkeypatch):
+def test_of_a_long_text_only_the_start_is_read(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same matrix as from a text that ends there; a context beyond the model's training is mentioned."""
     long, read = tmp_path / "long" / "words.txt", []
     long.parent.mkdir()
@@ -170,7 +175,7 @@ def test_of_a_long_text_only_the_start_is_read(files, tmp_path, monkeypatch):
     assert list(wide.notes) == wide.to_dict()["notes"]
 
 
-def test_matrices_merge(files, tmp_path):
+def test_matrices_merge(files: Any, tmp_path: Path) -> None:
     """Collected in two parts and added, or merged without a text; one of another model is refused."""
     once = collected(files, "dense", tmp_path / "a.gguf", n_token=2 * CONTEXT)
     both = collected(files, "dense", tmp_path / "b.gguf", n_token=2 * CONTEXT, merged=[tmp_path / "a.gguf"])
@@ -192,7 +197,7 @@ def test_matrices_merge(files, tmp_path):
     assert not (tmp_path / "d.gguf").exists()
 
 
-def test_experts_without_tokens_are_named(files, tmp_path):
+def test_experts_without_tokens_are_named(files: Any, tmp_path: Path) -> None:
     """One token of context in one window with one expert per token: most see nothing, and the advice says so."""
     done = collected(files, "routed", tmp_path / "m.gguf", n_token=CONTEXT, n_expert_used=1)
 
@@ -204,7 +209,7 @@ def test_experts_without_tokens_are_named(files, tmp_path):
     json.dumps(values)
 
 
-def test_wrong_inputs(files, tmp_path):
+def test_wrong_inputs(files: Any, tmp_path: Path) -> None:
     """Too short a text, an empty one, an existing target: each before anything is written."""
     (tmp_path / "short.txt").write_text("the")
     (tmp_path / "empty.txt").write_text(" ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def fed(path: Path, n_prompt: int, n_generate: int) -> list[tuple[int, int, int,
     batches = []
 
     class Watched(speed.Llama):
-        def feed(self, tokens, scored):  # type: ignore[no-untyped-def]
+        def feed(self, tokens: Any, scored: Any) -> Any:  # type: ignore[no-untyped-def]
             batches.append((self.n_past, len(tokens), int(np.sum(scored)), int(tokens[0]) == tiny_gguf.BOS))
             return super().feed(tokens, scored)
 

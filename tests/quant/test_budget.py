@@ -1,6 +1,7 @@
 """export.budget: the types with the least error under a size, against exhaustive search and against plain numpy."""
 
 import itertools
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,7 +20,7 @@ from moe2gguf.quant.budget import Option, choose_under_budget, find_range, list_
 Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
 
 
-def tensor(name, rows, importance=None, shape=None):
+def tensor(name: Any, rows: Any, importance: Any = None, shape: Any = None) -> Any:
     """An F32 tensor that comes in two pieces."""
     pieces = np.array_split(rows.astype(np.float32), 2)
     return OutputTensor(name, shape or rows.shape, named("f32"), (), lambda: iter(pieces), importance=importance)
@@ -29,7 +30,7 @@ points = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1
 
 
 @given(st.lists(points, min_size=1, max_size=4), st.integers(0, 150))
-def test_the_choice_is_the_best_but_for_one_step(tensors, extra):
+def test_the_choice_is_the_best_but_for_one_step(tensors: Any, extra: Any) -> None:
     """Never above the budget, and no worse than the best of all combinations by more than one step of one tensor."""
     options = {
         f"t{i}": [Option(Q8_0, n_bytes, float(error)) for n_bytes, error in choices]
@@ -48,7 +49,7 @@ def test_the_choice_is_the_best_but_for_one_step(tensors, extra):
     assert best - 1e-9 <= found.error <= best + max(steps, default=0) + 1e-9
 
 
-def test_the_hull_drops_what_is_never_best():
+def test_the_hull_drops_what_is_never_best() -> None:
     """Worked by hand: the same size and worse, larger and worse, and above the line between its neighbors."""
     a, b, c, d = (Option(Q8_0, n, e) for n, e in ((10, 9.0), (20, 3.0), (30, 2.9), (40, 1.0)))
     worse = [Option(Q4_0, 10, 9.5), Option(Q4_0, 25, 4.0)]
@@ -57,7 +58,7 @@ def test_the_hull_drops_what_is_never_best():
     assert [b] == lower_hull([b])
 
 
-def test_bytes_go_to_the_tensor_that_gains():
+def test_bytes_go_to_the_tensor_that_gains() -> None:
     """One of two equally large tensors has values that four bits hold exactly; the other gets eight."""
     rng = np.random.default_rng(0)
     exact = rng.integers(-7, 8, (64, 64)).astype(np.float32)
@@ -71,7 +72,7 @@ def test_bytes_go_to_the_tensor_that_gains():
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q5_1"])
-def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch, kind):
+def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """By gguf's numpy kernels, with the mean squares of each expert's inputs as weights."""
     rng = np.random.default_rng(1)
     rows, means = rng.standard_normal((2, 8, 64)), rng.random((2, 64)).astype(np.float32)
@@ -90,12 +91,12 @@ def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch, kind):
     assert weighted.error != pytest.approx(flat.error, rel=1e-3)
 
 
-def unguided(encode):
+def unguided(encode: Any) -> Any:
     """Without the importance, so that numpy's kernels can follow."""
     return lambda rows, kind, name, importance: encode(rows, kind, name)
 
 
-def test_which_types_a_tensor_may_have():
+def test_which_types_a_tensor_may_have() -> None:
     """Blocks that fit the rows; the smallest only with an importance; none that only the newest llama.cpp reads."""
     narrow, wide = Entry("x.weight", (4, 96), F16), Entry("x.weight", (4, 512), F16)
 
@@ -109,7 +110,7 @@ def test_which_types_a_tensor_may_have():
     assert (4 * 96 // 32 * 17, 4 * 96 * 2) == find_range([narrow], ())
 
 
-def test_a_weight_that_is_not_finite_is_an_error():
+def test_a_weight_that_is_not_finite_is_an_error() -> None:
     """Named, as when it is written."""
     rows = np.ones((4, 64))
     rows[0, 3] = np.nan

@@ -1,6 +1,8 @@
 """export.imatrix: both of llama.cpp's formats are read as they are written, and nothing in them is believed."""
 
 import struct
+from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_bytes as g
@@ -24,17 +26,17 @@ META = [
 ]
 
 
-def pair(sums, counts, name=NAME):
+def pair(sums: Any, counts: Any, name: Any = NAME) -> Any:
     sums, counts = np.asarray(sums, np.float32), np.asarray(counts, np.float32)
     return [g.f32(name + ".in_sum2", sums.shape, sums), g.f32(name + ".counts", counts.shape, counts)]
 
 
-def read_bytes(folder, data):
+def read_bytes(folder: Any, data: Any) -> Any:
     (folder / "x").write_bytes(data)
     return read_imatrix(folder / "x")
 
 
-def test_the_gguf_form_is_read(tmp_path):
+def test_the_gguf_form_is_read(tmp_path: Path) -> None:
     """Written by gguf's writer; sums and counts per expert, and the text's name without its folder."""
     path = imatrix_files.write_gguf(tmp_path / "m.gguf", {NAME: (SUMS, [4, 0, 8])})
     path.write_bytes(path.read_bytes())
@@ -49,7 +51,7 @@ def test_the_gguf_form_is_read(tmp_path):
     np.testing.assert_array_equal([SUMS[0] / 4, [np.nan] * 4, SUMS[2] / 8], found.entries[NAME].means())
 
 
-def test_the_older_form_is_read(tmp_path):
+def test_the_older_form_is_read(tmp_path: Path) -> None:
     """Averages times calls; with and without what newer programs append."""
     entries = {"blk.0.attn_q.weight": (5, np.array([5, 10, 0.5], np.float32))}
 
@@ -62,7 +64,7 @@ def test_the_older_form_is_read(tmp_path):
         np.testing.assert_array_equal(np.array([[1, 2, 0.1]], np.float32), one.entries["blk.0.attn_q.weight"].means())
 
 
-def test_what_is_written_is_llama_cpps_file(tmp_path):
+def test_what_is_written_is_llama_cpps_file(tmp_path: Path) -> None:
     """gguf's reader finds the same keys, names, shapes and numbers; it reads back equal; twice the same bytes."""
     entries = {
         "blk.1.b.weight": Activity(SUMS.reshape(-1), np.array([4, 5, 6])),
@@ -129,14 +131,14 @@ def test_what_is_written_is_llama_cpps_file(tmp_path):
         "nothing": (b"", "needs 4 bytes where 0 remain"),
     }.values(),
 )
-def test_hostile_and_broken_files_are_named(tmp_path, data, words):
+def test_hostile_and_broken_files_are_named(tmp_path: Path, data: Any, words: Any) -> None:
     """Each is one error that says what is wrong; no count is believed before the bytes that remain have been asked."""
     with pytest.raises(ImportanceError, match=words):
         read_bytes(tmp_path, data)
 
 
 @given(st.data())
-def test_no_mutation_crashes(tmp_path_factory, data):
+def test_no_mutation_crashes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     """Bytes changed or cut anywhere: an importance matrix, or an ImportanceError, nothing else."""
     folder = tmp_path_factory.mktemp("mutation")
     whole = data.draw(
@@ -158,14 +160,14 @@ def test_no_mutation_crashes(tmp_path_factory, data):
         assert np.isfinite(entry.sums).all()
 
 
-def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
+def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused by its size."""
     monkeypatch.setattr(imatrix, "MAX_FILE", 10)
     with pytest.raises(ImportanceError, match="no importance matrix has more than 10"):
         read_bytes(tmp_path, imatrix_files.dat({"a": (1, SUMS[0])}))
 
 
-def test_merging_adds():
+def test_merging_adds() -> None:
     """Sums and counts add up, chunks are counted in tokens, and what only one file has stays."""
     a = ImportanceMatrix({"x": Activity(SUMS[0], np.array([4])), "y": Activity(SUMS[1], np.array([1]))}, ("a",), 3, 512)
     b = ImportanceMatrix({"x": Activity(SUMS[1], np.array([6]))}, ("b", "a"), 4, 256)
@@ -180,7 +182,7 @@ def test_merging_adds():
     assert ([10 + 2 * 512], 7) == (three.entries["x"].counts.tolist(), three.chunk_count)
 
 
-def test_files_of_different_models_are_not_merged():
+def test_files_of_different_models_are_not_merged() -> None:
     """Other widths or expert counts, and experts of a `.dat`, whose tokens are not known."""
     one = ImportanceMatrix({"x": Activity(SUMS[0], np.array([4]))}, ("a",), 1, 512)
     other = ImportanceMatrix({"x": Activity(SUMS.reshape(-1), np.array([1, 2, 3]))}, ("b",), 1, 512)
@@ -200,7 +202,7 @@ def test_files_of_different_models_are_not_merged():
         (1, 2**31 - 1, 1, False, "4,294,967,294 chunks of 1 tokens"),
     ],
 )
-def test_counts_that_no_text_has_are_not_merged(counts, chunks, size, legacy, words):
+def test_counts_that_no_text_has_are_not_merged(counts: Any, chunks: Any, size: Any, legacy: bool, words: str) -> None:
     """Each file alone may say them; their sum is refused before it overflows, or can't be written."""
     one = ImportanceMatrix({"x": Activity(SUMS[0], np.array([counts]))}, ("a",), chunks, size, legacy)
 
@@ -212,6 +214,6 @@ def test_counts_that_no_text_has_are_not_merged(counts, chunks, size, legacy, wo
     ("text", "name"),
     [("/a/b/c.txt", "c.txt"), (r"C:\a\b.txt", "b.txt"), ("x", "x"), ("a/\x1b[31m", "[31m"), ("", "unnamed")],
 )
-def test_names_of_texts_carry_no_path(text, name):
+def test_names_of_texts_carry_no_path(text: str, name: str) -> None:
     """Nor control characters."""
     assert name == label(text)

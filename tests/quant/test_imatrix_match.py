@@ -1,5 +1,8 @@
 """export.guidance: which importance each tensor gets, from a matrix of the same file or of its dense parent."""
 
+from pathlib import Path
+from typing import Any
+
 import gguf_bytes as g
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ F32 = named("f32")
 GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
 
 
-def dense(d_ff=6, width=2):
+def dense(d_ff: Any = 6, width: Any = 2) -> Any:
     """Means 1, 2, ... of the down projection's columns, 10, 20 of the gate's, from 4 tokens."""
     entries = {
         "blk.1.ffn_gate.weight": Activity(np.float32([40, 80][:width]), np.array([4])),
@@ -24,11 +27,11 @@ def dense(d_ff=6, width=2):
     return ImportanceMatrix(entries, (), 1, 4)
 
 
-def test_neurons_are_picked_in_the_experts_order():
+def test_neurons_are_picked_in_the_experts_order() -> None:
     """Asked for only when the vectors are made; zero neurons (-1) get zero; layers have orders of their own."""
     asked = []
 
-    def order(layer):
+    def order(layer: Any) -> Any:
         asked.append(layer)
         return np.array([[5, 0, -1], [1, 2, 3], [4, -1, -1]])
 
@@ -40,7 +43,7 @@ def test_neurons_are_picked_in_the_experts_order():
     assert [1] == asked
 
 
-def test_a_dense_matrix_of_other_widths_is_refused():
+def test_a_dense_matrix_of_other_widths_is_refused() -> None:
     """The MLP's, and the model's."""
     order = Neurons(6, lambda _: np.zeros((3, 3), np.int64))
     found = guide(dense(d_ff=7, width=1), [Entry(GATE, (3, 3, 2), F32), Entry(DOWN, (3, 2, 3), F32)], order)
@@ -51,7 +54,7 @@ def test_a_dense_matrix_of_other_widths_is_refused():
     } == {name: (problem.why, problem.detail) for name, problem in found.problems.items()}
 
 
-def test_a_dense_entry_without_tokens_is_no_data():
+def test_a_dense_entry_without_tokens_is_no_data() -> None:
     """Neither for gate and up nor for down."""
     entries = {
         f"blk.1.ffn_{part}.weight": Activity(np.zeros(n, np.float32), np.array([0]))
@@ -68,7 +71,7 @@ def test_a_dense_entry_without_tokens_is_no_data():
     assert [[1, 1, 1]] * 3 == [row.tolist() for row in ones.importance[DOWN]()]
 
 
-def test_unknown_neurons_are_refused_or_ones():
+def test_unknown_neurons_are_refused_or_ones() -> None:
     """Which columns of the dense down projection an expert holds is not guessed."""
     tensors = [Entry(DOWN, (3, 2, 3), F32)]
 
@@ -77,7 +80,7 @@ def test_unknown_neurons_are_refused_or_ones():
 
 
 @pytest.mark.parametrize("head", ["", "blk.x.", f"blk.{'9' * 50}."])
-def test_a_down_projection_of_no_layer_has_unknown_neurons(head):
+def test_a_down_projection_of_no_layer_has_unknown_neurons(head: str) -> None:
     """A file may call its tensors anything; which layer's neurons they hold is not guessed."""
     name = f"{head}ffn_down_exps.weight"
     entries = {name.replace("_exps", ""): dense().entries["blk.1.ffn_down.weight"]}
@@ -89,7 +92,7 @@ def test_a_down_projection_of_no_layer_has_unknown_neurons(head):
 
 
 @pytest.mark.parametrize(("shape", "known"), [((2, 16, 24), True), ((3, 16, 24), False), ((2, 16, 32), False)])
-def test_layers_that_differ_have_unknown_neurons(tmp_path, shape, known):
+def test_layers_that_differ_have_unknown_neurons(tmp_path: Path, shape: Any, known: bool) -> None:
     """One order serves all layers of a contiguous file only where all have the shape that the metadata says."""
     model = g.LlamaFile(n_expert=2)
     for key, value in {"expert_count": 2, "dense_feed_forward_length": 48, "align": 1}.items():
@@ -100,7 +103,7 @@ def test_layers_that_differ_have_unknown_neurons(tmp_path, shape, known):
     assert known == (neurons_of(read_gguf(tmp_path / "m.gguf")) is not None)
 
 
-def test_an_expert_without_tokens_is_refused_or_ones():
+def test_an_expert_without_tokens_is_refused_or_ones() -> None:
     """The others keep their means; the fewest tokens of those that have some are told."""
     sums, counts = np.float32([2, 4, 0, 0, 30, 60]), np.array([1, 0, 3])
     matrix = ImportanceMatrix({GATE: Activity(sums, counts)}, (), 1, 4)
@@ -113,7 +116,7 @@ def test_an_expert_without_tokens_is_refused_or_ones():
     assert ({GATE}, {GATE: 1}) == (ones.complete, ones.few)
 
 
-def test_the_vocabulary_and_what_is_never_quantized_need_no_entry():
+def test_the_vocabulary_and_what_is_never_quantized_need_no_entry() -> None:
     """llama.cpp's tool leaves the vocabulary out; routers and norms stay F32."""
     names = ["token_embd.weight", "output.weight", "blk.1.ffn_gate_inp.weight", "blk.1.attn_norm.weight"]
     found = guide(dense(), [Entry(name, (4, 4), F32) for name in names])

@@ -3,6 +3,8 @@
 import ctypes
 import dataclasses
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import imatrix_files
@@ -23,24 +25,24 @@ from moe2gguf.recipes.quantize import plan_quantization, quantize
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """256 wide, one layer."""
     weights = tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=512)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", weights)
 
 
 @pytest.fixture(scope="module")
-def sliced(tmp_path_factory):
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Four experts, 256 wide, with a random router."""
     weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=1024), 4, router_seed=1)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("sliced") / "sliced.gguf", weights)
 
 
-def statistics_of(path, seed=0):
+def statistics_of(path: Any, seed: Any = 0) -> Any:
     return imatrix_files.statistics_for({t.name: t.shape for t in read_gguf(path).tensors.values()}, seed)
 
 
-def contents(path):
+def contents(path: Any) -> Any:
     """Name -> (type, SHA-256 of the bytes)."""
     file, data = read_gguf(path), path.read_bytes()
     return {
@@ -49,7 +51,7 @@ def contents(path):
     }
 
 
-def theirs(source, target, preset, statistics, **settings):
+def theirs(source: Any, target: Any, preset: Any, statistics: Any, **settings: Any) -> Any:
     """llama_model_quantize with the averages that llama.cpp's tool makes of these statistics."""
     kept = []
     entries = (lib.llama_model_imatrix_data * (len(statistics) + 1))()
@@ -71,7 +73,7 @@ GUIDED = [*LARGE, *SMALL, *(pytest.param(name, marks=pytest.mark.real) for name 
 
 
 @pytest.mark.parametrize("preset", GUIDED)
-def test_the_bytes_are_llama_cpps(dense, tmp_path, preset):
+def test_the_bytes_are_llama_cpps(dense: Any, tmp_path: Path, preset: Any) -> None:
     """For the same importance; presets that depend on having one choose what it chooses."""
     statistics = statistics_of(dense)
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
@@ -84,7 +86,7 @@ def test_the_bytes_are_llama_cpps(dense, tmp_path, preset):
         assert contents(unguided) != contents(tmp_path / "ours.gguf")
 
 
-def test_the_bytes_are_llama_cpps_from_the_older_form(dense, tmp_path):
+def test_the_bytes_are_llama_cpps_from_the_older_form(dense: Any, tmp_path: Path) -> None:
     """Four calls, so that averages are made of their sums exactly as from the other form."""
     means = {name: np.float32(sums / np.float32(n[0])) for name, (sums, n) in statistics_of(dense).items()}
     statistics = {name: (value * np.float32(4), [4]) for name, value in means.items()}
@@ -99,7 +101,7 @@ def test_the_bytes_are_llama_cpps_from_the_older_form(dense, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["Q4_K_M", "IQ3_XXS"])
-def test_every_expert_gets_its_own(sliced, tmp_path, preset):
+def test_every_expert_gets_its_own(sliced: Any, tmp_path: Path, preset: str) -> None:
     """Experts are pieces of one tensor, and the importance changes with each, wherever we cut it."""
     statistics = statistics_of(sliced)
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
@@ -113,7 +115,7 @@ def test_every_expert_gets_its_own(sliced, tmp_path, preset):
     assert expected != theirs(sliced, tmp_path / "swapped.gguf", preset, swapped, pure=options.pure)
 
 
-def test_the_smallest_types_need_it(sliced, tmp_path):
+def test_the_smallest_types_need_it(sliced: Any, tmp_path: Path) -> None:
     """Without an importance matrix they are refused with the way to one; so is a tensor that it leaves out."""
     options = TypeOptions(tensor_types=(r"blk\..*exps\.weight=iq3_xxs",))
     with pytest.raises(PlanError, match=r"IQ3_XXS needs an importance matrix.*moe2gguf imatrix"):
@@ -132,7 +134,7 @@ def test_the_smallest_types_need_it(sliced, tmp_path):
     )
 
 
-def test_the_file_records_it_as_llama_cpp_does(dense, tmp_path):
+def test_the_file_records_it_as_llama_cpp_does(dense: Any, tmp_path: Path) -> None:
     """llama.cpp's four keys, with names instead of paths; quantizing again without one drops them."""
     matrix = imatrix_files.write_gguf(tmp_path / "words.gguf", statistics_of(dense))
 
@@ -153,7 +155,7 @@ def test_the_file_records_it_as_llama_cpp_does(dense, tmp_path):
     assert str(tmp_path).encode() not in (tmp_path / "a.gguf").read_bytes()
 
 
-def without(statistics, expert):
+def without(statistics: Any, expert: Any) -> Any:
     """Expert `expert` of every tensor saw no token."""
     result = {}
     for name, (sums, counts) in statistics.items():
@@ -164,7 +166,7 @@ def without(statistics, expert):
     return result
 
 
-def test_an_expert_without_data_is_refused_or_counts_all_columns_alike(sliced, tmp_path):
+def test_an_expert_without_data_is_refused_or_counts_all_columns_alike(sliced: Any, tmp_path: Path) -> None:
     """Named with its number; `ones` gives llama.cpp's bytes."""
     statistics = without(statistics_of(sliced), 2)
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics)
@@ -180,7 +182,7 @@ def test_an_expert_without_data_is_refused_or_counts_all_columns_alike(sliced, t
     assert {n: expected[n] for n in expected if "exps" in n} == {n: ours[n] for n in ours if "exps" in n}
 
 
-def test_an_expert_without_data_in_the_older_form(sliced, tmp_path):
+def test_an_expert_without_data_in_the_older_form(sliced: Any, tmp_path: Path) -> None:
     """There it says 1.0 in every column, which is not taken for data."""
     statistics = statistics_of(sliced)
     values = {name: (1, np.float32(sums / np.array(counts)[:, None])) for name, (sums, counts) in statistics.items()}
@@ -191,7 +193,7 @@ def test_an_expert_without_data_in_the_older_form(sliced, tmp_path):
         plan_quantization(sliced, TypeOptions("q4_k", imatrix=tmp_path / "m.dat"))
 
 
-def test_barely_seen_experts_are_a_warning(sliced, tmp_path):
+def test_barely_seen_experts_are_a_warning(sliced: Any, tmp_path: Path) -> None:
     """With the tensor and the fewest tokens."""
     statistics = statistics_of(sliced)
     statistics["blk.0.ffn_up_exps.weight"][1][1] = 7.0
@@ -205,7 +207,7 @@ def test_barely_seen_experts_are_a_warning(sliced, tmp_path):
 
 
 @pytest.mark.parametrize("repair", ["none", "ones"])
-def test_another_models_matrix_is_refused(sliced, tmp_path, repair):
+def test_another_models_matrix_is_refused(sliced: Any, tmp_path: Path, repair: str) -> None:
     """Other widths and other expert counts, whatever the repair: it is the wrong file."""
     statistics = statistics_of(sliced)
     sums, counts = statistics["blk.0.ffn_down_exps.weight"]
@@ -223,7 +225,7 @@ def test_another_models_matrix_is_refused(sliced, tmp_path, repair):
     } == {*caught.value.refusals}
 
 
-def test_missing_tensors_are_refused_unless_a_repair_is_chosen(dense, tmp_path):
+def test_missing_tensors_are_refused_unless_a_repair_is_chosen(dense: Any, tmp_path: Path) -> None:
     """All of them are listed; with ones each column counts alike; a broken file is an error of its own."""
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", {"blk.9.attn_q.weight": (np.ones((1, 256)), [5])})
     options = TypeOptions("q4_k", imatrix=matrix)
@@ -241,7 +243,7 @@ def test_missing_tensors_are_refused_unless_a_repair_is_chosen(dense, tmp_path):
         plan_quantization(dense, TypeOptions("q4_k", imatrix=tmp_path / "bad"))
 
 
-def test_a_dense_matrix_on_a_sliced_file_of_unknown_order(dense, sliced, tmp_path):
+def test_a_dense_matrix_on_a_sliced_file_of_unknown_order(dense: Any, sliced: Any, tmp_path: Path) -> None:
     """Gate and up see what the dense ones see; which neurons the down projections hold is not guessed."""
     statistics = imatrix_files.statistics_for(
         {t.name.replace("_exps", ""): t.shape[-2:] for t in read_gguf(sliced).tensors.values()}
@@ -266,13 +268,13 @@ def test_a_dense_matrix_on_a_sliced_file_of_unknown_order(dense, sliced, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One layer, 64 wide, 96 neurons."""
     return checkpoints.make(tmp_path_factory.mktemp("checkpoint") / "model", num_hidden_layers=1)
 
 
 @pytest.mark.parametrize(("experts", "align"), [(3, 32), (4, 32)], ids=["exact", "padded"])
-def test_a_dense_matrix_is_sliced_with_the_model(checkpoint, tmp_path, experts, align):
+def test_a_dense_matrix_is_sliced_with_the_model(checkpoint: Any, tmp_path: Path, experts: int, align: int) -> None:
     """convert gives the bytes that quantizing the sliced file with the sliced numbers gives; zero neurons get zero."""
     convert(checkpoint, tmp_path / "dense.gguf", flat_options(dense=True))
     convert(checkpoint, tmp_path / "sliced.gguf", flat_options(experts=experts, align=align))
@@ -301,7 +303,7 @@ def test_a_dense_matrix_is_sliced_with_the_model(checkpoint, tmp_path, experts, 
     assert expected != theirs(tmp_path / "sliced.gguf", tmp_path / "theirs.gguf", "IQ4_NL", own, pure=True)
 
 
-def test_experts_of_a_matrix_are_not_those_of_a_new_grouping(checkpoint, tmp_path):
+def test_experts_of_a_matrix_are_not_those_of_a_new_grouping(checkpoint: Any, tmp_path: Path) -> None:
     """A per-expert matrix fits contiguous experts; which neurons a calibrated expert gets is not known before."""
     convert(checkpoint, tmp_path / "sliced.gguf", flat_options(experts=3))
     matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", statistics_of(tmp_path / "sliced.gguf"))
@@ -312,7 +314,7 @@ def test_experts_of_a_matrix_are_not_those_of_a_new_grouping(checkpoint, tmp_pat
         plan_conversion(checkpoint, dataclasses.replace(options, used=2))
 
 
-def held_neurons(sliced, dense, layer):
+def held_neurons(sliced: Any, dense: Any, layer: Any) -> Any:
     """(n_expert, d_expert): which neuron of the dense file each place of an expert holds, by its row of the gate."""
     rows, numbers = (
         file.read_tensor(file.tensors[name])
@@ -325,7 +327,7 @@ def held_neurons(sliced, dense, layer):
     return np.array([[found[row.tobytes()] for row in expert] for expert in rows])
 
 
-def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path):
+def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path: Path) -> None:
     """Neurons regrouped and refitted by a calibration, k < n, Q4_K in one pass with a matrix of the dense model.
 
     The oracle is llama.cpp's quantizer on the unquantized file of the same calibration, given the dense columns in the

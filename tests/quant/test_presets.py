@@ -1,5 +1,8 @@
 """moe2gguf.quant.presets: the same types as llama.cpp's own quantizer chooses, for every file type and network."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from llama_quantize import chosen_types, hollow
 
@@ -33,12 +36,12 @@ MISFITS = {
 }
 
 
-def entries(path):
+def entries(path: Any) -> Any:
     """The tensors of a file."""
     return [Entry(t.name, t.shape, t.type) for t in read_gguf(path).tensors.values()]
 
 
-def network(settings, importance=False):
+def network(settings: Any, importance: Any = False) -> Any:
     """The same network in our terms."""
     values = {"n_head_kv": 2, "tied": False, "n_expert": 0, "d_model": 256, "architecture": "llama"} | settings
     return Network(
@@ -55,7 +58,7 @@ def network(settings, importance=False):
 
 @pytest.mark.parametrize("settings", (DENSE | SLICED | MISFITS).values(), ids=DENSE | SLICED | MISFITS)
 @pytest.mark.parametrize("importance", [False, True], ids=["", "with importance"])
-def test_every_preset_chooses_as_llama_cpp_does(tmp_path, settings, importance):
+def test_every_preset_chooses_as_llama_cpp_does(tmp_path: Path, settings: Any, importance: bool) -> None:
     """Tensor by tensor, substitutes for misfits included; where it gives up, we refuse."""
     path = hollow(tmp_path / "hollow.gguf", **settings)
     tensors, seen = entries(path), network(settings, importance)
@@ -77,7 +80,7 @@ def test_every_preset_chooses_as_llama_cpp_does(tmp_path, settings, importance):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "MXFP4_MOE"])
 @pytest.mark.parametrize("n_expert", [4, 8, 16])
-def test_experts_get_the_types_of_their_dense_parent(tmp_path, name, n_expert):
+def test_experts_get_the_types_of_their_dense_parent(tmp_path: Path, name: Any, n_expert: int) -> None:
     """So that files with different numbers of experts can be compared; attention too is as in the dense file."""
     dense = hollow(tmp_path / "dense.gguf", n_layer=24)
     sliced = hollow(tmp_path / "sliced.gguf", n_layer=24, n_expert=n_expert)
@@ -90,7 +93,7 @@ def test_experts_get_the_types_of_their_dense_parent(tmp_path, name, n_expert):
     }
 
 
-def test_mxfp4_moe_is_about_experts(tmp_path):
+def test_mxfp4_moe_is_about_experts(tmp_path: Path) -> None:
     """The one preset that means experts and nothing else: they are MXFP4 without asking for llama.cpp's mix."""
     sliced = hollow(tmp_path / "sliced.gguf", n_layer=2, n_expert=4)
 
@@ -101,7 +104,7 @@ def test_mxfp4_moe_is_about_experts(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_pure_is_llama_cpps_pure(tmp_path, name):
+def test_pure_is_llama_cpps_pure(tmp_path: Path, name: Any) -> None:
     """One type for every matrix, the vocabulary's included."""
     path = hollow(tmp_path / "hollow.gguf", n_layer=2, n_expert=2)
     expected = chosen_types(path, types.file_type(FILE_TYPE_NAMES[name]), pure=True)

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from moe2gguf.quant.rules import TypeOptions, preset_rules, read_type_rules, ref
 F16, F32 = GGMLType.F16, GGMLType.F32
 
 
-def tensors(d_expert=96):
+def tensors(d_expert: Any = 96) -> Any:
     """A sliced model of three layers, 256 wide."""
     entries = [Entry("token_embd.weight", (32, 256), F16), Entry("output_norm.weight", (256,), F32)]
     for i in range(3):
@@ -34,17 +36,17 @@ def tensors(d_expert=96):
 NETWORK = Network("llama", 3, 8, 2, 256, True, 4)
 
 
-def choose(d_expert=256, **options):
+def choose(d_expert: Any = 256, **options: Any) -> Any:
     """The assignment for those tensors."""
     return assign(tensors(d_expert), TypeOptions(**options), NETWORK)
 
 
-def names(found):
+def names(found: Any) -> Any:
     """Name -> type name."""
     return {name: kind.name for name, kind in found.types.items()}
 
 
-def test_auto_keeps_every_tensor_as_stored():
+def test_auto_keeps_every_tensor_as_stored() -> None:
     """No rule, no change, no count."""
     found = choose()
 
@@ -52,7 +54,7 @@ def test_auto_keeps_every_tensor_as_stored():
     assert ((), (), ()) == (found.counts, found.fallbacks, found.refusals)
 
 
-def test_the_first_pattern_that_matches_the_whole_name_decides():
+def test_the_first_pattern_that_matches_the_whole_name_decides() -> None:
     """Options before the file before the type; each says how many tensors it decided."""
     found = choose(type="q4_K", tensor_types=(r"blk\.1\..*=q6_k", r"blk\..*\.attn_v\.weight=Q5_K"))
 
@@ -63,7 +65,7 @@ def test_the_first_pattern_that_matches_the_whole_name_decides():
     assert [4, 2, 1, 6] == [count for _, count in found.counts]
 
 
-def test_norms_biases_and_routers_stay_as_they_are():
+def test_norms_biases_and_routers_stay_as_they_are() -> None:
     """Whatever the patterns say; a pattern that means only them is refused with the reason."""
     found = choose(type="q8_0", pure=True, tensor_types=(".*(norm|inp|bias).*=q8_0",))
 
@@ -90,12 +92,12 @@ def test_norms_biases_and_routers_stay_as_they_are():
         ("x.weight", (), False),
     ],
 )
-def test_what_may_be_quantized(name, shape, expected):
+def test_what_may_be_quantized(name: str, shape: Any, expected: bool) -> None:
     """Matrices of weights; leading ones do not make a matrix, as in llama.cpp."""
     assert expected == may_quantize(name, shape)
 
 
-def test_as_stored_keeps_matrices_and_widens_vectors_and_routers():
+def test_as_stored_keeps_matrices_and_widens_vectors_and_routers() -> None:
     """llama.cpp wants norms, biases and routers in F32."""
     half = np.dtype(np.float16)
 
@@ -112,7 +114,7 @@ def test_as_stored_keeps_matrices_and_widens_vectors_and_routers():
         ((".*=q8_0", ".*attn_q.*=q6_k"), "decided by an earlier pattern"),
     ],
 )
-def test_a_pattern_that_decides_nothing_is_an_error(rules, words):
+def test_a_pattern_that_decides_nothing_is_an_error(rules: Any, words: str) -> None:
     """Never a rule that the user believes in and the file does not show."""
     (refusal,) = choose(tensor_types=rules).refusals
 
@@ -120,7 +122,7 @@ def test_a_pattern_that_decides_nothing_is_an_error(rules, words):
     assert repr(rules[-1].split("=")[0]) in refusal
 
 
-def test_everything_wrong_with_the_rules_is_listed_at_once(tmp_path):
+def test_everything_wrong_with_the_rules_is_listed_at_once(tmp_path: Path) -> None:
     """Unknown types, broken expressions, missing parts, an unreadable file."""
     options = TypeOptions("q9_9", ("x=q9_9", "(=q8_0", "q8_0", "=q8_0"), tmp_path / "missing.json")
 
@@ -133,7 +135,7 @@ def test_everything_wrong_with_the_rules_is_listed_at_once(tmp_path):
         assert word in str(caught.value)
 
 
-def test_a_type_that_does_not_fit_lists_tensors_and_ways_out():
+def test_a_type_that_does_not_fit_lists_tensors_and_ways_out() -> None:
     """96 wide rows in blocks of 256: the plan refuses, with what each way would give."""
     (refusal,) = choose(96, type="q4_k").refusals
 
@@ -148,7 +150,7 @@ def test_a_type_that_does_not_fit_lists_tensors_and_ways_out():
         assert words in refusal
 
 
-def test_a_fallback_is_listed_with_its_cost():
+def test_a_fallback_is_listed_with_its_cost() -> None:
     """In a warning and tensor by tensor; the other tensors keep what was asked for."""
     found = choose(96, type="q4_k", allow_fallback=True)
 
@@ -166,7 +168,7 @@ def test_a_fallback_is_listed_with_its_cost():
     } == first
 
 
-def test_rows_that_fit_no_block_fall_back_to_f16_and_types_without_substitute_are_refused():
+def test_rows_that_fit_no_block_fall_back_to_f16_and_types_without_substitute_are_refused() -> None:
     """72 is no multiple of 32; Q1_0 has no substitute in llama.cpp either."""
     assert "F16" == names(choose(72, type="q4_k", allow_fallback=True))["blk.0.ffn_down_exps.weight"]
     (refusal,) = choose(96, type="q1_0", pure=True, allow_fallback=True).refusals
@@ -174,7 +176,7 @@ def test_rows_that_fit_no_block_fall_back_to_f16_and_types_without_substitute_ar
 
 
 @pytest.mark.parametrize("kind", ["iq2_xxs", "iq2_xs", "iq1_s", "iq1_m", "iq2_s", "iq3_xxs", "q2_k_s"])
-def test_types_that_need_an_importance_matrix_are_refused_without(kind):
+def test_types_that_need_an_importance_matrix_are_refused_without(kind: str) -> None:
     """Three of them would abort the process, the others make garbage; llama.cpp refuses them as well."""
     refusals = choose(type=kind).refusals
 
@@ -184,14 +186,14 @@ def test_types_that_need_an_importance_matrix_are_refused_without(kind):
     assert () == assign(tensors(256), TypeOptions(kind), network, guided).refusals
 
 
-def test_the_embedding_may_be_small_without_an_importance_matrix():
+def test_the_embedding_may_be_small_without_an_importance_matrix() -> None:
     """Where the kernel does not abort, as in llama.cpp."""
     assert () == choose(tensor_types=(r"token_embd\.weight=iq3_xxs",)).refusals
     assert 1 == len(choose(tensor_types=(r"token_embd\.weight=iq2_xxs",)).refusals)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
-def test_a_type_rules(tmp_path, suffix):
+def test_a_type_rules(tmp_path: Path, suffix: str) -> None:
     """TOML or JSON by its suffix; tried after the options."""
     path = tmp_path / f"recipe{suffix}"
     rules = [(r"blk\.(0|2)\..*_exps\.weight", "q6_k"), (r"blk\..*_exps\.weight", "q4_k")]
@@ -217,7 +219,7 @@ def test_a_type_rules(tmp_path, suffix):
     ["", "[]", "{", '{"rules": {}}', '{"rules": [{"pattern": "x"}]}', '{"rules": [{"pattern": "x", "type": 5}]}',
      '{"rules": [], "more": 1}', "[" * 100_000, b"\xff\xfe"],
 )  # fmt: skip
-def test_a_senseless_type_rules_is_an_error(tmp_path, content):
+def test_a_senseless_type_rules_is_an_error(tmp_path: Path, content: Any) -> None:
     """With its name, never a crash."""
     path = tmp_path / "recipe.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -226,7 +228,7 @@ def test_a_senseless_type_rules_is_an_error(tmp_path, content):
         read_type_rules(path)
 
 
-def test_a_type_rules_is_not_read_without_end(tmp_path):
+def test_a_type_rules_is_not_read_without_end(tmp_path: Path) -> None:
     """A model file named by mistake costs a megabyte, not all memory."""
     path = tmp_path / "recipe.json"
     path.write_text('{"rules": []}' + " " * (1 << 20))
@@ -235,7 +237,7 @@ def test_a_type_rules_is_not_read_without_end(tmp_path):
         read_type_rules(path)
 
 
-def test_a_preset_is_a_list_of_rules():
+def test_a_preset_is_a_list_of_rules() -> None:
     """Q4_K_M of 16 layers, written out: the two first, the two last and every third layer get more bits."""
     rules = preset_rules("Q4_K_M", Network("llama", 16, 8, 8, 256, False))
 
@@ -248,7 +250,7 @@ def test_a_preset_is_a_list_of_rules():
     ] == [(rule.pattern, rule.type.name) for rule in rules]
 
 
-def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named():
+def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named() -> None:
     """Presets and plain types; a name that is like none gets the presets."""
     for name in ("auto", "Q4_K_M", "q4_k_m", "Q4_K", "q4_k", "MXFP4", "bf16"):
         assert [] == refuse_type(name)
@@ -258,7 +260,7 @@ def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named()
     assert refusal.startswith("type gibberish: unknown; choose one of f32, bf16, f16, q8_0, q6_k, q5_k_m")
 
 
-def test_a_preset_of_an_unknown_architecture_is_refused():
+def test_a_preset_of_an_unknown_architecture_is_refused() -> None:
     """Its rules might differ; one type for everything is possible."""
     other = Network("falcon", 3, 8, 2, 256, True)
     with pytest.raises(PlanError, match="not for falcon; use --pure"):

@@ -1,5 +1,8 @@
 """--target-size and --target-bpw: a file under the size, the rules of the user first, unreachable targets refused."""
 
+from pathlib import Path
+from typing import Any
+
 import checkpoints
 import imatrix_files
 import pytest
@@ -19,13 +22,13 @@ TOKENS = [1, *range(10, 60)]
 
 
 @pytest.fixture(scope="module")
-def sliced(tmp_path_factory):
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Four experts, 256 wide, with a random router."""
     weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(0, n_layer=2, d_model=256, d_ff=1024), 4, router_seed=1)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("sliced") / "sliced.gguf", weights)
 
 
-def test_a_file_comes_out_just_under_the_size(sliced, tmp_path):
+def test_a_file_comes_out_just_under_the_size(sliced: Any, tmp_path: Path) -> None:
     """Two percent at most are left; twice the same bytes; router and norms are F32; llama.cpp runs it."""
     n_bytes = 2_300_000
     options = TypeOptions(target_size=n_bytes)
@@ -41,7 +44,7 @@ def test_a_file_comes_out_just_under_the_size(sliced, tmp_path):
     assert mean_kl(llama_logits(sliced, TOKENS), llama_logits(tmp_path / "a.gguf", TOKENS)) < 0.2
 
 
-def test_bits_per_weight_and_the_users_rules(sliced):
+def test_bits_per_weight_and_the_users_rules(sliced: Any) -> None:
     """Of all tensors together; what the user pins stays pinned, and the plan names the rules."""
     options = TypeOptions(target_bpw=7.0, tensor_types=(r"token_embd\.weight=q8_0",))
 
@@ -54,7 +57,7 @@ def test_bits_per_weight_and_the_users_rules(sliced):
     assert sum(rule["tensors"] for rule in plan.to_dict()["rules"]) == 2 + 2 * 7
 
 
-def test_more_room_is_never_worse(sliced, tmp_path):
+def test_more_room_is_never_worse(sliced: Any, tmp_path: Path) -> None:
     """Nearer to the source with every step of the target."""
     base = llama_logits(sliced, TOKENS)
     losses = []
@@ -76,13 +79,13 @@ def test_more_room_is_never_worse(sliced, tmp_path):
         ({"target_bpw": 7.0, "pure": True}, "--pure: has no meaning"),
     ],
 )
-def test_targets_that_are_refused(sliced, changes, words):
+def test_targets_that_are_refused(sliced: Any, changes: Any, words: str) -> None:
     """Out of reach, with the range; together with choices that say something else."""
     with pytest.raises(PlanError, match=words):
         plan_quantization(sliced, TypeOptions(**changes))
 
 
-def test_the_named_range_is_reachable(sliced):
+def test_the_named_range_is_reachable(sliced: Any) -> None:
     """Its lower end, and its upper end, are targets that are met."""
     with pytest.raises(PlanError) as caught:
         plan_quantization(sliced, TypeOptions(target_size=1000))
@@ -94,7 +97,7 @@ def test_the_named_range_is_reachable(sliced):
         plan_quantization(sliced, TypeOptions(target_size=high + 1))
 
 
-def test_convert_meets_a_target_with_and_without_a_matrix(tmp_path):
+def test_convert_meets_a_target_with_and_without_a_matrix(tmp_path: Path) -> None:
     """In one pass, in experts padded to whole blocks; an importance matrix changes what is chosen or how it is made."""
     folder = checkpoints.make(tmp_path / "model", num_hidden_layers=1)
     convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
@@ -113,7 +116,7 @@ def test_convert_meets_a_target_with_and_without_a_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("text", "n_bytes"), [("2.3MB", 2_300_000), ("2.2MiB", 2_306_867), ("2300k", 2_300_000), ("2300000", 2_300_000)]
 )
-def test_sizes_as_people_write_them(sliced, tmp_path, text, n_bytes):
+def test_sizes_as_people_write_them(sliced: Any, tmp_path: Path, text: str, n_bytes: int) -> None:
     """Decimal and binary; the type may be left out then; nonsense is wrong usage."""
     out = tmp_path / "out.gguf"
     done = CliRunner().invoke(cli, ["quantize", str(sliced), str(out), "--target-size", text])

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
@@ -21,24 +23,24 @@ QUICK = {"experts": 8, "used": 4, "n_token": 1024}
 DOWN = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
 
 
-def tensors(path):
+def tensors(path: Any) -> Any:
     """Name -> array of a GGUF file, read by gguf's own reader."""
     return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
 
 
-def decoded(path):
+def decoded(path: Any) -> Any:
     """Name -> numbers, by the gguf package."""
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
 
 
-def assert_same(expected, found, tolerance=0.0):
+def assert_same(expected: Any, found: Any, tolerance: Any = 0.0) -> None:
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=tolerance, atol=tolerance / 100, err_msg=name)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA with GQA as a folder, as F32, and as Q8_0; experts of 32 neurons fill its blocks."""
     place = tmp_path_factory.mktemp("calibrating")
     checkpoints.make(place / "m", intermediate_size=256)
@@ -48,7 +50,7 @@ def place(tmp_path_factory):
     return place
 
 
-def test_only_the_default_text_comes_with_advice(place, tmp_path):
+def test_only_the_default_text_comes_with_advice(place: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text of the kind the model is for " * 900)
     advised, own = (flat_options(**QUICK), flat_options(**QUICK, text=tmp_path / "text.txt"))
     assert any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", advised).warnings)
@@ -56,7 +58,7 @@ def test_only_the_default_text_comes_with_advice(place, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"refit": True}], ids=["default", "refit"])
-def test_a_file_gives_the_experts_of_the_folder(place, tmp_path, changes):
+def test_a_file_gives_the_experts_of_the_folder(place: Any, tmp_path: Path, changes: Any) -> None:
     """With nothing said but how many are used: every tensor, bit for bit, and the same figures by layer."""
     expected = convert(place / "m", tmp_path / "a.gguf", flat_options(**QUICK, **changes))
 
@@ -69,7 +71,7 @@ def test_a_file_gives_the_experts_of_the_folder(place, tmp_path, changes):
         assert expected.plan.metadata[f"moe2gguf.{key}"] == done.plan.metadata[f"moe2gguf.{key}"]
 
 
-def test_arch_qwen2_gives_the_experts_of_the_folder(tmp_path):
+def test_arch_qwen2_gives_the_experts_of_the_folder(tmp_path: Path) -> None:
     """With biases, and with q and k in Hugging Face's order; the experts' rows, bit for bit."""
     folder = checkpoints.make(tmp_path / "m", "qwen2")
     convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
@@ -82,7 +84,7 @@ def test_arch_qwen2_gives_the_experts_of_the_folder(tmp_path):
     assert_same(tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf"))
 
 
-def test_llama3_scaling_gives_the_experts_of_the_folder(tmp_path):
+def test_llama3_scaling_gives_the_experts_of_the_folder(tmp_path: Path) -> None:
     """Its divisors come from a tensor, rounded once: the same neurons in each expert, routers to float rounding."""
     folder = checkpoints.make(tmp_path / "m", "llama3-rope")
     convert(folder, tmp_path / "dense.gguf", flat_options(dense=True))
@@ -99,7 +101,9 @@ def test_llama3_scaling_gives_the_experts_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "width"), [("q8_0", 256), ("q4_k", 1024)])
-def test_quantized_weights_move_and_only_down_projections_are_quantized_again(tmp_path, kind, width):
+def test_quantized_weights_move_and_only_down_projections_are_quantized_again(
+    tmp_path: Path, kind: str, width: int
+) -> None:
     """The experts are those of the decoded model: gate and up bit for bit, the down projections rounded once more."""
     shape = {"hidden_size": 256, "intermediate_size": width, "num_hidden_layers": 1}
     folder, options = checkpoints.make(tmp_path / "m", **shape), flat_options(4, 2, n_token=1024, refit=False)
@@ -120,7 +124,7 @@ def test_quantized_weights_move_and_only_down_projections_are_quantized_again(tm
     assert 0 < np.abs(down - rounded).max() < 0.1 * np.abs(down).max()
 
 
-def test_types_are_those_that_were_asked_for(place):
+def test_types_are_those_that_were_asked_for(place: Any) -> None:
     """--tensor-type for the down projections, which are then not quantized to their own type."""
     plan = plan_conversion(place / "q8_0.gguf", flat_options(**QUICK, tensor_types=(r".*ffn_down_exps\.weight=f16",)))
 
@@ -129,7 +133,7 @@ def test_types_are_those_that_were_asked_for(place):
     assert "3 tensors are decoded and quantized again, Q8_0 to F16" in "\n".join(plan.warnings)
 
 
-def test_a_set_of_shards(place, tmp_path):
+def test_a_set_of_shards(place: Any, tmp_path: Path) -> None:
     """Weights and vocabulary of a model in several files, bit for bit."""
     done = convert(place / "f32.gguf", tmp_path / "in.gguf", flat_options(dense=True, shard_size=200_000))
 
@@ -138,7 +142,9 @@ def test_a_set_of_shards(place, tmp_path):
     assert_same(tensors(place / "experts.gguf"), tensors(tmp_path / "x.gguf"))
 
 
-def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monkeypatch):
+def test_a_stopped_calibration_resumes_with_the_same_bytes(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped in its third layer; another file of the same model is another job."""
     options, done = flat_options(**QUICK), stop_in_third_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -153,7 +159,7 @@ def test_a_stopped_calibration_resumes_with_the_same_bytes(place, tmp_path, monk
     assert ["x.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
+def test_a_place_that_cannot_hold_the_calibration_is_named(place: Any, tmp_path: Path) -> None:
     """A file stands where the folder of finished layers would be; nothing is written, and the file stays."""
     (tmp_path / "x.gguf.calibration").write_text("mine")
 
@@ -163,7 +169,7 @@ def test_a_place_that_cannot_hold_the_calibration_is_named(place, tmp_path):
     assert ["x.gguf.calibration"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_a_calibration_is_kept_and_used_again(place, tmp_path):
+def test_a_calibration_is_kept_and_used_again(place: Any, tmp_path: Path) -> None:
     """For the file it was made from: the same bytes. The folder's weights are other ones, as far as can be told."""
     kept = tmp_path / "kept.calibration"
     convert(place / "q8_0.gguf", tmp_path / "a.gguf", flat_options(**QUICK, save_to=kept))
@@ -178,7 +184,7 @@ def test_a_calibration_is_kept_and_used_again(place, tmp_path):
         convert(place / "m", tmp_path / "c.gguf", flat_options(load_from=kept))
 
 
-def test_the_command_plans_and_reports(place, tmp_path):
+def test_the_command_plans_and_reports(place: Any, tmp_path: Path) -> None:
     """--plan writes nothing; --report and --json have the figures of every layer."""
     arguments = ["convert", str(place / "f32.gguf"), "-e", "8", "-k", "4", "--calibration-tokens", "1024"]
     plan = CliRunner().invoke(cli, [*arguments, "--plan"])
@@ -193,7 +199,7 @@ def test_the_command_plans_and_reports(place, tmp_path):
     assert [layer["load"] for layer in json.loads(ran.stdout)["layers"]] == figures[0]["data"][0]["z"]
 
 
-def test_without_llama_cpp_nothing_is_left(place, tmp_path, monkeypatch):
+def test_without_llama_cpp_nothing_is_left(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what the tokenizer of a file needs."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
@@ -28,12 +29,12 @@ TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 100)]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """family -> folder, made once."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {}
 
-    def get(family):
+    def get(family: Any) -> Any:
         if family not in folders:
             folders[family] = checkpoints.make(root / family, family)
         return folders[family]
@@ -42,7 +43,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)
-def test_dense_and_sliced_files_equal_transformers(made, family, tmp_path):
+def test_dense_and_sliced_files_equal_transformers(made: Any, family: Any, tmp_path: Path) -> None:
     """F32, at positions past every original context: the same logits as transformers' own forward pass."""
     folder = made(family)
     expected = checkpoints.torch_logits(folder, TOKENS)
@@ -58,7 +59,7 @@ def test_dense_and_sliced_files_equal_transformers(made, family, tmp_path):
 
 
 @pytest.mark.parametrize("align", [1, 32])
-def test_every_count_equals_the_numpy_graph(made, align, tmp_path):
+def test_every_count_equals_the_numpy_graph(made: Any, align: int, tmp_path: Path) -> None:
     """k = 1 .. n of a file whose experts need padding (96 neurons in 5 experts), against the textbook graph."""
     convert(made("llama"), tmp_path / "sliced.gguf", flat_options(experts=5, align=align))
     counts = [1, 2, 3, 4, 5]
@@ -70,7 +71,7 @@ def test_every_count_equals_the_numpy_graph(made, align, tmp_path):
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["w1 w2 w3", "fused"])
-def test_mixtral_checkpoints_keep_their_experts_and_router(tmp_path, original):
+def test_mixtral_checkpoints_keep_their_experts_and_router(tmp_path: Path, original: bool) -> None:
     """Both layouts of transformers give its logits, and the same bytes."""
     folder = checkpoints.write(
         tmp_path / "mixtral", "MixtralForCausalLM", original=original, num_local_experts=4, num_experts_per_tok=2,
@@ -86,13 +87,13 @@ def test_mixtral_checkpoints_keep_their_experts_and_router(tmp_path, original):
     assert (4, 2) == counts_of(tmp_path / "out.gguf")
 
 
-def counts_of(path):
+def counts_of(path: Any) -> Any:
     """(expert_count, expert_used_count) as the gguf package reads them."""
     fields = gguf.GGUFReader(path).fields
     return tuple(fields[f"llama.{key}"].contents() for key in ("expert_count", "expert_used_count"))
 
 
-def test_mixtral_options(tmp_path):
+def test_mixtral_options(tmp_path: Path) -> None:
     """--used changes the count; --experts and --dense make no sense there and are refused together."""
     folder = checkpoints.write(
         tmp_path / "m", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, head_dim=16
@@ -108,7 +109,7 @@ def test_mixtral_options(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["auto", "f32", "f16", "bf16", "q8_0", "q4_0"])
-def test_every_type_from_every_type(tmp_path, dtype, kind):
+def test_every_type_from_every_type(tmp_path: Path, dtype: str, kind: str) -> None:
     """The tensors have the planned types and the sliced weights are the checkpoint's, to the type's precision."""
     folder = checkpoints.make(tmp_path / "model", dtype=dtype, intermediate_size=128)
     convert(folder, tmp_path / "out.gguf", flat_options(experts=4, type=kind, allow_fallback=True))
@@ -135,7 +136,9 @@ def test_every_type_from_every_type(tmp_path, dtype, kind):
     kind=st.sampled_from(["auto", "bf16", "f16"]),
     tied=st.booleans(),
 )
-def test_the_plan_is_the_file(made, tmp_path_factory, experts, align, kind, tied):
+def test_the_plan_is_the_file(
+    made: Any, tmp_path_factory: pytest.TempPathFactory, experts: Any, align: Any, kind: Any, tied: Any
+) -> None:
     """Exact size, names, shapes and types, before a tensor is read; padding is exactly zero."""
     folder = made("llama-tied" if tied else "llama")
     out = tmp_path_factory.mktemp("plan") / "out.gguf"
@@ -153,7 +156,7 @@ def test_the_plan_is_the_file(made, tmp_path_factory, experts, align, kind, tied
     assert 96 == np.any(rows != 0, axis=1).sum()
 
 
-def test_the_plan_reads_no_tensor_data(made, tmp_path):
+def test_the_plan_reads_no_tensor_data(made: Any, tmp_path: Path) -> None:
     """With the weights replaced by a hole of the same size, the plan is the same."""
     folder = shutil.copytree(made("llama"), tmp_path / "hollow")
     whole = plan_conversion(folder).to_dict()
@@ -167,7 +170,7 @@ def test_the_plan_reads_no_tensor_data(made, tmp_path):
     assert whole == plan_conversion(folder).to_dict()
 
 
-def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path):
+def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path: Path) -> None:
     """One model, five ways to lay it out, one file."""
     one = checkpoints.make(tmp_path / "one")
     elsewhere = shutil.copytree(one, tmp_path / "x" / "another name")
@@ -185,7 +188,7 @@ def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path):
     assert str(tmp_path).encode() not in results[0]
 
 
-def test_metadata_says_what_was_done(made, tmp_path):
+def test_metadata_says_what_was_done(made: Any, tmp_path: Path) -> None:
     """Hyper-parameters, provenance, no key that arch `llama` misreads."""
     done = convert(made("llama"), tmp_path / "out.gguf", flat_options(experts=5, used=5, align=32))
     fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()}
@@ -213,7 +216,7 @@ def test_metadata_says_what_was_done(made, tmp_path):
     assert not [key for key in fields if "expert_weights" in key or "expert_gating" in key]
 
 
-def test_the_digest_changes_with_one_weight(tmp_path):
+def test_the_digest_changes_with_one_weight(tmp_path: Path) -> None:
     """And with nothing else."""
     folder = checkpoints.make(tmp_path / "model")
     before = convert(folder, tmp_path / "a.gguf").source_digest
@@ -229,7 +232,7 @@ def test_the_digest_changes_with_one_weight(tmp_path):
     "name",
     ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"],
 )
-def test_a_corrupt_weight_is_named_and_nothing_is_left(tmp_path, name, value):
+def test_a_corrupt_weight_is_named_and_nothing_is_left(tmp_path: Path, name: str, value: Any) -> None:
     """Tensor and layer, wherever it stands."""
     folder = checkpoints.make(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -244,7 +247,7 @@ def test_a_corrupt_weight_is_named_and_nothing_is_left(tmp_path, name, value):
 
 
 @pytest.mark.parametrize(("value", "fits"), [(8188.0, True), (8192.0, False), (1e5, False)])
-def test_f16_overflow_after_the_amplification(tmp_path, value, fits):
+def test_f16_overflow_after_the_amplification(tmp_path: Path, value: float, fits: bool) -> None:
     """8 * 8188 = 65504 is the largest f16; above it an error that offers bf16, never an infinity."""
     folder = checkpoints.make(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -259,7 +262,7 @@ def test_f16_overflow_after_the_amplification(tmp_path, value, fits):
         convert(folder, tmp_path / "out.gguf", flat_options(type="bf16"))
 
 
-def test_all_refusals_at_once(tmp_path):
+def test_all_refusals_at_once(tmp_path: Path) -> None:
     """Tensors missing, unexpected and mis-shaped, config and tokenizer faults: one error lists every one."""
     folder = checkpoints.make(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -288,7 +291,7 @@ def test_all_refusals_at_once(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_tied_embeddings_ignore_a_stored_head_and_old_files_their_frequencies(tmp_path):
+def test_tied_embeddings_ignore_a_stored_head_and_old_files_their_frequencies(tmp_path: Path) -> None:
     """Both are common in real checkpoints; the first is worth a warning."""
     folder = checkpoints.make(tmp_path / "model", "llama-tied")
     plain = convert(folder, tmp_path / "a.gguf")
@@ -304,7 +307,7 @@ def test_tied_embeddings_ignore_a_stored_head_and_old_files_their_frequencies(tm
     assert ["lm_head.weight is ignored"] == [warning[:25] for warning in done.plan.warnings]
 
 
-def test_a_head_of_its_own_beside_tied_embeddings_is_written(tmp_path):
+def test_a_head_of_its_own_beside_tied_embeddings_is_written(tmp_path: Path) -> None:
     """A fine-tune that trained its head: transformers 5 uses the stored one; the folder form has it too."""
     folder = checkpoints.make(tmp_path / "model", "llama-tied")
     tensors = load_file(folder / "model.safetensors")
@@ -322,7 +325,7 @@ def test_a_head_of_its_own_beside_tied_embeddings_is_written(tmp_path):
     assert np.abs(expected - checkpoints.torch_logits(tmp_path / "folder", TOKENS)).max() <= 1e-3
 
 
-def test_a_head_without_an_embedding_is_both(tmp_path):
+def test_a_head_without_an_embedding_is_both(tmp_path: Path) -> None:
     """Tied embeddings, stored under the head's name: the same file."""
     folder = checkpoints.make(tmp_path / "model", "llama-tied")
     convert(folder, tmp_path / "a.gguf", flat_options(name="Tiny"))
@@ -337,7 +340,7 @@ def test_a_head_without_an_embedding_is_both(tmp_path):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_scaling_beside_rope_parameters_is_not_lost(tmp_path):
+def test_scaling_beside_rope_parameters_is_not_lost(tmp_path: Path) -> None:
     """Both generations of rope settings in one config.json: transformers' logits at positions beyond the original."""
     folder = checkpoints.make(tmp_path / "model")
     scaling = {"rope_type": "linear", "factor": 4.0}
@@ -362,7 +365,7 @@ def test_scaling_beside_rope_parameters_is_not_lost(tmp_path):
         ({"type": "q8_0", "experts": 8}, "pad the experts with --align 32"),
     ],
 )
-def test_each_bad_option_is_refused_with_the_way_out(made, options, words):
+def test_each_bad_option_is_refused_with_the_way_out(made: Any, options: Any, words: str) -> None:
     """By the plan, so before anything is written."""
     with pytest.raises(PlanError) as caught:
         plan_conversion(made("llama"), flat_options(**options))
@@ -370,7 +373,7 @@ def test_each_bad_option_is_refused_with_the_way_out(made, options, words):
     assert words in str(caught.value)
 
 
-def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path):
+def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path: Path) -> None:
     """The limit of llama.cpp's graph, with its reason, instead of a file that kills every program."""
     folder = checkpoints.make(tmp_path / "model", num_hidden_layers=12, hidden_size=16)
     with pytest.raises(PlanError, match="the process aborts"):
@@ -380,7 +383,7 @@ def test_a_count_that_aborts_llama_cpp_is_refused(tmp_path):
     )
 
 
-def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(made, tmp_path):
+def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(made: Any, tmp_path: Path) -> None:
     """96 neurons in 8 experts of 12, padded to 32: 8 * 32 - 96 zero neurons."""
     plan = plan_conversion(made("llama"), flat_options(experts=8, align=32, type="q8_0"))
 
@@ -392,7 +395,7 @@ def test_alignment_makes_a_block_type_possible_and_the_plan_says_what_it_costs(m
     assert mean_kl(theirs, ours) < 1e-3
 
 
-def test_speed_bounds_by_hand(made):
+def test_speed_bounds_by_hand(made: Any) -> None:
     """All experts: a little under 1, for the router is read too. Half of them: the arithmetic of bytes."""
     plan = plan_conversion(made("llama"), flat_options(experts=4))
     sizes = {tensor.name: tensor.n_bytes for tensor in plan.tensors}
@@ -405,19 +408,19 @@ def test_speed_bounds_by_hand(made):
     assert 0.9 < plan.speed_bound(4) < 1
 
 
-def test_fewer_experts_with_a_zero_router_is_one_clear_warning(made):
+def test_fewer_experts_with_a_zero_router_is_one_clear_warning(made: Any) -> None:
     """Never shipped silently; and all experts give no warning."""
     (warning,) = plan_conversion(made("llama"), flat_options(used=4, preset="exact")).warnings
     assert "not be coherent" in warning
     assert () == plan_conversion(made("llama")).warnings
 
 
-def test_a_number_of_experts_that_is_no_power_of_two_is_said_to_round(made):
+def test_a_number_of_experts_that_is_no_power_of_two_is_said_to_round(made: Any) -> None:
     """The amplification is then not exact in the file's type."""
     assert "not a power of two" in plan_conversion(made("llama"), flat_options(experts=6)).warnings[0]
 
 
-def test_targets(made, tmp_path):
+def test_targets(made: Any, tmp_path: Path) -> None:
     """An existing file needs force; a file of the model is refused always, by name and by link."""
     folder = shutil.copytree(made("llama"), tmp_path / "model")
     out = tmp_path / "out.gguf"
@@ -433,7 +436,7 @@ def test_targets(made, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["models--org--name/snapshots/0123abc", "links"])
-def test_a_folder_of_links_gives_the_same_bytes(made, place, tmp_path):
+def test_a_folder_of_links_gives_the_same_bytes(made: Any, place: str, tmp_path: Path) -> None:
     """A snapshot of the hub's cache, and a user's folder of links, which a warning names; neither is an output."""
     blobs, folder = tmp_path / "models--org--name" / "blobs", tmp_path / place
     blobs.mkdir(parents=True)
@@ -450,7 +453,7 @@ def test_a_folder_of_links_gives_the_same_bytes(made, place, tmp_path):
         convert(folder, blobs / "3", force=True)
 
 
-def test_the_model_card_becomes_metadata(tmp_path):
+def test_the_model_card_becomes_metadata(tmp_path: Path) -> None:
     """Licence, languages, base model and name as llama.cpp's converter writes them; a local path never."""
     folder = checkpoints.make(tmp_path / "model")
     (folder / "README.md").write_text(
@@ -493,7 +496,7 @@ def test_the_model_card_becomes_metadata(tmp_path):
         ("license: [a, [b]]", False),
     ],
 )
-def test_a_senseless_model_card_is_an_error_or_nothing_never_a_crash(tmp_path, front, refused):
+def test_a_senseless_model_card_is_an_error_or_nothing_never_a_crash(tmp_path: Path, front: str, refused: bool) -> None:
     """YAML of a stranger: no aliases, no objects; odd values are left out."""
     folder = checkpoints.make(tmp_path / "model")
     (folder / "README.md").write_text(f"---\n{front}\n---\n")
@@ -505,7 +508,7 @@ def test_a_senseless_model_card_is_an_error_or_nothing_never_a_crash(tmp_path, f
         assert plan_conversion(folder).metadata["general.name"] == "Llama"
 
 
-def test_a_conversion_is_described_by_json_ready_values(made, tmp_path):
+def test_a_conversion_is_described_by_json_ready_values(made: Any, tmp_path: Path) -> None:
     """What --json prints."""
     done = convert(made("llama"), tmp_path / "out.gguf", flat_options(experts=4))
 
@@ -516,7 +519,7 @@ def test_a_conversion_is_described_by_json_ready_values(made, tmp_path):
     assert dataclasses.asdict(done.plan.slicing) == values["slicing"]
 
 
-def test_a_preset_in_one_pass(tmp_path):
+def test_a_preset_in_one_pass(tmp_path: Path) -> None:
     """Experts padded to 256, types like the dense parent's, file type and bits per weight in metadata and plan."""
     folder = checkpoints.make(tmp_path / "model", hidden_size=256, intermediate_size=512, dtype="bfloat16")
     options = flat_options(experts=4, align=256, type="q4_k_m", tensor_types=(r"blk\.0\.ffn_up_exps\.weight=q8_0",))
@@ -536,7 +539,7 @@ def test_a_preset_in_one_pass(tmp_path):
     assert ["Q8_0", "Q6_K"] == [rule["type"] for rule in values["rules"][:2]]
 
 
-def test_q4_k_that_does_not_fit_offers_the_ways_out(made):
+def test_q4_k_that_does_not_fit_offers_the_ways_out(made: Any) -> None:
     """24 wide experts in a 64 wide model: every misfit at once, nothing silent; allowed, each is listed."""
     with pytest.raises(PlanError) as caught:
         plan_conversion(made("llama"), flat_options(experts=4, type="q4_k_m"))
@@ -564,7 +567,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), flat_options(experts=4), threads=1
 """
 
 
-def test_a_killed_conversion_goes_on_where_it_was(made, tmp_path):
+def test_a_killed_conversion_goes_on_where_it_was(made: Any, tmp_path: Path) -> None:
     """SIGKILL twice: the third run reuses what was done and gives the same bytes, the digest of the source included."""
     folder, undisturbed, target = made("llama"), tmp_path / "undisturbed.gguf", tmp_path / "out.gguf"
     digest = convert(folder, undisturbed, flat_options(experts=4)).source_digest
@@ -582,7 +585,7 @@ def test_a_killed_conversion_goes_on_where_it_was(made, tmp_path):
     assert [target, undisturbed] == sorted(tmp_path.iterdir())
 
 
-def test_an_f32_file_equals_the_folder_it_came_from(made, tmp_path):
+def test_an_f32_file_equals_the_folder_it_came_from(made: Any, tmp_path: Path) -> None:
     """Folder to experts, and folder to dense GGUF to experts: the same tensors, byte for byte."""
 
     convert(made("llama"), tmp_path / "dense.gguf", flat_options(dense=True))

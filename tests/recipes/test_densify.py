@@ -1,5 +1,8 @@
 """moe2gguf.recipes.densify: slices fold back to the model they came from, other experts are refused."""
 
+from pathlib import Path
+from typing import Any
+
 import checkpoints
 import gguf
 import numpy as np
@@ -22,7 +25,7 @@ ROUTED = {"n_token": 1024, "refit": False}
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA whose hidden states share a constant part, as those of trained models do."""
     folder = checkpoints.make(tmp_path_factory.mktemp("dense") / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -31,17 +34,17 @@ def dense(tmp_path_factory):
     return folder
 
 
-def sliced(dense, out, options):
+def sliced(dense: Any, out: Any, options: Any) -> Any:
     """A folder of experts of it."""
     return write_folder(dense, out, options).path
 
 
-def bytes_of(folder):
+def bytes_of(folder: Any) -> Any:
     """name -> bytes of a folder's tensors."""
     return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def test_two_experts_by_hand():
+def test_two_experts_by_hand() -> None:
     """Gate rows stand one behind the other, down columns are halved, the second expert's zero neuron is left out."""
     gate = np.array([[[1.0], [2.0]], [[3.0], [0.0]]], np.float32)  # (2, 2, 1)
     down = np.array([[[10.0, 20.0]], [[30.0, 0.0]]], np.float32)  # (2, 1, 2)
@@ -57,7 +60,7 @@ def test_two_experts_by_hand():
     "options", [flat_options(experts=4), flat_options(experts=4, align=32), flat_options(experts=8)]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_contiguous_slices_fold_back_bit_for_bit(options, dtype, tmp_path):
+def test_contiguous_slices_fold_back_bit_for_bit(options: Any, dtype: str, tmp_path: Path) -> None:
     """Amplification 4 or 8, with and without padding: every tensor is the checkpoint's own."""
     dense = checkpoints.make(tmp_path / "dense", dtype=dtype)
     folder = sliced(dense, tmp_path / "sliced", options)
@@ -74,7 +77,7 @@ def test_contiguous_slices_fold_back_bit_for_bit(options, dtype, tmp_path):
         assert all(torch.equal(old.get_tensor(name), new.get_tensor(name)) for name in old.keys())  # noqa: SIM118
 
 
-def test_grouped_slices_fold_back_to_the_same_neurons(dense, tmp_path):
+def test_grouped_slices_fold_back_to_the_same_neurons(dense: Any, tmp_path: Path) -> None:
     """Activations decide the groups: the neurons come back in another order, each bit for bit with its column."""
     folder = sliced(dense, tmp_path / "sliced", flat_options(experts=8, used=4, **ROUTED))
 
@@ -83,7 +86,7 @@ def test_grouped_slices_fold_back_to_the_same_neurons(dense, tmp_path):
     old, new = (load_file(path / "model.safetensors") for path in (dense, tmp_path / "back"))
     name = "model.layers.1.mlp.{}_proj.weight"
 
-    def neurons(tensors):
+    def neurons(tensors: Any) -> Any:
         rows = [tensors[name.format(role)] for role in ("gate", "up")] + [tensors[name.format("down")].T]
         return sorted(row.tobytes() for row in np.concatenate(rows, 1))
 
@@ -94,7 +97,7 @@ def test_grouped_slices_fold_back_to_the_same_neurons(dense, tmp_path):
     )
 
 
-def test_a_file_folds_back_to_the_dense_file(dense, tmp_path):
+def test_a_file_folds_back_to_the_dense_file(dense: Any, tmp_path: Path) -> None:
     """GGUF to GGUF: the tensors of `convert --dense`, bit for bit, and llama.cpp runs it."""
     convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
     convert(dense, tmp_path / "dense.gguf", flat_options(dense=True))
@@ -110,7 +113,7 @@ def test_a_file_folds_back_to_the_dense_file(dense, tmp_path):
     )
 
 
-def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path):
+def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path: Path) -> None:
     """More rows in a layer's experts than one read takes; the set is named by its last shard."""
     dense = checkpoints.make(tmp_path / "dense", intermediate_size=6000, num_hidden_layers=1)
     convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4, shard_size=2 * 10**6))
@@ -125,7 +128,7 @@ def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path):
     assert not any(name.startswith("split.") for name in new.fields)
 
 
-def test_quantized_experts_become_numbers(dense, tmp_path):
+def test_quantized_experts_become_numbers(dense: Any, tmp_path: Path) -> None:
     """A q8_0 file: its projections are written as F32 with the values that the blocks stand for."""
     convert(dense, tmp_path / "sliced.gguf", flat_options(experts=2, align=32))
     quantize(tmp_path / "sliced.gguf", tmp_path / "q8.gguf", TypeOptions("q8_0"))
@@ -139,7 +142,7 @@ def test_quantized_experts_become_numbers(dense, tmp_path):
     assert np.abs(found.data - original).max() <= np.abs(original).max() / 127
 
 
-def test_experts_weighed_by_the_input_are_refused(dense, tmp_path):
+def test_experts_weighed_by_the_input_are_refused(dense: Any, tmp_path: Path) -> None:
     """`--amplify any`: no dense model computes the same, so a folder and a file are refused with the way out."""
     options = flat_options(experts=4, used=2, amplify="any", **ROUTED)
     folder = sliced(dense, tmp_path / "sliced", options)
@@ -151,7 +154,9 @@ def test_experts_weighed_by_the_input_are_refused(dense, tmp_path):
     assert ["sliced", "sliced.gguf"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypatch):
+def test_a_bias_neuron_of_an_older_version_is_refused(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All experts together are not the dense model then; nothing in the metadata but this key tells."""
     provenance = draft.provenance
     monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
@@ -161,7 +166,7 @@ def test_a_bias_neuron_of_an_older_version_is_refused(dense, tmp_path, monkeypat
         densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
 
 
-def test_even_experts_of_another_program_fold_back(dense, tmp_path):
+def test_even_experts_of_another_program_fold_back(dense: Any, tmp_path: Path) -> None:
     """Zero routers and no metadata of ours: each expert counts 1/n, and transformers computes the same."""
     folder = sliced(dense, tmp_path / "sliced", flat_options(experts=4, preset="exact"))
     checkpoints.rewrite_config(folder, moe2gguf={"moe2gguf.slicing.expert_count": 4})
@@ -172,7 +177,7 @@ def test_even_experts_of_another_program_fold_back(dense, tmp_path):
     assert np.abs(found - expected).max() < 1e-3
 
 
-def test_a_file_without_a_projection_is_refused(dense, tmp_path):
+def test_a_file_without_a_projection_is_refused(dense: Any, tmp_path: Path) -> None:
     """A tensor that the metadata promises is missing: named before anything is written."""
     convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
     data = (tmp_path / "sliced.gguf").read_bytes().replace(b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_op_exps.weight")
@@ -184,7 +189,7 @@ def test_a_file_without_a_projection_is_refused(dense, tmp_path):
     assert not (tmp_path / "back.gguf").exists()
 
 
-def test_a_dense_model_is_refused(dense, tmp_path):
+def test_a_dense_model_is_refused(dense: Any, tmp_path: Path) -> None:
     """There is nothing to fold, in a folder or in a file."""
     convert(dense, tmp_path / "dense.gguf", flat_options(dense=True))
 
@@ -194,7 +199,7 @@ def test_a_dense_model_is_refused(dense, tmp_path):
         densify(tmp_path / "dense.gguf", tmp_path / "out.gguf")
 
 
-def test_the_command(dense, tmp_path):
+def test_the_command(dense: Any, tmp_path: Path) -> None:
     """One line on stdout, and the folder converts like the first one."""
     folder = sliced(dense, tmp_path / "sliced", flat_options(experts=4))
 

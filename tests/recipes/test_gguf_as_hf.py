@@ -1,5 +1,8 @@
 """moe2gguf.recipes.gguf_as_hf: a GGUF file's tensors are the checkpoint's, its forward pass is transformers'."""
 
+from pathlib import Path
+from typing import Any
+
 import checkpoints
 import gguf
 import gguf_bytes as g
@@ -22,19 +25,19 @@ ROTARY = ["linear-rope", "yarn-rope", "yarn-rope-attention-factor", "llama3-rope
 IDS = np.arange(5, 69).reshape(2, 32)
 
 
-def dense(folder, path, **options):
+def dense(folder: Any, path: Any, **options: Any) -> Any:
     """The checkpoint as a dense GGUF file."""
     convert(folder, path, flat_options(dense=True, **options))
     return path
 
 
-def names(tensors):
+def names(tensors: Any) -> Any:
     """Those that the forward pass reads: not the output matrix."""
     return [name for name in tensors if name != "lm_head.weight"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tensors_are_the_checkpoints(tmp_path, family):
+def test_the_tensors_are_the_checkpoints(tmp_path: Path, family: Any) -> None:
     """Bit for bit under their Hugging Face names, rotary rows and biases put back; and any rows of them."""
     stored = load_file(checkpoints.make(tmp_path / "m", family) / "model.safetensors")
 
@@ -46,7 +49,7 @@ def test_the_tensors_are_the_checkpoints(tmp_path, family):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["q k v", "qkv"])
-def test_arch_qwen2_keeps_its_rows(tmp_path, fused):
+def test_arch_qwen2_keeps_its_rows(tmp_path: Path, fused: bool) -> None:
     """Whose q and k have Hugging Face's order already, in tensors of their own or in one."""
     folder = checkpoints.make(tmp_path / "m", "qwen2")
     path = qwen2_gguf(folder, dense(folder, tmp_path / "x.gguf"), tmp_path / "y.gguf", fused=fused)
@@ -59,7 +62,7 @@ def test_arch_qwen2_keeps_its_rows(tmp_path, fused):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_1"])
-def test_other_types_are_decoded(tmp_path, kind):
+def test_other_types_are_decoded(tmp_path: Path, kind: str) -> None:
     """To what the gguf package makes of the same rows, whichever order they stand in."""
     folder = checkpoints.make(tmp_path / "m", "llama", hidden_size=128)
     stored = load_file(folder / "model.safetensors")
@@ -72,7 +75,7 @@ def test_other_types_are_decoded(tmp_path, kind):
         np.testing.assert_array_equal(expected, weights.read(name).astype(np.float32), err_msg=name)
 
 
-def test_biases_that_a_file_leaves_out_are_zeros(tmp_path):
+def test_biases_that_a_file_leaves_out_are_zeros(tmp_path: Path) -> None:
     """One of q alone, in one layer: the others add nothing."""
     model = g.LlamaFile().put(g.f32("blk.0.attn_q.bias", (16,)))
     (tmp_path / "x.gguf").write_bytes(model.bytes())
@@ -86,7 +89,7 @@ def test_biases_that_a_file_leaves_out_are_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("family", [*ROTARY, "qwen2", "llama-bias"])
-def test_the_hidden_states_are_transformers_own(tmp_path, family):
+def test_the_hidden_states_are_transformers_own(tmp_path: Path, family: Any) -> None:
     """Of the folder's model: every rotary scaling, LLaMA 3's tensor of divisors among them, biases, GQA."""
     folder = checkpoints.make(tmp_path / "m", family)
     file = open_dense(dense(folder, tmp_path / "x.gguf"))
@@ -120,7 +123,7 @@ def test_the_hidden_states_are_transformers_own(tmp_path, family):
         (lambda m: m.keys.pop("tokenizer.ggml.tokens"), "it has no vocabulary"),
     ],
 )
-def test_what_the_modules_do_not_compute_is_refused(tmp_path, change, words):
+def test_what_the_modules_do_not_compute_is_refused(tmp_path: Path, change: Any, words: str) -> None:
     """By the plan, with every way out; and only where text would have to be read."""
     model = g.LlamaFile(d_ff=1280)
     change(model)
@@ -144,7 +147,7 @@ def test_what_the_modules_do_not_compute_is_refused(tmp_path, change, words):
         ("scaling.attn_factor", "f32", float("inf")),
     ],
 )
-def test_rotary_settings_that_are_no_numbers(tmp_path, key, kind, value):
+def test_rotary_settings_that_are_no_numbers(tmp_path: Path, key: str, kind: str, value: Any) -> None:
     """Named, with what was found."""
     (tmp_path / "x.gguf").write_bytes(g.LlamaFile().set(f"llama.rope.{key}", kind, value).bytes())
 
@@ -152,7 +155,7 @@ def test_rotary_settings_that_are_no_numbers(tmp_path, key, kind, value):
         plan_conversion(tmp_path / "x.gguf", flat_options(experts=2))
 
 
-def test_odd_heads(tmp_path):
+def test_odd_heads(tmp_path: Path) -> None:
     """Nothing could rotate them."""
     (tmp_path / "x.gguf").write_bytes(g.LlamaFile(d_model=15, n_head=1, n_head_kv=1).bytes())
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -43,7 +45,7 @@ STEPS = HealSettings(
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(dense, sliced, text): a two-layer model whose hidden states share a constant part, and 8 experts of it."""
     root = tmp_path_factory.mktemp("heal")
     dense = checkpoints.make(root / "dense", num_hidden_layers=2)
@@ -56,14 +58,14 @@ def models(tmp_path_factory):
     return dense, write_folder(dense, root / "sliced", options).path, text
 
 
-def run(models, out, settings, **changes):
+def run(models: Any, out: Any, settings: Any, **changes: Any) -> Any:
     """One healing run."""
     dense, sliced, text = models
     return heal(sliced, dense, HealText((text,), **SIZES), out, settings, **changes)
 
 
 @pytest.fixture(scope="module")
-def healed(models, tmp_path_factory):
+def healed(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Thirty steps at k = 4 of 8, routers and experts."""
     return run(models, tmp_path_factory.mktemp("healed") / "out", STEPS)
 
@@ -72,7 +74,7 @@ ATTENTION = {f"{part}_proj.weight" for part in "qkvo"} | {"input_layernorm.weigh
 ATTENTION |= {"norm.weight"}
 
 
-def change(settings, **changes):
+def change(settings: Any, **changes: Any) -> Any:
     """The settings with other values of these fields, whichever record they are in."""
     records = {}
     for field in dataclasses.fields(settings):
@@ -83,7 +85,7 @@ def change(settings, **changes):
     return HealSettings(**records)
 
 
-def test_held_out_divergence_falls_by_half(healed):
+def test_held_out_divergence_falls_by_half(healed: Any) -> None:
     """At k = n / 2, in a few seconds of training the whole model; the best is what is written."""
     scores = [line.kl["4"] for line in healed.scores]
 
@@ -93,7 +95,7 @@ def test_held_out_divergence_falls_by_half(healed):
     assert "| 30 |" in (healed.path / "README.md").read_text()
 
 
-def test_layer_by_layer_heals_every_count(models, tmp_path):
+def test_layer_by_layer_heals_every_count(models: Any, tmp_path: Path) -> None:
     """One layer in memory, k drawn from 2 .. 8: the held-out error of each layer falls by half, and the divergence."""
     settings = HealSettings(
         Training(used_range=(2, 8), layerwise=2, steps=1, batch=2),
@@ -113,7 +115,7 @@ def test_layer_by_layer_heals_every_count(models, tmp_path):
     assert all(after[k] <= before[k] / 2 for k in ("2", "4", "8"))
 
 
-def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models, tmp_path):
+def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models: Any, tmp_path: Path) -> None:
     """Without whole-model steps, the held-out scores come layer by layer: those of transformers on the result."""
     settings = change(STEPS, layerwise=1, steps=0, used=(2, 8), used_range=(2, 8))
     streamed = run(models, tmp_path / "out", settings).scores[0]
@@ -129,12 +131,12 @@ def test_the_streams_of_the_layers_give_the_scores_of_the_whole_model(models, tm
 
 
 @pytest.mark.parametrize("stop", [("steps", 10), ("layerwise", 1), ("evaluation", 8)])
-def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
+def test_a_stopped_run_ends_with_the_same_bytes(models: Any, tmp_path: Path, stop: Any) -> None:
     """Stopped among the layers, the steps or the scores: continued, it writes what it would have written."""
     settings = change(STEPS, layerwise=1, used_range=(2, 8), used=(2, 8), steps=12, every=4)
     whole = run(models, tmp_path / "whole", settings)
 
-    def fail(line):
+    def fail(line: Any) -> None:
         if stop == (line.stage, getattr(line, "layer", getattr(line, "step", None))):
             raise KeyboardInterrupt
 
@@ -162,7 +164,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(models, tmp_path, stop):
         (("lora", "attention"), {"w1.weight", "w2.weight", "w3.weight"} | ATTENTION),
     ],
 )
-def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
+def test_what_is_frozen_stays_bit_for_bit(models: Any, tmp_path: Path, train: Any, moving: Any) -> None:
     """Only the tensors of the trained part differ from the source's, and they do."""
     layerwise = 1 if train in (("router",), ("down",)) else 0
     out = run(models, tmp_path / "out", change(STEPS, parts=train, steps=3, layerwise=layerwise, lr=3e-4)).path
@@ -172,7 +174,7 @@ def test_what_is_frozen_stays_bit_for_bit(models, tmp_path, train, moving):
     assert moving == {".".join(name.split(".")[-2:]) for name in changed}
 
 
-def test_only_what_trains_has_gradients():
+def test_only_what_trains_has_gradients() -> None:
     """`experts` includes the down projections, `down` nothing else; and a layer trains a copy of its weights."""
     rng = np.random.default_rng(0)
     shapes = ((4, 6), (4, 5, 6), (4, 5, 6), (4, 6, 5))
@@ -189,7 +191,7 @@ def test_only_what_trains_has_gradients():
     assert all(getattr(weights, field).all() for field in ("router", "gate", "up", "down"))
 
 
-def test_llama_cpp_routes_as_torch_after_training(models, healed, tmp_path):
+def test_llama_cpp_routes_as_torch_after_training(models: Any, healed: Any, tmp_path: Path) -> None:
     """Ordering-only rows stay so: the same sets of experts in both programs, other ones than before training."""
     convert(healed.path, tmp_path / "healed.gguf")
     convert(models[1], tmp_path / "before.gguf")
@@ -205,7 +207,7 @@ def test_llama_cpp_routes_as_torch_after_training(models, healed, tmp_path):
     assert np.abs(weights - 0.25).max() <= 0.025
 
 
-def torch_choices(folder):
+def torch_choices(folder: Any) -> Any:
     """(experts, weights) that transformers chooses, (n_layer, n_token, 4) each."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
@@ -216,7 +218,7 @@ def torch_choices(folder):
     return np.stack([f[1].numpy() for f in found]), np.stack([f[0].numpy() for f in found])
 
 
-def test_what_does_not_fit_is_refused_with_every_reason(models, tmp_path):
+def test_what_does_not_fit_is_refused_with_every_reason(models: Any, tmp_path: Path) -> None:
     """Other sizes, another vocabulary, the wrong way round, counts out of range: one list, nothing left behind."""
     dense, sliced, text = models
     other = checkpoints.make(tmp_path / "other", num_hidden_layers=3, hidden_size=32)
@@ -231,7 +233,7 @@ def test_what_does_not_fit_is_refused_with_every_reason(models, tmp_path):
     assert ["other"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_a_teacher_that_the_student_was_not_cut_from_is_refused(models, tmp_path):
+def test_a_teacher_that_the_student_was_not_cut_from_is_refused(models: Any, tmp_path: Path) -> None:
     """The same sizes and other weights: the digest in config.json tells."""
     _, sliced, text = models
     stranger = checkpoints.make(tmp_path / "stranger", num_hidden_layers=2)
@@ -240,7 +242,7 @@ def test_a_teacher_that_the_student_was_not_cut_from_is_refused(models, tmp_path
         heal(sliced, stranger, HealText((text,)), tmp_path / "out", STEPS)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models: Any, tmp_path: Path) -> None:
     """A learning rate that blows up: the step and the layer, or the parameter, are named; no folder appears."""
     with pytest.raises(HealError, match=r"step \d+: .*(layer \d|experts|gate|logits)"):
         run(models, tmp_path / "out", change(STEPS, lr=1e30, clip=1e30, router_lr=1e30))
@@ -248,7 +250,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(models, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models, tmp_path):
+def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models: Any, tmp_path: Path) -> None:
     """Both terms at once; two parts of two windows give the loss of one part of four."""
     settings = change(STEPS, steps=2, top=5, checkpointing=True, next_token=0.1)
 
@@ -261,7 +263,7 @@ def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models, tmp_p
     assert first.norm == pytest.approx(other.norm, rel=2e-2)
 
 
-def test_counts_and_batches_follow_from_the_seed():
+def test_counts_and_batches_follow_from_the_seed() -> None:
     """Every count of the range occurs; a pass takes each window once; another seed gives another order."""
     training = Training(used_range=(4, 16), batch=3)
     seen = np.concatenate([draw_batch(training, 12, step) for step in range(4)])
@@ -272,7 +274,7 @@ def test_counts_and_batches_follow_from_the_seed():
     assert seen.tolist() != other.tolist()
 
 
-def test_the_command_heals(models, tmp_path):
+def test_the_command_heals(models: Any, tmp_path: Path) -> None:
     """Options reach the run, and the table has a row per count."""
     dense, sliced, text = models
     arguments = ["heal", sliced, tmp_path / "out", "--teacher", dense, "--text", text, "--used-range", "2..8"]

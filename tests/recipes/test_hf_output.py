@@ -1,6 +1,8 @@
 """moe2gguf.recipes.hf_output: Mixtral folders against transformers, llama.cpp and the direct GGUF file."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
@@ -23,18 +25,18 @@ HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen2
 CALIBRATED = flat_options(experts=4, used=2, n_token=1024, refit=True, amplify="any")
 
 
-def write(folder, out, options, **settings):
+def write(folder: Any, out: Any, options: Any, **settings: Any) -> Any:
     """The folder `out` of the checkpoint `folder`."""
     return write_folder(folder, out, options, **settings).path
 
 
-def tensors_of(path):
+def tensors_of(path: Any) -> Any:
     """name -> (type, shape, bytes) of a GGUF file."""
     found = gguf.GGUFReader(path).tensors
     return {tensor.name: (tensor.tensor_type, tuple(tensor.shape), tensor.data.tobytes()) for tensor in found}
 
 
-def hf_logits(folder, k):
+def hf_logits(folder: Any, k: Any) -> Any:
     """transformers' logits (n_token, n_vocab) with k experts per token."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for layer in model.model.layers:
@@ -44,7 +46,7 @@ def hf_logits(folder, k):
 
 
 @pytest.mark.parametrize("family", HOLDABLE)
-def test_with_all_experts_transformers_computes_the_dense_model(family, tmp_path):
+def test_with_all_experts_transformers_computes_the_dense_model(family: Any, tmp_path: Path) -> None:
     """Every family that fits: rotary settings, head sizes and tied embeddings survive; 1e-3 in float32."""
     dense = checkpoints.make(tmp_path / "dense", family)
     folder = write(dense, tmp_path / "sliced", flat_options(experts=4))
@@ -53,7 +55,7 @@ def test_with_all_experts_transformers_computes_the_dense_model(family, tmp_path
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_transformers_and_llama_cpp_compute_the_same_at_every_count(family, tmp_path):
+def test_transformers_and_llama_cpp_compute_the_same_at_every_count(family: str, tmp_path: Path) -> None:
     """The folder in transformers, its own GGUF form in llama.cpp: float32, k = 1 .. 4, 1e-3."""
     dense = checkpoints.make(tmp_path / "dense", family)
     folder = write(dense, tmp_path / "sliced", CALIBRATED)
@@ -69,7 +71,7 @@ def test_transformers_and_llama_cpp_compute_the_same_at_every_count(family, tmp_
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [flat_options(experts=5, align=32), CALIBRATED], ids=["seed", "calibrated"])
-def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype, options, tmp_path):
+def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype: str, options: Any, tmp_path: Path) -> None:
     """Every tensor of the GGUF file, whichever way it went, and the recipe in its metadata."""
     dense = checkpoints.make(tmp_path / "dense", "llama", dtype=dtype)
     convert(dense, tmp_path / "direct.gguf", options)
@@ -82,7 +84,7 @@ def test_reading_the_folder_back_gives_the_bytes_of_the_direct_way(dtype, option
     assert [direct[key].contents() for key in kept] == [back[key].contents() for key in kept]
 
 
-def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path, monkeypatch):
+def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit of 100 kB per shard: several files, every tensor named once, the same logits."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
     whole = write(dense, tmp_path / "whole", flat_options(experts=4))
@@ -95,7 +97,7 @@ def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path, monkeypatch):
     assert np.array_equal(hf_logits(whole, 4), hf_logits(cut, 4))
 
 
-def test_what_the_class_cannot_hold_is_refused_with_the_reason(tmp_path):
+def test_what_the_class_cannot_hold_is_refused_with_the_reason(tmp_path: Path) -> None:
     """Attention biases, block types, rules for single tensors: all in one list, and nothing is left behind."""
     qwen = checkpoints.make(tmp_path / "qwen", "qwen2")
     rules = flat_options(experts=4, type="q8_0", align=32, tensor_types=(r"blk\.0\..*=f32",))
@@ -113,7 +115,7 @@ def test_what_the_class_cannot_hold_is_refused_with_the_reason(tmp_path):
     assert ["qwen"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_only_a_folder_of_ours_is_replaced(tmp_path):
+def test_only_a_folder_of_ours_is_replaced(tmp_path: Path) -> None:
     """Without --force nothing is; with it, no other folder and never the model itself."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
     (tmp_path / "mine").mkdir()
@@ -132,7 +134,7 @@ def test_only_a_folder_of_ours_is_replaced(tmp_path):
     assert ["dense", "mine", "out"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_a_failure_leaves_no_folder(tmp_path):
+def test_a_failure_leaves_no_folder(tmp_path: Path) -> None:
     """A NaN in the last layer is found while writing; neither the folder nor a part of it stays."""
     from safetensors.numpy import load_file, save_file
 
@@ -147,7 +149,7 @@ def test_a_failure_leaves_no_folder(tmp_path):
     assert ["dense"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_hostile_provenance_is_left_out(tmp_path):
+def test_hostile_provenance_is_left_out(tmp_path: Path) -> None:
     """Only short plain values under our own names reach the metadata of a file."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
     folder = write(dense, tmp_path / "out", flat_options(experts=4))
@@ -160,7 +162,7 @@ def test_hostile_provenance_is_left_out(tmp_path):
     assert 3 == metadata["llama.block_count"]
 
 
-def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path):
+def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path: Path) -> None:
     """Tokenizer files are the source's, a card names the recipe; --plan and --check belong to GGUF files."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
     out = tmp_path / "out"

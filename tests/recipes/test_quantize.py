@@ -5,6 +5,8 @@ import hashlib
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_bytes as g
@@ -34,27 +36,27 @@ UNGUIDED = [
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A dense file, 256 wide, whose weights are of the size that trained ones have."""
     weights = tiny_gguf.dense_weights(0, n_layer=2, d_model=256, d_ff=512)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", weights)
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
+def half(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same, in F16, one layer."""
     weights = tiny_gguf.dense_weights(1, n_layer=1, d_model=256, d_ff=256)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("half") / "half.gguf", weights, f16=True)
 
 
 @pytest.fixture(scope="module")
-def sliced(tmp_path_factory):
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Four experts, 256 wide, with a random router."""
     weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=1024), 4, router_seed=1)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("sliced") / "sliced.gguf", weights)
 
 
-def contents(path):
+def contents(path: Any) -> Any:
     """Name -> (type, SHA-256 of the bytes), by our reader."""
     file, data = read_gguf(path), path.read_bytes()
     return {
@@ -64,7 +66,7 @@ def contents(path):
 
 
 @pytest.mark.parametrize("name", UNGUIDED)
-def test_every_tensor_is_llama_cpps_byte_for_byte(half, tmp_path, name):
+def test_every_tensor_is_llama_cpps_byte_for_byte(half: Any, tmp_path: Path, name: Any) -> None:
     """Of every preset that needs no importance matrix; and llama.cpp finds the file type it would write."""
     llama_quantize(half, tmp_path / "theirs.gguf", types.file_type(FILE_TYPE_NAMES[name]))
 
@@ -75,7 +77,7 @@ def test_every_tensor_is_llama_cpps_byte_for_byte(half, tmp_path, name):
     assert done.plan.file_size == (tmp_path / "ours.gguf").stat().st_size
 
 
-def test_experts_are_llama_cpps_byte_for_byte(sliced, tmp_path):
+def test_experts_are_llama_cpps_byte_for_byte(sliced: Any, tmp_path: Path) -> None:
     """Three-dimensional tensors, which it cuts into other pieces than we do."""
     llama_quantize(sliced, tmp_path / "theirs.gguf", types.file_type("MOSTLY_Q4_K_M"))
 
@@ -85,7 +87,7 @@ def test_experts_are_llama_cpps_byte_for_byte(sliced, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
-def test_floats_are_llama_cpps_byte_for_byte(dense, half, tmp_path, kind):
+def test_floats_are_llama_cpps_byte_for_byte(dense: Any, half: Any, tmp_path: Path, kind: str) -> None:
     """Rounding is the same; from F32 and from F16."""
     for source in (dense, half):
         llama_quantize(source, tmp_path / "theirs.gguf", types.file_type(FILE_TYPE_NAMES[kind.upper()]))
@@ -99,7 +101,7 @@ BLOCKS = [pytest.param(k, marks=pytest.mark.real) if k.name in SLOW else k for k
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_llama_cpp_loads_every_type(sliced, tmp_path, kind):
+def test_llama_cpp_loads_every_type(sliced: Any, tmp_path: Path, kind: Any) -> None:
     """A sliced file, every matrix in that type, guided; nearer to the source the more bits there are.
 
     The same file with its experts in another order, or with other weights, is at 3.6.
@@ -117,7 +119,9 @@ def test_llama_cpp_loads_every_type(sliced, tmp_path, kind):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_bytes_do_not_depend_on_threads(dense, tmp_path, monkeypatch, threads):
+def test_bytes_do_not_depend_on_threads(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     """However rows are shared out."""
     monkeypatch.setattr("moe2gguf.gguf.writer.PIECE", 1000)
     monkeypatch.setattr(sys.modules["moe2gguf.recipes.quantize"], "BLOCK", 70_000)
@@ -129,7 +133,7 @@ def test_bytes_do_not_depend_on_threads(dense, tmp_path, monkeypatch, threads):
     assert (tmp_path / "large.gguf").read_bytes() == (tmp_path / "small.gguf").read_bytes()
 
 
-def test_metadata_keeps_values_types_and_order(tmp_path):
+def test_metadata_keeps_values_types_and_order(tmp_path: Path) -> None:
     """Every kind of value that GGUF has, odd strings, empty arrays and an unusual alignment, bit for bit."""
     pairs = [
         g.key("general.architecture", "str", "odd"),
@@ -171,7 +175,7 @@ def test_metadata_keeps_values_types_and_order(tmp_path):
     assert ValueType(gguf.GGUFValueType.UINT32) == after.types["general.quantization_version"]
 
 
-def test_strings_that_are_not_utf8_come_back_as_they_were(tmp_path):
+def test_strings_that_are_not_utf8_come_back_as_they_were(tmp_path: Path) -> None:
     """Broken vocabularies exist; their bytes are nobody's business."""
     source = tmp_path / "in.gguf"
     data = g.gguf(
@@ -184,7 +188,7 @@ def test_strings_that_are_not_utf8_come_back_as_they_were(tmp_path):
     assert b"\x02\x00\x00\x00\x00\x00\x00\x00\xff\x80" in (tmp_path / "out.gguf").read_bytes()
 
 
-def test_auto_with_one_rule_changes_one_tensor(dense, tmp_path):
+def test_auto_with_one_rule_changes_one_tensor(dense: Any, tmp_path: Path) -> None:
     """All others are copied."""
     quantize(dense, tmp_path / "out.gguf", TypeOptions(tensor_types=(r"blk\.0\.ffn_up\.weight=q8_0",)))
 
@@ -192,7 +196,7 @@ def test_auto_with_one_rule_changes_one_tensor(dense, tmp_path):
     assert ["blk.0.ffn_up.weight"] == [name for name in before if before[name] != after[name]]
 
 
-def test_quantized_sources_need_permission(dense, tmp_path):
+def test_quantized_sources_need_permission(dense: Any, tmp_path: Path) -> None:
     """They lose twice; with permission, the bytes are those that llama.cpp's requantizing gives."""
     quantize(dense, tmp_path / "q8.gguf", TypeOptions("q8_0"))
     with pytest.raises(PlanError, match=r"16 tensors are Q8_0 already.*--allow-requantize"):
@@ -209,7 +213,7 @@ def test_quantized_sources_need_permission(dense, tmp_path):
     assert contents(tmp_path / "q8.gguf") == contents(tmp_path / "same.gguf")
 
 
-def test_what_does_not_change_is_copied_not_made_again(dense, tmp_path):
+def test_what_does_not_change_is_copied_not_made_again(dense: Any, tmp_path: Path) -> None:
     """Q4_K blocks would come out otherwise if they were decoded between."""
     quantize(dense, tmp_path / "q4.gguf", TypeOptions("q4_k"))
 
@@ -219,7 +223,7 @@ def test_what_does_not_change_is_copied_not_made_again(dense, tmp_path):
     assert "moe2gguf.quantize.requantized" not in read_gguf(tmp_path / "copy.gguf").metadata
 
 
-def test_a_misfit_is_refused_before_anything_is_written(tmp_path):
+def test_a_misfit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     """With --allow-fallback it is llama.cpp's substitute, byte for byte."""
     source = tiny_gguf.write_gguf(tmp_path / "in.gguf", tiny_gguf.dense_weights(0, n_layer=1))
     with pytest.raises(PlanError, match="--allow-fallback") as caught:
@@ -236,7 +240,7 @@ def test_a_misfit_is_refused_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e9])
-def test_a_bad_weight_is_named_and_leaves_nothing(tmp_path, value):
+def test_a_bad_weight_is_named_and_leaves_nothing(tmp_path: Path, value: Any) -> None:
     """NaN, infinity, and what the type's scales cannot hold."""
     weights = tiny_gguf.dense_weights(0, n_layer=1)
     weights["blk.0.attn_k.weight"][3, 5] = value
@@ -248,7 +252,7 @@ def test_a_bad_weight_is_named_and_leaves_nothing(tmp_path, value):
     assert [source] == list(tmp_path.iterdir())
 
 
-def test_targets_and_sources_that_are_refused(dense, tmp_path):
+def test_targets_and_sources_that_are_refused(dense: Any, tmp_path: Path) -> None:
     """The file itself, an existing one, an absurd alignment, a file without tensors, no GGUF at all."""
     with pytest.raises(OutputError, match="file of the model itself"):
         quantize(dense, dense, TypeOptions("q8_0"), force=True)
@@ -272,7 +276,7 @@ def test_targets_and_sources_that_are_refused(dense, tmp_path):
         quantize(tmp_path / "text", tmp_path / "out.gguf", TypeOptions("q8_0"))
 
 
-def test_a_set_of_shards_is_quantized_as_one(tmp_path):
+def test_a_set_of_shards_is_quantized_as_one(tmp_path: Path) -> None:
     """Given any of its shards; a set that is not whole is refused."""
     for i in range(2):
         keys = [g.key("split.no", "u16", i), g.key("split.count", "u16", 2), g.key("split.tensors.count", "i32", 2)]
@@ -289,7 +293,7 @@ def test_a_set_of_shards_is_quantized_as_one(tmp_path):
         quantize(tmp_path / "m-00001-of-00002.gguf", tmp_path / "out2.gguf", TypeOptions("q8_0"))
 
 
-def test_the_network_of_a_file_and_of_a_hostile_one(dense, sliced, tmp_path):
+def test_the_network_of_a_file_and_of_a_hostile_one(dense: Any, sliced: Any, tmp_path: Path) -> None:
     """From the metadata; a missing number and a billion layers are errors, not a crash or a long wait."""
     assert (2, 4, 2, 256, False, 0) == dataclasses.astuple(describe_network(read_gguf(dense)))[1:7]
     assert 4 == describe_network(read_gguf(sliced)).n_expert
@@ -301,7 +305,7 @@ def test_the_network_of_a_file_and_of_a_hostile_one(dense, sliced, tmp_path):
             describe_network(read_gguf(tmp_path / "bad"))
 
 
-def test_the_plan_is_the_file(dense, tmp_path):
+def test_the_plan_is_the_file(dense: Any, tmp_path: Path) -> None:
     """Size, types and bits per weight before anything is read; as JSON too."""
     plan = plan_quantization(dense, TypeOptions("q5_k_m"))
 
@@ -317,7 +321,9 @@ def test_the_plan_is_the_file(dense, tmp_path):
     assert {5.5, 6.5625, 32.0} == {tensor["bits_per_weight"] for tensor in values["tensors"]}
 
 
-def test_kernels_are_asked_for_before_a_byte_is_written(dense, tmp_path, monkeypatch):
+def test_kernels_are_asked_for_before_a_byte_is_written(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An installation without them says so and leaves no file."""
     monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
     kernels.library.cache_clear()
@@ -349,7 +355,7 @@ quantize(Path(sys.argv[1]), Path(sys.argv[2]), TypeOptions("q4_k_m"), threads=1,
 
 
 @pytest.mark.parametrize("steps", [(3, 8), (12, 12)])
-def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path, steps):
+def test_a_killed_quantization_goes_on_where_it_was(dense: Any, tmp_path: Path, steps: Any) -> None:
     """SIGKILL twice, at several offsets: the third run reuses what was done and gives the same bytes."""
     undisturbed, target = tmp_path / "undisturbed.gguf", tmp_path / "out.gguf"
     quantize(dense, undisturbed, TypeOptions("q4_k_m"))
@@ -367,7 +373,7 @@ def test_a_killed_quantization_goes_on_where_it_was(dense, tmp_path, steps):
     assert [target, undisturbed] == sorted(tmp_path.iterdir())
 
 
-def test_an_unfinished_file_of_other_options_is_refused(dense, tmp_path):
+def test_an_unfinished_file_of_other_options_is_refused(dense: Any, tmp_path: Path) -> None:
     """The option that differs is named, nothing is lost; resume=False starts anew."""
     target = tmp_path / "out.gguf"
     with subprocess.Popen([sys.executable, "-c", SLOW, dense, target], stdout=subprocess.PIPE) as process:

@@ -1,6 +1,8 @@
 """From a dense GGUF to one with experts: the same weights bit for bit, and llama.cpp's logits."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_bytes as g
@@ -27,19 +29,19 @@ TYPES = ["F16", "BF16", "Q8_0", "Q6_K", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL"]
 N = 4
 
 
-def tiny(path, *, d_ff=1024, d_model=256, seed=0, **settings):
+def tiny(path: Any, *, d_ff: Any = 1024, d_model: Any = 256, seed: Any = 0, **settings: Any) -> Any:
     """A dense F32 file whose rows fit every block."""
     weights = tiny_gguf.dense_weights(seed, d_model=d_model, d_ff=d_ff, n_layer=2)
     return tiny_gguf.write_gguf(path, weights, **settings)
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """llama.cpp's file type (all matrices of one type) -> a dense file, made once by llama.cpp's own quantizer."""
     folder = tmp_path_factory.mktemp("dense")
     made = {"F32": tiny(folder / "F32.gguf")}
 
-    def get(name):
+    def get(name: Any) -> Any:
         if name not in made:
             number = gguf.LlamaFileType[f"MOSTLY_{name}"]
             llama_quantize.quantize(made["F32"], folder / f"{name}.gguf", number, pure=True)
@@ -49,7 +51,7 @@ def dense(tmp_path_factory):
     return get
 
 
-def numbers(path):
+def numbers(path: Any) -> Any:
     """Name -> float32 weights, decoded by the gguf package."""
     return {
         t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(tuple(t.shape)[::-1])
@@ -57,7 +59,7 @@ def numbers(path):
     }
 
 
-def joined(weights, d_ff=1024):
+def joined(weights: Any, d_ff: Any = 1024) -> Any:
     """The dense matrices that experts add up to: rows and columns behind one another, zero neurons left out."""
     out = {}
     for name, w in weights.items():
@@ -74,7 +76,7 @@ def joined(weights, d_ff=1024):
     return out
 
 
-def assert_same_weights(source, out, d_ff=1024):
+def assert_same_weights(source: Any, out: Any, d_ff: Any = 1024) -> None:
     before, after = numbers(source), joined(numbers(out), d_ff)
     assert before.keys() == after.keys()
     for name, w in before.items():
@@ -82,7 +84,7 @@ def assert_same_weights(source, out, d_ff=1024):
 
 
 @pytest.mark.parametrize("name", ["F32", *TYPES])
-def test_all_experts_are_the_dense_weights_bit_for_bit(dense, tmp_path, name):
+def test_all_experts_are_the_dense_weights_bit_for_bit(dense: Any, tmp_path: Path, name: Any) -> None:
     """Decoded by the gguf package; types and the other tensors' bytes unchanged, and the plan says so."""
     plan = plan_conversion(dense(name), flat_options(experts=N))
     convert(dense(name), tmp_path / "out.gguf", flat_options(experts=N))
@@ -99,7 +101,7 @@ def test_all_experts_are_the_dense_weights_bit_for_bit(dense, tmp_path, name):
     assert plan.warnings == ()
 
 
-def test_llama_cpp_computes_the_same(dense, tmp_path):
+def test_llama_cpp_computes_the_same(dense: Any, tmp_path: Path) -> None:
     """k = n: the logits of the dense file, up to the order of sums and the rounding of activations, in every type."""
     paths = []
     for name in TYPES:
@@ -114,7 +116,7 @@ def test_llama_cpp_computes_the_same(dense, tmp_path):
 
 
 @pytest.mark.parametrize(("n", "asked", "name"), [(N, True, "Q4_0"), (3, False, "Q6_K"), (3, False, "F16")])
-def test_scale_tensors_leave_the_weights_alone(tmp_path, n, asked, name):
+def test_scale_tensors_leave_the_weights_alone(tmp_path: Path, n: Any, asked: bool, name: str) -> None:
     """Asked for, or where n is no power of two: the weights are the dense ones, and k = n computes the same."""
     source = tiny(tmp_path / "F32.gguf", d_ff=256 * n)
     llama_quantize.quantize(source, tmp_path / "in.gguf", gguf.LlamaFileType[f"MOSTLY_{name}"], pure=True)
@@ -129,7 +131,7 @@ def test_scale_tensors_leave_the_weights_alone(tmp_path, n, asked, name):
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("f32", False), ("q8_0", True)], ids=["q k v", "qkv"])
-def test_qwen2_becomes_llama(tmp_path, kind, fused):
+def test_qwen2_becomes_llama(tmp_path: Path, kind: str, fused: bool) -> None:
     """q and k rows and biases change places, blocks whole: llama.cpp's own qwen2 graph gives the same logits."""
     weights = tiny_gguf.dense_weights(0, d_model=256, d_ff=512)
     rng = np.random.default_rng(1)
@@ -157,7 +159,7 @@ def test_qwen2_becomes_llama(tmp_path, kind, fused):
         assert not [key for key in fields if key.startswith("qwen2.")]
 
 
-def test_everything_else_is_carried_over(tmp_path):
+def test_everything_else_is_carried_over(tmp_path: Path) -> None:
     """Keys of every type, unknown ones, tokens that are not UTF-8, the alignment; only what experts need differs."""
     model = g.LlamaFile(d_ff=64, d_model=32)
     model.set("some.u8", "u8", 7).set("some.i64", "i64", -(2**40)).set("some.f64", "f64", 0.1)
@@ -180,7 +182,7 @@ def test_everything_else_is_carried_over(tmp_path):
     assert "model.gguf" not in str(after.metadata)
 
 
-def test_name_and_type_change_their_keys(dense, tmp_path):
+def test_name_and_type_change_their_keys(dense: Any, tmp_path: Path) -> None:
     """--name, and --type, which quantizes anew and says what was quantized before."""
     done = convert(dense("Q8_0"), tmp_path / "out.gguf", flat_options(experts=N, name="Other", type="q4_0"))
 
@@ -195,7 +197,7 @@ def test_name_and_type_change_their_keys(dense, tmp_path):
     assert 0 < np.abs(expected - restored).max() < 0.15 * np.abs(expected).max()
 
 
-def test_blocks_that_slices_cut_are_refused_with_every_way_out(tmp_path):
+def test_blocks_that_slices_cut_are_refused_with_every_way_out(tmp_path: Path) -> None:
     """Q4_K, 5 blocks of 256 per row, 4 experts; each way that the refusal names is open."""
     source = tiny(tmp_path / "F32.gguf", d_ff=5 * 256)
     llama_quantize.quantize(source, path := tmp_path / "in.gguf", gguf.LlamaFileType.MOSTLY_Q4_K_S, pure=True)
@@ -224,7 +226,7 @@ def test_blocks_that_slices_cut_are_refused_with_every_way_out(tmp_path):
     convert(path, tmp_path / "typed.gguf", flat_options(experts=4, tensor_types=(r".*ffn_down_exps\.weight=q8_0",)))
 
 
-def test_a_grouping_that_moves_neurons(dense):
+def test_a_grouping_that_moves_neurons(dense: Any) -> None:
     """Any order of neurons: gate and up are the dense rows bit for bit, only the down projection is quantized again."""
     source = open_dense(dense("Q8_0"))
     order = np.random.default_rng(0).permutation(1024).reshape(N, 256)
@@ -234,7 +236,7 @@ def test_a_grouping_that_moves_neurons(dense):
 
     tensors = mark_copied(source, slicing, plan_tensors(source, slicing))
 
-    def made(name):
+    def made(name: Any) -> Any:
         (tensor,) = (tensor for tensor in tensors if tensor.name == f"blk.1.ffn_{name}_exps.weight")
         blocks = make_blocks(tensor, source, ExpertSource(lambda _: layer), SourceDigest())
         return tensor.copied, np.stack([np.asarray(block) for block in blocks])
@@ -253,7 +255,7 @@ def test_a_grouping_that_moves_neurons(dense):
     assert {"Q8_0 to Q8_0": [f"blk.{i}.ffn_down_exps.weight" for i in range(2)]} == groups
 
 
-def test_more_experts_than_blocks(tmp_path):
+def test_more_experts_than_blocks(tmp_path: Path) -> None:
     """Padding to whole blocks cannot help then: refused, or the same type again on request, as the plan says."""
     source = tiny(tmp_path / "F32.gguf", d_ff=3 * 256)
     llama_quantize.quantize(source, path := tmp_path / "in.gguf", gguf.LlamaFileType.MOSTLY_Q6_K, pure=True)
@@ -270,7 +272,7 @@ def test_more_experts_than_blocks(tmp_path):
     assert mean_kl(*llama_logits_of([path, tmp_path / "out.gguf"], TOKENS)) <= 0.01
 
 
-def test_used_counts_run_as_planned(dense, tmp_path):
+def test_used_counts_run_as_planned(dense: Any, tmp_path: Path) -> None:
     """--preset exact --used 2 --amplify used: factor 2, k = 2 in the file, and llama.cpp runs every count."""
     convert(dense("Q8_0"), tmp_path / "out.gguf", flat_options(experts=N, used=2, preset="exact", amplify="used"))
 
@@ -298,7 +300,7 @@ def test_used_counts_run_as_planned(dense, tmp_path):
         (lambda m: m.set("llama.block_count", "u32", 10**9), "block_count: expected 1 to 512"),
     ],
 )
-def test_files_that_are_no_dense_llama_are_refused(tmp_path, change, words):
+def test_files_that_are_no_dense_llama_are_refused(tmp_path: Path, change: Any, words: str) -> None:
     """Another architecture, no model, MLP biases, wrong, missing or surplus tensors, absurd counts."""
     model = g.LlamaFile()
     change(model)
@@ -308,7 +310,7 @@ def test_files_that_are_no_dense_llama_are_refused(tmp_path, change, words):
         plan_conversion(tmp_path / "in.gguf", flat_options(experts=2))
 
 
-def test_other_refusals(dense, tmp_path):
+def test_other_refusals(dense: Any, tmp_path: Path) -> None:
     """Experts already, no GGUF, nothing there, the source as target, a broken target."""
     (tmp_path / "moe.gguf").write_bytes(g.LlamaFile(n_expert=4).bytes())
     with pytest.raises(PlanError, match="has experts already"):
@@ -322,7 +324,7 @@ def test_other_refusals(dense, tmp_path):
         convert(dense("Q8_0"), dense("Q8_0"), flat_options(experts=4), force=True)
 
 
-def test_a_scale_that_would_overflow_names_the_way_out(tmp_path):
+def test_a_scale_that_would_overflow_names_the_way_out(tmp_path: Path) -> None:
     """Nothing is left behind, and the scale tensor is the way."""
     values = np.full((16, 64), 60000.0 * 127)
     model = g.LlamaFile(d_ff=64)
@@ -338,7 +340,7 @@ def test_a_scale_that_would_overflow_names_the_way_out(tmp_path):
     convert(tmp_path / "in.gguf", tmp_path / "out.gguf", flat_options(experts=2, expert_scale=True))
 
 
-def test_equal_inputs_give_equal_bytes(dense, tmp_path):
+def test_equal_inputs_give_equal_bytes(dense: Any, tmp_path: Path) -> None:
     """No time, no path."""
     for name in ("a.gguf", "b.gguf"):
         convert(dense("Q4_K_S"), tmp_path / name, flat_options(experts=N), threads=1 if name == "a.gguf" else 3)

@@ -1,5 +1,7 @@
 """moe2gguf.experts.heal.all_experts: all experts at once give what transformers' own give, forward and backward."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -8,7 +10,7 @@ from moe2gguf.experts.heal import all_experts
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])
-def test_logits_and_gradients_are_those_of_transformers(k):
+def test_logits_and_gradients_are_those_of_transformers(k: int) -> None:
     """At every count, also with all experts on."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": 4}
@@ -27,7 +29,7 @@ def test_logits_and_gradients_are_those_of_transformers(k):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def run(model, ids):
+def run(model: Any, ids: Any) -> Any:
     """The logits, and the gradient of every parameter."""
     model.zero_grad()
     out = model(ids, labels=ids)

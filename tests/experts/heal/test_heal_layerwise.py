@@ -1,5 +1,7 @@
 """moe2gguf.experts.heal.layerwise on one layer: what is solved, and on which windows."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ COUNTS = [1, 2, 3, 4, 2, 3, 2, 4]
 N_TRAIN = 6
 
 
-def problem():
+def problem() -> Any:
     """(layer, data): the targets are what the layer gives with another down projection, plus noise."""
     rng = np.random.default_rng(0)
     weights = ExpertWeights(*(rng.normal(size=shape).astype(np.float32) for shape in SHAPES))
@@ -31,7 +33,7 @@ def problem():
     return layer, LayerData(x, target, CountedWindows(ids, COUNTS, N_TRAIN), layer)
 
 
-def test_the_closed_form_sees_the_training_windows_alone():
+def test_the_closed_form_sees_the_training_windows_alone() -> None:
     """The down projection of one of the ridge problems over them, solved directly; held-out windows only choose."""
     layer, data = problem()
     before = layer.down.detach().clone()
@@ -49,7 +51,7 @@ def test_the_closed_form_sees_the_training_windows_alone():
     torch.testing.assert_close(layer.down.detach() - before, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_passes_by_gradient_go_on_where_the_closed_form_ends():
+def test_passes_by_gradient_go_on_where_the_closed_form_ends() -> None:
     """The best pass on held-out windows stays; gate, up and router are what the closed form cannot change."""
     layer, data = problem()
     settings = HealSettings(Training(layerwise=20, batch=2), optimizer=Optimizer(layer_lr=3e-3))
@@ -62,7 +64,7 @@ def test_passes_by_gradient_go_on_where_the_closed_form_ends():
     assert line.error_after < 0.9 * line.error_refit < 0.9 * line.error_before
 
 
-def test_every_count_weighs_the_same():
+def test_every_count_weighs_the_same() -> None:
     """What the layer leaves at the start is weighed alike at each count, whatever few experts lose."""
     layer, data = problem()
     with torch.no_grad():

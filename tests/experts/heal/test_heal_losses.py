@@ -11,7 +11,7 @@ from moe2gguf.experts.heal.router import LARGEST, Router, find_scale
 LOG2, LOG3 = math.log(2), math.log(3)
 
 
-def test_kl_by_hand():
+def test_kl_by_hand() -> None:
     """p = (1/2, 1/2), q = (1/4, 3/4): 1/2 ln 2 + 1/2 ln(2/3)."""
     teacher, student = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, LOG3]])
 
@@ -21,7 +21,7 @@ def test_kl_by_hand():
     assert 0 == pytest.approx(float(losses.kl_divergence(teacher, teacher).mean()), abs=1e-6)
 
 
-def test_the_likeliest_tokens_and_the_rest_by_hand():
+def test_the_likeliest_tokens_and_the_rest_by_hand() -> None:
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4), N = 1: events 1/2, 1/2 against 1/4, 3/4; N = 3 is all of them."""
     teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
     student = torch.tensor([[0.25, 0.5, 0.25]]).log()
@@ -34,7 +34,7 @@ def test_the_likeliest_tokens_and_the_rest_by_hand():
     assert full == pytest.approx(float(losses.kl_divergence(student, teacher, 0).mean()), abs=1e-6)
 
 
-def test_next_token_by_hand():
+def test_next_token_by_hand() -> None:
     """Token 0 is followed by token 1, q = 3/4; that by token 0, q = 1/2; the last predicts none."""
     logits = torch.tensor([[0.0, LOG3], [0.0, 0.0], [9.0, 0.0]])
     following = losses.next_ids(torch.tensor([[0, 1, 0]]))[0]
@@ -43,7 +43,7 @@ def test_next_token_by_hand():
     assert [-math.log(0.75), LOG2, 0] == pytest.approx(losses.next_token_loss(logits, following).tolist(), abs=1e-6)
 
 
-def test_an_ordering_only_router_runs_as_stored_and_learns_as_if_it_were_not():
+def test_an_ordering_only_router_runs_as_stored_and_learns_as_if_it_were_not() -> None:
     """Forward: the plain softmax of the tiny rows, 1/k each; backward: the gradient of logits of order one."""
     torch.manual_seed(0)
     rows, x = torch.randn(4, 8) * 1e-4, torch.randn(16, 8)
@@ -67,7 +67,7 @@ def test_an_ordering_only_router_runs_as_stored_and_learns_as_if_it_were_not():
     assert torch.allclose(by_hand, router.weight.grad, atol=1e-2)
 
 
-def test_a_router_with_a_real_softmax_keeps_its_scale():
+def test_a_router_with_a_real_softmax_keeps_its_scale() -> None:
     """Logits above the limit: nothing is rescaled, and the gradient is the plain one."""
     rows, x = torch.randn(4, 8), torch.randn(16, 8)
 

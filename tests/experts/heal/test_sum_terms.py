@@ -1,5 +1,7 @@
 """moe2gguf.experts.heal.sum_terms: what is summed piece by piece is the sum, and so is its gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from moe2gguf.experts.heal import losses
 from moe2gguf.experts.heal.sum_terms import TOKENS, sum_terms
 
 
-def test_terms_and_gradient_are_those_of_all_tokens_at_once():
+def test_terms_and_gradient_are_those_of_all_tokens_at_once() -> None:
     """Two terms over an odd number of tokens, scaled from outside: as torch gives them without pieces."""
     generator = torch.Generator().manual_seed(0)
     n_token, d_model, n_vocab = 2 * TOKENS + 5, 6, 11
@@ -15,7 +17,7 @@ def test_terms_and_gradient_are_those_of_all_tokens_at_once():
     teacher = torch.randn(n_token, d_model, generator=generator)
     following = torch.randint(0, n_vocab, (n_token,), generator=generator)
 
-    def measure(hidden, part):
+    def measure(hidden: Any, part: Any) -> Any:
         logits = hidden @ matrix.T
         terms = (
             losses.kl_divergence(logits, teacher[part] @ dense.T),

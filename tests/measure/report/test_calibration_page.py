@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -19,12 +20,12 @@ from moe2gguf.recipes.convert import Conversion
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny LLaMA."""
     return checkpoints.make(tmp_path_factory.mktemp("report") / "model")
 
 
-def layer(i, n=8):
+def layer(i: Any, n: Any = 8) -> Any:
     """A layer's report, as `slice_layer` makes it."""
     return LayerReport(
         n_shared=2, shared_rate=1.0, load=[1.0, 1.0, *([0.5] * (n - 2))], constant_min=0.9,
@@ -33,13 +34,13 @@ def layer(i, n=8):
 
 
 @pytest.fixture(scope="module")
-def done(folder):
+def done(folder: Any) -> Any:
     """A conversion that was planned, with made-up figures of three layers."""
     plan = plan_conversion(folder, flat_options(experts=8, used=4))
     return Conversion(Path("script><b>&.gguf"), plan, "0" * 64, tuple(layer(i) for i in range(3)))
 
 
-def test_the_page_is_sound_and_needs_nothing_else(done):
+def test_the_page_is_sound_and_needs_nothing_else(done: Any) -> None:
     """Balanced tags, no address, all network forbidden; names that look like markup stay text."""
     text = render_page(make_page(done, ["moe2gguf", "convert", "<x>"]), "/* plotly */")
     page = Page(text)
@@ -52,7 +53,7 @@ def test_the_page_is_sound_and_needs_nothing_else(done):
     assert "D2DMoE" in text  # where the methods come from
 
 
-def test_every_layer_is_a_row(done):
+def test_every_layer_is_a_row(done: Any) -> None:
     """Its number, then the figures."""
     page = Page(render_page(make_page(done, ["moe2gguf"]), ""))
 
@@ -60,7 +61,7 @@ def test_every_layer_is_a_row(done):
     assert [["0", "2", "1", "0.4", "0.5", "0.6", "0.9"]] == [row for row in rows if row[0] == "0"][:1]
 
 
-def test_the_pictures_have_the_figures(done):
+def test_the_pictures_have_the_figures(done: Any) -> None:
     """Heat map layer x expert; energy against every count; the router; the constant direction."""
     load, energy, router, constant = (one.data for one in draw_figures(done.layers, 4))
 
@@ -74,7 +75,7 @@ def test_the_pictures_have_the_figures(done):
     assert [0.9, 0.9, 0.9] == constant[0]["y"]
 
 
-def test_the_words_name_the_weakest_layer(done):
+def test_the_words_name_the_weakest_layer(done: Any) -> None:
     """Energy at the file's own count."""
     lines = summarize(done)
 
@@ -82,7 +83,7 @@ def test_the_words_name_the_weakest_layer(done):
     assert "50.0% in layer 0" in lines[0]
 
 
-def test_the_command_writes_it_and_the_json_has_the_same(folder, tmp_path):
+def test_the_command_writes_it_and_the_json_has_the_same(folder: Any, tmp_path: Path) -> None:
     """convert --report, on a real calibration."""
     arguments = ["-e", "8", "-k", "4", "--calibration-tokens", "1024", "--json", "--report", tmp_path / "r.html"]
     ran = CliRunner().invoke(cli, ["convert", str(folder), str(tmp_path / "x.gguf"), *map(str, arguments)])
@@ -93,7 +94,7 @@ def test_the_command_writes_it_and_the_json_has_the_same(folder, tmp_path):
     assert [one["load"] for one in result["layers"]] == figures[0]["data"][0]["z"]
 
 
-def test_a_report_of_nothing_is_refused(folder, tmp_path):
+def test_a_report_of_nothing_is_refused(folder: Any, tmp_path: Path) -> None:
     """All experts on need no calibration."""
     ran = CliRunner().invoke(
         cli, ["convert", str(folder), str(tmp_path / "x.gguf"), "--report", str(tmp_path / "r.html")]
