@@ -171,7 +171,7 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path: Path,
     journal = target / "x.gguf.partial" / "job.jsonl"
     command = [sys.executable, "-c", "from moe2gguf.cli import main; main()", "convert", folder, target / "x.gguf"]
     command += ["--type", "q6_k", "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # type: ignore[arg-type]
         while process.poll() is None and not (journal.exists() and journal.read_text().count("xxh3") > 3):
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
@@ -181,7 +181,7 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path: Path,
     assert re.search(r"x.gguf.partial keeps what is finished \(\d+ pieces\); the same command", message)
     assert ["x.gguf.partial"] == [path.name for path in target.iterdir()]
 
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # type: ignore[arg-type]
 
     assert re.search(r"tensors \(\d+ of them from the interrupted run\)", done.stdout)
     assert ["x.gguf"] == [path.name for path in target.iterdir()]

@@ -219,6 +219,8 @@ def test_a_layers_file_is_read_back(tmp_path: Path) -> None:
         assert layer.order.tolist() == again.order.tolist()
         assert report == again.report
         if down is not None:
+            assert down is not None
+            assert again.down is not None
             assert np.array_equal(down, again.down)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe2gguf.experts.slicing import (
+from moe2gguf.experts.slicing import (  # type: ignore[attr-defined]
     PADDING,
     contiguous_order,
     expert_width,
@@ -68,7 +68,7 @@ def test_concatenated_experts_restore_the_matrices(d_ff: Any, n_expert: Any, ali
 def test_four_neurons_by_hand() -> None:
     """Two experts of a four-neuron MLP, amplified by two: the experts' mean is the dense output."""
     gate, up, down = np.eye(4, dtype=np.float32), np.ones((4, 4), np.float32), np.arange(8.0, dtype=np.float32)
-    down = down.reshape(2, 4)
+    down = down.reshape(2, 4)  # type: ignore[assignment]
     order = contiguous_order(4, 2)
     x = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
 
@@ -117,8 +117,8 @@ def test_another_row_for_one_neuron() -> None:
     weight = np.arange(8, dtype="float16").reshape(4, 2)
     order = np.array([[0, 1, -1], [3, 2, -1]])
 
-    first, second = with_row(slice_rows(weight, order), order, 1, np.float32([0.1, 9]))
-    (whole,) = with_row(slice_rows(weight, np.arange(4)[None]), np.arange(4)[None], 3, np.float32([5, 5]))
+    first, second = with_row(slice_rows(weight, order), order, 1, np.array([0.1, 9], np.float32))
+    (whole,) = with_row(slice_rows(weight, np.arange(4)[None]), np.arange(4)[None], 3, np.array([5, 5], np.float32))
 
     assert [[0, 1], [np.float16(0.1), 9], [0, 0]] == first.tolist()
     assert [[6, 7], [4, 5], [0, 0]] == second.tolist()

@@ -107,7 +107,7 @@ def test_slices_are_columns_of_the_decoded_matrix(name: str) -> None:
     order = np.concatenate([np.arange(64, 128), np.arange(448, 480), np.full(32, -1)])[None]
     chosen = blocks.block_order(order, 32)
 
-    (part,) = blocks.slice_blocks(raw, kind, chosen, [4.0], "t")
+    (part,) = blocks.slice_blocks(raw, kind, chosen, [4.0], "t")  # type: ignore[arg-type]
 
     expected = np.where(order < 0, 0, decoded(raw, kind)[:, np.maximum(order[0], 0)]) * 4
     np.testing.assert_array_equal(expected, decoded(part, kind))

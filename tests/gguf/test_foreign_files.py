@@ -39,4 +39,6 @@ def test_all_of_them_read(files: Any) -> None:
         assert json.loads(json.dumps(inspect(path).to_dict()))["architecture"] == file.metadata["general.architecture"]
         assert verify(path, threads=1).problems[0] == "the file holds metadata, but no tensor", path.name
         with LlamaTokens(path) as vocabulary:
-            assert vocabulary.size == len(file.metadata["tokenizer.ggml.tokens"]), path.name
+            tokens = file.metadata["tokenizer.ggml.tokens"]
+            assert isinstance(tokens, list)
+            assert vocabulary.size == len(tokens), path.name

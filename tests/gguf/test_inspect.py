@@ -222,6 +222,7 @@ def test_a_shard_shows_the_whole_set(tmp_path: Path) -> None:
 
     assert 1 < len(done.plan.shards)
     assert (len(done.plan.tensors), done.plan.file_size) == (len(it.tensors), it.file_size)
+    assert it.bits_per_weight is not None
     assert round(it.bits_per_weight, 4) == round(done.plan.bits_per_weight, 4)
     done.path.with_name(done.path.name.replace("00001-of", "00002-of")).unlink()
     with pytest.raises(GGUFError, match=r"00002-of-0000.*is missing"):

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError, HarnessError
 from moe2gguf.gguf import kernels, types
+from moe2gguf.gguf.file import BLOCK_SIZES
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.standard_normal((32, 512)).astype(np.float32)
@@ -57,7 +58,7 @@ def test_decoding_equals_the_gguf_packages(kind: Any) -> None:
     """Two implementations, one meaning of the bits."""
     blocks = kernels.quantize(NORMAL, kind, "t", np.ones(512, np.float32))
 
-    expected = gguf.quants.dequantize(blocks.reshape(-1, types.BLOCK_SIZES[kind][1]), kind).reshape(-1)
+    expected = gguf.quants.dequantize(blocks.reshape(-1, BLOCK_SIZES[kind][1]), kind).reshape(-1)
 
     assert np.abs(expected - kernels.dequantize(blocks, kind)).max() < 1e-6
 
@@ -109,7 +110,7 @@ def test_a_library_that_means_another_type_is_noticed(number: Any) -> None:
 
 def test_a_library_with_other_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gguf package and llama.cpp must agree on a block's bytes, or the file would be shifted."""
-    monkeypatch.setitem(kernels.BLOCK_SIZES, GGMLType.Q8_0, (32, 36))
+    monkeypatch.setitem(BLOCK_SIZES, GGMLType.Q8_0, (32, 36))
 
     with pytest.raises(HarnessError, match="Q8_0: unknown to the installed"):
         kernels.quantize(NORMAL, GGMLType.Q8_0, "t")

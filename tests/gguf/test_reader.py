@@ -193,7 +193,7 @@ def test_llama_cpp_agrees_on_every_hand_made_file(write: Any) -> None:
 def test_every_value_type_is_read_as_stored(write: Any) -> None:
     """A key of each type gives its value and its type; an array also the type of its elements."""
     values = {"u8": 255, "i8": -128, "u16": 65535, "i16": -32768, "u32": 2**32 - 1, "i32": -(2**31), "f32": 0.5}
-    values |= {"bool": 1, "str": "grüße\n", "u64": 2**64 - 1, "i64": -(2**63), "f64": 0.1}
+    values |= {"bool": 1, "str": "grüße\n", "u64": 2**64 - 1, "i64": -(2**63), "f64": 0.1}  # type: ignore[dict-item]
     names = {"u8": "UINT8", "i8": "INT8", "u16": "UINT16", "i16": "INT16", "u32": "UINT32", "i32": "INT32"}
     names |= {"f32": "FLOAT32", "bool": "BOOL", "str": "STRING", "u64": "UINT64", "i64": "INT64", "f64": "FLOAT64"}
     keys = [g.key(kind, kind, value) for kind, value in values.items()]
@@ -214,7 +214,7 @@ def test_strings_that_are_not_utf8_keep_their_bytes(write: Any) -> None:
     file = read_gguf(write(g.gguf([g.array("tokens", "str", [b"\xff\xfe", b"ok", b"\xed\xa0\x80"])])))
 
     tokens = file.metadata["tokens"]
-    assert [token.encode("utf-8", "surrogateescape") for token in tokens] == [b"\xff\xfe", b"ok", b"\xed\xa0\x80"]
+    assert [token.encode("utf-8", "surrogateescape") for token in tokens] == [b"\xff\xfe", b"ok", b"\xed\xa0\x80"]  # type: ignore[union-attr]
 
 
 def test_long_string_arrays_cross_the_reading_window(write: Any) -> None:

@@ -1,5 +1,6 @@
 """moe2gguf.gguf.resume: a stopped job goes on where it was, and reuses nothing that it has not compared."""
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def write(target: Any, stop_at: Any = None, error: Any = KeyboardInterrupt, job:
         yield values(name)
 
     outputs = [
-        OutputTensor(name, (300, 1024), GGMLType.F32, (f"source of {name}",), lambda name=name: blocks(name))
+        OutputTensor(name, (300, 1024), GGMLType.F32, (f"source of {name}",), functools.partial(blocks, name))
         for name in NAMES
     ]
     files = [(outputs, lay_out({"general.architecture": "test"}, outputs))]
@@ -175,7 +176,9 @@ def test_finished_files_and_folders_are_compared_before_they_are_used(tmp_path: 
     with Job(tmp_path / "work", JOB) as job:
         assert "state-1" == job.last(r"state-\d+")
         assert job.holds("layer.txt")
-        assert {"error": 0.5} == job.find("layer.txt").facts
+        piece = job.find("layer.txt")
+        assert piece is not None
+        assert {"error": 0.5} == piece.facts
         job.drop("layer.txt")
         assert not job.holds("layer.txt")
         assert 2 == job.n_reused

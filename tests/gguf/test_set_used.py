@@ -67,7 +67,7 @@ def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(
     """`any` alone serves every count; a bias for what 4 of 8 leave out does not, and verify still reads such a file."""
     options = flat_options(experts=8, used=4, amplify="any", refit=False, n_token=2048)
     set_used(convert(folder, tmp_path / "x.gguf", options).path, 6)
-    provenance = draft.provenance
+    provenance = draft.provenance  # type: ignore[attr-defined]
     monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
     path = convert(folder, tmp_path / "y.gguf", options).path
 

@@ -64,7 +64,8 @@ def test_the_set_is_the_file(dense: Any, tmp_path: Path) -> None:
         "one.gguf",
         *(f"out-{i:05d}-of-{len(shards):05d}.gguf" for i in range(1, len(shards) + 1)),
     ]
-    np.testing.assert_array_equal(*llama_logits_of([tmp_path / "one.gguf", done.path], [1, 60, 200, 280, 17]))
+    first, second = llama_logits_of([tmp_path / "one.gguf", done.path], [1, 60, 200, 280, 17])
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_set_goes_in(dense: Any, tmp_path: Path) -> None:
@@ -114,7 +115,9 @@ def test_sizes_that_are_too_small_name_what_does_not_fit(dense: Any, tmp_path: P
                 plan_conversion(dense, dataclasses.replace(options, shard_size=size))
             assert 1 == len(caught.value.refusals)
             words = r"--shard-size (\S+): too small for (\S+) and \d+ more; give at least (\S+) bytes"
-            shown, name, least = re.fullmatch(words, caught.value.refusals[0]).groups()
+            match = re.fullmatch(words, caught.value.refusals[0])
+            assert match is not None
+            shown, name, least = match.groups()
             assert (f"{size:,}", "token_embd.weight") == (shown, name)
             enough = int(least.replace(",", ""))
             assert 303 * 64 * 4 < enough < 303 * 64 * 4 + 1000  # the embedding and a small header
@@ -188,7 +191,8 @@ def test_a_quantized_set_is_the_quantized_file(dense: Any, tmp_path: Path) -> No
     assert plan.to_dict()["shards"][1] == {"tensors": len(shards[1].tensors), "bytes": shards[1].file_size}
     assert tensors_of(one) == tensors_of(done.path) == tensors_of(again)
     assert (read_gguf(one).metadata, read_gguf(one).types) == (read_model(again).metadata, read_model(again).types)
-    np.testing.assert_array_equal(*llama_logits_of([one, done.path], [1, 60, 200, 280, 17]))
+    first, second = llama_logits_of([one, done.path], [1, 60, 200, 280, 17])
+    np.testing.assert_array_equal(first, second)
     assert tensors_of(one) == tensors_of(quantize(done.path, tmp_path / "joined.gguf", TypeOptions()).path)
 
 
@@ -268,6 +272,7 @@ else:
 def killed(source: Any, target: Any, moment: Any, nth: Any = 1, command: Any = "convert") -> None:
     """SIGKILL when the `nth` line that begins with `moment` is printed."""
     with subprocess.Popen([sys.executable, "-c", SLOW, source, target, command], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             nth -= line.decode().startswith(moment)
             if not nth:
@@ -406,7 +411,7 @@ def test_an_interrupt_while_moving_can_be_continued(
     """Shards that have their names already go back to the others, and the message says how to go on."""
     replace, calls = Path.replace, []
 
-    def interrupted(self, target: Any) -> Any:
+    def interrupted(self: Path, target: Any) -> Any:
         calls.append(target)
         if len(calls) == n + 1:
             raise KeyboardInterrupt
@@ -432,7 +437,7 @@ def test_an_error_while_moving_leaves_nothing(
     """A full disk or the like in the last moment: one OutputError, and an empty folder."""
     replace, calls = Path.replace, []
 
-    def failing(self, target: Any) -> Any:
+    def failing(self: Path, target: Any) -> Any:
         calls.append(target)
         if len(calls) > n:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -95,7 +95,7 @@ def test_sizes_equal_the_gguf_packages() -> None:
 def test_every_finite_half_is_widened_as_numpy_does() -> None:
     """All 63,488 of them, bit for bit, subnormals and both zeros included; other types pass through."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    halves = halves[np.isfinite(halves)].reshape(2, -1)
+    halves = halves[np.isfinite(halves)].reshape(2, -1)  # type: ignore[assignment]
 
     assert halves.astype(np.float32).tobytes() == types.widened(halves).tobytes()
     assert halves[:, ::3].astype(np.float32).tobytes() == types.widened(halves[:, ::3]).tobytes()

@@ -34,7 +34,7 @@ def check(tmp_path: Path) -> Any:
     def _check(raw: bytes, **options: object) -> Any:
         path = tmp_path / "model.gguf"
         path.write_bytes(raw)
-        return verify(path, **options)
+        return verify(path, **options)  # type: ignore[arg-type]
 
     return _check
 
@@ -50,7 +50,7 @@ def quantized(kind: str) -> Any:
 
 
 def moe(**changes: object) -> g.LlamaFile:
-    return g.LlamaFile(**({"n_expert": 4} | changes))
+    return g.LlamaFile(**({"n_expert": 4} | changes))  # type: ignore[arg-type]
 
 
 # --- sound files ---

@@ -1,5 +1,6 @@
 """moe2gguf.gguf.writer: nothing unfinished under the final name, whatever goes wrong."""
 
+import functools
 import os
 import resource
 import signal
@@ -28,7 +29,7 @@ ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in 
 def tensors(arrays: Any = ARRAYS) -> Any:
     """Output tensors that hand out `arrays` row by row."""
     return [
-        OutputTensor(name, array.shape, GGMLType.F32, ("source",), lambda array=array: iter(array[:, None]))
+        OutputTensor(name, array.shape, GGMLType.F32, ("source",), functools.partial(iter, array[:, None]))
         for name, array in arrays.items()
     ]
 
@@ -59,7 +60,7 @@ def test_progress_adds_up_to_the_file(tmp_path: Path) -> None:
     """Header and tensors, padding aside."""
     outputs = tensors()
     layout = lay_out({}, outputs)
-    told = []
+    told: list[int] = []
     with replace_files(tmp_path / "x", [tmp_path / "x"], layout.file_size) as (_, (part,)):
         write_tensors(part, layout, outputs, threads=2, advance=told.append)
 
@@ -132,6 +133,7 @@ def test_a_killed_writer_leaves_no_final_name_and_a_rerun_succeeds(tmp_path: Pat
     """SIGKILL at several offsets: at most the partial file remains, which the next run replaces."""
     target = tmp_path / "out.gguf"
     with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             if int(line) >= after:
                 process.send_signal(signal.SIGKILL)
@@ -148,6 +150,7 @@ def test_two_writers_of_one_target(tmp_path: Path) -> None:
     """The second is told to wait, and does not disturb the first."""
     target = tmp_path / "out.gguf"
     with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         process.stdout.readline()
         with pytest.raises(OutputError, match="another process"):
             write(target)

@@ -27,7 +27,8 @@ GOOD = {
 def read(**changes: Any) -> Any:
     """(model, problems, warnings) of GOOD with changes; None removes a key."""
     values = {key: value for key, value in (GOOD | changes).items() if value is not None}
-    problems, warnings = [], []
+    problems: list[str] = []
+    warnings: list[str] = []
     family = read_family(values, problems)
     model = read_model(values, family, problems, warnings) if family else None
     return model, problems, warnings

@@ -37,7 +37,7 @@ def test_the_forward_pass_is_the_folders_own(tmp_path: Path, family: Any) -> Non
 
 def test_experts_make_it_a_mixtral(tmp_path: Path) -> None:
     """With its counts; the same logits again."""
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
     folder = checkpoints.write(tmp_path, "MixtralForCausalLM", **experts, sliding_window=None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     values = hf_config(open_checkpoint(folder).model)

@@ -264,7 +264,7 @@ def test_notes_name_files_calibrated_on_this_text_and_windows_that_are_too_long(
     assert ": own.gguf;" in note
     assert [] == list_notes([own], Text(TEXT + "the", "tan"), 32)
     trained = read_gguf(own).metadata["llama.context_length"]
-    (note,) = list_notes([files["moe"], files["dense"]], text, int(trained) + 1)  # type: ignore[call-overload]
+    (note,) = list_notes([files["moe"], files["dense"]], text, int(trained) + 1)  # type: ignore[arg-type]
     assert f"moe.gguf ({trained}), dense.gguf ({trained})" in note
     found = compare([own], files["dense"], settings=settings(tmp_path))
     assert list_notes([own], text, 32) == list(found.notes) == found.to_dict()["notes"]

@@ -14,6 +14,7 @@ import reference
 import tiny_gguf
 
 from moe2gguf.errors import CalibrationError, HarnessError, ImportanceError, OutputError
+from moe2gguf.experts import text as texts
 from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
@@ -52,14 +53,15 @@ def tokens_of(path: Any, text: Any) -> Any:
 
 def expected(path: Any, windows: Any, n_expert_used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sums and counts by the numpy graph in float64, whose matrix products are listened to."""
-    squares, counts = {}, {}
+    squares: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
 
     def add(name: Any, x: Any, expert: Any = 0, n_expert: Any = 1) -> None:
         squares.setdefault(name, np.zeros((n_expert, x.shape[-1])))[expert] += (x * x).sum(axis=0)
         counts.setdefault(name, np.zeros(n_expert, int))[expert] += len(x)
 
     linear, mlp, swiglu = reference._Model.linear, reference._mlp, reference._swiglu
-    state = {}
+    state: dict[str, Any] = {}
 
     def heard_linear(model: Any, name: Any, x: Any) -> Any:
         add(name + ".weight", x)
@@ -160,9 +162,9 @@ def test_of_a_long_text_only_the_start_is_read(files: Any, tmp_path: Path, monke
     long, read = tmp_path / "long" / "words.txt", []
     long.parent.mkdir()
     long.write_text(WORDS * 8 + "the tan " * 100_000)
-    read_text = harness.read_text
+    read_text = texts.read_text
     monkeypatch.setattr(harness, "read_text", lambda *given: read.append(read_text(*given)) or read[-1])
-    options = {"n_token": 2 * CONTEXT, "n_context": CONTEXT, "threads": 1}
+    options: dict[str, Any] = {"n_token": 2 * CONTEXT, "n_context": CONTEXT, "threads": 1}
 
     short = collect_imatrix(files["dense"], tmp_path / "a.gguf", files["text"], **options)
     same = collect_imatrix(files["dense"], tmp_path / "b.gguf", long, **options)
@@ -189,7 +191,7 @@ def test_matrices_merge(files: Any, tmp_path: Path) -> None:
             np.testing.assert_array_equal(2 * entry.sums, found.matrix.entries[name].sums)
             np.testing.assert_array_equal(2 * entry.counts, found.matrix.entries[name].counts)
     some = {name: (entry.sums, entry.counts) for name, entry in once.matrix.entries.items() if "attn" in name}
-    imatrix_files.write_gguf(tmp_path / "foreign.gguf", {**some, "x.weight": (np.ones((1, 4)), [1])})
+    imatrix_files.write_gguf(tmp_path / "foreign.gguf", {**some, "x.weight": (np.ones((1, 4)), [1])})  # type: ignore[dict-item]
     with pytest.raises(ImportanceError, match=r"x\.weight has another width or is missing"):
         collect_imatrix(files["routed"], tmp_path / "d.gguf", None, merged=[tmp_path / "foreign.gguf"])
     with pytest.raises(ImportanceError, match="nothing to collect"):

@@ -16,7 +16,7 @@ from moe2gguf.measure.pareto import find_pareto_front, recommend
 from moe2gguf.measure.results import ResultRow, summarize_quality
 from moe2gguf.measure.speed import Run, summarize_runs
 
-SCORES = metrics.score_block(*[np.eye(4, dtype=np.float32)] * 2, np.arange(4, dtype=np.int32))
+SCORES = metrics.score_block(*[np.eye(4, dtype=np.float32)] * 2, np.arange(4, dtype=np.int32))  # type: ignore[arg-type, call-arg]
 NUMBERS = st.integers(0, 5).map(float)
 
 

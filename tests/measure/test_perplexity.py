@@ -38,8 +38,8 @@ def told(case: Case) -> dict[str, tuple[float, float | None]]:
         if match := re.match(r".*Final estimate: PPL = (\S+) \+/- (\S+)", line):
             found["Final"] = (float(match[1]), float(match[2]))
         elif match := re.match(r" *(\S[^:]*?) *: *(-?[\d.]+)%?(?: ± +([\d.]+))?", line):
-            found[re.sub(r"\s+", " ", match[1])] = (float(match[2]), float(match[3]) if match[3] else None)
-    return found
+            found[re.sub(r"\s+", " ", match[1])] = (float(match[2]), float(match[3]) if match[3] else None)  # type: ignore[assignment]
+    return found  # type: ignore[return-value]
 
 
 def ours(s: Summary) -> dict[str, tuple[float, float | None]]:

@@ -32,8 +32,8 @@ def fed(path: Path, n_prompt: int, n_generate: int) -> list[tuple[int, int, int,
     """Runs in a child process: every batch as (position, tokens, scored, starts with BOS)."""
     batches = []
 
-    class Watched(speed.Llama):
-        def feed(self, tokens: Any, scored: Any) -> Any:  # type: ignore[no-untyped-def]
+    class Watched(speed.Llama):  # type: ignore[misc, name-defined]
+        def feed(self, tokens: Any, scored: Any) -> Any:
             batches.append((self.n_past, len(tokens), int(np.sum(scored)), int(tokens[0]) == tiny_gguf.BOS))
             return super().feed(tokens, scored)
 

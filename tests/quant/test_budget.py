@@ -80,7 +80,7 @@ def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch: pytest.Monkey
     monkeypatch.setattr(budget, "list_types", lambda *_, **__: [named(kind)])
 
     flat = choose_under_budget([tensor("x.weight", rows)], (), 10**9, threads=1)
-    monkeypatch.setattr(budget.types, "encode", unguided(budget.types.encode))
+    monkeypatch.setattr(types, "encode", unguided(types.encode))
     weighted = choose_under_budget([tensor("x.weight", rows, lambda: list(means))], (), 10**9, threads=1)
 
     rounded = gguf.quants.dequantize(gguf.quants.quantize(rows.astype(np.float32), named(kind)), named(kind))

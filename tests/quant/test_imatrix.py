@@ -42,7 +42,7 @@ def test_the_gguf_form_is_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes())
     with pytest.raises(ImportanceError, match="sum of squares of no token"):
         read_imatrix(path)
-    imatrix_files.write_gguf(path, {NAME: (SUMS * [[1], [0], [1]], [4, 0, 8])})
+    imatrix_files.write_gguf(path, {NAME: (SUMS * [[1], [0], [1]], [4, 0, 8])})  # type: ignore[dict-item]
 
     found = read_imatrix(path)
 

@@ -21,7 +21,7 @@ GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
 def dense(d_ff: Any = 6, width: Any = 2) -> Any:
     """Means 1, 2, ... of the down projection's columns, 10, 20 of the gate's, from 4 tokens."""
     entries = {
-        "blk.1.ffn_gate.weight": Activity(np.float32([40, 80][:width]), np.array([4])),
+        "blk.1.ffn_gate.weight": Activity(np.array([40, 80][:width], np.float32), np.array([4])),
         "blk.1.ffn_down.weight": Activity(4 * np.arange(1, d_ff + 1, dtype=np.float32), np.array([4])),
     }
     return ImportanceMatrix(entries, (), 1, 4)
@@ -105,7 +105,7 @@ def test_layers_that_differ_have_unknown_neurons(tmp_path: Path, shape: Any, kno
 
 def test_an_expert_without_tokens_is_refused_or_ones() -> None:
     """The others keep their means; the fewest tokens of those that have some are told."""
-    sums, counts = np.float32([2, 4, 0, 0, 30, 60]), np.array([1, 0, 3])
+    sums, counts = np.array([2, 4, 0, 0, 30, 60], np.float32), np.array([1, 0, 3])
     matrix = ImportanceMatrix({GATE: Activity(sums, counts)}, (), 1, 4)
     tensors = [Entry(GATE, (3, 5, 2), F32)]
 

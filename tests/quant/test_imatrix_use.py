@@ -59,7 +59,7 @@ def theirs(source: Any, target: Any, preset: Any, statistics: Any, **settings: A
         counts = np.asarray(counts, np.float32)[:, None]
         means = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
         kept += [means, ctypes.create_string_buffer(name.encode())]
-        entry.name = ctypes.cast(kept[-1], ctypes.c_char_p)
+        entry.name = ctypes.cast(kept[-1], ctypes.c_char_p)  # type: ignore[arg-type]
         entry.data = means.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         entry.size = means.size
     llama_quantize(source, target, types.file_type(FILE_TYPE_NAMES[preset]), imatrix=entries, **settings)
@@ -91,7 +91,7 @@ def test_the_bytes_are_llama_cpps_from_the_older_form(dense: Any, tmp_path: Path
     means = {name: np.float32(sums / np.float32(n[0])) for name, (sums, n) in statistics_of(dense).items()}
     statistics = {name: (value * np.float32(4), [4]) for name, value in means.items()}
     matrix = tmp_path / "m.dat"
-    matrix.write_bytes(imatrix_files.dat({name: (4, sums) for name, (sums, _) in statistics.items()}))
+    matrix.write_bytes(imatrix_files.dat({name: (4, sums) for name, (sums, _) in statistics.items()}))  # type: ignore[misc]
 
     quantize(dense, tmp_path / "ours.gguf", TypeOptions("Q3_K_M", imatrix=matrix), threads=2)
 
@@ -186,8 +186,8 @@ def test_an_expert_without_data_in_the_older_form(sliced: Any, tmp_path: Path) -
     """There it says 1.0 in every column, which is not taken for data."""
     statistics = statistics_of(sliced)
     values = {name: (1, np.float32(sums / np.array(counts)[:, None])) for name, (sums, counts) in statistics.items()}
-    values["blk.0.ffn_up_exps.weight"][1][3] = 1
-    (tmp_path / "m.dat").write_bytes(imatrix_files.dat(values))
+    values["blk.0.ffn_up_exps.weight"][1][3] = 1  # type: ignore[index]
+    (tmp_path / "m.dat").write_bytes(imatrix_files.dat(values))  # type: ignore[arg-type]
 
     with pytest.raises(PlanError, match=r"no token reached some.*blk\.0\.ffn_up_exps\.weight \(experts 3\)$"):
         plan_quantization(sliced, TypeOptions("q4_k", imatrix=tmp_path / "m.dat"))
@@ -227,7 +227,7 @@ def test_another_models_matrix_is_refused(sliced: Any, tmp_path: Path, repair: s
 
 def test_missing_tensors_are_refused_unless_a_repair_is_chosen(dense: Any, tmp_path: Path) -> None:
     """All of them are listed; with ones each column counts alike; a broken file is an error of its own."""
-    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", {"blk.9.attn_q.weight": (np.ones((1, 256)), [5])})
+    matrix = imatrix_files.write_gguf(tmp_path / "m.gguf", {"blk.9.attn_q.weight": (np.ones((1, 256)), [5])})  # type: ignore[dict-item]
     options = TypeOptions("q4_k", imatrix=matrix)
     with pytest.raises(PlanError, match=r"has no entry.*blk\.0\.attn_q\.weight.*and 4 more"):
         plan_quantization(dense, options)

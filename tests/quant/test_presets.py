@@ -56,7 +56,7 @@ def network(settings: Any, importance: Any = False) -> Any:
     )
 
 
-@pytest.mark.parametrize("settings", (DENSE | SLICED | MISFITS).values(), ids=DENSE | SLICED | MISFITS)
+@pytest.mark.parametrize("settings", (DENSE | SLICED | MISFITS).values(), ids=DENSE | SLICED | MISFITS)  # type: ignore[operator]
 @pytest.mark.parametrize("importance", [False, True], ids=["", "with importance"])
 def test_every_preset_chooses_as_llama_cpp_does(tmp_path: Path, settings: Any, importance: bool) -> None:
     """Tensor by tensor, substitutes for misfits included; where it gives up, we refuse."""

@@ -105,7 +105,7 @@ def test_quantized_weights_move_and_only_down_projections_are_quantized_again(
     tmp_path: Path, kind: str, width: int
 ) -> None:
     """The experts are those of the decoded model: gate and up bit for bit, the down projections rounded once more."""
-    shape = {"hidden_size": 256, "intermediate_size": width, "num_hidden_layers": 1}
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": width, "num_hidden_layers": 1}
     folder, options = checkpoints.make(tmp_path / "m", **shape), flat_options(4, 2, n_token=1024, refit=False)
     convert(folder, tmp_path / "in.gguf", flat_options(dense=True, type=kind, pure=True))
     convert(tmp_path / "in.gguf", tmp_path / "decoded.gguf", flat_options(dense=True, type="f32"))
@@ -195,7 +195,9 @@ def test_the_command_plans_and_reports(place: Any, tmp_path: Path) -> None:
     ran = CliRunner().invoke(cli, [*arguments, str(tmp_path / "x.gguf"), "--json", "--report", str(report)])
 
     assert 0 == ran.exit_code, ran.output
-    figures = json.loads(re.search(r"const FIGURES = (.*);\n", report.read_text())[1])
+    match = re.search(r"const FIGURES = (.*);\n", report.read_text())
+    assert match is not None
+    figures = json.loads(match[1])
     assert [layer["load"] for layer in json.loads(ran.stdout)["layers"]] == figures[0]["data"][0]["z"]
 
 

@@ -516,6 +516,7 @@ def test_a_conversion_is_described_by_json_ready_values(made: Any, tmp_path: Pat
 
     assert (tmp_path / "out.gguf").stat().st_size == values["file_size"]
     assert 4 == values["expert_count"] == len(values["speed_bound"])
+    assert done.plan.slicing is not None
     assert dataclasses.asdict(done.plan.slicing) == values["slicing"]
 
 
@@ -574,6 +575,7 @@ def test_a_killed_conversion_goes_on_where_it_was(made: Any, tmp_path: Path) -> 
     for step in (4, 30):
         with subprocess.Popen([sys.executable, "-c", SLOW, folder, target], stdout=subprocess.PIPE) as process:
             for _ in range(step):
+                assert process.stdout is not None
                 process.stdout.readline()
             process.kill()
 

@@ -158,7 +158,7 @@ def test_a_bias_neuron_of_an_older_version_is_refused(
     dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All experts together are not the dense model then; nothing in the metadata but this key tells."""
-    provenance = draft.provenance
+    provenance = draft.provenance  # type: ignore[attr-defined]
     monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
     convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
 

@@ -36,7 +36,7 @@ from moe2gguf.recipes.heal import HealText, heal
 from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 60)]
-SIZES = {"n_token": 2048, "n_held_out": 256, "n_context": 64}
+SIZES: dict[str, Any] = {"n_token": 2048, "n_held_out": 256, "n_context": 64}
 STEPS = HealSettings(
     Training(used_range=(4, 4), layerwise=0, steps=30),
     optimizer=Optimizer(lr=2e-3, router_lr=2e-3),
@@ -258,7 +258,7 @@ def test_every_loss_is_logged_and_a_step_in_parts_is_the_same_step(models: Any, 
     parts = run(models, tmp_path / "parts", change(settings, accumulate=2)).log
 
     first, other = (next(line for line in log if isinstance(line, StepLine)) for log in (whole, parts))
-    assert first.kl + first.next_token == pytest.approx(first.loss)
+    assert first.kl + first.next_token == pytest.approx(first.loss)  # type: ignore[operator]
     assert first.kl == pytest.approx(other.kl, rel=1e-4)
     assert first.norm == pytest.approx(other.norm, rel=2e-2)
 

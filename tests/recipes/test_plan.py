@@ -110,7 +110,7 @@ def test_reading_weights_for_a_target_is_announced(folder: Path) -> None:
 
 def test_what_is_written_is_what_was_planned(folder: Path, tmp_path: Path) -> None:
     """`convert` shows the very plan before it writes, twice the same, and the file has its size."""
-    plans = []
+    plans: list[Any] = []
 
     for name in ("a.gguf", "b.gguf"):
         done = convert(str(folder), str(tmp_path / name), flat_options(experts=4), on_plan=plans.append)

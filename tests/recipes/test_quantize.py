@@ -18,7 +18,7 @@ from llama_logits import llama_logits, mean_kl
 from llama_quantize import file_type_of
 from llama_quantize import quantize as llama_quantize
 
-from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, PlanError
+from moe2gguf.errors import CorruptWeightError, GGUFError, HarnessError, OutputError, PlanError
 from moe2gguf.gguf import kernels, types
 from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.reader import read_gguf
@@ -328,16 +328,14 @@ def test_kernels_are_asked_for_before_a_byte_is_written(
     monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
     kernels.library.cache_clear()
     try:
-        with pytest.raises(
-            kernels.HarnessError, match=r"Q4_K, Q6_K: quantized by llama.cpp's kernels.*moe2gguf\[run\]"
-        ):
+        with pytest.raises(HarnessError, match=r"Q4_K, Q6_K: quantized by llama.cpp's kernels.*moe2gguf\[run\]"):
             quantize(dense, tmp_path / "out.gguf", TypeOptions("q4_k_m"))
     finally:
         kernels.library.cache_clear()
     assert [] == list(tmp_path.iterdir())
 
 
-SLOW = """
+SLOW_CODE = """
 import sys, time, contextlib
 from pathlib import Path
 from moe2gguf.quant.rules import TypeOptions
@@ -360,8 +358,9 @@ def test_a_killed_quantization_goes_on_where_it_was(dense: Any, tmp_path: Path, 
     undisturbed, target = tmp_path / "undisturbed.gguf", tmp_path / "out.gguf"
     quantize(dense, undisturbed, TypeOptions("q4_k_m"))
     for step in steps:
-        with subprocess.Popen([sys.executable, "-c", SLOW, dense, target], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen([sys.executable, "-c", SLOW_CODE, dense, target], stdout=subprocess.PIPE) as process:
             for _ in range(step):
+                assert process.stdout is not None
                 process.stdout.readline()
             process.kill()
         assert not target.exists()
@@ -376,9 +375,9 @@ def test_a_killed_quantization_goes_on_where_it_was(dense: Any, tmp_path: Path, 
 def test_an_unfinished_file_of_other_options_is_refused(dense: Any, tmp_path: Path) -> None:
     """The option that differs is named, nothing is lost; resume=False starts anew."""
     target = tmp_path / "out.gguf"
-    with subprocess.Popen([sys.executable, "-c", SLOW, dense, target], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", SLOW_CODE, dense, target], stdout=subprocess.PIPE) as process:
         for _ in range(5):
-            process.stdout.readline()
+            process.stdout.readline()  # type: ignore[union-attr]
         process.kill()
 
     with pytest.raises(OutputError, match=r"type: q4_k_m there, q5_k_m now"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.model import open_model
 
 
-def _all_logits(path: Path, tokens: list[int], counts: list[int | None]) -> list[np.ndarray]:
+def _all_logits(path: Path, tokens: list[int], counts: Sequence[int | None]) -> list[np.ndarray]:
     return [_logits(path, tokens, k) for k in counts]
 
 
@@ -26,7 +27,7 @@ def llama_logits(path: Path, tokens: list[int], n_expert_used: int | None = None
     return run_in_child(_logits, path, tokens, n_expert_used)
 
 
-def llama_logits_at(path: Path, tokens: list[int], counts: list[int | None]) -> list[np.ndarray]:
+def llama_logits_at(path: Path, tokens: list[int], counts: Sequence[int | None]) -> list[np.ndarray]:
     """The same at several expert-used counts, in one child process."""
     return run_in_child(_all_logits, path, tokens, counts)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -12,7 +13,7 @@ from moe2gguf.errors import PlanError
 from moe2gguf.experts.heal.load import load_model
 
 IDS = torch.arange(5, 45)[None]
-MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+MIXTRAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
 
 
 def read_logits(model: torch.nn.Module) -> torch.Tensor:

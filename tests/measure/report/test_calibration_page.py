@@ -90,7 +90,9 @@ def test_the_command_writes_it_and_the_json_has_the_same(folder: Any, tmp_path: 
 
     assert 0 == ran.exit_code, ran.output
     result = json.loads(ran.stdout)
-    figures = json.loads(re.search(r"const FIGURES = (.*);\n", (tmp_path / "r.html").read_text())[1])
+    match = re.search(r"const FIGURES = (.*);\n", (tmp_path / "r.html").read_text())
+    assert match is not None
+    figures = json.loads(match[1])
     assert [one["load"] for one in result["layers"]] == figures[0]["data"][0]["z"]
 
 

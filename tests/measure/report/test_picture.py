@@ -36,8 +36,8 @@ def test_an_svg_has_every_point_and_is_the_same_twice(found: Comparison, tmp_pat
     fewer = replace(
         found,
         rows=(found.rows[0], found.rows[2]),
-        recommendation=replace(found.recommendation, label=found.recommendation.front[0]),
-    )  # type: ignore[type-var, union-attr]
+        recommendation=replace(found.recommendation, label=found.recommendation.front[0]),  # type: ignore[type-var, union-attr]
+    )
     fewer = replace(fewer, recommendation=replace(fewer.recommendation, front=(fewer.recommendation.label,)))  # type: ignore[type-var, union-attr]
     write_picture(fewer, tmp_path / "fewer.svg")
     assert points(tmp_path / "a.svg") > points(tmp_path / "fewer.svg") > 0
