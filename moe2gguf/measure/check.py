@@ -66,10 +66,7 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
-        return {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
+        return {key: metrics.finite_or_none(value) for key, value in asdict(self).items()}
 
 
 def compare_with_dense(

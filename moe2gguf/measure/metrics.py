@@ -87,7 +87,7 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
+        return {key: finite_or_none(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Summary:
@@ -320,7 +320,8 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are not finite become None, in dictionaries too."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

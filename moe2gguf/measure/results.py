@@ -13,7 +13,7 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.measure.expert_usage import ExpertUse
 from moe2gguf.measure.grid import RunConfig
 from moe2gguf.measure.intervals import Interval, mean_interval, paired_interval
-from moe2gguf.measure.metrics import Summary, TokenScores, join_scores, summarize
+from moe2gguf.measure.metrics import Summary, TokenScores, finite_or_none, join_scores, summarize
 from moe2gguf.measure.speed import Speed
 
 Status = Literal["ok", "failed", "refused"]
@@ -48,7 +48,7 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
-        windows = {name: [_finite(x) for x in getattr(self, name)] for name in _SERIES}
+        windows = {name: [finite_or_none(x) for x in getattr(self, name)] for name in _SERIES}
         return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds, "worker": self.worker}
 
     @classmethod
@@ -136,10 +136,7 @@ class Pair:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; numbers that are not finite become None."""
-        values = asdict(self)
-        for name in ("kl", "log_ratio"):
-            values[name] = {key: _finite(value) for key, value in values[name].items()}
-        return values
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ class Comparison:
             "reference": {
                 **self.reference.to_dict(),
                 "perplexity": self.base.perplexity_base if self.base else None,
-                "perplexity_error": _finite(self.base.perplexity_base_error) if self.base else None,
+                "perplexity_error": finite_or_none(self.base.perplexity_base_error) if self.base else None,
             },
             "reference_speed": self.reference_speed.to_dict() if self.reference_speed else None,
             "recommendation": asdict(self.recommendation) if self.recommendation else None,
@@ -287,7 +284,3 @@ def compare_pairs(rows: Iterable[ResultRow], kl_limit: float) -> list[Pair]:
             different = a_above is not b_above or (kl.excludes_zero and abs(kl.mean) > kl_limit)
             pairs.append(Pair(first, second, kl, paired_interval(a.window_nll, b.window_nll), different))
     return pairs
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
