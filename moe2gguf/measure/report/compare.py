@@ -304,7 +304,7 @@ def _describe_method(found: Comparison) -> list[str]:
         f"Student's t over windows, paired where two runs are compared. The noise limit, {found.kl_limit:.2g} nats per "
         "token, is how far the reference differs from itself when it is computed token by token, with a margin. Speeds "
         "are medians of interleaved runs, defined as in llama-bench.</p>",
-        plain_table("file", "SHA-256", {path.name: made.get(path.name) or _sha256(path) for path in paths}),
+        plain_table("file", "SHA-256", {path.name: made.get(path.name) or _sha256(path) for path in paths}, code=True),
     ]
 
 

@@ -230,9 +230,12 @@ def _cell(value: Any) -> str:
     return f"<td>{escape(str(value))}</td>"
 
 
-def plain_table(name: str, value: str, values: Mapping[str, Any]) -> str:
-    """Return values by name as a table of two columns with these headings."""
-    items = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+def plain_table(name: str, value: str, values: Mapping[str, Any], *, code: bool = False) -> str:
+    """Return values by name as a table of two columns with these headings; `code` sets the values in its type."""
+    start, end = ("<code>", "</code>") if code else ("", "")
+    items = "".join(
+        f"<tr><td>{escape(str(k))}</td><td>{start}{escape(str(v))}{end}</td></tr>" for k, v in values.items()
+    )
     return f'<div class="wide"><table><thead><tr><th>{name}</th><th>{value}</th></tr></thead>{items}</table></div>'
 
 
