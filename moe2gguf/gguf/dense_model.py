@@ -19,8 +19,8 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.expected import check_architecture, llama_dimensions
-from moe2gguf.gguf.file import GGUFFile, ValueType, shown
-from moe2gguf.gguf.findings import Findings
+from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment, shown
+from moe2gguf.gguf.metadata import yarn_attention
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
@@ -28,7 +28,6 @@ from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
 ARCHITECTURES = {"llama": False, "qwen2": True}
 """The architectures that arch `llama` can compute, and whether they rotate halves of a head instead of pairs."""
 
-MAX_ALIGNMENT = 1 << 20
 _MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)")
 
 
@@ -128,9 +127,7 @@ def _refusals(file: GGUFFile) -> list[str]:
     if odd:
         kinds = ", ".join(sorted({file.tensors[name].type.name for name in odd}))
         found.append(f"{file.path}: {kinds} is no type of weights, but that of {shown(odd[0])}")
-    if file.alignment > MAX_ALIGNMENT:
-        found.append(f"{file.path}: aligns tensors to {file.alignment} bytes; at most {MAX_ALIGNMENT} make sense")
-    return found
+    return found + refuse_alignment(file)
 
 
 def _model(file: GGUFFile, it: Dimensions, architecture: str, problems: list[str]) -> Model:
@@ -176,12 +173,17 @@ def _rope(file: GGUFFile, n_context: int, problems: list[str]) -> Rope:
 
     theta, kind = number("freq_base", 10000.0), file.metadata.get("llama.rope.scaling.type", "linear")
     factor = number("scaling.factor", number("scale_linear", 0.0)) or 1.0
-    own = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     attention = number("scaling.attn_factor", 1.0)
     if kind == "yarn":
         original = file.metadata.get("llama.rope.scaling.original_context_length")
         whole = original if isinstance(original, int) and original > 0 else n_context
-        return Rope(theta, "yarn", factor, whole, attention_factor=own * attention if attention != 1 else None)
+        return Rope(
+            theta,
+            "yarn",
+            factor,
+            whole,
+            attention_factor=yarn_attention(factor) * attention if attention != 1 else None,
+        )
     return Rope(theta, "linear", factor) if kind == "linear" and factor != 1 else Rope(theta)
 
 

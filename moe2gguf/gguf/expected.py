@@ -10,9 +10,8 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import list_names
-from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, shown
-from moe2gguf.gguf.findings import Findings
-from moe2gguf.limits import GRAPHS, MAX_EXPERTS, Graph, graph_sizes, max_experts_used
+from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.limits import GRAPHS, MAX_EXPERTS, Graph, GraphTensor, graph_sizes, max_experts_used
 from moe2gguf.spec import Dimensions
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
@@ -94,16 +93,22 @@ def graph_tensors(graph: Graph, m: Dimensions, *, fused: bool) -> dict[str, Expe
     sizes, left_out = graph_sizes(m), {"dense" if m.n_expert else "experts", "split" if fused else "fused"}
     found: dict[str, ExpectedTensor] = {}
     for tensor in graph.tensors:
-        shape = tuple(sizes[name] for name in tensor.shape)
-        n_matrix = shape[0] if len(shape) == 3 else 1
-        extra = {} if tensor.when in left_out else {".weight": ExpectedTensor(shape, tensor.required, tensor.f32)}
-        if tensor.scales and extra:
-            extra |= dict.fromkeys((".scale", ".input_scale"), ExpectedTensor((n_matrix,), False, True))
-        if tensor.bias and (extra or tensor.when == "split"):
-            extra[".bias"] = ExpectedTensor(shape[:1], False, False)
-        layers = range(m.n_layer) if "{i}" in tensor.name else (0,)
-        found |= {tensor.name.format(i=i) + ending: one for i in layers for ending, one in extra.items()}
+        family = _tensor_family(tensor, tuple(sizes[name] for name in tensor.shape), tensor.when in left_out)
+        for i in range(m.n_layer) if "{i}" in tensor.name else (0,):
+            found |= {tensor.name.format(i=i) + ending: one for ending, one in family.items()}
     return found
+
+
+def _tensor_family(tensor: GraphTensor, shape: Shape, is_left_out: bool) -> dict[str, ExpectedTensor]:
+    """The weight of a tensor and its companions, by ending; none if it is left out, but a bias of split q, k, v."""
+    bias = {".bias": ExpectedTensor(shape[:1], False, False)} if tensor.bias else {}
+    if is_left_out:
+        return bias if tensor.when == "split" else {}
+    family = {".weight": ExpectedTensor(shape, tensor.required, tensor.f32), **bias}
+    if tensor.scales:
+        scale = ExpectedTensor((shape[0] if len(shape) == 3 else 1,), False, True)
+        family |= {".scale": scale, ".input_scale": scale}
+    return family
 
 
 # The values with which keys that arch `llama` does not read mean what it does anyway.

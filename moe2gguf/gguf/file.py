@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
@@ -21,6 +21,9 @@ from moe2gguf.errors import GGUFError
 from moe2gguf.spec import MetadataValue
 
 CHUNK = 16 << 20
+
+MAX_ALIGNMENT = 1 << 20
+"""Of a file that is written again: what a larger one adds to every tensor is nothing but room."""
 
 
 class LaterType(IntEnum):
@@ -57,6 +60,14 @@ class ValueType(NamedTuple):
     def __str__(self) -> str:
         """`UINT32`, or `ARRAY of STRING`."""
         return self.type.name if self.element is None else f"ARRAY of {self.element.name}"
+
+
+@dataclass
+class Findings:
+    """What was found in a file: problems make it unsound, notes are worth knowing."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,13 @@ class GGUFFile:
                 piece = buffer[: tensor.n_bytes - start]
                 read_into(file, tensor.offset + start, piece, tensor.file)
                 yield piece
+
+
+def refuse_alignment(file: GGUFFile) -> list[str]:
+    """Why a file that is to be written again must not have its alignment: one sentence, or none."""
+    if file.alignment <= MAX_ALIGNMENT:
+        return []
+    return [f"{file.path}: aligns tensors to {file.alignment} bytes; at most {MAX_ALIGNMENT} make sense"]
 
 
 def open_gguf(path: Path) -> BinaryIO:

@@ -14,8 +14,17 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.gguf.file import BLOCK_SIZES, CHUNK, GGUFFile, TensorInfo, open_gguf, read_into, shown
-from moe2gguf.gguf.findings import Findings
+from moe2gguf.gguf.file import (
+    BLOCK_SIZES,
+    CHUNK,
+    Findings,
+    GGUFFile,
+    LaterType,
+    TensorInfo,
+    open_gguf,
+    read_into,
+    shown,
+)
 
 _STEP = 1 << 20  # bytes looked at together: they and the scratch space stay in the cache
 _HALF = 0x7C00  # the exponent of an f16; all ones mean NaN or infinity
@@ -63,9 +72,9 @@ FIELDS: dict[int, tuple[_Field, ...]] = {
     GGMLType.IQ4_XS: _halves(0),
     GGMLType.TQ1_0: _halves(52),
     GGMLType.TQ2_0: _halves(64),
-    39: (_Field("u1", 0, 0xFF),),  # MXFP4: a power of two, where 255 is NaN
-    41: _halves(0),  # Q1_0
-    42: _halves(0),  # Q2_0
+    GGMLType.MXFP4: (_Field("u1", 0, 0xFF),),  # a power of two, where 255 is NaN
+    GGMLType.Q1_0: _halves(0),
+    LaterType.Q2_0: _halves(0),
 }
 
 

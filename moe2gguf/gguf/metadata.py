@@ -1,4 +1,4 @@
-"""Hyper-parameters -> the `general.*`, `llama.*` and `moe2gguf.*` keys of the file.
+"""Hyper-parameters and vocabulary -> the `general.*`, `llama.*`, `tokenizer.*` and `moe2gguf.*` keys of the file.
 
 llama.cpp's reading side: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1320-L1456 and
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L3-L37. Keys that arch `llama` does not honor
@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing
+from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing, Vocabulary
 
 SOURCE_DIGEST = "moe2gguf.source.sha256"
 DIGEST_PLACEHOLDER = "0" * 64
@@ -78,9 +78,13 @@ def _rope_scaling(rope: Rope) -> dict[str, MetadataValue]:
     if rope.attention_factor is not None:
         # llama.cpp computes 1 + 0.1 ln(factor) itself and multiplies by this key; `yarn_attn_factor` is overwritten:
         # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-context.cpp#L177-L214
-        own = 1 + 0.1 * math.log(rope.factor) if rope.factor > 1 else 1.0
-        result["llama.rope.scaling.attn_factor"] = rope.attention_factor / own
+        result["llama.rope.scaling.attn_factor"] = rope.attention_factor / yarn_attention(rope.factor)
     return result
+
+
+def yarn_attention(factor: float) -> float:
+    """The attention factor that llama.cpp computes itself from a yarn scaling factor."""
+    return 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
 
 
 def rope_frequencies(rope: Rope, d_head: int) -> NDArray[np.float32]:
@@ -137,3 +141,51 @@ def provenance(
     if calibration and slicing:
         result[CALIBRATION_LOAD] = [0.0] * (model.n_layer * slicing.n_expert)
     return result
+
+
+_TOKEN_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+    "fim_pre": "fim_pre_token_id",
+    "fim_suf": "fim_suf_token_id",
+    "fim_mid": "fim_mid_token_id",
+}
+"""Role -> key, spelled as llama.cpp spells it:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/gguf-py/gguf/constants.py#L323"""
+
+
+def vocabulary_metadata(vocabulary: Vocabulary) -> dict[str, MetadataValue]:
+    """Return the vocabulary as metadata, keys in a fixed order; what the vocabulary lacks has no key.
+
+    The unnamed chat template is `tokenizer.chat_template`, the others are `tokenizer.chat_template.NAME`, listed in
+    `tokenizer.chat_templates`.
+    """
+    metadata: dict[str, MetadataValue] = {
+        "tokenizer.ggml.model": vocabulary.model,
+        "tokenizer.ggml.pre": vocabulary.pre,
+        "tokenizer.ggml.tokens": list(vocabulary.tokens),
+        "tokenizer.ggml.token_type": list(vocabulary.types),
+    }
+    if vocabulary.scores is not None:
+        metadata["tokenizer.ggml.scores"] = list(vocabulary.scores)
+    if vocabulary.merges is not None:
+        metadata["tokenizer.ggml.merges"] = list(vocabulary.merges)
+    for role, key in _TOKEN_KEYS.items():
+        if role in vocabulary.special_ids:
+            metadata[f"tokenizer.ggml.{key}"] = vocabulary.special_ids[role]
+    for flag, value in sorted(vocabulary.flags.items()):
+        metadata[f"tokenizer.ggml.{flag}"] = value
+    named = sorted(set(vocabulary.chat_templates) - {"default"})
+    if named:
+        metadata["tokenizer.chat_templates"] = named
+    for name in named:
+        metadata[f"tokenizer.chat_template.{name}"] = vocabulary.chat_templates[name]
+    if "default" in vocabulary.chat_templates:
+        metadata["tokenizer.chat_template"] = vocabulary.chat_templates["default"]
+    return metadata

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.expected import check_architecture, check_experts_alike
-from moe2gguf.gguf.file import GGUFFile, listing, shown
-from moe2gguf.gguf.findings import Findings
+from moe2gguf.gguf.file import Findings, GGUFFile, listing, shown
 from moe2gguf.gguf.finite import check_values
 from moe2gguf.gguf.shards import merged, read_shards
 

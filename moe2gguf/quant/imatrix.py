@@ -106,27 +106,40 @@ def _wrong_values(entry: Activity) -> list[str]:
 
 
 def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
-    sums = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
-    counts = [name.removesuffix(COUNTS) for name in file.tensors if name.endswith(COUNTS)]
-    if not sums:
-        raise ImportanceError(f"{file.path}: a GGUF file without importance data; make one with `moe2gguf imatrix`")
-    problems = [f"{shown(name)}: has only one of {SUMS} and {COUNTS}" for name in sorted({*sums} ^ {*counts})]
-    datasets, numbers = file.metadata.get(DATASETS), [file.metadata.get(key) for key in (CHUNK_COUNT, CHUNK_SIZE)]
-    if not isinstance(datasets, list) or any(type(n) is not int or not 0 <= n <= _MAX_CHUNKS for n in numbers):
-        problems.append(
-            f"{DATASETS}, {CHUNK_COUNT} or {CHUNK_SIZE} is missing or of another kind, llama.cpp wants them"
-        )
+    """Read the GGUF form. Raises ImportanceError with everything that is missing, unpaired or of another kind."""
+    names, problems = _find_pairs(file)
+    datasets, (chunk_count, chunk_size) = _read_counts(file, problems)
     entries = {}
-    for name in sums if not problems else ():
+    for name in names if not problems else ():
         try:
             entries[name] = _entry(file, name)
         except ValueError as error:
             problems.append(f"{shown(name)}: {error}")
     if problems:
         raise ImportanceError(listing(file.path, problems))
-    labels = tuple(label(str(text)) for text in datasets) if isinstance(datasets, list) else ()
-    chunk_count, chunk_size = (n if isinstance(n, int) else 0 for n in numbers)
-    return ImportanceMatrix(entries, labels, chunk_count, chunk_size)
+    return ImportanceMatrix(entries, datasets, chunk_count, chunk_size)
+
+
+def _find_pairs(file: GGUFFile) -> tuple[list[str], list[str]]:
+    """The tensors that the file has sums of, and the problems: those that have only one of sums and counts."""
+    sums = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
+    counts = [name.removesuffix(COUNTS) for name in file.tensors if name.endswith(COUNTS)]
+    if not sums:
+        raise ImportanceError(f"{file.path}: a GGUF file without importance data; make one with `moe2gguf imatrix`")
+    return sums, [f"{shown(name)}: has only one of {SUMS} and {COUNTS}" for name in sorted({*sums} ^ {*counts})]
+
+
+def _read_counts(file: GGUFFile, problems: list[str]) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """The names of the texts, and chunks and tokens per chunk; what is no such value is added to the problems."""
+    datasets = file.metadata.get(DATASETS)
+    numbers = [file.metadata.get(key) for key in (CHUNK_COUNT, CHUNK_SIZE)]
+    count, size = (n if type(n) is int and 0 <= n <= _MAX_CHUNKS else None for n in numbers)
+    if not isinstance(datasets, list) or count is None or size is None:
+        problems.append(
+            f"{DATASETS}, {CHUNK_COUNT} or {CHUNK_SIZE} is missing or of another kind, llama.cpp wants them"
+        )
+        return (), (0, 0)
+    return tuple(label(str(text)) for text in datasets), (count, size)
 
 
 def _entry(file: GGUFFile, name: str) -> Activity:
@@ -236,15 +249,7 @@ def merge(matrices: Sequence[ImportanceMatrix], chunk_size: int = 0) -> Importan
         ImportanceError: they do not belong to the same model, or a `.dat` does not say enough.
     """
     size = chunk_size or next((matrix.chunk_size for matrix in matrices if matrix.chunk_size), 512)
-    entries: dict[str, Activity] = {}
-    problems = []
-    for matrix in matrices:
-        for name, entry in matrix.entries.items():
-            try:
-                known = _in_tokens(name, entry, size) if matrix.legacy else entry
-                entries[name] = _sum(entries[name], known) if name in entries else known
-            except ValueError as error:
-                problems.append(f"  - {shown(name)}: {error}")
+    entries, problems = _add_entries(matrices, size)
     tokens = sum(matrix.chunk_count * (matrix.chunk_size or size) for matrix in matrices)
     chunks = -(-tokens // size)
     if chunks > _MAX_CHUNKS:
@@ -253,6 +258,20 @@ def merge(matrices: Sequence[ImportanceMatrix], chunk_size: int = 0) -> Importan
         raise ImportanceError("\n".join(["these importance matrices cannot be merged:", *problems[:20]]))
     datasets = dict.fromkeys(name for matrix in matrices for name in matrix.datasets)
     return ImportanceMatrix(entries, tuple(datasets), chunks, size)
+
+
+def _add_entries(matrices: Sequence[ImportanceMatrix], chunk_size: int) -> tuple[dict[str, Activity], list[str]]:
+    """The sum of the entries of each name, and a line for each that cannot be added."""
+    entries: dict[str, Activity] = {}
+    problems = []
+    for matrix in matrices:
+        for name, entry in matrix.entries.items():
+            try:
+                known = _in_tokens(name, entry, chunk_size) if matrix.legacy else entry
+                entries[name] = _sum(entries[name], known) if name in entries else known
+            except ValueError as error:
+                problems.append(f"  - {shown(name)}: {error}")
+    return entries, problems
 
 
 def _in_tokens(name: str, entry: Activity, chunk_size: int) -> Activity:

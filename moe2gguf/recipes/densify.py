@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.expected import check_architecture
-from moe2gguf.gguf.file import GGUFFile, TensorType, listing
-from moe2gguf.gguf.findings import Findings
+from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.metadata import BIAS_NEURON
 from moe2gguf.gguf.shards import read_model

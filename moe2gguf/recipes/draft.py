@@ -10,8 +10,7 @@ from gguf import GGML_QUANT_VERSION
 from moe2gguf.experts.slicing import Order
 from moe2gguf.gguf.dense_model import DenseFile, carried_metadata
 from moe2gguf.gguf.file import ValueType
-from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance
-from moe2gguf.gguf.vocabulary import vocabulary_metadata
+from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance, vocabulary_metadata
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.quant.assign import Assignment, assign
 from moe2gguf.quant.imatrix_match import Neurons

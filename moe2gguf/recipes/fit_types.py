@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.metadata import model_metadata, provenance
-from moe2gguf.gguf.vocabulary import vocabulary_metadata
+from moe2gguf.gguf.metadata import model_metadata, provenance, vocabulary_metadata
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.progress import Progress, silent

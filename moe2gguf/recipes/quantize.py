@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import kernels, types
-from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.file import GGUFFile, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.shards import read_model
@@ -36,7 +36,6 @@ from moe2gguf.spec import MetadataValue
 BLOCK = 4 << 20
 """Elements of a tensor that are in memory together."""
 
-MAX_ALIGNMENT = 1 << 20
 PREFIX = "moe2gguf.quantize."
 
 
@@ -281,9 +280,7 @@ def _refuse_file(file: GGUFFile) -> list[str]:
     refusals = []
     if not file.tensors:
         refusals.append(f"{file.path}: holds no tensors")
-    if file.alignment > MAX_ALIGNMENT:
-        refusals.append(f"{file.path}: aligns tensors to {file.alignment} bytes; at most {MAX_ALIGNMENT} make sense")
-    return refusals
+    return refusals + refuse_alignment(file)
 
 
 def _refuse_sources(file: GGUFFile, assigned: Assignment, allow_requantize: bool) -> list[str]:

@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from moe2gguf.errors import VocabularyError
-from moe2gguf.gguf.vocabulary import vocabulary_metadata
+from moe2gguf.gguf.metadata import vocabulary_metadata
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Vocabulary
 
