@@ -7,7 +7,7 @@ Glossary (used in every shape in this project; arrays are in numpy order, row-ma
     d_ff           width of the dense MLP
     n_expert       experts per layer (n in formulas)
     n_expert_used  experts that run per token (k in formulas)
-    n_shared       always-on experts among them
+    n_shared       shared experts among them, which run for every token
     d_expert       width of one expert, zero padding included
     n_head         query heads
     n_head_kv      key/value heads

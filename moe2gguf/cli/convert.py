@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from moe2gguf.cli.options import (
 from moe2gguf.experts import methods
 
 if TYPE_CHECKING:
+    from moe2gguf.recipes.options import Options
     from moe2gguf.recipes.plan import Plan
 
 OF_EXPERTS = ("--experts", "--used", "--align", "--expert-scale")
@@ -176,10 +179,7 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct half.gguf --experts 16 --used 8 --calibration text.txt
       moe2gguf convert SmolLM2-135M-Instruct half --experts 16 --used 8 --format hf
     """
-    from moe2gguf.measure.check import compare_conversion
     from moe2gguf.quant.rules import TypeOptions
-    from moe2gguf.recipes import convert as recipe
-    from moe2gguf.recipes.hf_output import write_folder
     from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
 
     if out is None and not plan_only:
@@ -192,36 +192,63 @@ def convert(
         calibration=take(CalibrationOptions, options),
         **options,
     )
-
-    def look_at(plan: Plan) -> None:
-        if report and not plan.calibration:
-            raise click.UsageError(
-                "--report shows a calibration, and these options need none; add --used below --experts."
-            )
-        display.warnings(plan.warnings)
-
+    look_at = functools.partial(_look_at, report)
     if plan_only or out is None:
-        with refusals_as_json(as_json):
-            plan = recipe.plan_conversion(model, chosen, progress=display.progress)
-        look_at(plan)
-        emit(plan.to_dict(), as_json, lambda: tables_convert.plan(plan))
-        return
-    if form == "hf":
-        made = write_folder(model, out, chosen, force=force, resume=resume, progress=display.progress, on_plan=look_at)
-        emit(made.to_dict(), as_json, lambda: tables_convert.folder(made))
-        counts = f"K..{made.plan.n_expert}"
-        display.next_step(f"moe2gguf heal {out} HEALED --teacher {model} --text TEXT --used-range {counts}")
-        return
+        _show_plan(model, chosen, as_json, look_at)
+    elif form == "hf":
+        _write_folder(model, out, chosen, as_json, force=force, resume=resume, on_plan=look_at)
+    else:
+        arguments = {"force": force, "resume": resume, "threads": threads, "on_plan": look_at}
+        _write_file(model, out, chosen, as_json, check, report, arguments)
+
+
+def _look_at(report: Path | None, plan: Plan) -> None:
+    """Show the warnings of a plan before anything is written, and refuse a report of no calibration."""
+    if report and not plan.calibration:
+        raise click.UsageError("--report shows a calibration, and these options need none; add --used below --experts.")
+    display.warnings(plan.warnings)
+
+
+def _show_plan(model: Path, options: Options, as_json: bool, look_at: Callable[[Plan], None]) -> None:
+    from moe2gguf.recipes.convert import plan_conversion
+
+    with refusals_as_json(as_json):
+        plan = plan_conversion(model, options, progress=display.progress)
+    look_at(plan)
+    emit(plan.to_dict(), as_json, lambda: tables_convert.plan(plan))
+
+
+def _write_folder(model: Path, out: Path, options: Options, as_json: bool, **arguments: Any) -> None:
+    from moe2gguf.recipes.hf_output import write_folder
+
+    done = write_folder(model, out, options, progress=display.progress, **arguments)
+    emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
+    counts = f"K..{done.plan.n_expert}"
+    display.next_step(f"moe2gguf heal {out} HEALED --teacher {model} --text TEXT --used-range {counts}")
+
+
+def _write_file(
+    model: Path,
+    out: Path,
+    options: Options,
+    as_json: bool,
+    check: str | None,
+    report: Path | None,
+    arguments: dict[str, Any],
+) -> None:
+    """Convert, then write the report and compare with the dense model where that is asked for."""
+    from moe2gguf.measure.check import compare_conversion
+    from moe2gguf.recipes.convert import convert as write
+
     if report:
         from moe2gguf.measure.report.calibration import make_page
         from moe2gguf.measure.report.page import require_plotly, write_page
 
         require_plotly(report)
-    done = recipe.convert(
-        model, out, chosen, force=force, resume=resume, threads=threads, progress=display.progress, on_plan=look_at
-    )
+    done = write(model, out, options, progress=display.progress, **arguments)
     if report:
         write_page(make_page(done, sys.argv), report)
+    threads = arguments["threads"]
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.conversion(done, checked))

@@ -1,4 +1,4 @@
-"""The outcome of a recipe: a type for every tensor, and everything that does not fit, said before it is written."""
+"""A type for every tensor by the rules, and everything that does not fit, named before anything is written."""
 
 from __future__ import annotations
 
