@@ -555,7 +555,7 @@ def test_q4_k_that_does_not_fit_offers_the_ways_out(made: Any) -> None:
 SLOW = """
 import sys, time, contextlib
 from pathlib import Path
-from moe2gguf import convert
+from moe2gguf import Options, convert
 
 @contextlib.contextmanager
 def slow(stage, total):
@@ -564,7 +564,7 @@ def slow(stage, total):
         time.sleep(0.02)
     yield advance
 
-convert(Path(sys.argv[1]), Path(sys.argv[2]), flat_options(experts=4), threads=1, progress=slow)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), Options(experts=4), threads=1, progress=slow)
 """
 
 
