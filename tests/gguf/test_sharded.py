@@ -242,7 +242,7 @@ def test_shards_of_another_type_are_foreign(dense: Any, tmp_path: Path) -> None:
 SLOW = """
 import contextlib, sys, time
 from pathlib import Path
-from moe2gguf import convert
+from moe2gguf import Options, convert
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
@@ -261,9 +261,9 @@ def slowly(self, target):
 Path.replace = slowly
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 if sys.argv[3] == "convert":
-    convert(source, target, flat_options(experts=4, shard_size=100_000), threads=1, progress=slow)
+    convert(source, target, Options(experts=4, shard_size=100_000), threads=1, progress=slow)
 elif sys.argv[3] == "one":
-    convert(source, target, flat_options(experts=4), threads=1, progress=slow)
+    convert(source, target, Options(experts=4), threads=1, progress=slow)
 else:
     quantize(source, target, TypeOptions("q8_0"), shard_size=40_000, threads=1, progress=slow)
 """
