@@ -212,7 +212,7 @@ def main() -> None:
         "model": options.model.name,
         "machine": machine(),
         "n_expert": N_EXPERT,
-        "n_token": run.n_token,
+        "calibration_tokens": run.n_token,
         "windows": run.n_window,
         "context": N_CONTEXT,
         "text_sha256": hashlib.sha256(run.held_out.encode()).hexdigest(),
