@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe2gguf.experts.slicing import (  # type: ignore[attr-defined]
+from moe2gguf.experts.slicing import (
     PADDING,
     contiguous_order,
     expert_width,
     slice_columns,
     slice_rows,
-    with_row,
     zero_router,
 )
 
@@ -110,20 +109,6 @@ def test_a_power_of_two_amplifies_exactly(dtype: str) -> None:
     (only,) = slice_columns(weight, contiguous_order(4, 1), [8.0])
 
     assert np.array_equal(weight, only / weight.dtype.type(8))
-
-
-def test_another_row_for_one_neuron() -> None:
-    """In its place in one expert, in the weights' type; padding and the checkpoint itself stay as they were."""
-    weight = np.arange(8, dtype="float16").reshape(4, 2)
-    order = np.array([[0, 1, -1], [3, 2, -1]])
-
-    first, second = with_row(slice_rows(weight, order), order, 1, np.array([0.1, 9], np.float32))
-    (whole,) = with_row(slice_rows(weight, np.arange(4)[None]), np.arange(4)[None], 3, np.array([5, 5], np.float32))
-
-    assert [[0, 1], [np.float16(0.1), 9], [0, 0]] == first.tolist()
-    assert [[6, 7], [4, 5], [0, 0]] == second.tolist()
-    assert [[0, 1], [2, 3], [4, 5], [5, 5]] == whole.tolist()
-    assert ([6, 7], np.float16) == (weight[3].tolist(), first.dtype)
 
 
 def test_the_zero_router_is_zero_and_f32() -> None:
