@@ -23,8 +23,8 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
 NO_TEXT = (
-    "no --calibration: a text of many kinds is taken, mostly English; better is text of the kind that this model is "
-    "meant for; a model of another language or trade can write its own (`moe2gguf sample`)"
+    "no --calibration: the built-in text is used, which is mostly English; a text of the kind that the model is meant "
+    "for gives better experts, and `moe2gguf sample` lets a model write one"
 )
 
 
@@ -162,8 +162,8 @@ def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
     warnings = []
     if inputs.saved and not isinstance(source, Checkpoint):
         warnings.append(
-            f"--load-calibration {inputs.saved.path.name}: only its shapes are compared with a GGUF file, whose "
-            "weights are rounded; see that it was made from the same model"
+            f"--load-calibration {inputs.saved.path.name}: only its shapes can be compared with a GGUF file, whose "
+            "weights are rounded; make sure that it was made from the same model"
         )
     if inputs.text and inputs.options.calibration.text is None:
         warnings.append(NO_TEXT)
