@@ -73,7 +73,9 @@ def _names(out: Path) -> Iterator[Path]:
     yield from (out.with_name(out.name + ending) for ending in _UNFINISHED)
     if out.suffix == ".gguf" and out.parent.is_dir():
         yield from (
-            file for file in out.parent.glob("*.gguf") if (m := _SHARD.fullmatch(file.name)) and m[1] == out.stem
+            file
+            for file in sorted(out.parent.glob("*.gguf"))
+            if (m := _SHARD.fullmatch(file.name)) and m[1] == out.stem
         )
 
 

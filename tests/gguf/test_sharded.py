@@ -218,7 +218,7 @@ def test_quantize_treats_targets_as_convert_does(dense: Any, tmp_path: Path) -> 
     assert 0 == run("--shard-size", "40kB", "--force")[0]
     assert before == contents(tmp_path)
     code, shown = run("--shard-size", "40kB", "--force", source=first)
-    assert (1, True) == (code, "out-00001-of-00004.gguf: is a file of the model itself" in shown)
+    assert (1, True) == (code, "out-00001-of-00004.gguf, which is read; choose another name" in shown)
     assert 2 == run("--shard-size", "many")[0]
     code, shown = run("--shard-size", "20kB", "--force")
     assert (1, True) == (code, "--shard-size 20,000: too small for token_embd.weight" in shown)
