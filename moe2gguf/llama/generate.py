@@ -94,7 +94,7 @@ def _generate(
     path: Path, setup: Setup, prompt: str, n_token: int, temperature: float, seed: int
 ) -> Generator[str, None, Speed]:
     with open_model(path, setup) as model:
-        tokens = [int(token) for token in model.tokenize(prompt, parse_special=True)]
+        tokens = model.tokenize_prompt(prompt)
         _require_fit(model, len(tokens), n_token)
         model.start(len(tokens) + n_token)
         sampler = _make_sampler(model.lib, temperature, seed)

@@ -144,6 +144,12 @@ class Llama:
         """Return the token ids of `text` (n_token,); with `special` also BOS/EOS where the file asks for them."""
         return _tokenize(self.lib, self.vocab, text, special, parse_special)
 
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text to be continued: BOS where the file asks for it, but never EOS behind it."""
+        ids = [int(token) for token in self.tokenize(text, special=False, parse_special=True)]
+        bos = self.bos()
+        return ids if bos is None else [bos, *ids]
+
     def bos(self) -> int | None:
         """Return the token that starts every text, or None if the file wants none."""
         return int(self.lib.llama_vocab_bos(self.vocab)) if self.lib.llama_vocab_get_add_bos(self.vocab) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import gguf
 import pytest
 import tiny_gguf
 from tiny_gguf import EOS, FIRST_BYTE
@@ -47,6 +48,35 @@ def test_text_is_the_models_and_characters_are_whole(story: Path) -> None:
     assert generation.speed.stopped == "end of text"
     assert generation.speed.prompt_speed > 0
     assert generation.speed.generation_speed > 0
+
+
+def test_no_end_of_text_behind_a_prompt(story: Path, tmp_path: Path) -> None:
+    """A file with add_eos_token (models of embeddings, some fine-tunes) goes on with the prompt, as others do."""
+    with_eos = set_flag(story, tmp_path / "eos.gguf", "tokenizer.ggml.add_eos_token")
+
+    generation = generate(with_eos, "a", n_token=50, threads=1)
+
+    assert list(generation) == list(STORY)
+    assert generation.speed is not None
+    assert generation.speed.n_prompt == 2
+
+
+def set_flag(path: Path, out: Path, key: str) -> Path:
+    """A copy of a GGUF file with a flag set to true."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], kind)
+    writer.add_bool(key, True)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 def test_half_a_character_is_replaced_at_the_end(story: Path) -> None:
