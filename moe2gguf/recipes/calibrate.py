@@ -68,7 +68,7 @@ def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
     source, saved = plan.source, plan.saved
     if not saved or not isinstance(source, Checkpoint):
         return
-    if digest.hexdigest(_calibrated(source)) != saved.record.checkpoint:
+    if digest.hexdigest(_select_calibrated(source)) != saved.record.checkpoint:
         raise CalibrationError(
             f"{saved.path}: made from another checkpoint than {source.folder} (other weights, or those of a GGUF "
             "file); calibrate again without --load-calibration"
@@ -99,7 +99,7 @@ class _Folder:
 
     @functools.cached_property
     def identity(self) -> str:
-        return source_digest(_calibrated(self.checkpoint))
+        return source_digest(_select_calibrated(self.checkpoint))
 
     def layers(self, device: Device) -> Layers:
         from moe2gguf.experts.forward import Layers
@@ -118,7 +118,7 @@ class _GGUF:
 
     @functools.cached_property
     def identity(self) -> str:
-        return source_digest(_calibrated(self.dense))
+        return source_digest(_select_calibrated(self.dense))
 
     def layers(self, device: Device) -> Layers:
         from moe2gguf.experts.forward import Layers
@@ -131,7 +131,7 @@ class _GGUF:
         return spread_windows(text, ids, n_token, n_context, bos)
 
 
-def _calibrated(source: Source) -> dict[str, Readable]:
+def _select_calibrated(source: Source) -> dict[str, Readable]:
     """Return the tensors of the embedding and all layers."""
     parts = ("model.layers.", "model.embed") if isinstance(source, Checkpoint) else ("blk.", "token_embd.", "rope_")
     return {name: tensor for name, tensor in source.tensors.items() if name.startswith(parts)}
