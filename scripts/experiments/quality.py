@@ -85,8 +85,8 @@ def _ignore(_: object) -> None:
     return None
 
 
-def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, always_on_all: bool = False) -> Any:
-    """A method of ours or of others that is a slicer; `always_on_all` runs a fixed choice of neurons."""
+def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, all_shared: bool = False) -> Any:
+    """A method of ours or of others that is a slicer; `all_shared` runs a fixed choice of neurons."""
 
     def make(run: Run, k: int, out: Path) -> None:
         def find_experts(
@@ -94,7 +94,7 @@ def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, always_on
         ) -> ExpertSource:
             del inputs, progress, resume
             slicing = plan.slicing
-            if always_on_all:
+            if all_shared:
                 slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
             _calibrate(run, plan, slicing, work, slicer(k))
             return loaded_experts(functools.partial(LayerExperts.load, work), (), ())
@@ -181,17 +181,17 @@ METHODS = (
     ),
     Method("FLAP, uniform", "arXiv 2312.11983", flap(rivals.flap_uniform)),
     Method("FLAP, its standard rule", "arXiv 2312.11983", flap(rivals.flap_standard)),
-    Method("static, most important neurons", "ours", by_slicer(lambda _: slice_layer, always_on_all=True)),
-    Method("static + our refit", "ours", by_slicer(lambda _: slice_layer, always_on_all=True, refit=True)),
+    Method("static, most important neurons", "ours", by_slicer(lambda _: slice_layer, all_shared=True)),
+    Method("static + our refit", "ours", by_slicer(lambda _: slice_layer, all_shared=True, refit=True)),
     Method("ours, no refit", "ours", by_options(refit=False)),
     Method("ours, no refit, fitted loudness", "ours", by_options(refit=False, amplify="fitted")),
     Method("ours, refit", "ours", by_options(refit=True)),
 )
 
 
-def always_on(count: int) -> Method:
-    """Ours with another number of always-on experts than the default."""
-    return Method(f"ours, refit, {count} always on", "ours", by_options(refit=True, n_shared=count))
+def with_shared(count: int) -> Method:
+    """Ours with another number of shared experts than the default."""
+    return Method(f"ours, refit, {count} shared", "ours", by_options(refit=True, n_shared=count))
 
 
 def main() -> None:
@@ -203,7 +203,7 @@ def main() -> None:
     convert(run.model, dense, Options(dense=True, types=TypeOptions("f16")), force=True, threads=run.threads)
     rows = []
     for k in options.used:
-        for method in (*METHODS, *(always_on(count) for count in options.shared if count < k)):
+        for method in (*METHODS, *(with_shared(count) for count in options.shared if count < k)):
             if re.search(options.only, method.name):
                 rows.append(scored(run, method, k, dense))
         if re.search(options.only, "CMoE"):

@@ -39,7 +39,7 @@ def test_every_method_scores_a_qwen2_model(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     import quality
 
-    names = [method.name for method in quality.METHODS] + ["ours, refit, 4 always on", "ours, refit, 6 always on"]
+    names = [method.name for method in quality.METHODS] + ["ours, refit, 4 shared", "ours, refit, 6 shared"]
     assert sorted([*names, "CMoE"]) == sorted(row["method"] for row in rows)
     assert all(0.9 < row["perplexity"] / row["perplexity_dense"] < 100 for row in rows)
     assert all(f"| {name} |" in printed for name in names)
