@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,12 +26,12 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.gguf.writer import OutputTensor
-from moe2gguf.hf.families import MIXTRAL_PER_EXPERT, MLPPlace, lay_out_tensors
+from moe2gguf.hf.families import DENSE, MIXTRAL_PER_EXPERT, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
 from moe2gguf.hf.paths import inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.hf.write_config import hf_config
+from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, hf_config
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
@@ -111,27 +112,56 @@ def write_folder(
 
 def folder_refusals(plan: Plan) -> list[str]:
     """Every reason why the class `MixtralForCausalLM` cannot hold what `plan` describes."""
-    model, options = plan.model, plan.options
-    found = []
-    if plan.slicing is None:
-        what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
-        found.append(f"--format hf: this conversion {what}, so the folder would be the source again; use the source")
-    if not isinstance(plan.source, Checkpoint):
-        found.append("--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that")
-    if options.shard_size is not None:
-        found.append("--shard-size: is for GGUF files; leave it out")
-    if plan.slicing and plan.slicing.scale_tensor:
-        found.append("--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out")
-    if model.bias_qkv or model.bias_output:
-        found.append(
+    model, options, kind = plan.model, plan.options, plan.options.types.type
+    what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
+    is_folder = isinstance(plan.source, Checkpoint)
+    is_float = kind.lower() in ("auto", "f32", "f16", "bf16")
+    checks: list[tuple[Any, str]] = [
+        (
+            plan.slicing is None,
+            f"--format hf: this conversion {what}, so the folder would be the source again; use the source",
+        ),
+        (
+            not is_folder,
+            "--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that",
+        ),
+        (options.shard_size is not None, "--shard-size: is for GGUF files; leave it out"),
+        (
+            plan.slicing and plan.slicing.scale_tensor,
+            "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out",
+        ),
+        (
+            model.bias_qkv or model.bias_output,
             f"--format hf: {model.architecture} has attention biases, and transformers' MixtralForCausalLM has none; "
-            "write a GGUF file instead, whose graph has them"
-        )
-    if (kind := options.types.type).lower() not in ("auto", "f32", "f16", "bf16"):
-        found.append(f"--type {kind}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file")
-    if options.types.tensor_types or options.types.type_rules:
-        found.append("--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out")
-    return found
+            "write a GGUF file instead, whose graph has them",
+        ),
+        (
+            not is_float,
+            f"--type {kind}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file",
+        ),
+        (
+            options.types.tensor_types or options.types.type_rules,
+            "--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out",
+        ),
+    ]
+    found = [reason for wrong, reason in checks if wrong]
+    return found + (_find_short_rows(plan) if plan.slicing and is_folder and is_float else [])
+
+
+def _find_short_rows(plan: Plan) -> list[str]:
+    """Why transformers' default way to compute experts would refuse their rows, if it would."""
+    chosen, gate = plan.options.types.type, plan.source.tensors[DENSE.tensors["gate"][0].format(i=0)]
+    kind = types.of_dtype(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.named(chosen)
+    size = types.FLOATS[kind].itemsize
+    step, slicing, d_model = GROUPED_ROW_BYTES // size, plan.slicing, plan.model.d_model
+    needs = f"transformers' MixtralForCausalLM computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
+    if d_model % step:
+        return [f"--format hf: rows of {d_model} numbers have {d_model * size} bytes, and {needs}; write a GGUF file"]
+    if slicing and slicing.d_expert % step:
+        align = math.lcm(slicing.align, step)
+        rows = f"experts of {slicing.d_expert} neurons have rows of {slicing.d_expert * size} bytes"
+        return [f"--format hf: {rows}, and {needs}; add --align {align}"]
+    return []
 
 
 def mixtral_tensors(

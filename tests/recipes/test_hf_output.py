@@ -174,3 +174,31 @@ def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path: Path) -> 
     assert "MixtralForCausalLM, 4 experts, 4 used" in done.stdout
     assert (dense / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert "| slicing.expert_count | 4 |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 4), ("bfloat16", 8)])
+def test_rows_that_transformers_cannot_compute_are_refused_with_the_alignment(
+    dtype: str, step: int, tmp_path: Path
+) -> None:
+    """96 neurons in 16 experts are rows of 6 numbers: refused before a byte is written, and with --align they run."""
+    dense = checkpoints.make(tmp_path / "dense", "llama", dtype=dtype)
+
+    with pytest.raises(PlanError, match=rf"experts of 6 neurons have rows of .* bytes.*; add --align {step}$"):
+        write(dense, tmp_path / "out", flat_options(experts=16))
+    assert ["dense"] == [path.name for path in tmp_path.iterdir()]
+    folder = write(dense, tmp_path / "out", flat_options(experts=16, align=step))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    assert "grouped_mm" == model.config._experts_implementation
+    with torch.no_grad():
+        assert bool(model(torch.tensor([TOKENS])).logits.isfinite().all())  # in the stored type
+        logits = model.float()(torch.tensor([TOKENS])).logits[0].numpy()
+    assert np.abs(checkpoints.torch_logits(dense, TOKENS) - logits).max() <= 1e-3
+
+
+def test_an_alignment_of_the_user_s_is_kept(tmp_path: Path) -> None:
+    """What is named is a multiple of the alignment that was asked for."""
+    dense = checkpoints.make(tmp_path / "dense", "llama")
+
+    with pytest.raises(PlanError, match=r"experts of 6 neurons .*; add --align 12$"):
+        write(dense, tmp_path / "out", flat_options(experts=16, align=6))
