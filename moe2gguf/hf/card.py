@@ -16,7 +16,6 @@ from typing import Any
 import gguf
 import yaml
 
-from moe2gguf.errors import CheckpointError
 from moe2gguf.hf.json_file import is_number, read_bytes, read_json
 from moe2gguf.hf.paths import inside
 from moe2gguf.hf.safetensors import StoredTensor
@@ -28,24 +27,30 @@ _SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature"
 
 
 def read_card(
-    folder: Path, values: Mapping[str, Any], model: Model, tensors: Mapping[str, StoredTensor], name: str | None
+    folder: Path,
+    values: Mapping[str, Any],
+    model: Model,
+    tensors: Mapping[str, StoredTensor],
+    name: str | None,
+    warnings: list[str],
 ) -> Metadata:
     """`general.*` keys (name, basename, size label, licence, languages, base models ...) for `model`.
 
     `values` is config.json, `tensors` those of the model (their parameters make the size label), `name` an override.
 
     Raises:
-        CheckpointError: README.md or generation_config.json is not readable as such.
+        CheckpointError: README.md cannot be read, or generation_config.json is not JSON.
     """
     n_parameter = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    readme = _front_matter(folder)
+    readme = _front_matter(folder, warnings)
     config = dict(values)
     if not isinstance(model_id := config.get("_name_or_path"), str) or not _MODEL_ID.fullmatch(model_id):
         config.pop("_name_or_path", None)
     try:
         found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), readme, config, None, n_parameter)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the front matter of README.md makes no sense ({error!r}); mend it") from error
+        warnings.append(f"{folder}: README.md is skipped: its front matter makes no sense ({error!r})")
+        found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, config, None, n_parameter)
     found.name = name or found.name or model.architecture.removesuffix("ForCausalLM")
     found.size_label = found.size_label or gguf.size_label(n_parameter, 0, 0, 0)
     return {**_sampling(folder), **_general(found)}
@@ -60,8 +65,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # no stubs
         return super().compose_node(parent, index)
 
 
-def _front_matter(folder: Path) -> dict[str, Any]:
-    """The YAML block at the head of README.md; {} where there is none."""
+def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """The YAML block at the head of README.md; {} where there is none, or (with a warning) none that can be read."""
     path = inside(folder, "README.md")
     if not path.is_file():
         return {}
@@ -72,7 +77,9 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     try:
         values = yaml.load(match[1].replace("\t", "  ").replace("- no\n", '- "no"\n'), _Loader)  # noqa: S506
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path}: the front matter is not valid YAML ({error})") from error
+        reason = " ".join(str(error).split())
+        warnings.append(f"{path} is skipped: its front matter is not valid YAML ({reason:.200})")
+        return {}
     return values if isinstance(values, dict) else {}
 
 

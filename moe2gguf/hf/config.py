@@ -154,10 +154,6 @@ def _refuse(config: Config) -> None:
         problems.append(f"config.json: hidden_act is {activation!r}; llama.cpp's expert graph has SiLU only")
     if config.flag("mlp_bias"):
         problems.append("config.json: mlp_bias is true; llama.cpp's expert graph has no MLP biases")
-    if config.has("quantization_config"):
-        problems.append(
-            "config.json: quantization_config is set; convert the original f32, f16 or bf16 checkpoint instead"
-        )
     partial = values.get("partial_rotary_factor", 1.0)
     if partial not in (1, None):
         problems.append(f"config.json: partial_rotary_factor is {partial!r}; arch `llama` rotates whole heads")

@@ -142,11 +142,11 @@ REFUSED: dict[str, str] = {
 }
 """Architectures people try, and why each does not fit the target graph."""
 
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_IGNORED = re.compile(r"(.+\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)(_cached)?)")
 
 
 def ignored(source: str) -> bool:
-    """True for tensors that carry no weights: old LLaMA checkpoints store the rotary frequencies, which are derived."""
+    """True for tensors that are computed from config.json: rotary frequencies and their cached cosines and sines."""
     return _IGNORED.fullmatch(source) is not None
 
 

@@ -80,16 +80,20 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         warnings.append(f"{folder}: {len(links)} files are links to other places: {list_names(links)}")
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
-    tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: read_headers(folder), problems)
+    tied = model is not None and model.tied_embeddings
+    is_derived = lambda name: ignored(name) or (tied and name == HEAD)  # noqa: E731
+    tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: read_headers(folder, is_derived), problems)
     if model is None or family is None:
         raise PlanError(problems)
     mlp = family.mlp[0]
     if tensors is not None:
         model, tensors = _untie(model, tensors, warnings)
         mlp = _layout(family, model, tensors)
-        tensors = _compare(model, mlp, tensors, problems)
+        quantized = _quantized(values, model, mlp, tensors, warnings)
+        tensors = _compare(model, mlp, tensors, [] if quantized else problems)
+        problems += quantized
     vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
-    metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name), problems)
+    metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name, warnings), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
         raise PlanError(problems)
     made_by = config.read_provenance(values)
@@ -131,6 +135,35 @@ def _untie(
 def _layout(family: Family, model: Model, tensors: Mapping[str, Any]) -> MLP:
     """The layout of the family's MLP tensors that the checkpoint has the most names of."""
     return max(family.mlp, key=lambda mlp: len(expected(model, mlp).keys() & tensors.keys()))
+
+
+QUANTIZED_BY = {
+    "bitsandbytes": (".absmax", ".quant_map", ".SCB", ".weight_format"),
+    "GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
+    "compressed-tensors or FP8": (".weight_packed", ".weight_scale", ".weight_scale_inv", ".input_scale"),
+    "MLX": (".scales", ".biases"),
+}
+"""Which tool leaves tensors whose names end in this beside its packed weights."""
+
+
+def _quantized(
+    values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
+) -> list[str]:
+    """One problem where the weights are quantized; a quantization_config beside plain weights is a warning."""
+    wanted = expected(model, mlp).keys()
+    extra = [name for name in tensors.keys() - wanted if not ignored(name)]
+    tool = next((tool for tool, ends in QUANTIZED_BY.items() if any(name.endswith(ends) for name in extra)), None)
+    packed = sorted(name for name in wanted & tensors.keys() if tensors[name].dtype not in DTYPES)
+    if tool or (packed and values.get("quantization_config")):
+        settings = values.get("quantization_config")
+        tool = tool or (str(settings.get("quant_method"))[:40] if isinstance(settings, dict) else "quantization_config")
+        return [
+            f"the weights are quantized ({tool}); convert the original f32, f16 or bf16 checkpoint instead, or write "
+            "one: model.dequantize().save_pretrained(DIR) in transformers"
+        ]
+    if values.get("quantization_config"):
+        warnings.append("config.json: quantization_config is ignored: the weights are not quantized")
+    return []
 
 
 def _compare(

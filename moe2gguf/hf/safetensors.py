@@ -105,8 +105,10 @@ def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> 
         view = view[count:]
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: False) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name; reads headers only.
+
+    Index and shards may disagree about tensors that `is_derived` says carry no numbers of their own.
 
     Raises:
         CheckpointError: no safetensors files, a missing or surplus shard, a second model, a name outside the folder, a
@@ -124,7 +126,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if twice:
         raise CheckpointError(f"{folder}: tensors stored twice: {list_names(twice, MOST_NAMES)}")
     if index.exists():
-        _compare_with_index(index, tensors)
+        _compare_with_index(index, tensors, is_derived)
     return tensors
 
 
@@ -182,10 +184,10 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor], is_derived: Callable[[str], bool]) -> None:
     weight_map = _weight_map(index)
-    absent = sorted(name for name in weight_map if name not in tensors)
-    unnamed = sorted(name for name in tensors if name not in weight_map)
+    absent = sorted(name for name in weight_map if name not in tensors and not is_derived(name))
+    unnamed = sorted(name for name in tensors if name not in weight_map and not is_derived(name))
     elsewhere = sorted(
         name
         for name, file in weight_map.items()

@@ -64,7 +64,6 @@ def test_all_problems_come_at_once() -> None:
     [
         ({"hidden_act": "gelu_new"}, "SiLU only"),
         ({"mlp_bias": True}, "no MLP biases"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "whole heads"),
         ({"use_qk_norm": True}, "q/k norms"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),

@@ -325,6 +325,50 @@ def test_a_head_of_its_own_beside_tied_embeddings_is_written(tmp_path: Path) -> 
     assert np.abs(expected - checkpoints.torch_logits(tmp_path / "folder", TOKENS)).max() <= 1e-3
 
 
+@pytest.mark.parametrize("settings", [{}, {"quant_method": "bitsandbytes", "load_in_4bit": True}])
+def test_leftovers_beside_plain_weights_do_no_harm(made: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    """A quantization_config (with a warning, unless empty) and derived buffers: the same bytes."""
+    folder = shutil.copytree(made("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.rotary_emb.inv_freq"] = tensors["model.layers.0.self_attn.rotary_emb.cos_cached"] = np.ones(8)
+    save_file(tensors, folder / "model.safetensors")
+    checkpoints.rewrite_config(folder, quantization_config=settings)
+    convert(made("llama"), tmp_path / "a.gguf", flat_options(name="Tiny"))
+
+    done = convert(folder, tmp_path / "b.gguf", flat_options(name="Tiny"))
+
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert bool(settings) == any("quantization_config is ignored" in warning for warning in done.plan.warnings)
+
+
+def test_an_index_may_name_the_tied_head_and_omit_buffers(tmp_path: Path) -> None:
+    """Neither holds numbers of its own."""
+    folder = checkpoints.make(tmp_path / "model", "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = dict.fromkeys([*tensors, "lm_head.weight"], "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    assert () == plan_conversion(folder).warnings
+
+
+@pytest.mark.parametrize("extra", ["weight.absmax", "qweight", "weight_scale_inv", "scales"])
+def test_quantized_weights_are_one_problem(tmp_path: Path, extra: str) -> None:
+    """Not one for every tensor; with what to do."""
+    folder = checkpoints.make(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".mlp." in name]:
+        tensors[name] = np.zeros((8, 1), np.uint8)
+        tensors[name.replace("weight", extra)] = np.zeros(4, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+
+    with pytest.raises(PlanError, match="the weights are quantized") as caught:
+        plan_conversion(folder)
+
+    assert 1 == len(caught.value.refusals)
+
+
 def test_a_head_without_an_embedding_is_both(tmp_path: Path) -> None:
     """Tied embeddings, stored under the head's name: the same file."""
     folder = checkpoints.make(tmp_path / "model", "llama-tied")
@@ -486,7 +530,7 @@ def test_the_model_card_becomes_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("front", "refused"),
+    ("front", "skipped"),
     [
         ("a: &x [1]\nb: *x", True),
         ("a: [", True),
@@ -496,16 +540,15 @@ def test_the_model_card_becomes_metadata(tmp_path: Path) -> None:
         ("license: [a, [b]]", False),
     ],
 )
-def test_a_senseless_model_card_is_an_error_or_nothing_never_a_crash(tmp_path: Path, front: str, refused: bool) -> None:
-    """YAML of a stranger: no aliases, no objects; odd values are left out."""
+def test_a_senseless_model_card_is_skipped_and_never_a_crash(tmp_path: Path, front: str, skipped: bool) -> None:
+    """YAML of a stranger: no aliases, no objects; it says nothing about the weights, so it stops no conversion."""
     folder = checkpoints.make(tmp_path / "model")
     (folder / "README.md").write_text(f"---\n{front}\n---\n")
 
-    if refused:
-        with pytest.raises(PlanError, match=r"README\.md"):
-            plan_conversion(folder)
-    else:
-        assert plan_conversion(folder).metadata["general.name"] == "Llama"
+    plan = plan_conversion(folder)
+
+    assert skipped == any("README.md is skipped" in warning for warning in plan.warnings)
+    assert plan.metadata["general.name"] == "Llama"
 
 
 def test_a_conversion_is_described_by_json_ready_values(made: Any, tmp_path: Path) -> None:
