@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -27,6 +26,7 @@ from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.layout import Entry, Layout
+from moe2gguf.gguf.outputs import check_outputs
 from moe2gguf.gguf.resume import Job, checksum_range, partial_path
 from moe2gguf.gguf.shards import shard_paths
 from moe2gguf.gguf.verify import require_sound
@@ -71,16 +71,12 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
     """Refuse a target that must not be replaced or cannot be written.
 
     Raises:
-        OutputError: the target is one of the `sources` (also by link), exists and `force` is off, is no regular
-            file, or its folder is missing or read-only.
+        OutputError: as `check_outputs`, with `sources` as the inputs; the target is a folder, or its own folder is
+            missing or read-only.
     """
-    if target.exists():
-        if any(source.exists() and target.samefile(source) for source in sources):
-            raise OutputError(f"{target}: is a file of the model itself; choose another name")
-        if not stat.S_ISREG(target.stat().st_mode):
-            raise OutputError(f"{target}: exists and is not a regular file; choose another name")
-        if not force:
-            raise OutputError(f"{target}: exists; choose another name, or replace it with --force")
+    if target.is_dir():
+        raise OutputError(f"{target}: exists and is not a regular file; choose another name")
+    check_outputs({str(target): target}, sources, force=force)
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent}: no such folder; create it first")
     if not os.access(target.parent, os.W_OK):

@@ -158,7 +158,7 @@ def collect_imatrix(
     """
     if text is None and not merged:
         raise ImportanceError("nothing to collect from: give --text, or --merge matrices")
-    check_target(out, [model, *merged], force=force)
+    check_target(out, [model, *merged, *([text] if text else [])], force=force)
     parts = [read_imatrix(path) for path in merged]
     if text is None:
         matrix = _write_sum(parts, model, out, merged, n_context, force)

@@ -53,6 +53,11 @@ class TypeOptions:
     target_bpw: float | None = None
 
     @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [path for path in (self.type_rules, self.imatrix) if path]
+
+    @property
     def has_target(self) -> bool:
         """Whether types are to be chosen for a size."""
         return self.target_size is not None or self.target_bpw is not None

@@ -143,11 +143,12 @@ def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:
     """
     fresh = [tensor for tensor in plan.tensors if not tensor.copied]
     require_kernels((tensor.type for tensor in fresh), importance=any(tensor.guided for tensor in fresh))
-    check_model_target(out, len(plan.files), plan.source.own_files, force=force)
+    read = [*plan.source.own_files, *plan.options.files]
+    check_model_target(out, len(plan.files), read, force=force)
     if kept := plan.options.calibration.save_to:
         if kept.resolve() in {path.resolve() for path in model_paths(out, len(plan.files))}:
             raise OutputError(f"{kept}: is the file to write already; keep the calibration under another name")
-        check_target(kept, plan.source.own_files, force=force)
+        check_target(kept, read, force=force)
 
 
 def _describe_job(plan: Plan, experts: ExpertSource) -> dict[str, str]:

@@ -90,7 +90,8 @@ def heal(
         CalibrationError: the text cannot be used.
         OutputError: `out` cannot be written, or must not be replaced.
     """
-    check_folder_target(out, [student, teacher], force=force)
+    held_out = [text.held_out] if text.held_out else []
+    check_folder_target(out, [student, teacher, *text.files, *held_out], force=force)
     sliced, dense = open_checkpoint(student), open_checkpoint(teacher)
     require_fit(sliced, dense, settings)
     data = read_windows(sliced, text)

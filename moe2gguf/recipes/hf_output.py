@@ -98,7 +98,7 @@ def write_folder(
     if found or plan.slicing is None or not isinstance(source, Checkpoint):
         raise PlanError(found)
     on_plan(plan)
-    check_folder_target(out, [source.folder], force=force)
+    check_folder_target(out, [source.folder, *options.files], force=force)
     work = out.with_name(out.name + ".calibration")
     experts = find_experts(plan, inputs, work, progress, resume=resume)
     digest = SourceDigest()

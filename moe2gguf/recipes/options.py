@@ -105,6 +105,11 @@ class Options:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that are read, besides the model."""
+        return [*self.types.files, *(path for path in (self.calibration.text, self.calibration.load_from) if path)]
+
+    @property
     def n_expert(self) -> int:
         """Experts of a dense checkpoint."""
         return DEFAULT_EXPERTS if self.experts is None else self.experts

@@ -117,7 +117,7 @@ def quantize(
     plan = fit_types(plan, inputs, progress)
     on_plan(plan)
     _require_kernels(plan)
-    check_model_target(out, len(plan.files), file.files, force=force)
+    check_model_target(out, len(plan.files), [*file.files, *options.files], force=force)
 
     # Decode, encode, write, verify and name the files.
     kinds = {tensor.type for tensor in plan.tensors}

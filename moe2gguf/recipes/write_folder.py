@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
+from moe2gguf.gguf.outputs import check_outputs
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.hf.companions import copy_companions
 from moe2gguf.hf.folder import open_checkpoint
@@ -35,12 +36,11 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
     """Refuse a target that must not be replaced or cannot be written.
 
     Raises:
-        OutputError: it is one of the `sources`, exists and `force` is off, is no folder that this program wrote, or
-            its parent is missing or read-only.
+        OutputError: it is or holds one of the `sources`, exists and `force` is off, is no folder that this program
+            wrote, or its parent is missing or read-only.
     """
+    check_outputs({str(out): out}, sources, force=force)
     if out.exists() or out.is_symlink():
-        if any(source.exists() and out.exists() and out.samefile(source) for source in sources):
-            raise OutputError(f"{out}: is the model itself; choose another name")
         if not force:
             raise OutputError(f"{out}: exists; choose another name, or replace it with --force")
         if out.is_symlink() or not _is_ours(out):

@@ -198,7 +198,7 @@ def test_targets_that_must_not_be_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="--force"):
         check_target(other, [source], force=False)
     for name in ("source", "symbolic", "hard"):
-        with pytest.raises(OutputError, match="file of the model itself"):
+        with pytest.raises(OutputError, match="would replace"):
             check_target(tmp_path / name, [source], force=True)
     for path in (tmp_path, os.devnull):
         with pytest.raises(OutputError, match="not a regular file"):

@@ -219,7 +219,7 @@ def test_wrong_inputs(files: Any, tmp_path: Path) -> None:
         collect_imatrix(files["dense"], tmp_path / "m", tmp_path / "short.txt")
     with pytest.raises(CalibrationError, match="empty"):
         collect_imatrix(files["dense"], tmp_path / "m", tmp_path / "empty.txt")
-    with pytest.raises(OutputError, match="file of the model itself"):
+    with pytest.raises(OutputError, match="would replace"):
         collect_imatrix(files["dense"], files["dense"], files["text"], force=True)
     (tmp_path / "m").write_text("old")
     with pytest.raises(OutputError, match="--force"):

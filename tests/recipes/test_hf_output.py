@@ -126,7 +126,7 @@ def test_only_a_folder_of_ours_is_replaced(tmp_path: Path) -> None:
         write(dense, out, flat_options(experts=2))
     with pytest.raises(OutputError, match="was not written by moe2gguf"):
         write(dense, tmp_path / "mine", flat_options(experts=2), force=True)
-    with pytest.raises(OutputError, match="the model itself"):
+    with pytest.raises(OutputError, match="would replace"):
         write(dense, dense, flat_options(experts=2), force=True)
     write(dense, out, flat_options(experts=2), force=True)
 

@@ -254,7 +254,7 @@ def test_a_bad_weight_is_named_and_leaves_nothing(tmp_path: Path, value: Any) ->
 
 def test_targets_and_sources_that_are_refused(dense: Any, tmp_path: Path) -> None:
     """The file itself, an existing one, an absurd alignment, a file without tensors, no GGUF at all."""
-    with pytest.raises(OutputError, match="file of the model itself"):
+    with pytest.raises(OutputError, match="would replace"):
         quantize(dense, dense, TypeOptions("q8_0"), force=True)
     (tmp_path / "old.gguf").write_text("old")
     with pytest.raises(OutputError, match="--force"):
@@ -385,3 +385,13 @@ def test_an_unfinished_file_of_other_options_is_refused(dense: Any, tmp_path: Pa
 
     assert 0 == quantize(dense, target, TypeOptions("q5_k_m"), resume=False).reused
     assert [target] == list(tmp_path.iterdir())
+
+
+def test_no_input_is_replaced_from_python_either(dense: Path, tmp_path: Path) -> None:
+    """The rule of the command line stands below it: rules and matrices are inputs, whatever `force` says."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[[rules]]\npattern = '.*ffn_.*'\ntype = 'q8_0'\n")
+
+    with pytest.raises(OutputError, match=r"rules\.toml: would replace .*rules\.toml, which is read"):
+        quantize(dense, rules, TypeOptions("q8_0", type_rules=rules), force=True)
+    assert rules.read_text().startswith("[[rules]]")

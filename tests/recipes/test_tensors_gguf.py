@@ -320,7 +320,7 @@ def test_other_refusals(dense: Any, tmp_path: Path) -> None:
         plan_conversion(tmp_path / "text")
     with pytest.raises(CheckpointError, match="neither a Hugging Face model folder nor a GGUF file"):
         plan_conversion(tmp_path / "absent")
-    with pytest.raises(OutputError, match="is a file of the model itself"):
+    with pytest.raises(OutputError, match="would replace"):
         convert(dense("Q8_0"), dense("Q8_0"), flat_options(experts=4), force=True)
 
 
