@@ -151,11 +151,11 @@ class _Child:
             thread.start()
 
     def send(self, request: Any) -> None:
-        """Hand over the search path and the request; the pipe stays open as the parent's sign of life."""
+        """Hand over what a fork does not inherit, then the request; the pipe stays open as our sign of life."""
         stdin = self.process.stdin
         if stdin is not None:
             with suppress(BrokenPipeError):  # it died already: the next receive says so
-                first = {"path": sys.path, "environment": self.environment}
+                first = {"path": sys.path, "environment": self.environment, "folder": _current_folder()}
                 stdin.write(json.dumps(first).encode() + b"\n" + pickle.dumps(request))
                 stdin.flush()
 
@@ -188,6 +188,14 @@ class _Child:
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
+
+
+def _current_folder() -> str | None:
+    """Where relative paths start; None where that folder has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def _start_fresh(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

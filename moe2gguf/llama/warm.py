@@ -189,6 +189,8 @@ def _become_child(pipes: list[int], foreign: list[int]) -> NoReturn:
         sys.path[:] = first["path"]
         os.environ.clear()
         os.environ.update(first["environment"])
+        if first["folder"] is not None:
+            os.chdir(first["folder"])
         serve()
     finally:
         os._exit(1)

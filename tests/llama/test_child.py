@@ -251,6 +251,13 @@ def test_a_warm_child_has_this_processes_environment_and_path(monkeypatch: pytes
     assert "3" == run_in_child(environment_of, "OMP_NUM_THREADS")[0]
 
 
+def test_a_warm_child_starts_in_this_processes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of now, so that relative paths mean the same in both, not in that of the warm process."""
+    run_in_child(double, 1)
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path) == run_in_child(os.getcwd)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks of a warm process are Linux's")
 def test_a_lost_warm_process_is_replaced() -> None:
     """Killed from outside, as a machine short of memory does."""
