@@ -29,7 +29,9 @@ def run(name: str, inputs: Path, out: Path, *, stop: bool = False) -> list[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         if stop:
-            pieces = [json.loads(process.stdout.readline())]
+            pieces: list[str] = []
+            while not pieces or not re.match(long_jobs.STOP_AFTER.get(name, ""), pieces[-1]):
+                pieces.append(json.loads(process.stdout.readline()))
             process.kill()
         else:
             pieces = [json.loads(line) for line in process.stdout]

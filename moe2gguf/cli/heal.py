@@ -26,6 +26,7 @@ from moe2gguf.cli.options import (
     force_option,
     json_option,
     number,
+    resume_option,
     seed_option,
     whole_numbers,
 )
@@ -96,7 +97,7 @@ def fill(record: type[Any], options: Mapping[str, Any], **others: Any) -> Any:
     ),
     option("--checkpointing", is_flag=True, help="Recompute activations, which saves memory and costs time."),
 )
-@option_group("Output", force_option, json_option)
+@option_group("Output", force_option, resume_option, json_option)
 @option_group(
     "Expert options",
     number("--top", default=0, type=NONE, help="Compare the N likeliest tokens; 0: all."),
@@ -123,6 +124,7 @@ def heal(
     teacher: Path,
     out: Path,
     force: bool,
+    resume: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -159,6 +161,7 @@ def heal(
         out,
         choices,
         force=force,
+        resume=resume,
         progress=display.progress,
         on_line=tables_heal.heal_line,
     )

@@ -71,6 +71,7 @@ class Journal:
                 case {"job": dict(manifest)} if all(isinstance(value, str) for value in manifest.values()):
                     self.manifest = manifest
                 case {"piece": str(name), "xxh3": str(checksum), "facts": dict(facts)}:
+                    self.pieces.pop(name, None)  # the order is that of the last lines
                     self.pieces[name] = Piece(checksum, facts)
 
     def begin(self, manifest: Mapping[str, str]) -> None:
@@ -84,6 +85,7 @@ class Journal:
     def record(self, name: str, piece: Piece, *, durable: bool = False) -> None:
         """Add a finished piece; `durable`: its line is on the disk when this returns."""
         with self._lock:
+            self.pieces.pop(name, None)
             self.pieces[name] = piece
             self._append({"piece": name, "xxh3": piece.checksum, "facts": dict(piece.facts)}, durable=durable)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.heal.work import ExpertWeights, Log, WorkFolder
 from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
+from moe2gguf.gguf.resume import Job, describe, describe_record
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import source_digest
 from moe2gguf.progress import Progress, silent
@@ -77,32 +79,35 @@ def heal(
     settings: HealSettings,
     *,
     force: bool = False,
+    resume: bool = True,
     progress: Progress = silent,
     on_line: Callable[[LogLine], None] = lambda _: None,
 ) -> Healing:
     """Train the sliced folder `student` against the dense folder `teacher`; the result is the folder `out`.
 
-    A run that was stopped goes on from `OUT.heal`, to the same result. `on_line` is given every line of the log.
+    A run that was stopped is continued in `OUT.heal`, to the same result, unless `resume` is False. `on_line` is given
+    every line of the log.
 
     Raises:
         HealError: the two do not fit (every reason is listed), a number became NaN, or torch is missing.
         PlanError, CheckpointError: a folder is not a sound checkpoint.
         CalibrationError: the text cannot be used.
-        OutputError: `out` cannot be written, or must not be replaced.
+        OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
     held_out = [text.held_out] if text.held_out else []
     check_folder_target(out, [student, teacher, *text.files, *held_out], force=force)
     sliced, dense = open_checkpoint(student), open_checkpoint(teacher)
     require_fit(sliced, dense, settings)
     data = read_windows(sliced, text)
-    work = WorkFolder(out.with_name(out.name + ".heal"))
-    work.begin(make_manifest(sliced, data, settings))
-    log = Log(work.path / "log.jsonl", on_line, writes=is_main())
-    run = HealRun(data.ids, data.held_out, settings, work, log, progress)
-    trained = train(sliced, dense, run)
-    if is_main():
-        write_healed(sliced, trained, out, make_provenance(data, run, log.lines), log.lines, progress=progress)
-        work.remove()
+    folder, manifest = out.with_name(out.name + ".heal"), make_manifest(sliced, dense, data, settings)
+    with Job(folder, manifest, resume=resume) if is_main() else nullcontext() as job:
+        work = WorkFolder(folder, job)
+        log = Log(folder / "log.jsonl", on_line, writes=is_main())
+        run = HealRun(data.ids, data.held_out, settings, work, log, progress)
+        trained = train(sliced, dense, run)
+        if is_main():
+            write_healed(sliced, trained, out, make_provenance(data, run, log.lines), log.lines, progress=progress)
+            work.remove()
     return Healing(out, tuple(log.lines))
 
 
@@ -184,10 +189,16 @@ def read_windows(checkpoint: Checkpoint, text: HealText) -> HealWindows:
     )
 
 
-def make_manifest(sliced: Checkpoint, data: HealWindows, settings: HealSettings) -> dict[str, Any]:
+def make_manifest(sliced: Checkpoint, dense: Checkpoint, data: HealWindows, settings: HealSettings) -> dict[str, str]:
     """What decides the result of a run: only a run with the same manifest is continued."""
-    sha256 = [hashlib.sha256(ids.tobytes()).hexdigest() for ids in (data.ids, data.held_out)]
-    return {"student": source_digest(sliced.tensors), "text": sha256, "settings": asdict(settings)}
+    return {
+        "command": "heal",
+        "student": source_digest(sliced.tensors),
+        **{f"teacher's {file.name}": describe(file) for file in dense.files},
+        "text": hashlib.sha256(data.ids.tobytes()).hexdigest(),
+        "held-out text": hashlib.sha256(data.held_out.tobytes()).hexdigest(),
+        **describe_record(settings),
+    }
 
 
 def train(sliced: Checkpoint, dense: Checkpoint, run: HealRun) -> Trained:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe2gguf import convert
 from moe2gguf.cli import cli
-from moe2gguf.errors import GGUFError, HealError
+from moe2gguf.errors import GGUFError, HealError, OutputError
 from moe2gguf.experts.heal.log import LayerLine, ScoreLine, StepLine
 from moe2gguf.experts.heal.moe_layer import MoELayer
 from moe2gguf.experts.heal.optimize import freeze
@@ -143,7 +143,9 @@ def test_a_stopped_run_ends_with_the_same_bytes(models: Any, tmp_path: Path, sto
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path / "out", settings, on_line=fail)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(HealError, match="holds another run"):
+    with pytest.raises(
+        OutputError, match=r"out.heal: holds the unfinished work of another job:\n  - lr: 0.002 there, 1.0 now"
+    ):
         run(models, tmp_path / "out", change(settings, lr=1.0))
     again = run(models, tmp_path / "out", settings)
 

@@ -1,12 +1,14 @@
 """Every long job, on tiny models, as a command line: `python long_jobs.py NAME INPUTS OUT CHANGED STOP`.
 
-Each finished piece is a line on stdout; with STOP the process waits for its end after the first one. CHANGED selects
-an option of another job.
+Each finished piece is a line on stdout. With STOP the process waits for its end after the first piece from which it can
+go on. CHANGED selects an option of another job.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +20,13 @@ import tiny_gguf
 from flat_options import flat_options
 
 from moe2gguf import convert
+from moe2gguf.experts.heal.settings import Compute, Evaluation, HealSettings, Training
 from moe2gguf.gguf.resume import Journal, Piece
 from moe2gguf.measure import imatrix
 from moe2gguf.measure.compare import compare
 from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.heal import HealText, heal
+from moe2gguf.recipes.hf_output import write_folder
 from moe2gguf.recipes.quantize import quantize
 
 WORDS = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
@@ -32,7 +37,7 @@ def make_inputs(folder: Path) -> Path:
     dense = tiny_gguf.dense_weights(n_layer=3)
     tiny_gguf.write_gguf(folder / "dense.gguf", dense)
     tiny_gguf.write_gguf(folder / "routed.gguf", tiny_gguf.sliced_weights(dense, 4, router_seed=1), n_expert_used=2)
-    (folder / "words.txt").write_text(WORDS * 8)
+    (folder / "words.txt").write_text(WORDS * 40)
     checkpoints.make(folder / "warm", num_hidden_layers=3)
     return folder
 
@@ -81,6 +86,30 @@ def run_compare(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
     journal.unlink()
 
 
+def heal_settings(layerwise: int, steps: int, seed: int) -> HealSettings:
+    """A few passes or steps, with a score and a checkpoint after each step."""
+    training = Training(used_range=(2, 2), layerwise=layerwise, steps=steps, batch=2, seed=seed)
+    return HealSettings(training, evaluation=Evaluation((2,), every=1), compute=Compute(device="cpu"))
+
+
+def run_heal(inputs: Path, out: Path, changed: bool, resume: bool, layerwise: int = 0, steps: int = 3) -> None:
+    """Steps of the whole model; `out` is its weights, without the log, which has times."""
+    sliced = out.parent / "sliced"
+    if not sliced.exists():
+        write_folder(inputs / "warm", sliced, flat_options(experts=4, align=8))
+    text = HealText((inputs / "words.txt",), n_token=256, n_held_out=32, n_context=32)
+    settings = heal_settings(layerwise, steps, seed=int(changed))
+    heal(sliced, inputs / "warm", text, out, settings, resume=resume, force=True)
+    (out / "model.safetensors").rename(out.with_suffix(".weights"))
+    shutil.rmtree(out)
+    shutil.rmtree(sliced)
+
+
+def run_heal_layers(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
+    """Passes over one layer after the other."""
+    run_heal(inputs, out, changed, resume, layerwise=1, steps=0)
+
+
 JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "convert": (run_convert, "experts: 4 there, 2 now"),
     "convert-shards": (run_convert_shards, "shard size: 100000 there, 90000 now"),
@@ -88,8 +117,14 @@ JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "quantize": (run_quantize, "pure: False there, True now"),
     "imatrix": (run_imatrix, "--tokens: 128 there, 96 now"),
     "compare": (run_compare, None),
+    "heal": (run_heal, "seed: 0 there, 1 now"),
+    "heal-layers": (run_heal_layers, "seed: 0 there, 1 now"),
 }
 """The function of each job, and how it names the changed option; None: the rows of other jobs are no obstacle."""
+
+
+STOP_AFTER = {"heal": "step", "heal-layers": "layer"}
+"""Where not every piece is a point to go on from: how the name of the first such point begins."""
 
 
 def main() -> None:
@@ -100,7 +135,7 @@ def main() -> None:
     def record_and_print(journal: Journal, piece_name: str, piece: Piece, *, durable: bool = False) -> None:
         record(journal, piece_name, piece, durable=durable)
         print(json.dumps(piece_name), flush=True)
-        if stop == "stop":
+        if stop == "stop" and re.match(STOP_AFTER.get(name, ""), piece_name):
             time.sleep(600)
 
     Journal.record = record_and_print  # type: ignore[method-assign, assignment]

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-from pathlib import Path
-
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from moe2gguf.experts.heal.work import WorkFolder
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, best: float) -> None:
-    """Save the state after `step` steps and the `best` score so far in `folder`, by rename; older checkpoints go."""
-    target, unfinished = folder / f"step-{step:07}", folder / "step.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.save_state(str(unfinished))
-    if accelerator.is_main_process:
-        (unfinished / "best.txt").write_text(repr(best))
-        older = list(folder.glob("step-*"))
-        unfinished.rename(target)
-        for checkpoint in older:
-            shutil.rmtree(checkpoint)
-    accelerator.wait_for_everyone()
+def save_checkpoint(accelerator: Accelerator, work: WorkFolder, step: int, best: float) -> None:
+    """Save the state after `step` steps and the `best` score so far; older checkpoints go."""
+    with work.save_checkpoint(step, best) as path:
+        accelerator.wait_for_everyone()  # the main process has removed what a stopped run left there
+        accelerator.save_state(str(path))
+        accelerator.wait_for_everyone()  # every process has written its part
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> tuple[int, float]:
-    """Restore the last checkpoint in `folder`; the steps done and the best score, (0, infinity) if there is none."""
-    found = sorted(folder.glob("step-*"))
-    if not found:
-        return 0, math.inf
-    accelerator.load_state(str(found[-1]))
-    return int(found[-1].name.split("-")[1]), float((found[-1] / "best.txt").read_text())
+def load_checkpoint(accelerator: Accelerator, work: WorkFolder) -> tuple[int, float]:
+    """Restore the last checkpoint; the steps done and the best score, (0, infinity) if there is none."""
+    name, best = broadcast_object_list([*work.find_checkpoint()])
+    if name is None:
+        return 0, best
+    accelerator.load_state(str(work.path / name))
+    return int(name.split("-")[1]), best

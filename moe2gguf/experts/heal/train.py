@@ -43,7 +43,7 @@ def heal_model(
     trainer = Trainer(student, teacher, run, read_healed)
     training, every = run.settings.training, run.settings.evaluation.every
     n_token = training.batch * run.ids.shape[1]
-    first, best = load_checkpoint(trainer.accelerator, run.work.path)
+    first, best = load_checkpoint(trainer.accelerator, run.work)
     with run.progress("steps", training.steps * n_token) as advance:
         advance(first * n_token)
         if first == 0:
@@ -53,7 +53,7 @@ def heal_model(
             done = step + 1
             if done % every == 0 or done == training.steps:
                 best = trainer.evaluate(done, best)
-                save_checkpoint(trainer.accelerator, run.work.path, done, best)
+                save_checkpoint(trainer.accelerator, run.work, done, best)
             advance(n_token)
 
 
@@ -165,7 +165,7 @@ class Trainer:
         score = line.kl_mean + settings.loss.next_token * sum(line.nll.values()) / len(line.nll)
         self._log(replace(line, best=score < best))
         if score < best and self.accelerator.is_main_process:
-            self.run.work.save_best(read_layers(self.model), read_attention(self.model))
+            self.run.work.save_best(step, read_layers(self.model), read_attention(self.model))
         self.accelerator.wait_for_everyone()
         return score if score < best else best
 

@@ -1,24 +1,25 @@
 """The folder in which a healing run keeps what it has finished, so that it can go on after a stop.
 
-All of it is read and written here: the manifest, the log, the healed layers with the hidden states behind them, the
+All of it is read and written here: the log, the healed layers with the hidden states behind them, the
 best weights of the whole-model steps, and the names of the checkpoints of `moe2gguf.experts.heal.checkpoints`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HealError
 from moe2gguf.experts.heal.log import LogLine, from_dict, to_dict
+from moe2gguf.gguf.resume import Job
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -36,7 +37,7 @@ class ExpertWeights:
     down: NDArray[np.float32]
 
     def save(self, path: Path) -> None:
-        """Write `path`, an .npz, by rename."""
+        """Write `path`, an .npz."""
         _save_arrays(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
@@ -46,78 +47,90 @@ class ExpertWeights:
 
 
 class WorkFolder:
-    """The folder of one run. Every file in it appears by rename, so one that exists is complete."""
+    """The folder of one run. The main process holds it as a job; the other processes (`job` None) write nothing.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    job   of the main process, entered
+    path  the folder
+    """
 
-    def begin(self, manifest: Mapping[str, Any]) -> None:
-        """Make the folder, or go on with the one that is there.
-
-        Raises:
-            HealError: the folder belongs to another run; what differs is named.
-        """
-        path, manifest = self.path / "job.json", json.loads(json.dumps(manifest))
-        if not path.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"job.{os.getpid()}.tmp")  # several processes may begin at once
-            unfinished.write_text(json.dumps(manifest))
-            unfinished.replace(path)
-            return
-        known = json.loads(path.read_text())
-        if differing := [key for key in manifest if known.get(key) != manifest[key]]:
-            raise HealError(
-                f"{self.path}: holds another run (other {', '.join(differing)}); remove the folder to start anew"
-            )
+    def __init__(self, path: Path, job: Job | None) -> None:
+        self.path, self.job = path, job
 
     def remove(self) -> None:
         """Remove the folder, when the result is written."""
-        shutil.rmtree(self.path)
+        if self.job:
+            self.job.remove()
 
     def count_layers(self, n_layer: int) -> int:
-        """How many of the first layers the layer-wise passes have finished."""
-        return next((i for i in range(n_layer) if not self._layer(i).exists()), n_layer)
+        """How many of the first layers the layer-wise passes have finished; without the states behind them, none."""
+        if not self.job:
+            return 0
+        n = next((i for i in range(n_layer) if not self.job.holds(f"layer-{i}.npz")), n_layer)
+        return n if n and self.job.holds(f"state-{n - 1}.npz") else 0
 
     def save_layer(self, i: int, weights: ExpertWeights, states: Arrays) -> None:
-        """Save layer `i` and the hidden states behind it; the layer comes last: where it exists, both do."""
-        _save_arrays(self._states(i), states)
-        weights.save(self._layer(i))
-        self._states(i - 1).unlink(missing_ok=True)
+        """Save layer `i` and the hidden states behind it; the layer comes last: where it is finished, both are."""
+        if self.job:
+            with self.job.save(f"state-{i}.npz") as path:
+                _save_arrays(path, states)
+            with self.job.save(f"layer-{i}.npz") as path:
+                weights.save(path)
+            self.job.drop(f"state-{i - 1}.npz")
 
     def load_layer(self, i: int) -> ExpertWeights:
         """Layer `i` after the layer-wise passes."""
-        return ExpertWeights.load(self._layer(i))
+        return ExpertWeights.load(self.path / f"layer-{i}.npz")
 
     def load_states(self, i: int) -> Arrays:
         """The hidden states behind layer `i`."""
-        return _load_arrays(self._states(i))
+        return _load_arrays(self.path / f"state-{i}.npz")
 
-    def _layer(self, i: int) -> Path:
-        return self.path / f"layer-{i}.npz"
-
-    def _states(self, i: int) -> Path:
-        return self.path / f"state-{i}.npz"
-
-    def save_best(self, layers: Iterable[ExpertWeights], others: Arrays) -> None:
+    def save_best(self, step: int, layers: Iterable[ExpertWeights], others: Arrays) -> None:
         """Save the best weights so far: all layers, and by name the `others` outside of the experts that train."""
-        (self.path / "best").mkdir(exist_ok=True)
-        for i, weights in enumerate(layers):
-            weights.save(self._best_layer(i))
-        _save_arrays(self._best_others(), others)
+        if self.job:
+            name = f"best-{step:07}"
+            with self.job.save(name) as path:
+                path.mkdir()
+                for i, weights in enumerate(layers):
+                    weights.save(path / f"layer-{i}.npz")
+                _save_arrays(path / "attention.npz", others)
+            self.job.drop_others(r"best-\d+", name)
 
     def load_best_layer(self, i: int) -> ExpertWeights:
         """Layer `i` of the best weights."""
-        return ExpertWeights.load(self._best_layer(i))
+        return ExpertWeights.load(self._best / f"layer-{i}.npz")
 
     def load_best_others(self) -> Arrays:
-        """The best weights outside of the experts, by name."""
-        return _load_arrays(self._best_others())
+        """The best weights outside of the experts, by name; none for another process than the main one."""
+        return _load_arrays(self._best / "attention.npz") if self.job else {}
 
-    def _best_layer(self, i: int) -> Path:
-        return self.path / "best" / f"layer-{i}.npz"
+    @cached_property
+    def _best(self) -> Path:
+        """The folder of the best weights, when there are no better ones to come."""
+        name = self.job.last(r"best-\d+") if self.job else None
+        if name is None:
+            raise HealError(f"{self.path}: the best weights are gone or harmed; start anew with --no-resume")
+        return self.path / name
 
-    def _best_others(self) -> Path:
-        return self.path / "best" / "attention.npz"
+    @contextlib.contextmanager
+    def save_checkpoint(self, step: int, best: float) -> Iterator[Path]:
+        """Make the folder of the state after `step` steps, with the `best` score so far; older ones go.
+
+        Every process gets the same path; the main one gives the folder its name when the block ends.
+        """
+        name = f"step-{step:07}"
+        if not self.job:
+            yield self.path / f"unfinished-{name}"
+            return
+        with self.job.save(name, {"best": best}) as path:
+            yield path
+        self.job.drop_others(r"step-\d+", name)
+
+    def find_checkpoint(self) -> tuple[str | None, float]:
+        """The name of the last checkpoint's folder and the best score then; (None, infinity) if there is none."""
+        name = self.job.last(r"step-\d+") if self.job else None
+        piece = self.job.find(name) if self.job and name else None
+        return name, float(piece.facts["best"]) if piece else math.inf
 
 
 class Log:
@@ -160,14 +173,12 @@ def _parse(path: Path, text: str) -> LogLine:
     try:
         return from_dict(json.loads(text))
     except (KeyError, TypeError, ValueError) as error:
-        raise HealError(f"{path}: a line is broken ({error}); remove the folder to start anew") from error
+        raise HealError(f"{path}: a line is broken ({error}); start anew with --no-resume") from error
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write `path`, an .npz, by rename."""
-    unfinished = path.with_suffix(".tmp.npz")
-    np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # a keyword could be allow_pickle; none is
-    unfinished.replace(path)
+    """Write `path`, an .npz."""
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # a keyword could be allow_pickle; none is
 
 
 def _load_arrays(path: Path) -> Arrays:
