@@ -16,7 +16,7 @@ from moe2gguf.hf import card, config
 from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, expected, ignored
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside, links_out_of
-from moe2gguf.hf.safetensors import DTYPES, StoredTensor, read_headers
+from moe2gguf.hf.safetensors import ADAPTER, DTYPES, StoredTensor, read_headers
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Metadata, Model, Vocabulary
 
@@ -89,9 +89,9 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     if tensors is not None:
         model, tensors = _untie(model, tensors, warnings)
         mlp = _layout(family, model, tensors)
-        quantized = _quantized(values, model, mlp, tensors, warnings)
-        tensors = _compare(model, mlp, tensors, [] if quantized else problems)
-        problems += quantized
+        causes = _quantized(values, model, mlp, tensors, warnings) or _foreign_names(model, mlp, tensors)
+        tensors = _compare(model, mlp, tensors, [] if causes else problems)
+        problems += causes
     vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
     metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name, warnings), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
@@ -163,6 +163,30 @@ def _quantized(
         ]
     if values.get("quantization_config"):
         warnings.append("config.json: quantization_config is ignored: the weights are not quantized")
+    return []
+
+
+def _foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """One problem where all tensors have other names than transformers gives them, for one reason."""
+    wanted = expected(model, mlp).keys()
+    if "tok_embeddings.weight" in tensors:
+        return [
+            "the tensors have the names of the original LLaMA or Mistral release, not of transformers; take the "
+            "Hugging Face version of the model, or write one with transformers' convert_llama_weights_to_hf.py"
+        ]
+    if any(".lora_A." in name for name in tensors):
+        return [ADAPTER]
+    suffix = EMBEDDING.removeprefix("model.")
+    for name in tensors:
+        prefix = name.removesuffix(suffix)
+        if not name.endswith(suffix) or prefix == "model.":
+            continue
+        if {prefix + other.removeprefix("model.") for other in wanted if other != HEAD} <= tensors.keys():
+            return [
+                f"the names of all tensors begin with {prefix!r} instead of 'model.', as a model inside of another has "
+                "them (a wrapper, or a base model without its head); load it with the class that wrote it, then save "
+                "the inner ...ForCausalLM with save_pretrained(DIR)"
+            ]
     return []
 
 

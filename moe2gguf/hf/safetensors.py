@@ -44,6 +44,10 @@ PIECE = 1 << 20
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = (
+    "holds an adapter, which is no model by itself; merge it into its base model: "
+    "PeftModel.from_pretrained(BASE_MODEL, DIR).merge_and_unload().save_pretrained(OUT)"
+)
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -134,6 +138,8 @@ def _single_file(folder: Path) -> Path:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE in found:
         return inside(folder, SINGLE)
+    if found == ["adapter_model.safetensors"]:
+        raise CheckpointError(f"{folder}: {ADAPTER}")
     if len(found) == 1 and not _SHARD.fullmatch(found[0]):
         return inside(folder, found[0])
     if found:

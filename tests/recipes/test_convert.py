@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,35 @@ def test_quantized_weights_are_one_problem(tmp_path: Path, extra: str) -> None:
         plan_conversion(folder)
 
     assert 1 == len(caught.value.refusals)
+
+
+@pytest.mark.parametrize(
+    ("file", "rename", "says"),
+    [
+        ("model", lambda name: "module." + name, "begin with 'module.model.'"),
+        ("model", lambda name: name.replace("model.", "transformer."), "begin with 'transformer.'"),
+        ("model", lambda name: name.removeprefix("model."), "begin with ''"),
+        ("model", lambda name: f"base_model.model.{name[:-7]}.lora_A.weight", "merge it into its base model"),
+        ("adapter_model", lambda name: f"base_model.model.{name}", "merge it into its base model"),
+        (
+            "consolidated",
+            lambda name: name.replace("model.embed_tokens", "tok_embeddings"),
+            "original LLaMA or Mistral",
+        ),
+    ],
+)
+def test_foreign_names_are_one_problem(tmp_path: Path, file: str, rename: Callable[[str], str], says: str) -> None:
+    """Not two lines for every tensor; with the way to a folder that can be read."""
+    folder = checkpoints.make(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({rename(name): array for name, array in tensors.items()}, folder / f"{file}.safetensors")
+
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(folder)
+
+    (problem,) = caught.value.refusals
+    assert says in problem
 
 
 def test_a_head_without_an_embedding_is_both(tmp_path: Path) -> None:
