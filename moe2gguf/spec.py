@@ -94,6 +94,7 @@ class Vocabulary:
     special_ids: Mapping[str, int] = field(default_factory=dict)  # "bos" -> 1, "eos" -> 2, ...
     flags: Mapping[str, bool] = field(default_factory=dict)  # "add_bos_token" -> True, "add_space_prefix" ...
     chat_templates: Mapping[str, str] = field(default_factory=dict)  # "default" is the unnamed one
+    warnings: tuple[str, ...] = ()  # what the tokenizer does and a GGUF file cannot say
 
     @property
     def first_id(self) -> int | None:

@@ -96,6 +96,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name, warnings), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
         raise PlanError(problems)
+    warnings += vocabulary.warnings
     made_by = config.read_provenance(values)
     return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
 

@@ -199,6 +199,21 @@ def test_added_tokens_of_other_files(tmp_path: Path) -> None:
     assert vocabulary.types[0] == kinds.UNKNOWN
 
 
+def test_every_end_of_a_text_ends_it(tmp_path: Path) -> None:
+    """eos_token_id may be a list, in two files: llama.cpp stops at each, or a warning names what has no room."""
+    size = tiny.byte_level_bpe(tmp_path)
+    write(tmp_path / "config.json", {"eos_token_id": [size - 2, 10]})
+    write(tmp_path / "generation_config.json", {"eos_token_id": [10, 11, 12]})
+
+    vocabulary = read_vocabulary(tmp_path, size)
+
+    write_vocabulary_file(tmp_path / "vocabulary.gguf", vocabulary_metadata(vocabulary))
+    with LlamaTokens(tmp_path / "vocabulary.gguf") as llama:
+        assert [True, True, True, False] == [llama.is_end(id_) for id_ in (size - 2, 10, 11, 12)]
+    (warning,) = vocabulary.warnings
+    assert f"12 {vocabulary.tokens[12]!r}" in warning
+
+
 def test_byte_level_beside_a_tiktoken_file(tmp_path: Path) -> None:
     """Llama 3 folders hold a tokenizer.model that is no SentencePiece; their tokenizer.json counts."""
     size = tiny.byte_level_bpe(tmp_path)

@@ -104,6 +104,34 @@ def added_around(
     return special, flags, problems
 
 
+ENDS_BY_TEXT = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "[EOT]")
+)
+"""Tokens that llama.cpp takes for ends of a text by their spelling, whatever the roles say."""
+
+
+def add_ends(special: dict[str, int], texts: Sequence[str], by_id: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Give further ends of a text, which `eos_token_id` lists, the roles eot and eom; return those that are left.
+
+    llama.cpp ends a generation at eos, eot and eom, and at the tokens of `ENDS_BY_TEXT`
+    (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-vocab.cpp). `texts` are those of all tokens.
+    """
+    left: list[int] = []
+    for file in by_id:
+        ids = file.get("eos_token_id")
+        for id_ in ids if isinstance(ids, list) else [ids]:
+            if type(id_) is not int or not 0 <= id_ < len(texts) or texts[id_] in ENDS_BY_TEXT:
+                continue
+            if id_ in left or id_ in (special.get(role) for role in ("eos", "eot", "eom")):
+                continue
+            role = next((role for role in ("eot", "eom") if role not in special), None)
+            if role:
+                special[role] = id_
+            else:
+                left.append(id_)
+    return left
+
+
 def _content(token: Any) -> str | None:
     """Return the text of a token that a file names, as a string or as an object."""
     if isinstance(token, dict):

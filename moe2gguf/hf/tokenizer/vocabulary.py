@@ -31,13 +31,14 @@ from moe2gguf.hf.tokenizer.chat_templates import read_chat_templates
 from moe2gguf.hf.tokenizer.merge_scores import merge_scores
 from moe2gguf.hf.tokenizer.metaspace import SPACE, space_prefix
 from moe2gguf.hf.tokenizer.sentencepiece_model import SentencePieceModel, read_sentencepiece
-from moe2gguf.hf.tokenizer.special_tokens import Surroundings, added_around, special_ids, surroundings
+from moe2gguf.hf.tokenizer.special_tokens import Surroundings, add_ends, added_around, special_ids, surroundings
 from moe2gguf.hf.tokenizer.token_table import TokenTable
 from moe2gguf.hf.tokenizer.tokenizer_json import TokenizerJson, read_tokenizer_json
 from moe2gguf.spec import Vocabulary
 
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _SHOWN = 4
+_NUMBERED = ("config.json", "generation_config.json")  # files that give special tokens as ids
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
         templates = read_chat_templates(folder, files.config)
     if problems:
         raise VocabularyError("\n".join(dict.fromkeys(problems)))
+    left = add_ends(special, [row.text for row in rows], [_optional_json(folder, name) for name in _NUMBERED])
+    names = ", ".join(f"{id_} {rows[id_].text!r}" for id_ in left[:_SHOWN])
     return Vocabulary(
         model=kind.model,
         pre=kind.pre,
@@ -93,6 +96,9 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
         special_ids=special,
         flags={**flags, "add_space_prefix": kind.add_space_prefix},
         chat_templates=templates,
+        warnings=(f"a GGUF file has no room for these ends of a text, llama.cpp goes on after them: {names}",)
+        if left
+        else (),
     )
 
 
@@ -219,7 +225,7 @@ def _special(table: TokenTable, files: _Files, problems: list[str]) -> tuple[dic
     by_id: list[Mapping[str, Any]] = []
     with _noted(problems):
         by_text.append(_optional_json(files.folder, "special_tokens_map.json"))
-        by_id += [_optional_json(files.folder, name) for name in ("config.json", "generation_config.json")]
+        by_id += [_optional_json(files.folder, name) for name in _NUMBERED]
     if files.pieces:
         by_id.append(files.pieces.special_ids)
     elif files.tokenizer and files.tokenizer.unk_token:
