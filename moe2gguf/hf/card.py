@@ -108,15 +108,19 @@ def _general(found: gguf.Metadata) -> dict[str, MetadataValue]:
     for field in _PLAIN:
         if text := _text(getattr(found, field)):
             result[f"general.{_KEYS.get(field, field)}"] = text
-    for kind, entries in (("base_model", found.base_models), ("dataset", found.datasets)):
-        named = [entry for entry in entries or [] if isinstance(entry, dict) and entry]
-        if named:
-            result[f"general.{kind}.count"] = len(named)
-        for i, entry in enumerate(named):
-            result |= {f"general.{kind}.{i}.{k}": text for k, v in sorted(entry.items()) if (text := _text(v))}
+    result |= _numbered("base_model", found.base_models or []) | _numbered("dataset", found.datasets or [])
     for key in ("tags", "languages"):
         if texts := [text for value in getattr(found, key) or [] if (text := _text(value))]:
             result[f"general.{key}"] = texts
+    return result
+
+
+def _numbered(kind: str, entries: list[Any]) -> dict[str, MetadataValue]:
+    """The keys of a list of models or data sets: how many there are, and what is known of each."""
+    named = [entry for entry in entries if isinstance(entry, dict) and entry]
+    result: dict[str, MetadataValue] = {f"general.{kind}.count": len(named)} if named else {}
+    for i, entry in enumerate(named):
+        result |= {f"general.{kind}.{i}.{key}": text for key, value in sorted(entry.items()) if (text := _text(value))}
     return result
 
 

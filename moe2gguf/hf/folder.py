@@ -75,9 +75,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file{_hint(folder)}")
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
-    warnings: list[str] = []
-    if links := links_out_of(folder):
-        warnings.append(f"{folder}: {len(links)} files are links to other places: {list_names(links)}")
+    warnings = _name_links(folder)
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
     tied = model is not None and model.tied_embeddings
@@ -89,9 +87,10 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     if tensors is not None:
         model, tensors = _untie(model, tensors, warnings)
         mlp = _layout(family, model, tensors)
-        causes = _quantized(values, model, mlp, tensors, warnings) or _foreign_names(model, mlp, tensors)
-        tensors = _compare(model, mlp, tensors, [] if causes else problems)
-        problems += causes
+        causes = _find_cause(values, model, mlp, tensors, warnings)
+        compared: list[str] = []
+        tensors = _compare(model, mlp, tensors, compared)
+        problems += causes or compared
     vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
     metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name, warnings), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
@@ -99,6 +98,19 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     warnings += vocabulary.warnings
     made_by = config.read_provenance(values)
     return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
+
+
+def _name_links(folder: Path) -> list[str]:
+    """A warning that names the files which lie elsewhere; none where there are none."""
+    links = links_out_of(folder)
+    return [f"{folder}: {len(links)} files are links to other places: {list_names(links)}"] if links else []
+
+
+def _find_cause(
+    values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
+) -> list[str]:
+    """The one reason, if there is one, why hardly a tensor is as expected."""
+    return _quantized(values, model, mlp, tensors, warnings) or _foreign_names(model, mlp, tensors)
 
 
 def _attempt(step: Callable[[], T], problems: list[str]) -> T | None:
