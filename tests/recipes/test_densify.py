@@ -57,7 +57,7 @@ def test_two_experts_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [flat_options(experts=4), flat_options(experts=4, align=32), flat_options(experts=8)]
+    "options", [flat_options(experts=4), flat_options(experts=4, align=32), flat_options(experts=8, align=8)]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contiguous_slices_fold_back_bit_for_bit(options: Any, dtype: str, tmp_path: Path) -> None:
