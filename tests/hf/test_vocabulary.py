@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from moe2gguf.errors import VocabularyError
 from moe2gguf.gguf.metadata import vocabulary_metadata
+from moe2gguf.hf.tokenizer.special_tokens import ENDS_BY_TEXT
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
-from moe2gguf.spec import Vocabulary
+from moe2gguf.spec import MetadataValue, Vocabulary
 
 HARD = [
     "",
@@ -383,3 +384,20 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def edit(path: Path, **entries: Any) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     write(path, content | entries)
+
+
+@pytest.mark.parametrize("text", sorted(ENDS_BY_TEXT))
+def test_llama_cpp_ends_at_the_spellings_of_our_list(text: str, tmp_path: Path) -> None:
+    """A control token of that spelling, which no role names, is an end there; another control token is not."""
+    tokens = [*(chr(ord("a") + i) for i in range(20)), text, "<|other|>"]
+    metadata: dict[str, MetadataValue] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 20 + [3, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    write_vocabulary_file(tmp_path / "v.gguf", metadata)
+    with LlamaTokens(tmp_path / "v.gguf") as llama:
+        assert [True, False] == [llama.is_end(20), llama.is_end(21)]
