@@ -21,6 +21,7 @@ import griffe
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program of this checkout
 
 from moe2gguf.cli import cli
+from moe2gguf.cli.command import show_everything
 
 PLACE = "<!-- commands -->"
 FIELD = re.compile(r"^(?P<names>\w+(?:, \w+)*) {2,}(?P<text>\S.*)$")
@@ -58,13 +59,12 @@ def command_reference() -> Iterator[str]:
     for section in cli.list_sections(context):
         yield f"## {section.title}\n"
         for name, command in section.list_commands():
-            yield from command_lines(name, command, context)
+            with show_everything(command):  # as --help-all does
+                yield from list(command_lines(name, command, context))
 
 
 def command_lines(name: str, command: Any, parent: click.Context) -> Iterator[str]:
     """One command: its usage, what it does, its examples and a table for every group of its options."""
-    for each in (*command.params, *command.option_groups):
-        each.hidden = False  # as --help-all shows them
     context = click.Context(command, info_name=name, parent=parent)
     about, _, examples = inspect.cleandoc(command.help or "").partition("\b\nExample:\n")
     yield f"### {name}\n"

@@ -26,7 +26,6 @@ from moe2gguf.cli.imatrix import imatrix
 from moe2gguf.cli.inspect import inspect
 from moe2gguf.cli.quantize import quantize
 from moe2gguf.cli.run import run
-from moe2gguf.cli.sample import sample
 from moe2gguf.cli.set_used import set_used
 from moe2gguf.cli.streams import prepare_streams
 from moe2gguf.cli.tables import shorten
@@ -77,7 +76,7 @@ def completion(shell: str) -> None:
 cli.section("Making", convert, quantize, densify, heal, set_used)
 cli.section("Looking", inspect, verify, run, expert_usage)
 cli.section("Measuring", compare, bench)
-cli.section("Preparing", imatrix, sample)
+cli.section("Preparing", imatrix)
 cli.section("Your shell", completion)
 
 

@@ -174,7 +174,7 @@ def _help_all() -> click.Option:
 
     def show(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
         if value:
-            with _everything_shown(ctx.command):
+            with show_everything(ctx.command):
                 text = ctx.get_help()
             click.echo(text, color=ctx.color)
             ctx.exit()
@@ -185,7 +185,7 @@ def _help_all() -> click.Option:
 
 
 @contextmanager
-def _everything_shown(command: click.Command) -> Iterator[None]:
+def show_everything(command: click.Command) -> Iterator[None]:
     """Show the hidden options and groups of a command."""
     shown = [*command.params, *getattr(command, "option_groups", [])]
     hidden = [one for one in shown if getattr(one, "hidden", False)]

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from moe2gguf.llama.generate import Generation
     from moe2gguf.measure.check import Check
     from moe2gguf.measure.imatrix import Collection
-    from moe2gguf.measure.sample import Sample
 
 PLAIN_WIDTH = 120
 MOST_LINES = 5
@@ -140,11 +139,6 @@ def stream(prompt: str, pieces: Generation) -> None:
             f"prompt {speed.n_prompt} tokens, {speed.prompt_speed:.1f} tokens/s; "
             f"generated {speed.n_generated}, {speed.generation_speed:.1f} tokens/s ({speed.stopped})"
         )
-
-
-def sampled(done: Sample) -> None:
-    """The file and what is in it."""
-    out().print(f"wrote {done.path}: {done.n_text:,} texts, {done.n_token:,} tokens", markup=False)
 
 
 def collection(done: Collection) -> None:

@@ -26,7 +26,6 @@ class Setup:
     n_expert_used  experts per token (k); None: the file's own count; "all": every expert (k = n)
     n_context      tokens of a window: positions in the key/value cache
     n_batch        tokens computed at once; logits of at most so many positions are in memory
-    n_sequence     texts side by side, each with a window of its own (see `Llama.step`)
     n_threads      None: all processors this process may use
     n_gpu_layers   0: CPU only; negative: all layers
     rpc_servers    addresses (host:port) of llama.cpp RPC servers that take the place of this machine's GPUs
@@ -38,7 +37,6 @@ class Setup:
     n_expert_used: int | Literal["all"] | None = None
     n_context: int = 512
     n_batch: int = 128
-    n_sequence: int = 1
     n_threads: int | None = None
     n_gpu_layers: int = 0
     rpc_servers: tuple[str, ...] = ()

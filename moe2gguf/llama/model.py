@@ -194,45 +194,21 @@ class Llama:
         room = min(self.setup.n_batch, self.n_context - self.n_past)
         if not 0 < n <= room:
             raise HarnessError(f"{n} tokens do not fit, there is room for {room}: raise the context or feed fewer")
-        logits = self._decode(tokens, np.arange(self.n_past, self.n_past + n), [0] * n, scored)
-        self.n_past += n
-        return logits
-
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Logits:
-        """Compute one more token of each of the `n_sequence` texts side by side: token i is of text i.
-
-        Returns their logits, (n_sequence, n_vocab): a view, valid until the next call. Raises HarnessError if llama.cpp
-        refuses a token.
-        """
-        n = self.setup.n_sequence
-        return self._decode(tokens, positions, range(n), [True] * n)
-
-    def forget(self, sequence: int) -> None:
-        """Drop all tokens of one of the texts side by side."""
-        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), sequence, -1, -1)
-
-    def _decode(
-        self,
-        tokens: Sequence[int] | NDArray[np.int32],
-        positions: Sequence[int] | NDArray[np.int64],
-        sequences: Sequence[int],
-        scored: Sequence[bool] | NDArray[np.bool_],
-    ) -> Logits:
-        n = len(tokens)
         batch = self.lib.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n
             _view(batch.token, n)[:] = tokens
-            _view(batch.pos, n)[:] = positions
+            _view(batch.pos, n)[:] = np.arange(self.n_past, self.n_past + n)
             _view(batch.n_seq_id, n)[:] = 1
             _view(batch.logits, n)[:] = scored
-            for i, sequence in enumerate(sequences):
-                batch.seq_id[i][0] = sequence
+            for i in range(n):
+                batch.seq_id[i][0] = 0
             code = self.lib.llama_decode(self.context, batch)
         finally:
             self.lib.llama_batch_free(batch)
         if code != 0:
             raise HarnessError(f"{self.facts.path}: llama_decode failed with code {code}{quote_last_lines()}")
+        self.n_past += n
         n_scored = int(np.sum(scored))
         if n_scored == 0:
             return np.empty((0, self.facts.n_vocab), np.float32)
@@ -260,9 +236,9 @@ class Llama:
 
 def _context_params(lib: ModuleType, setup: Setup, n_context: int) -> Any:
     params = lib.llama_context_default_params()
-    params.n_ctx = n_context * setup.n_sequence
+    params.n_ctx = n_context
     params.n_batch = params.n_ubatch = setup.n_batch
-    params.n_seq_max = setup.n_sequence
+    params.n_seq_max = 1
     params.n_threads = params.n_threads_batch = setup.n_threads or count_processors()
     params.type_k = params.type_v = lib.GGML_TYPE_F32 if setup.kv_type == "f32" else lib.GGML_TYPE_F16
     params.flash_attn_type = (

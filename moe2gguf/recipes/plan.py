@@ -24,7 +24,7 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 WINDOW = 512
 NO_TEXT = (
     "no --calibration: the built-in text is used, which is mostly English; a text of the kind that the model is meant "
-    "for gives better experts, and `moe2gguf sample` lets a model write one"
+    "for gives better experts"
 )
 
 

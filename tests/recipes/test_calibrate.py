@@ -53,8 +53,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_only_the_default_text_comes_with_advice(place: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text of the kind the model is for " * 900)
     advised, own = (flat_options(**QUICK), flat_options(**QUICK, text=tmp_path / "text.txt"))
-    assert any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", advised).warnings)
-    assert not any("moe2gguf sample" in warning for warning in plan_conversion(place / "m", own).warnings)
+    assert any("no --calibration" in warning for warning in plan_conversion(place / "m", advised).warnings)
+    assert not any("no --calibration" in warning for warning in plan_conversion(place / "m", own).warnings)
 
 
 @pytest.mark.parametrize("changes", [{}, {"refit": True}], ids=["default", "refit"])
