@@ -401,3 +401,47 @@ def test_llama_cpp_ends_at_the_spellings_of_our_list(text: str, tmp_path: Path) 
     write_vocabulary_file(tmp_path / "v.gguf", metadata)
     with LlamaTokens(tmp_path / "v.gguf") as llama:
         assert [True, False] == [llama.is_end(20), llama.is_end(21)]
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "smollm", "qwen2", "json prepend", "json never"])
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("rule", [None, "single_word", "lstrip", "rstrip", "normalized"])
+def test_rules_of_added_tokens_that_llama_cpp_does_not_follow_are_named(
+    tmp_path: Path, kind: str, special: bool, rule: str | None
+) -> None:
+    """Around an added token llama.cpp gives the tokenizer's ids, or a warning names the token and the rule."""
+    size = KINDS[kind](tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    rules = {name: name == rule for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    content["added_tokens"].append({"id": size, "content": "<odd>", "special": special, **rules})
+    write(tmp_path / "tokenizer.json", content)
+    vocabulary = read_vocabulary(tmp_path, size + 1)
+    write_vocabulary_file(tmp_path / "vocabulary.gguf", vocabulary_metadata(vocabulary))
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = [
+        "the<odd>dog",
+        "the <odd> dog",
+        "the  <odd>  dog",
+        "<odd>dog",
+        "the<odd>",
+        "the<odd><odd>dog",
+        "<odd> <odd>",
+    ]
+
+    with LlamaTokens(tmp_path / "vocabulary.gguf") as llama:
+        differing = [text for text in texts if own.encode(text).ids != llama.encode(text)]
+
+    named = [text for text in vocabulary.warnings if f"'<odd>' ({rule})" in text]
+    assert bool(differing) == bool(named) == bool(vocabulary.warnings), (differing, vocabulary.warnings)
+
+
+def test_flags_of_tokenizer_json_go_before_those_of_the_config(tmp_path: Path) -> None:
+    """transformers takes the flags of tokenizer.json, and those of tokenizer_config.json only for other tokens."""
+    size = tiny.byte_level_bpe(tmp_path)
+    entry = {"content": tiny.TOOL, "special": False, "lstrip": True}
+    write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size - 1): entry}})
+    assert () == read_vocabulary(tmp_path, size).warnings
+
+    entry = {"content": "<late>", "special": False, "lstrip": True, "rstrip": True}
+    write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size): entry}})
+    assert "'<late>' (lstrip, rstrip)" in read_vocabulary(tmp_path, size + 1).warnings[0]

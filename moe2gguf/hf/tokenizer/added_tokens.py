@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gguf import TokenType
+from tokenizers.normalizers import Normalizer
 
 from moe2gguf.errors import VocabularyError
+
+RULES = ("single_word", "lstrip", "rstrip", "normalized")
+"""Flags by which the `tokenizers` package finds a token only between words, swallows the spaces before or behind it,
+or looks for it in the normalized text.
+"""
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,7 @@ class AddedToken:
     id: int
     content: str
     special: bool
+    rules: frozenset[str] = frozenset()  # those of RULES that its entry sets
 
     @property
     def type(self) -> TokenType:
@@ -54,7 +61,18 @@ def added_token(entry: Any, where: str, id_: object = None) -> AddedToken:
         raise VocabularyError(
             f"{where} is not a token with an integer id, a content and a special flag: {entry!r:.200}"
         )
-    return AddedToken(id_, content, special)
+    return AddedToken(id_, content, special, frozenset(rule for rule in RULES if entry.get(rule) is True))
+
+
+def list_unknown_rules(token: AddedToken, normalizer: Normalizer | None) -> list[str]:
+    """Return the rules of `token` that llama.cpp does not follow, in the order of RULES.
+
+    llama.cpp strips spaces only for pre-tokenizers and model names of its own list (Jina's, and names like Phi-3):
+    https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (`LLAMA_TOKEN_ATTR_RSTRIP`).
+    A normalizer matters only if it changes the token's spelling.
+    """
+    changes = normalizer is not None and normalizer.normalize_str(token.content) != token.content
+    return [rule for rule in RULES if rule in token.rules and (rule != "normalized" or changes)]
 
 
 def from_decoder(config: Mapping[str, Any], where: str) -> list[AddedToken]:

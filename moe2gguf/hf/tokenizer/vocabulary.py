@@ -7,9 +7,10 @@ Three kinds of files are read, and the ids that llama.cpp gives are those of the
 * tokenizer.json alone, SentencePiece-style BPE -> "llama", scores derived from the merges (merge_scores.py).
 
 Known differences that no GGUF can express, the same as in files by llama.cpp's converter: llama.cpp does not
-normalize (NFC of Qwen2); added tokens do not swallow spaces beside them (`lstrip`, `rstrip`); with a space prefix
-llama.cpp puts one before every stretch of text between special tokens, where a Metaspace of the scheme "first" puts
-one at the start only, and none before a text that starts with a space.
+normalize (NFC of Qwen2); it finds added tokens wherever they are spelled and keeps the spaces beside them (a warning
+names those for which this matters, see added_tokens.py); with a space prefix llama.cpp puts one before every stretch of
+text between special tokens, where a Metaspace of the scheme "first" puts one at the start only, and none before a text
+that starts with a space.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     if problems:
         raise VocabularyError("\n".join(dict.fromkeys(problems)))
     left = add_ends(special, [row.text for row in rows], [_optional_json(folder, name) for name in _NUMBERED])
-    names = ", ".join(f"{id_} {rows[id_].text!r}" for id_ in left[:_SHOWN])
+    warnings = _name_inexact_tokens(files)
+    if left:
+        names = ", ".join(f"{id_} {rows[id_].text!r}" for id_ in left[:_SHOWN])
+        warnings.append(f"a GGUF file has no room for these ends of a text, llama.cpp goes on after them: {names}")
     return Vocabulary(
         model=kind.model,
         pre=kind.pre,
@@ -96,9 +100,7 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
         special_ids=special,
         flags={**flags, "add_space_prefix": kind.add_space_prefix},
         chat_templates=templates,
-        warnings=(f"a GGUF file has no room for these ends of a text, llama.cpp goes on after them: {names}",)
-        if left
-        else (),
+        warnings=tuple(warnings),
     )
 
 
@@ -217,6 +219,29 @@ def _added(files: _Files, problems: list[str]) -> list[AddedToken]:
         ]
     extra = added_tokens.from_listing(_optional_json(files.folder, "added_tokens.json"), "added_tokens.json")
     return added_tokens.merge(extra, listed, added_tokens.from_decoder(files.config, "tokenizer_config.json"))
+
+
+def _name_inexact_tokens(files: _Files) -> list[str]:
+    """Return a warning that names the added tokens beside which llama.cpp gives other ids, if there are any.
+
+    As in transformers, what tokenizer.json says of a token goes before what tokenizer_config.json says of it.
+    """
+    listed = added_tokens.from_decoder(files.config, "tokenizer_config.json")
+    listed += files.tokenizer.added if files.tokenizer else []
+    normalizer = files.tokenizer.runtime.normalizer if files.tokenizer else None
+    inexact = {
+        token.content: reasons
+        for token in {token.content: token for token in listed}.values()
+        if (reasons := added_tokens.list_unknown_rules(token, normalizer))
+    }
+    if not inexact:
+        return []
+    shown = [f"{content!r} ({', '.join(reasons)})" for content, reasons in list(inexact.items())[:_SHOWN]]
+    more = f" and {len(inexact) - _SHOWN} more" if len(inexact) > _SHOWN else ""
+    return [
+        "llama.cpp finds these added tokens wherever they are spelled and keeps the spaces beside them; "
+        f"the ids of such texts differ from the tokenizer's: {', '.join(shown)}{more}"
+    ]
 
 
 def _special(table: TokenTable, files: _Files, problems: list[str]) -> tuple[dict[str, int], dict[str, bool]]:
