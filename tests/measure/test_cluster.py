@@ -86,6 +86,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     started.end()
 
 
+@pytest.fixture
+def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster for one test, which kills its workers."""
+    started = Cluster(tmp_path_factory.mktemp("doomed"))
+    yield started
+    started.end()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
@@ -119,11 +127,11 @@ def test_a_worker_of_another_version_is_refused(running: Cluster, files: dict[st
 
 
 def test_a_worker_killed_in_mid_job_costs_nothing_but_time(
-    running: Cluster, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    doomed: Cluster, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The sweep completes with the numbers of one machine, each measured once, and says who measured it."""
     here = compare([files["moe"]], files["dense"], used=USED, settings=settings(tmp_path / "here"))
-    victim = running.workers["ant"]
+    victim = doomed.workers["ant"]
 
     def kill() -> None:
         until(lambda: psutil.Process(victim.pid).children() or None)  # llama.cpp runs: the job is under way
@@ -131,7 +139,7 @@ def test_a_worker_killed_in_mid_job_costs_nothing_but_time(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    there = settings(tmp_path / "there", scheduler=running.address)
+    there = settings(tmp_path / "there", scheduler=doomed.address)
     found = compare([files["moe"]], files["dense"], used=USED, settings=there)
     killer.join()
 
@@ -163,14 +171,14 @@ def test_no_cluster_and_no_dask_say_what_to_do(monkeypatch: pytest.MonkeyPatch) 
         cluster.require_workers("tcp://127.0.0.1:9", [], ["cpu"])
 
 
-def test_a_cluster_without_workers_is_said(running: Cluster) -> None:
+def test_a_cluster_without_workers_is_said(doomed: Cluster) -> None:
     """Rather than waited for."""
-    for process in running.workers.values():
+    for process in doomed.workers.values():
         process.kill()
         process.wait()
-    until(lambda: None if workers_of(running.address) else True)
+    until(lambda: None if workers_of(doomed.address) else True)
     with pytest.raises(HarnessError, match="has no worker: start some with `dask worker"):
-        cluster.require_workers(running.address, [], ["cpu"])
+        cluster.require_workers(doomed.address, [], ["cpu"])
 
 
 def workers_of(address: str) -> list[str]:
