@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe2gguf.gguf import types
 from moe2gguf.gguf.file import BLOCK_SIZES, GGUFFile, TensorInfo
 from moe2gguf.gguf.layout import mean_bits_per_weight
 from moe2gguf.gguf.shards import read_model
@@ -80,6 +81,7 @@ class Inspection:
     alignment: int
     architecture: str | None
     name: str | None
+    file_type: str | None  # as in `general.file_type`, such as "Q4_K_M"
     n_layer: int | None
     d_model: int | None
     experts: Experts | None
@@ -111,6 +113,7 @@ def inspect(path: Path) -> Inspection:
         alignment=file.alignment,
         architecture=architecture,
         name=_as(str, file.metadata.get("general.name")),
+        file_type=types.name_file_type(file.metadata.get("general.file_type")),
         n_layer=_as(int, file.metadata.get(f"{architecture}.block_count")),
         d_model=_as(int, file.metadata.get(f"{architecture}.embedding_length")),
         experts=experts,
@@ -204,6 +207,7 @@ def print_inspection(inspection: Inspection, console: Console, *, tensors: bool 
 def _summary(it: Inspection) -> list[tuple[str, str]]:
     rows = [("file", str(it.path)), ("size", f"{it.file_size:,} bytes"), ("GGUF version", str(it.version))]
     rows += [("architecture", _short(it.architecture or "not given")), ("name", _short(it.name or "not given"))]
+    rows += [("file type", it.file_type)] if it.file_type else []
     rows += [("layers", f"{it.n_layer:,}")] if it.n_layer is not None else []
     rows += [("width", f"{it.d_model:,}")] if it.d_model is not None else []
     if it.experts:

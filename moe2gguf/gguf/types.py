@@ -65,6 +65,13 @@ FILE_TYPES: dict[TensorType, int] = {
 """The `general.file_type` of a file whose weights are mostly of a type."""
 
 
+def name_file_type(number: object) -> str | None:
+    """What a user calls the file type of this number, such as "Q4_K_M"; None for a number that says nothing."""
+    known = {**gguf.LlamaFileType.__members__, **_LATER_FILE_TYPES}
+    name = next((name for name, value in known.items() if value == number), "GUESSED")
+    return None if name == "GUESSED" else name.removeprefix("ALL_").removeprefix("MOSTLY_")
+
+
 def of_dtype(dtype: np.dtype[np.generic]) -> TensorType:
     """The float type that stores `dtype` unchanged."""
     return next(kind for kind, stored in FLOATS.items() if stored == dtype)

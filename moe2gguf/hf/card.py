@@ -1,13 +1,14 @@
 """The model card: who made the model, under which licence -> `general.*` metadata.
 
 The reading of README.md's front matter and of names such as "org/Model-7B-Instruct" is the gguf package's, as in
-llama.cpp's own converter. Two differences, both so that the same model gives the same bytes everywhere: the
-folder's name is never used, and a path in config.json's `_name_or_path` never reaches the file.
+llama.cpp's own converter. The name is the card's, else that of config.json's `_name_or_path` (never a path in it), else
+that of the model's repository on the Hub or of its folder.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,43 +18,58 @@ import gguf
 import yaml
 
 from moe2gguf.hf.json_file import is_number, read_bytes, read_json
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import find_origin, inside
 from moe2gguf.hf.safetensors import StoredTensor
-from moe2gguf.spec import Metadata, MetadataValue, Model
+from moe2gguf.spec import Metadata, MetadataValue
 
 _MAX_CARD_BYTES = 4 << 20
 _MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
 _SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
 
 
 def read_card(
     folder: Path,
     values: Mapping[str, Any],
-    model: Model,
     tensors: Mapping[str, StoredTensor],
     name: str | None,
     warnings: list[str],
 ) -> Metadata:
-    """`general.*` keys (name, basename, size label, licence, languages, base models ...) for `model`.
+    """`general.*` keys (name, basename, size label, licence, languages, base models ...) of a model.
 
     `values` is config.json, `tensors` those of the model (their parameters make the size label), `name` an override.
+    llama.cpp drops spaces behind special tokens where the name has "phi3" or "phi-3", whatever the tokenizer says: such
+    a name is used only if `name` or the card says so, with a warning; from elsewhere it becomes "Phi 3".
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-vocab.cpp (`LLAMA_TOKEN_ATTR_RSTRIP`)
 
     Raises:
         CheckpointError: README.md cannot be read, or generation_config.json is not JSON.
     """
     n_parameter = sum(math.prod(tensor.shape) for tensor in tensors.values())
     readme = _front_matter(folder, warnings)
-    config = dict(values)
-    if not isinstance(model_id := config.get("_name_or_path"), str) or not _MODEL_ID.fullmatch(model_id):
-        config.pop("_name_or_path", None)
+    config = {**values, "_name_or_path": _PHI3.sub("Phi-3", _find_model_id(folder, values))}
     try:
         found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), readme, config, None, n_parameter)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         warnings.append(f"{folder}: README.md is skipped: its front matter makes no sense ({error!r})")
         found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, config, None, n_parameter)
-    found.name = name or found.name or model.architecture.removesuffix("ForCausalLM")
+    found.name = name or found.name
+    if _PHI3.search(str(found.name)):
+        warnings.append(
+            f"the name {found.name!r} makes llama.cpp drop the spaces behind special tokens, as Phi-3 wants it; give "
+            "another one with --name if this model's tokenizer keeps them"
+        )
     found.size_label = found.size_label or gguf.size_label(n_parameter, 0, 0, 0)
     return {**_sampling(folder), **_general(found)}
+
+
+def _find_model_id(folder: Path, values: Mapping[str, Any]) -> str:
+    """What config.json, the Hub's cache or the folder calls the model: "OWNER/NAME" or "NAME"."""
+    named = values.get("_name_or_path")
+    if isinstance(named, str) and _MODEL_ID.fullmatch(named):
+        return named
+    origin = find_origin(folder)
+    return origin.repository if origin else re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(folder)).name)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # no stubs

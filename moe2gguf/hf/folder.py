@@ -16,7 +16,7 @@ from moe2gguf.hf import card, config
 from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, expected, ignored
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside, links_out_of
-from moe2gguf.hf.safetensors import ADAPTER, DTYPES, StoredTensor, read_headers
+from moe2gguf.hf.safetensors import ADAPTER, ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Metadata, Model, Vocabulary
 
@@ -75,7 +75,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file{_hint(folder)}")
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
-    warnings = _name_links(folder)
+    warnings = [*_name_links(folder), *_name_adapter(folder)]
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
     tied = model is not None and model.tied_embeddings
@@ -92,7 +92,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         tensors = _compare(model, mlp, tensors, compared)
         problems += causes or compared
     vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
-    metadata = _attempt(lambda: card.read_card(folder, values, model, tensors or {}, name, warnings), problems)
+    metadata = _attempt(lambda: card.read_card(folder, values, tensors or {}, name, warnings), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
         raise PlanError(problems)
     warnings += vocabulary.warnings
@@ -104,6 +104,16 @@ def _name_links(folder: Path) -> list[str]:
     """A warning that names the files which lie elsewhere; none where there are none."""
     links = links_out_of(folder)
     return [f"{folder}: {len(links)} files are links to other places: {list_names(links)}"] if links else []
+
+
+def _name_adapter(folder: Path) -> list[str]:
+    """A warning of an adapter beside the weights of its base model, which transformers would add to them."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return []
+    return [
+        f"{folder}: the adapter beside the model ({ADAPTER_CONFIG}) is left out; to have it in the file, merge it "
+        f"first: {MERGE}"
+    ]
 
 
 def _find_cause(

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe2gguf.errors import CheckpointError
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A repository of the Hugging Face Hub, "OWNER/NAME", and a commit of it."""
+
+    repository: str
+    revision: str
+
+
+def find_origin(folder: Path) -> Origin | None:
+    """Which repository and commit a folder of the Hub's cache holds; None for another folder.
+
+    It is `models--OWNER--NAME/snapshots/COMMIT`: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    match Path(os.path.abspath(folder)).parts:
+        case (*_, home, "snapshots", revision) if home.startswith("models--"):
+            return Origin(home.removeprefix("models--").replace("--", "/"), revision)
+    return None
 
 
 def inside(folder: Path, relative_name: str) -> Path:
@@ -39,11 +60,10 @@ def links_out_of(folder: Path) -> list[str]:
     """Return "NAME -> TARGET" of the files in `folder` that are links to somewhere else.
 
     Within the hub's cache `models--x/snapshots/REVISION/file` is a link to `models--x/blobs/HASH`; links to the same
-    `models--x` are left out. (https://huggingface.co/docs/huggingface_hub/guides/manage-cache)
+    `models--x` are left out.
     """
     root = folder.resolve()
-    cache = root.parent.parent
-    home = cache if root.parent.name == "snapshots" and cache.name.startswith("models--") else root
+    home = root.parent.parent if find_origin(root) else root
     links = sorted(path for path in folder.iterdir() if path.is_symlink() and path.is_file())
     return [f"{path.name} -> {path.resolve()}" for path in links if not path.resolve().is_relative_to(home)]
 

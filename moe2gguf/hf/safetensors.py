@@ -44,10 +44,9 @@ PIECE = 1 << 20
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = (
-    "holds an adapter, which is no model by itself; merge it into its base model: "
-    "PeftModel.from_pretrained(BASE_MODEL, DIR).merge_and_unload().save_pretrained(OUT)"
-)
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE = "PeftModel.from_pretrained(BASE_MODEL, DIR).merge_and_unload().save_pretrained(OUT)"
+ADAPTER = f"holds an adapter, which is no model by itself; merge it into its base model: {MERGE}"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 

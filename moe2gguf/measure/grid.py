@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe2gguf.experts.text import Text
+from moe2gguf.gguf import types
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
 from moe2gguf.gguf.shards import read_model
@@ -24,7 +25,7 @@ class RunConfig:
     """One file, k and device.
 
     n_expert, n_expert_used   0 for a dense file
-    type          the type that most bytes of the weights have
+    type          the file type that it gives, such as "Q4_K_M", else the type that most bytes of the weights have
     file_size     bytes
     active_bytes  bytes of weights read per generated token
     identity      digest of the file's header, size and time of change: cheap, and new whenever the file is rewritten
@@ -123,6 +124,8 @@ def _count(file: GGUFFile, key: str) -> int:
 
 
 def _find_main_type(file: GGUFFile) -> str:
+    if said := types.name_file_type(file.metadata.get("general.file_type")):
+        return said
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         sizes[tensor.type.name] += tensor.n_bytes

@@ -138,6 +138,8 @@ def test_the_text_says_what_the_file_is(inspected: Any) -> None:
     assert "\nexperts 4, of which a token uses 1, each 24 wide\n" in text
     assert "\nllama.attention.layer_norm_rms_epsilon FLOAT32 1e-05\n" in text
     assert "\ntokenizer.ggml.tokens ARRAY of STRING 10: [t0, t1, t2, t3, t4, t5, t6, t7, ...]\n" in text
+    mix = g.LlamaFile().set("general.file_type", "u32", 15)
+    assert "\nfile type Q4_K_M\n" in squeezed(printed(inspected(mix.bytes())))
     assert text.index("parameters") < text.index("Metadata") < text.index("Tensor types")
     assert "blk.0.attn_q.weight" not in text
     assert "\nblk.0.ffn_down_exps.weight 4 x 16 x 24 F16 3,072 16\n" in everything

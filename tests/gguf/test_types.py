@@ -101,3 +101,12 @@ def test_every_finite_half_is_widened_as_numpy_does() -> None:
     assert halves[:, ::3].astype(np.float32).tobytes() == types.widened(halves[:, ::3]).tobytes()
     for dtype in (np.float32, ml_dtypes.bfloat16):
         assert np.array_equal(np.ones(3, np.float32), types.widened(np.ones(3, dtype)))
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(0, "F32"), (1, "F16"), (15, "Q4_K_M"), (41, "Q2_0"), (1024, None), (9999, None), ([15], None), (None, None)],
+)
+def test_file_types_are_named_as_users_know_them(number: object, name: str | None) -> None:
+    """As llama.cpp numbers them; what is no file type has no name."""
+    assert name == types.name_file_type(number)

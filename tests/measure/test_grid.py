@@ -43,6 +43,15 @@ def test_every_combination_once_and_dense_files_once(files: dict[str, Path]) -> 
     assert ["F32", "F16"] == [one.type for one in plan_grid([files["dense"], files["f16"]])]
 
 
+def test_a_mix_of_types_has_the_name_that_the_file_gives(files: dict[str, Path], tmp_path: Path) -> None:
+    """Q4_K_M, not the type of most bytes, which is another where blocks of 256 do not fit."""
+    options = TypeOptions("q4_k_m", allow_fallback=True)
+    path = quantize(files["moe"], tmp_path / "q4_k_m.gguf", options).path
+
+    assert ["Q4_K_M"] == [one.type for one in plan_grid([path])]
+    assert "Q4_K" not in {tensor.type.name for tensor in read_gguf(path).tensors.values()}
+
+
 def test_bits_per_weight_are_of_all_tensors(files: dict[str, Path]) -> None:
     """32 in an F32 file; norms and routers stay F32 in an F16 one, counted by hand."""
     tensors = read_gguf(files["f16"]).tensors.values()

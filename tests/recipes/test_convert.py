@@ -172,7 +172,7 @@ def test_the_plan_reads_no_tensor_data(made: Any, tmp_path: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path: Path) -> None:
-    """One model, five ways to lay it out, one file."""
+    """One model, five ways to lay it out, one file; only the name is the folder's where none is given."""
     one = checkpoints.make(tmp_path / "one")
     elsewhere = shutil.copytree(one, tmp_path / "x" / "another name")
     three = checkpoints.make(tmp_path / "three", shards=3)
@@ -182,7 +182,7 @@ def test_bytes_do_not_depend_on_folder_sharding_threads_or_layout(tmp_path: Path
 
     results = []
     for i, (folder, threads) in enumerate([(one, 1), (one, 4), (elsewhere, 2), (three, 3), (renamed, 2)]):
-        convert(folder, tmp_path / f"{i}.gguf", threads=threads)
+        convert(folder, tmp_path / f"{i}.gguf", flat_options(name="Tiny"), threads=threads)
         results.append((tmp_path / f"{i}.gguf").read_bytes())
 
     assert [results[0]] * 5 == results
@@ -510,8 +510,11 @@ def test_targets(made: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["models--org--name/snapshots/0123abc", "links"])
-def test_a_folder_of_links_gives_the_same_bytes(made: Any, place: str, tmp_path: Path) -> None:
-    """A snapshot of the hub's cache, and a user's folder of links, which a warning names; neither is an output."""
+def test_a_folder_of_links_gives_the_same_model(made: Any, place: str, tmp_path: Path) -> None:
+    """A snapshot of the hub's cache, and a user's folder of links, which a warning names; neither is an output.
+
+    The file of a snapshot says where it is from, the other one has the same bytes as the folder's.
+    """
     blobs, folder = tmp_path / "models--org--name" / "blobs", tmp_path / place
     blobs.mkdir(parents=True)
     folder.mkdir(parents=True)
@@ -521,7 +524,11 @@ def test_a_folder_of_links_gives_the_same_bytes(made: Any, place: str, tmp_path:
 
     done = convert(folder, tmp_path / "links.gguf", flat_options(name="Tiny"))
 
-    assert (tmp_path / "real.gguf").read_bytes() == (tmp_path / "links.gguf").read_bytes()
+    real, links = read_gguf(tmp_path / "real.gguf"), read_gguf(tmp_path / "links.gguf")
+    origin = {"general.organization"} if place != "links" else set()
+    assert origin == {key for key in links.metadata if links.metadata[key] != real.metadata.get(key)}
+    assert real.metadata == {key: value for key, value in links.metadata.items() if key not in origin}
+    assert real.path.read_bytes()[real.data_offset :] == links.path.read_bytes()[links.data_offset :]
     assert (place == "links") == any("links to other places" in warning for warning in done.plan.warnings)
     with pytest.raises(OutputError, match="would replace"):
         convert(folder, blobs / "3", force=True)
@@ -559,6 +566,14 @@ def test_the_model_card_becomes_metadata(tmp_path: Path) -> None:
     assert "Mine" == plan_conversion(folder, flat_options(name="Mine")).metadata["general.name"]
 
 
+def test_an_adapter_beside_the_model_is_named(tmp_path: Path) -> None:
+    """transformers would add it to the weights; the file has the base model's, and a warning says so."""
+    folder = checkpoints.make(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+
+    assert any("the adapter beside the model" in warning for warning in plan_conversion(folder).warnings)
+
+
 @pytest.mark.parametrize(
     ("front", "skipped"),
     [
@@ -578,7 +593,7 @@ def test_a_senseless_model_card_is_skipped_and_never_a_crash(tmp_path: Path, fro
     plan = plan_conversion(folder)
 
     assert skipped == any("README.md is skipped" in warning for warning in plan.warnings)
-    assert plan.metadata["general.name"] == "Llama"
+    assert plan.metadata["general.name"] == "Model"
 
 
 def test_a_conversion_is_described_by_json_ready_values(made: Any, tmp_path: Path) -> None:
