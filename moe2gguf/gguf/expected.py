@@ -15,6 +15,7 @@ from moe2gguf.limits import GRAPHS, MAX_EXPERTS, Graph, GraphTensor, graph_sizes
 from moe2gguf.spec import Dimensions
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
+MOST = 2**31 - 1
 MOST_NAMES = 1000
 """Tensors that a message names: all of a real file, not the hundred thousand of a hostile one."""
 
@@ -27,6 +28,8 @@ def check_architecture(file: GGUFFile, found: Findings) -> None:
     kind = file.metadata.get("general.type", "model")
     if architecture is None:
         found.problems.append("metadata 'general.architecture' is missing")
+    elif not isinstance(architecture, str):
+        found.problems.append(f"metadata general.architecture: expected a STRING, found {_shown(architecture)}")
     elif architecture != "llama" or kind != "model":
         words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
         found.notes.append(f"{words}: shapes are only checked for llama models")
@@ -123,6 +126,23 @@ _UNREAD: dict[str, tuple[object, ...]] = {
 }
 
 
+def read_count(file: GGUFFile, key: str, problems: list[str], default: int | None = None, limit: int = MOST) -> int:
+    """A UINT32 from 1 to `limit` (0 only by default); 0 stands for a problem that is now listed."""
+    value = file.metadata.get(key)
+    if value is None:
+        if default is None:
+            problems.append(f"metadata {key} is missing")
+        return default or 0
+    kind = file.types[key]
+    if kind != ValueType(Kind.UINT32):
+        problems.append(f"metadata {key}: expected a UINT32, found {kind}")
+    elif not isinstance(value, int) or not (1 if default != 0 else 0) <= value <= limit:
+        problems.append(f"metadata {key}: expected 1 to {limit}, found {value}")
+    else:
+        return value
+    return 0
+
+
 class _Keys:
     """Reads `llama.*` the way llama.cpp does: a value of another type than it wants is a problem."""
 
@@ -130,22 +150,9 @@ class _Keys:
         self.file, self.problems = file, problems
         self.n_layer = 0  # set as soon as it is known
 
-    def count(self, key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
-        """A UINT32 from 1 to `limit` (0 only by default); 0 stands for a problem that is now listed."""
-        key = f"llama.{key}"
-        value = self.file.metadata.get(key)
-        if value is None:
-            if default is None:
-                self.problems.append(f"metadata {key} is missing")
-            return default or 0
-        kind = self.file.types[key]
-        if kind != ValueType(Kind.UINT32):
-            self.problems.append(f"metadata {key}: expected a UINT32, found {kind}")
-        elif not isinstance(value, int) or not (1 if default != 0 else 0) <= value <= limit:
-            self.problems.append(f"metadata {key}: expected 1 to {limit}, found {value}")
-        else:
-            return value
-        return 0
+    def count(self, key: str, default: int | None = None, limit: int = MOST) -> int:
+        """As `read_count`."""
+        return read_count(self.file, f"llama.{key}", self.problems, default, limit)
 
     def alike(self, key: str, default: int | None = None) -> int:
         """A count, or an array that gives every layer the same one."""
@@ -170,9 +177,10 @@ def llama_dimensions(file: GGUFFile, problems: list[str]) -> Dimensions:
     n_head_kv = keys.alike("attention.head_count_kv", n_head)
     if n_head_kv and n_head % n_head_kv:
         problems.append(f"llama.attention.head_count {n_head} is not a multiple of head_count_kv {n_head_kv}")
-    d_head = keys.count("attention.key_length", d_model // n_head if n_head else 0)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if d_head and (other := keys.count(key, d_model // n_head if key.startswith("a") else d_head)) != d_head:
+    share = d_model // n_head if n_head else 0
+    d_head = keys.count("attention.key_length", share)
+    for key, default in {"attention.value_length": share, "rope.dimension_count": d_head}.items():
+        if (other := keys.count(key, default)) not in (0, d_head):
             problems.append(f"metadata llama.{key}: arch llama wants the length of a key, {d_head}, found {other}")
     epsilon = file.metadata.get("llama.attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:

@@ -9,10 +9,11 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.expected import MAX_LAYERS, read_count
+from moe2gguf.gguf.file import GGUFFile, listing
 from moe2gguf.gguf.metadata import BIAS_NEURON
 from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
-from moe2gguf.limits import check_expert_counts
+from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 
 USED = "llama.expert_used_count"
 USED_HERE = "moe2gguf.slicing.expert_used_count"
@@ -28,13 +29,14 @@ def set_used(path: Path, n_expert_used: int) -> None:
             refitted for another count (the reason and the way out are named).
     """
     file = read_gguf(path)
-    n_expert = file.metadata.get("llama.expert_count")
-    if not isinstance(n_expert, int) or USED not in file.metadata:
+    problems: list[str] = []
+    n_expert = read_count(file, "llama.expert_count", problems, 0, MAX_EXPERTS)
+    n_layer = read_count(file, "llama.block_count", problems, limit=MAX_LAYERS)
+    if problems:
+        raise GGUFError(listing(path, problems))
+    if not n_expert or USED not in file.metadata:
         raise GGUFError(f"{path}: has no experts; only a file with llama.expert_count has a count to change")
-    n_layer = file.metadata.get("llama.block_count")
-    refusals = check_expert_counts(
-        n_expert, n_expert_used, n_layer=n_layer if isinstance(n_layer, int) else 1, n_tensor=len(file.tensors)
-    )
+    refusals = check_expert_counts(n_expert, n_expert_used, n_layer=n_layer, n_tensor=len(file.tensors))
     if refusals:
         raise GGUFError(f"{path}: " + " ".join(refusals))
     _require_free(file, n_expert_used)

@@ -117,8 +117,13 @@ def _strangeness(shard: GGUFFile, i: int, first: GGUFFile) -> list[str]:
     if number != i:
         return [f"{name} is shard {number + 1} by its own words: renamed, or a copy"]
     shared = [key for key in shard.metadata if key in first.metadata and key != NUMBER]
-    differing = [key for key in shared if shard.metadata[key] != first.metadata[key]]
+    differing = [key for key in shared if not _are_same(shard.metadata[key], first.metadata[key])]
     return [f"{name} is of another set: its {shown(key)} differs from the first one's" for key in differing]
+
+
+def _are_same(a: MetadataValue, b: MetadataValue) -> bool:
+    """Whether two values are equal; NaN is, to itself."""
+    return a == b or repr(a) == repr(b)
 
 
 def _disagreements(shards: Sequence[GGUFFile]) -> list[str]:

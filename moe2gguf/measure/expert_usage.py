@@ -78,9 +78,10 @@ def read_calibration_load(file: GGUFFile, n_expert: int, n_expert_used: int) -> 
     values = file.metadata.get(CALIBRATION_LOAD)
     n_layer = file.metadata.get("llama.block_count")
     numbers = values if isinstance(values, list) and all(isinstance(v, float) for v in values) else []
-    if type(n_layer) is not int or not numbers or len(numbers) != n_layer * n_expert:
+    load = np.array(numbers, np.float64)
+    if type(n_layer) is not int or not load.size or load.size != n_layer * n_expert or not np.isfinite(load).all():
         return None, "the file carries no load from a calibration"
-    load = np.array(numbers, np.float64).reshape(n_layer, n_expert)
+    load = load.reshape(n_layer, n_expert)
     k = round(load.sum() / n_layer)  # every token runs k experts; `set-used` does not change what calibration saw
     if k != n_expert_used:
         return None, f"the load of calibration is that of {k} experts per token, not of {n_expert_used}"

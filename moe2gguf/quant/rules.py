@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
-from moe2gguf.gguf.file import TensorType
+from moe2gguf.gguf.file import TensorType, shown
 from moe2gguf.quant.presets import ARCHITECTURES, PRESETS, Network, Preset
 
 AUTO = "auto"
@@ -139,7 +139,7 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
             raise PlanError(
                 [
                     f"type {options.type}: llama.cpp's choice of types is known here for the architectures "
-                    f"{' and '.join(ARCHITECTURES)}, not for {network.architecture}; use --pure, or --type-rules"
+                    f"{' and '.join(ARCHITECTURES)}, not for {shown(network.architecture)}; use --pure, or --type-rules"
                 ]
             )
         return preset_rules(name, network, mix=options.llama_cpp_mix)

@@ -37,6 +37,8 @@ ROLES = ("gate", "up", "down")
 FACTORS = "moe2gguf.densify.factors"
 """The metadata key that tells how the factors are known."""
 
+DENSE_WIDTH = "moe2gguf.slicing.dense_feed_forward_length"
+
 ReadLayer = Callable[[int], dict[str, Array]]
 """The number of a layer -> its joined projections by role."""
 
@@ -209,8 +211,8 @@ def known_factor(model: MoeFolder | MoeFile) -> tuple[str, float]:
 def dense_width(model: MoeFolder | MoeFile) -> int:
     """d_ff of the dense model: all neurons of the experts but the padding, where the metadata tells it."""
     n_neuron = model.n_expert * model.d_expert
-    d_ff = model.metadata.get("moe2gguf.slicing.dense_feed_forward_length")
-    return d_ff if isinstance(d_ff, int) and 0 < d_ff <= n_neuron else n_neuron
+    d_ff = model.metadata.get(DENSE_WIDTH)
+    return d_ff if type(d_ff) is int and 0 < d_ff <= n_neuron else n_neuron
 
 
 def make_projection(model: MoeFolder | MoeFile, part: Part, d_ff: int, read_layer: ReadLayer) -> OutputTensor:
@@ -245,5 +247,6 @@ def join_experts(gate: Array, up: Array, down: Array, factor: float, d_ff: int) 
     dropped = np.flatnonzero(zero)[::-1][: len(gate) - d_ff]
     kept = np.setdiff1d(np.arange(len(gate)), dropped)
     if len(kept) != d_ff:
-        raise PlanError([f"{len(gate) - d_ff} neurons should be padding, but only {len(dropped)} are zero"])
+        kept_least = len(gate) - len(dropped)
+        raise PlanError([f"{DENSE_WIDTH}: says {d_ff}, but {kept_least} neurons of the experts are not zero"])
     return {"gate": gate[kept], "up": up[kept], "down": np.ascontiguousarray(down[:, kept])}

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION
+from gguf import GGUFValueType as Kind
 from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import kernels, types
-from moe2gguf.gguf.file import GGUFFile, refuse_alignment
+from moe2gguf.gguf.expected import check_architecture
+from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.shards import read_model
@@ -277,10 +279,11 @@ def describe_network(file: GGUFFile) -> Network:
 
 
 def _refuse_file(file: GGUFFile) -> list[str]:
-    refusals = []
+    """What `verify` would say of the keys and names of the file to come, which are those of this one."""
     if not file.tensors:
-        refusals.append(f"{file.path}: holds no tensors")
-    return refusals + refuse_alignment(file)
+        return [f"{file.path}: holds no tensors"]
+    check_architecture(file, found := Findings())
+    return [f"{file.path}: {problem}" for problem in found.problems] + refuse_alignment(file)
 
 
 def _refuse_sources(file: GGUFFile, assigned: Assignment, allow_requantize: bool) -> list[str]:
@@ -315,7 +318,7 @@ def _make_metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -
     targets = {"target_size": options.target_size, "target_bpw": options.target_bpw}
     result |= {PREFIX + name: float(value) for name, value in targets.items() if value is not None}
     before = file.metadata.get("general.file_type")
-    if isinstance(before, int):
+    if isinstance(before, int) and file.types["general.file_type"] == ValueType(Kind.UINT32):
         result[PREFIX + "source_file_type"] = before
     switches = {"pure": options.pure, "llama_cpp_mix": options.llama_cpp_mix, "fallback": bool(assigned.fallbacks)}
     switches["requantized"] = any(

@@ -264,7 +264,7 @@ def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named()
 def test_a_preset_of_an_unknown_architecture_is_refused() -> None:
     """Its rules might differ; one type for everything is possible."""
     other = Network("falcon", 3, 8, 2, 256, True)
-    with pytest.raises(PlanError, match="not for falcon; use --pure"):
+    with pytest.raises(PlanError, match="not for 'falcon'; use --pure"):
         assign(tensors(256), TypeOptions("q4_k_m"), other)
     for options in (TypeOptions("q4_k_m", pure=True), TypeOptions("f16"), TypeOptions("q4_k")):
         assert () == assign(tensors(256), options, other).refusals
