@@ -7,6 +7,7 @@ anything that is not a `Moe2GgufError` is a defect of ours and keeps its traceba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class Moe2GgufError(Exception):
@@ -24,12 +25,17 @@ class VocabularyError(Moe2GgufError):
 
 
 class PlanError(Moe2GgufError):
-    """The requested conversion is impossible; carries every refusal the plan found, not only the first."""
+    """The requested conversion is impossible; carries every refusal the plan found, not only the first.
 
-    def __init__(self, refusals: Sequence[str]) -> None:
+    `way` is what to do about all of them together, if there is such a thing.
+    """
+
+    def __init__(self, refusals: Sequence[str], way: str = "") -> None:
         self.refusals = tuple(refusals)
         head = "1 problem" if len(self.refusals) == 1 else f"{len(self.refusals)} problems"
-        super().__init__("\n".join([f"cannot go on, {head}:", *(f"  - {line}" for line in self.refusals)]))
+        super().__init__(
+            "\n".join([f"cannot go on, {head}:", *(f"  - {line}" for line in self.refusals), *([way] if way else [])])
+        )
 
 
 class CorruptWeightError(Moe2GgufError):
@@ -37,7 +43,7 @@ class CorruptWeightError(Moe2GgufError):
 
 
 class CalibrationError(Moe2GgufError):
-    """Calibration is impossible: too little or unreadable text, torch missing, or activations that are not finite."""
+    """Calibration is impossible: too little or unreadable text, or activations that are not finite."""
 
 
 class HealError(Moe2GgufError):
@@ -58,6 +64,12 @@ class ImportanceError(Moe2GgufError):
 
 class HarnessError(Moe2GgufError):
     """llama.cpp could not load or run a file, is not installed, or lacks the requested device."""
+
+
+def advise_install(*packages: str) -> str:
+    """What to type to get those of the packages that cannot be imported: "pip install torch"; "" if all can be."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return " ".join(["pip install", *missing]) if missing else ""
 
 
 def list_names(names: Sequence[str], most: int = 3) -> str:

@@ -107,26 +107,22 @@ def check_expert_counts(
     """
     refusals = []
     if n_expert < 1:
-        refusals.append(f"{n_expert} experts: a layer needs at least 1. Use --experts 1 or more, or --dense.")
+        refusals.append(f"{n_expert} experts: a layer needs at least 1.")
     if n_expert > MAX_EXPERTS:
         refusals.append(
             f"{n_expert} experts: llama.cpp loads at most {MAX_EXPERTS} per layer (older builds 60 to 512) and aborts "
-            f"above. Use --experts {MAX_EXPERTS} or fewer."
+            f"above. Make {MAX_EXPERTS} or fewer."
         )
     if n_expert_used < 1:
-        refusals.append(f"{n_expert_used} experts per token: at least 1 must run. Use --used 1 or more.")
+        refusals.append(f"{n_expert_used} experts per token: at least 1 must run.")
     if n_expert_used > n_expert >= 1:
-        refusals.append(
-            f"{n_expert_used} experts per token: there are only {n_expert}. Use --used {n_expert} or fewer, or more "
-            f"--experts."
-        )
+        refusals.append(f"{n_expert_used} experts per token: there are only {n_expert}. Use {n_expert} or fewer.")
     limit = max_experts_used(n_layer=n_layer, n_tensor=n_tensor, n_scale=n_scale)
     if n_expert_used > limit:
         refusals.append(
             f"{n_expert_used} experts per token: llama.cpp can run {limit} in this model of {n_layer} layers and "
             f"{n_tensor} tensors. Its graph has room for about {POOL_PER_TENSOR} nodes per tensor and each used expert "
-            f"costs {NODES_PER_EXPERT} per layer; above the limit the process aborts. Use --used {limit} or fewer, or "
-            f"--experts {limit} or fewer."
+            f"costs {NODES_PER_EXPERT} per layer; above the limit the process aborts. Use {limit} or fewer."
         )
     return refusals
 
@@ -142,7 +138,7 @@ def expert_count_warnings(n_expert_used: int, *, n_layer: int, n_tensor: int, n_
     }
     return [
         f"{n_expert_used} experts per token: with {name} llama.cpp can run {limit} in this model and aborts above. "
-        f"Use --used {limit} or fewer if you run it that way."
+        f"Use {limit} or fewer if you run it that way."
         for name, limit in limits.items()
         if n_expert_used > limit
     ]

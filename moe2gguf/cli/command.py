@@ -12,7 +12,7 @@ import click
 import cloup
 
 from moe2gguf.cli.streams import StreamError
-from moe2gguf.cli.tables import warnings
+from moe2gguf.cli.tables import VERBOSE, warnings
 from moe2gguf.gguf.outputs import check_outputs, is_written
 
 FOREIGN = {
@@ -165,8 +165,13 @@ def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[
 
 
 def _verbose() -> click.Option:
-    """The option that shows messages in full; `moe2gguf.cli.main` looks for it."""
-    return cloup.Option(["--verbose"], is_flag=True, expose_value=False, hidden=True, help="Show an error in full.")
+    """The option that shows lists in full: of tensors, warnings and (`moe2gguf.cli.main` looks for it) problems."""
+
+    def remember(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        ctx.meta[VERBOSE] = value
+
+    words = "Show all tensors of a plan, all warnings and all problems."
+    return cloup.Option(["--verbose"], is_flag=True, expose_value=False, hidden=True, callback=remember, help=words)
 
 
 def _help_all() -> click.Option:

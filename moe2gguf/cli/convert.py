@@ -223,8 +223,8 @@ def _write_folder(model: Path, out: Path, options: Options, as_json: bool, **arg
 
     done = write_folder(model, out, options, progress=display.progress, **arguments)
     emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
-    counts = f"K..{done.plan.n_expert}"
-    display.next_step(f"moe2gguf heal {out} HEALED --teacher {model} --text TEXT --used-range {counts}")
+    heal = ["heal", out, "HEALED", "--teacher", model, "--text", "TEXT", "--used-range", f"K..{done.plan.n_expert}"]
+    display.next_steps(["moe2gguf", *heal], ["moe2gguf", "convert", out, f"{out.name}.gguf"])
 
 
 def _write_file(
@@ -252,6 +252,8 @@ def _write_file(
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.conversion(done, checked))
-    display.next_step(f'moe2gguf run {done.path} -p "The capital of France is"')
+    run = ["moe2gguf", "run", done.path, "-p", "The capital of France is"]
+    measure = ["moe2gguf", "compare", done.path, "--reference", "DENSE.gguf"]
+    display.next_steps(run, *([measure] if done.plan.n_expert else []))
     if checked and not checked.ok:
         raise SystemExit(1)

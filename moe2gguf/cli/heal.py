@@ -167,4 +167,4 @@ def heal(
     )
     if is_main():
         emit(done.to_dict(), as_json, lambda: tables_heal.healing(done))
-        display.next_step(f"moe2gguf convert {out} {out}.gguf")
+        display.next_steps(["moe2gguf", "convert", out, f"{out}.gguf"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from moe2gguf.measure.imatrix import Collection
 
 PLAIN_WIDTH = 120
+VERBOSE = "moe2gguf.verbose"
+"""Where the click context remembers --verbose."""
 MOST_LINES = 5
 """Of the list in an error's message."""
 WIDE = 250
@@ -67,28 +71,38 @@ def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
+def is_verbose() -> bool:
+    """Whether the command was given --verbose."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(VERBOSE))
+
+
+def cut_list(items: Sequence[str], *, whole: bool) -> list[str]:
+    """The first `MOST_LINES` items and how many more there are; all if the `whole` is wanted, or it saves no line."""
+    if whole or len(items) <= MOST_LINES + 1:
+        return [*items]
+    return [*items[:MOST_LINES], f"  and {len(items) - MOST_LINES} more (--verbose shows all)"]
+
+
 def warnings(lines: Iterable[str]) -> None:
     """One line each on stderr."""
-    for line in lines:
-        err().print(f"[yellow]warning:[/yellow] {escape(line)}")
+    for line in cut_list([*lines], whole=is_verbose()):
+        err().print(f"[yellow]warning:[/yellow] {escape(line.strip())}")
 
 
-def next_step(text: str) -> None:
-    """Name a command to go on with, where a person reads it."""
+def next_steps(*commands: Sequence[object]) -> None:
+    """Name commands to go on with, a line each, where a person reads them."""
     console = err()
-    if console.is_terminal:
-        console.print(f"next: {text}", markup=False)
+    for words, command in zip(("next:", *["   or:"] * len(commands)), commands, strict=False):
+        if console.is_terminal:
+            console.print(words, shlex.join(map(str, command)), markup=False)
 
 
 def shorten(message: str, *, whole: bool) -> str:
     """An error's message with at most `MOST_LINES` of its list, unless the `whole` is wanted."""
-    lines = message.splitlines()
-    items = [i for i, line in enumerate(lines) if line.startswith("  - ")]
-    if whole or len(items) <= MOST_LINES + 1:
-        return message
-    left_out = {*items[MOST_LINES:]}
-    kept = [line for i, line in enumerate(lines) if i not in left_out]
-    return "\n".join([*kept, f"  and {len(left_out)} more (--verbose shows all)"])
+    head, *items = message.splitlines()
+    way = [items.pop()] if items and items[0].startswith("  - ") and not items[-1].startswith("  - ") else []
+    return "\n".join([head, *cut_list(items, whole=whole), *way])
 
 
 def check(checked: Check) -> None:

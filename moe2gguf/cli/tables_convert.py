@@ -24,9 +24,8 @@ WEAK = 0.95
 
 
 def plan(plan: Plan) -> None:
-    """Every tensor, then the sums."""
+    """The sums, then the rules for types, and the tensors with --verbose."""
     console = display.out()
-    _tensors(console, plan)
     console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_files(plan)}")
     console.print(f"bits per weight     {plan.bits_per_weight:.3f}")
     if plan.padding_bytes:
@@ -36,16 +35,17 @@ def plan(plan: Plan) -> None:
         _active(console, plan)
     else:
         console.print(f"read per token      {plan.active_bytes(0):,} bytes")
+    _tensors(console, plan)
 
 
 def quantization_plan(plan: QuantizationPlan) -> None:
-    """Every tensor, the rules, then the sums."""
+    """The sums, then the rules for types, and the tensors with --verbose."""
     console = display.out()
-    _tensors(console, plan)
     before = plan.source.file_size
     share = f"{plan.file_size / before:.1%} of {before:,}"
     console.print(f"file size       {plan.file_size:,} bytes ({share}){_files(plan)}")
     console.print(f"bits per weight {plan.bits_per_weight:.3f}")
+    _tensors(console, plan)
 
 
 def _files(plan: Plan | QuantizationPlan) -> str:
@@ -53,22 +53,25 @@ def _files(plan: Plan | QuantizationPlan) -> str:
 
 
 def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
-    """Every tensor with its type, then the rules that chose the types and how many tensors each decided."""
+    """The rules that chose the types and how many tensors each decided; every tensor with its type if asked for."""
     from moe2gguf.gguf.types import bits_per_weight
 
-    table = Table("tensor", "shape", "type", "bytes", "bits per weight", box=None, pad_edge=False)
-    table.columns[3].justify = table.columns[4].justify = "right"
-    for tensor in plan.tensors:
-        shape, bits = " x ".join(map(str, tensor.shape)), bits_per_weight(tensor.type)
-        table.add_row(escape(tensor.name), shape, tensor.type.name, f"{tensor.n_bytes:,}", f"{bits:g}")
-    console.print(table)
     console.print()
     if plan.assigned.counts:
         rules = Table("tensors", "type", "because of", "pattern", box=None, pad_edge=False)
         for rule, count in plan.assigned.counts:
             rules.add_row(str(count), rule.type.name, escape(rule.origin), escape(rule.pattern))
         console.print(rules)
-        console.print()
+    if not display.is_verbose():
+        console.print("--verbose lists the tensors")
+        return
+    console.print()
+    table = Table("tensor", "shape", "type", "bytes", "bits per weight", box=None, pad_edge=False)
+    table.columns[3].justify = table.columns[4].justify = "right"
+    for tensor in plan.tensors:
+        shape, bits = " x ".join(map(str, tensor.shape)), bits_per_weight(tensor.type)
+        table.add_row(escape(tensor.name), shape, tensor.type.name, f"{tensor.n_bytes:,}", f"{bits:g}")
+    console.print(table)
 
 
 def _active(console: Console, plan: Plan) -> None:

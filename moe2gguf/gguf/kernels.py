@@ -25,7 +25,7 @@ from moe2gguf.errors import CorruptWeightError, HarnessError
 from moe2gguf.gguf.file import BLOCK_SIZES, TensorType
 from moe2gguf.gguf.ggml import declare
 
-INSTALL = "pip install 'moe2gguf[run]'"
+INSTALL = "pip install -U llama-cpp-python"
 
 NEEDS_IMPORTANCE: tuple[TensorType, ...] = (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S)
 """Without an importance matrix the kernel aborts the process:

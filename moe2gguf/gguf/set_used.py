@@ -55,20 +55,16 @@ def _require_free(file: GGUFFile, n_expert_used: int) -> None:
     healed = isinstance(low, int) and isinstance(high, int) and low <= n_expert_used <= high
     if n_expert_used == made_for or healed:
         return
+    again = f"Convert again: `moe2gguf convert MODEL OUT --used {n_expert_used}`"
     if mode in ("used", "fitted"):
         raise GGUFError(
-            f"{file.path}: its experts are amplified for {made_for} of them (--amplify {mode}); with {n_expert_used} "
-            f"the MLP would be too loud or too quiet. Convert again with --used {n_expert_used}, or with --amplify any"
+            f"{file.path}: its experts are amplified for {made_for} of them; with {n_expert_used} "
+            f"the MLP would be too loud or too quiet. {again}, or --amplify any"
         )
     if file.metadata.get("moe2gguf.slicing.refit") is True:
-        raise GGUFError(
-            f"{file.path}: its experts are refitted for {made_for} of them. Convert again with --used {n_expert_used}"
-        )
+        raise GGUFError(f"{file.path}: its experts are refitted for {made_for} of them. {again}")
     if file.metadata.get(BIAS_NEURON) is True:
-        raise GGUFError(
-            f"{file.path}: its bias neurons stand for what does not run at {made_for} experts. Convert again with "
-            f"--used {n_expert_used}"
-        )
+        raise GGUFError(f"{file.path}: its bias neurons stand for what does not run at {made_for} experts. {again}")
 
 
 def _value_offset(header: bytes, key: str, path: Path) -> int:

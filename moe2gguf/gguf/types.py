@@ -190,4 +190,4 @@ def is_finite(array: Array) -> bool:
 
 def _overflow(array: Array, name: str) -> CorruptWeightError:
     largest = float(np.abs(array.astype(np.float32)).max())
-    return CorruptWeightError(f"{name}: {largest:.6g} does not fit into f16 (at most 65504); use --type bf16 or f32")
+    return CorruptWeightError(f"{name}: {largest:.6g} does not fit into f16 (at most 65504); bf16 and f32 hold it")

@@ -13,7 +13,7 @@ from moe2gguf.errors import HarnessError
 
 _WARN = 3  # ggml_log_level: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/include/ggml.h#L652
 _CONT = 5
-_INSTALL = "pip install 'moe2gguf[run]'"
+_INSTALL = "pip install -U llama-cpp-python"
 _log: deque[str] = deque(maxlen=20)
 _callbacks: list[Any] = []  # llama.cpp keeps a bare pointer to the function: it must outlive every call
 

@@ -78,7 +78,7 @@ def _client(address: str) -> Iterator[Any]:
     try:
         from distributed import Client
     except ModuleNotFoundError as error:
-        raise HarnessError("a cluster needs Dask: pip install 'moe2gguf[cluster]'") from error
+        raise HarnessError("a cluster needs Dask: pip install distributed") from error
     try:
         client = Client(address, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:

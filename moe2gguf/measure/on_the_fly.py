@@ -106,7 +106,8 @@ def plan_copies(
             try:
                 plan = plan_quantization(path, TypeOptions(kind.lower(), allow_fallback=True, imatrix=imatrix))
             except PlanError as error:
-                refusals += [f"{path.name} as {kind}: {line}" for line in error.refusals]
+                words = f"moe2gguf quantize {path.name} OUT {kind}"
+                refusals += [f"`{words}` is refused: {line}" for line in error.refusals]
                 continue
             place = folder / _choose_place(plan)
             out.append(QuantizedCopy(plan, place / f"{path.stem}-{kind.upper()}.gguf"))

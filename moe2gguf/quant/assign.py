@@ -172,7 +172,7 @@ def _unused(counts: Sequence[tuple[Rule, int]], tensors: Sequence[Entry]) -> lis
         elif names:
             why = f"it matches only tensors that are never quantized ({list_names([t.name for t in names])})"
         else:
-            why = "no tensor's whole name matches it; `--plan` lists the names"
+            why = "no tensor's whole name matches it; --plan --verbose lists the names"
         refusals.append(f"{rule.origin}: pattern {rule.pattern!r} decides nothing: {why}")
     return refusals
 

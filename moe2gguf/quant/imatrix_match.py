@@ -73,7 +73,8 @@ class Guidance:
         worst = min(self.few, key=lambda name: self.few[name])
         return [
             f"--imatrix: {len(self.few)} tensors have experts that saw fewer than {FEW} tokens ({worst}: "
-            f"{self.few[worst]}); their numbers are used as they are. Collect from more text, or with --used all"
+            f"{self.few[worst]}); their numbers are used as they are. Collect from more text, or by "
+            "`moe2gguf imatrix --used all`"
         ]
 
 
@@ -198,7 +199,7 @@ def _describe_lack(found: _Found, tensor: Entry) -> Problem:
     detail = f" (experts {numbers})" if 0 < len(found.empty) < n_mat else ""
     ways = ["--imatrix-repair ones"]
     if "neurons" in found.why:
-        ways.insert(0, "collect one from this file, or convert the checkpoint with --imatrix")
+        ways.insert(0, "collect one from this file, or give it to `moe2gguf convert --imatrix`")
     elif "experts" in found.why:
-        ways.insert(0, "collect it from more text or with --used all")
+        ways.insert(0, "collect it from more text or by `moe2gguf imatrix --used all`")
     return Problem(f"{found.why}; {', or '.join(ways)}", detail)

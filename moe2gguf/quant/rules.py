@@ -133,7 +133,7 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
         return ()
     if options.pure:
         main = "MXFP4" if name == "MXFP4_MOE" else PRESETS[name].type if name in PRESETS else name
-        return (Rule(".*", types.named(main), "--type"),)
+        return (Rule(".*", types.named(main), f"type {options.type}"),)
     if name in PRESETS:
         if network.architecture not in ARCHITECTURES and types.named(PRESETS[name].type) not in types.FLOATS:
             raise PlanError(
@@ -144,7 +144,8 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
             )
         return preset_rules(name, network, mix=options.llama_cpp_mix)
     kind = types.named(name)
-    return (Rule(VOCABULARY, types.named("Q8_0"), "--type"), Rule(".*", kind, "--type"))
+    origin = f"type {options.type}"
+    return (Rule(VOCABULARY, types.named("Q8_0"), origin), Rule(".*", kind, origin))
 
 
 MIXES = tuple(preset.lower() for preset in PRESETS)

@@ -38,7 +38,7 @@ def find_experts(plan: Plan, inputs: Inputs, work: Path, progress: Progress, *, 
     starts anew. The result reads them from there.
 
     Raises:
-        CalibrationError: the text or the activations cannot be used, or torch is missing.
+        CalibrationError: the text or the activations cannot be used.
         OutputError: `work` cannot be written, or has the work of another job.
         HarnessError: the model is a GGUF file, whose tokenizer is llama.cpp's, and that is not installed.
     """
@@ -76,18 +76,7 @@ def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:
 
 
 def open_calibration_model(source: Source) -> CalibrationModel:
-    """Open what a calibration runs on: blocks with the weights of `source`, windows from its tokenizer.
-
-    Raises:
-        CalibrationError: torch or transformers is missing.
-    """
-    try:
-        import moe2gguf.experts.calibration  # noqa: F401 -- imports both
-    except ImportError as error:
-        raise CalibrationError(
-            f"calibration needs torch and transformers ({error}): pip install 'moe2gguf[calibrate]', "
-            "or take --preset exact"
-        ) from error
+    """Open what a calibration runs on: blocks with the weights of `source`, windows from its tokenizer."""
     return _Folder(source) if isinstance(source, Checkpoint) else _GGUF(source)
 
 

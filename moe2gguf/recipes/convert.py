@@ -86,12 +86,12 @@ def convert(
         find_experts: makes the experts, in place of `moe2gguf.recipes.calibrate.find_experts`.
 
     Raises:
-        PlanError: the model or the options do not fit; every reason is listed.
+        PlanError: the model or the options do not fit, or torch is missing; every reason is listed.
         ImportanceError: the importance matrix is broken.
         CheckpointError: `model` is no model, or a file of it ends early.
         CorruptWeightError: a weight is NaN, infinite, or too large for the type.
         HarnessError: a type, or the tokenizer of a GGUF file, needs llama.cpp, and it is not installed.
-        CalibrationError: the text or the activations cannot be used, or torch is missing.
+        CalibrationError: the text or the activations cannot be used.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
         GGUFError: `model` is a file but no sound GGUF file, or the written file did not verify.
     """

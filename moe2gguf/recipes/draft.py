@@ -95,7 +95,8 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
     refusals = [*guided.refusals(stored, assigned), *_refuse_experts_of(guided, slicing)]
     if options.has_target:
         refusals.append(
-            "--target-size, --target-bpw: types are chosen from unquantized weights; convert the model's folder"
+            "--target-size, --target-bpw: types are chosen for the weights of a folder; leave it out, then give it to "
+            "`moe2gguf quantize OUT SMALLER --target-size SIZE --allow-requantize`"
         )
     refusals += tensors_gguf.refuse_blocks(source, slicing, tensors, allow=options.allow_fallback)
     warnings = [
@@ -111,7 +112,8 @@ def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> 
     guided = consult(wanted.inputs.matrix, wanted.options, stored, neurons)
     network = _describe_network(source, wanted.slicing, importance=guided.matrix is not None)
     complete = guided.guidance.complete
-    return guided, assign(stored, wanted.options, network, complete, wanted.base, wanted.inputs.rules)
+    slices = wanted.slicing is not None
+    return guided, assign(stored, wanted.options, network, complete, wanted.base, wanted.inputs.rules, slices=slices)
 
 
 def _mark_guided(guided: Consulted, tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe2gguf.errors import PlanError
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.metadata import model_metadata, provenance, vocabulary_metadata
 from moe2gguf.hf.folder import Checkpoint
@@ -31,10 +30,8 @@ def fit_types(plan: Plan, inputs: Inputs, progress: Progress = silent) -> Plan:
         CorruptWeightError: a weight is NaN or infinite.
     """
     source, slicing, options = plan.source, plan.slicing, plan.options.types
-    if not plan.has_open_types:
+    if not plan.has_open_types or not isinstance(source, Checkpoint):
         return plan
-    if not isinstance(source, Checkpoint):
-        raise PlanError(["--target-size, --target-bpw: start from the model's folder"])
     model, stored = source.model, tensors_hf.plan_tensors(source, slicing)
     experts = plain_experts(model, slicing and replace(slicing, n_expert_used=1, method=Method(amplify="used")))
     guidance = find_importance(plan, inputs.types.matrix, stored, experts)

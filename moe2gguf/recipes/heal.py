@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HealError
+from moe2gguf.errors import HealError, advise_install
 from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
 from moe2gguf.experts.heal.run import HealRun
 from moe2gguf.experts.heal.settings import HealSettings, Windows
@@ -94,6 +94,8 @@ def heal(
         CalibrationError: the text cannot be used.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
+    if install := advise_install("torch", "transformers", "accelerate"):
+        raise HealError(f"healing trains with torch, transformers and accelerate: {install}")
     held_out = [text.held_out] if text.held_out else []
     check_folder_target(out, [student, teacher, *text.files, *held_out], force=force)
     sliced, dense = open_checkpoint(student), open_checkpoint(teacher)
@@ -205,16 +207,12 @@ def train(sliced: Checkpoint, dense: Checkpoint, run: HealRun) -> Trained:
     """Both stages, and how their result is read.
 
     Raises:
-        HealError: torch is missing, or a number became NaN.
+        HealError: a number became NaN.
     """
-    try:
-        from moe2gguf.experts.forward import Layers, choose_device
-        from moe2gguf.experts.heal.layerwise import heal_layers
-        from moe2gguf.experts.heal.train import heal_model
-    except ImportError as error:
-        raise HealError(
-            f"healing needs torch, transformers and accelerate ({error}): pip install 'moe2gguf[heal]'"
-        ) from error
+    from moe2gguf.experts.forward import Layers, choose_device
+    from moe2gguf.experts.heal.layerwise import heal_layers
+    from moe2gguf.experts.heal.train import heal_model
+
     training, work = run.settings.training, run.work
     if training.layerwise:
         layers = Layers(dense.model, dense.read, choose_device(run.settings.compute.device))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe2gguf.errors import PlanError
+from moe2gguf.errors import PlanError, advise_install
 from moe2gguf.experts.saved import SavedCalibration, read_calibration
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.hf.folder import Checkpoint
@@ -56,7 +56,7 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     """Read the files that the options name.
 
     Raises:
-        PlanError: the options do not fit the model; every reason is listed.
+        PlanError: the options do not fit the model, or torch is missing; every reason is listed.
         CalibrationError: a text or a saved calibration cannot be read.
         ImportanceError: the importance matrix cannot be read.
     """
@@ -69,6 +69,8 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     calibrates = not refusals and options.slices(source.model) and options.resolve_method().needs_calibration
     if calibrates and not saved and not isinstance(source, Checkpoint):
         refusals += refuse_calibration(source)
+    if calibrates and not saved and (install := advise_install("torch", "transformers")):
+        refusals.append(f"experts are fitted to a text with torch and transformers: {install}; or take --preset exact")
     if refusals:
         raise PlanError(refusals)
     text = read_text(options.calibration.text) if calibrates and not saved else None

@@ -173,7 +173,7 @@ def make_plan(
     assigned = assign(stored, options, network, guided.guidance.complete, base, inputs.rules, slices=False)
     refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
     if refusals := [*refusals, *guided.refusals(stored, assigned)]:
-        raise PlanError(refusals)
+        raise PlanError(refusals, _join_ways(refusals))
     tensors = tuple(
         dataclasses.replace(
             tensor,
@@ -298,6 +298,15 @@ def _refuse_sources(file: GGUFFile, assigned: Assignment, allow_requantize: bool
         "with --allow-requantize"
         for name, names in groups.items()
     ]
+
+
+def _join_ways(refusals: Sequence[str]) -> str:
+    """The options that allow all of this, where it takes more than one."""
+    text = " ".join(refusals)
+    needed = [
+        option for option in ("--allow-fallback", "--allow-requantize", "--imatrix-repair ones") if option in text
+    ]
+    return f"to allow all of it: {' '.join(needed)}" if len(needed) > 1 else ""
 
 
 def _keep_metadata(file: GGUFFile) -> dict[str, MetadataValue]:

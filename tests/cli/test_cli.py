@@ -52,8 +52,8 @@ def test_json_is_the_only_thing_on_stdout(model: Any, tmp_path: Path) -> None:
 
 
 def test_plan_writes_nothing_and_needs_no_target(model: Any, tmp_path: Path) -> None:
-    """Every tensor, the exact size, bytes and bound at each count."""
-    done = moe2gguf("convert", model, "--plan", "-e", 4)
+    """The exact size, bytes and bound at each count first; every tensor with --verbose."""
+    done = moe2gguf("convert", model, "--plan", "-e", 4, "--verbose")
 
     assert 0 == done.returncode
     assert re.search(r"blk\.2\.ffn_down_exps\.weight +4 x 64 x 24 +F32 +24,576", done.stdout)
@@ -61,6 +61,10 @@ def test_plan_writes_nothing_and_needs_no_target(model: Any, tmp_path: Path) -> 
     values = json.loads(moe2gguf("convert", model, "--plan", "-e", 4, "--json").stdout)
     assert f"file size           {values['file_size']:,} bytes" in done.stdout
     assert [] == values["refusals"]
+    short = moe2gguf("convert", model, "--plan", "-e", 4).stdout
+    assert short.startswith("file size ")
+    assert "--verbose lists the tensors" in short
+    assert "blk.2.ffn_down_exps" not in short
 
 
 def test_a_plan_that_is_refused_says_so_in_json_too(model: Any) -> None:
@@ -251,7 +255,7 @@ def test_quantize_in_one_pass_and_from_a_file_give_the_same_tensors(model: Any, 
 
 def test_quantize_plan_shows_rules_and_refusals(files: Any) -> None:
     """What each pattern decided, bits per weight; for machines the refusals and exit code 1."""
-    shown = moe2gguf("quantize", files[1], "unused.gguf", "q8_0", "--plan")
+    shown = moe2gguf("quantize", files[1], "unused.gguf", "q8_0", "--plan", "--verbose")
     refused = moe2gguf("quantize", files[1], "unused.gguf", "q4_k", "--plan", "--json")
 
     assert re.search(r"blk\.0\.attn_q\.weight +64 x 64 +Q8_0 +4,352 +8\.5", shown.stdout)

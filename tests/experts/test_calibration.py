@@ -194,13 +194,15 @@ def test_a_conversion_without_calibration_leaves_another_ones_work_alone(folder:
 def test_without_transformers_the_error_says_what_to_install(
     folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch alone is not enough; the message names both ways out."""
+    """Before anything else, in the plan too; torch alone is not enough, and the message names both ways out."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for name in ("moe2gguf.experts.calibration", "moe2gguf.experts.forward"):
-        monkeypatch.delitem(sys.modules, name)
 
-    with pytest.raises(CalibrationError, match=r"pip install 'moe2gguf\[calibrate\]'"):
+    with pytest.raises(PlanError, match="pip install transformers; or take --preset exact"):
+        plan_conversion(folder, flat_options(**QUICK, used=4))
+    with pytest.raises(PlanError, match="pip install transformers"):
         convert(folder, tmp_path / "x.gguf", flat_options(**QUICK, used=4))
+    assert [] == list(tmp_path.iterdir())
+    plan_conversion(folder, flat_options(experts=8))
 
 
 def test_a_layers_file_is_read_back(tmp_path: Path) -> None:

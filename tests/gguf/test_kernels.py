@@ -153,7 +153,7 @@ def test_without_llama_cpp_the_common_types_work_and_the_others_say_what_to_inst
     rows = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
     assert kernels.quantize(rows, GGMLType.Q4_0, "t").tobytes().hex() == data
     message = (
-        "Q4_K: quantized by llama.cpp's kernels, but llama-cpp-python is not installed: pip install 'moe2gguf[run]'"
+        "Q4_K: quantized by llama.cpp's kernels, but llama-cpp-python is not installed: pip install -U llama-cpp-python"
     )
     assert [message] * 2 == errors
 

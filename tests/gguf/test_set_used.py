@@ -72,7 +72,9 @@ def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(
     path = convert(folder, tmp_path / "y.gguf", options).path
 
     assert () == verify(path).problems
-    with pytest.raises(GGUFError, match=r"does not run at 4 experts. Convert again with --used 6"):
+    with pytest.raises(
+        GGUFError, match=r"does not run at 4 experts. Convert again: `moe2gguf convert MODEL OUT --used 6`"
+    ):
         set_used(path, 6)
 
 

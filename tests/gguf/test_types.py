@@ -61,7 +61,7 @@ def test_f16_overflow_is_an_error_that_offers_bf16(value: float, fits: bool, dty
     if fits:
         types.encode(array, GGMLType.F16, "t")
     else:
-        with pytest.raises(CorruptWeightError, match=r"t: .*65504.*--type bf16"):
+        with pytest.raises(CorruptWeightError, match=r"t: .*65504.*bf16"):
             types.encode(array, GGMLType.F16, "t")
 
 

@@ -68,7 +68,7 @@ def test_without_llama_cpp_the_error_says_what_to_install(tmp_path: Path, monkey
     (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')")
     monkeypatch.syspath_prepend(tmp_path)
 
-    with pytest.raises(HarnessError, match=r"x.gguf: token ids come from llama.cpp .*pip install 'moe2gguf\[run\]'"):
+    with pytest.raises(HarnessError, match=r"x.gguf: token ids come from llama.cpp .*pip install -U llama-cpp-python"):
         read_tokens(tmp_path / "x.gguf", "text")
 
 

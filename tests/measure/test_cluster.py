@@ -167,7 +167,7 @@ def test_no_cluster_and_no_dask_say_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(HarnessError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9 .* `dask scheduler`"):
         cluster.require_workers("tcp://127.0.0.1:9", [], ["cpu"])
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(HarnessError, match=r"pip install 'moe2gguf\[cluster\]'"):
+    with pytest.raises(HarnessError, match="pip install distributed"):
         cluster.require_workers("tcp://127.0.0.1:9", [], ["cpu"])
 
 

@@ -215,7 +215,7 @@ def test_files_that_llama_cpp_refuses(tmp_path: Path, files: dict[str, Path]) ->
 
 def test_missing_llama_cpp() -> None:
     """Without llama-cpp-python the error is the command that installs it."""
-    with pytest.raises(HarnessError, match=r"^llama-cpp-python is not installed: pip install 'moe2gguf\[run\]'$"):
+    with pytest.raises(HarnessError, match=r"^llama-cpp-python is not installed: pip install -U llama-cpp-python$"):
         run_in_child(without_llama_cpp)
 
 

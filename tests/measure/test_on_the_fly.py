@@ -111,7 +111,7 @@ def test_types_that_cannot_be_had_are_refused_together(files: dict[str, Path], c
     with pytest.raises(PlanError) as caught:
         compare_types([files["moe"]], files["dense"], kinds=["q8_0", "q9", "zip"], settings=settings())
     assert 2 == len(caught.value.refusals)
-    assert "moe.gguf as q9" in caught.value.refusals[0]
+    assert "`moe2gguf quantize moe.gguf OUT q9` is refused: type q9: unknown" in caught.value.refusals[0]
     with pytest.raises(PlanError, match="no file is f32, f16 or bf16"):
         compare_types([files["q8_0"]], files["dense"], kinds=["q4_0"], settings=settings())
     assert not cache.exists()

@@ -207,7 +207,7 @@ def test_without_llama_cpp_nothing_is_left(place: Any, tmp_path: Path, monkeypat
     (tmp_path / "broken" / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')")
     monkeypatch.syspath_prepend(tmp_path / "broken")
 
-    with pytest.raises(HarnessError, match=r"token ids come from llama.cpp .*pip install 'moe2gguf\[run\]'"):
+    with pytest.raises(HarnessError, match=r"token ids come from llama.cpp .*pip install -U llama-cpp-python"):
         convert(place / "f32.gguf", tmp_path / "x.gguf", flat_options(**QUICK))
 
     assert ["broken"] == [path.name for path in tmp_path.iterdir()]

@@ -328,7 +328,9 @@ def test_kernels_are_asked_for_before_a_byte_is_written(
     monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
     kernels.library.cache_clear()
     try:
-        with pytest.raises(HarnessError, match=r"Q4_K, Q6_K: quantized by llama.cpp's kernels.*moe2gguf\[run\]"):
+        with pytest.raises(
+            HarnessError, match=r"Q4_K, Q6_K: quantized by llama.cpp's kernels.*pip install -U llama-cpp-python"
+        ):
             quantize(dense, tmp_path / "out.gguf", TypeOptions("q4_k_m"))
     finally:
         kernels.library.cache_clear()

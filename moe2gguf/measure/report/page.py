@@ -254,7 +254,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:
-        raise HarnessError("the report needs plotly: pip install 'moe2gguf[report]'") from error
+        raise HarnessError("the report needs plotly: pip install plotly") from error
     return str(get_plotlyjs())
 
 

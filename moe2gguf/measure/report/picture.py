@@ -91,5 +91,5 @@ def _matplotlib() -> Any:
         import matplotlib
         import matplotlib.figure
     except ModuleNotFoundError as error:
-        raise HarnessError("the picture needs matplotlib: pip install 'moe2gguf[report]'") from error
+        raise HarnessError("the picture needs matplotlib: pip install matplotlib") from error
     return matplotlib

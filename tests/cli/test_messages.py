@@ -1,0 +1,183 @@
+"""What a command says when it refuses: options that it has, all that are needed at once, few lines."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+import checkpoints
+import click
+import pytest
+import tiny_gguf
+from command import Done, moe2gguf
+
+import moe2gguf as moe2gguf_package
+from moe2gguf.cli import cli
+from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import quantize
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OTHERS = re.compile(r"`moe2gguf ([a-z-]+)")
+ELSEWHERE = {"--help", "--version", "--local-dir", "--cpu-moe"}
+"""Options that click adds, and those of `hf download` and llama.cpp."""
+
+Folder = dict[str, Path]
+
+
+def options_of(command: str) -> set[str]:
+    """Every option of a command, hidden ones too."""
+    known = [one for one in cli.commands[command].params if isinstance(one, click.Option)]
+    return {name for one in known for name in (*one.opts, *one.secondary_opts)}
+
+
+def foreign_options(command: str, text: str) -> set[str]:
+    """Options in what `command` says that neither it has nor another one whose line is quoted beside."""
+    found = set()
+    for line in text.splitlines():
+        speakers = [command, *OTHERS.findall(line)]
+        found |= set(OPTION.findall(line)) - set().union(*map(options_of, speakers)) - ELSEWHERE
+    return found
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """By name: folders and files of every kind that a command may be given."""
+    root = tmp_path_factory.mktemp("inputs")
+    made: Folder = {"NOWHERE": root / "nowhere", "OUT": root / "out.gguf", "TEXT": root / "text.txt"}
+    made["TEXT"].write_text("too short")
+    made["MODEL"] = checkpoints.make(root / "model")
+    made["MIXTRAL"] = checkpoints.write(
+        root / "mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    )
+    made["PREFIX"] = shutil.copytree(made["MODEL"], root / "prefix")
+    made["HF"] = root / "hf"
+    made["DENSE"] = tiny_gguf.write_gguf(root / "dense.gguf", tiny_gguf.dense_weights())
+    sliced = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
+    made["SLICED"] = tiny_gguf.write_gguf(root / "sliced.gguf", sliced, n_expert_used=2)
+    made["Q8"] = quantize(made["DENSE"], root / "q8.gguf", TypeOptions("q8_0")).path
+    assert 0 == moe2gguf("convert", made["MODEL"], made["HF"], "-e", 4, "--format", "hf").returncode
+    checkpoints.rewrite_config(made["PREFIX"], num_hidden_layers=40)
+    return made
+
+
+def run(inputs: Folder, command: str) -> Done:
+    """Run a command line with the names of inputs replaced."""
+    return moe2gguf(*(inputs.get(word, word) for word in command.split()))
+
+
+REFUSED = """
+convert NOWHERE OUT
+convert owner/model OUT
+convert MODEL OUT -e 1000 -k 2000 --align 0
+convert MODEL OUT -e 32 --type q4_k
+convert MODEL OUT --type q4_k_n
+convert MODEL OUT --type iq1_s --allow-fallback
+convert MODEL OUT --tensor-type nothing=q8_0
+convert MODEL OUT --tensor-type x
+convert MODEL OUT --target-size 1
+convert MODEL OUT --target-size 1GB --target-bpw 4 --type q8_0 --pure
+convert MODEL OUT --shard-size 100
+convert MODEL OUT -e 4 -k 2 --shared 9
+convert MODEL OUT -e 4 -k 2 --calibration TEXT
+convert MODEL OUT -e 4 --refit
+convert MODEL OUT -e 4 -k 2 --calibration-tokens 10
+convert MODEL OUT --save-calibration x.cal
+convert MODEL OUT --load-calibration TEXT
+convert MODEL OUT --dense --experts 4
+convert MODEL OUT --report x.html
+convert MODEL OUT --format hf --type q8_0 -e 4
+convert MODEL OUT --format hf --dense
+convert MODEL DENSE
+convert MIXTRAL OUT -e 8 --dense
+convert MIXTRAL OUT --type q4_k
+convert PREFIX OUT
+convert Q8 OUT --target-size 1MB
+convert Q8 OUT -e 4
+convert Q8 OUT -e 3 -k 2
+convert SLICED OUT
+convert TEXT OUT
+quantize DENSE OUT q3_k_m
+quantize SLICED OUT q4_k
+quantize Q8 OUT q4_k_m
+quantize Q8 OUT q3_k_m
+quantize DENSE OUT iq1_s --allow-fallback
+quantize DENSE OUT q9
+quantize DENSE OUT --target-size 1
+quantize DENSE OUT q8_0 --target-size 1GB --pure
+quantize DENSE OUT --tensor-type nothing=q8_0 q8_0
+quantize DENSE OUT q8_0 --shard-size 100
+quantize DENSE OUT q8_0 --imatrix TEXT
+quantize DENSE Q8 q8_0
+quantize DENSE OUT
+set-used SLICED 9
+set-used DENSE 2
+densify DENSE OUT
+densify SLICED Q8
+heal HF OUT --teacher MIXTRAL --text TEXT --used-range 1..9
+heal MODEL OUT --teacher MODEL --text TEXT --used-range 1..4
+heal HF HF --teacher MODEL --text TEXT --used-range 1..4
+run SLICED -p x --used 9
+run DENSE -p x --used 2
+run TEXT -p x
+compare SLICED --reference DENSE --types q9,q4_k
+compare SLICED --reference DENSE --types iq1_s
+compare Q8 --reference DENSE --types q8_0
+compare SLICED --reference DENSE --used 9
+compare SLICED --reference DENSE --text TEXT
+compare SLICED --reference SLICED
+bench SLICED --used 9
+bench SLICED --device nowhere
+expert-usage SLICED --used 9
+expert-usage DENSE
+expert-usage SLICED --text TEXT
+imatrix SLICED OUT
+imatrix SLICED OUT --text TEXT
+imatrix SLICED OUT --text TEXT --used 9
+verify TEXT
+verify SLICED --check TEXT
+inspect TEXT
+"""
+
+
+@pytest.mark.parametrize("command", REFUSED.strip().splitlines())
+def test_a_refusal_names_only_options_of_its_command(inputs: Folder, command: str) -> None:
+    """Or those of another command whose whole line it gives; and it takes no more than a screen."""
+    done = run(inputs, command)
+
+    assert 0 != done.returncode
+    assert set() == foreign_options(command.split()[0], done.stderr + done.stdout)
+    assert len(done.stderr.splitlines()) <= 9
+    assert not inputs["OUT"].exists()
+
+
+def test_every_option_in_the_package_exists() -> None:
+    """No sentence of any module names an option that no command has."""
+    known = set().union(ELSEWHERE, *map(options_of, cli.commands))
+    others = {"command.py", "page.py"}  # the hints for other programs' options, and variables of CSS
+    paths = [path for path in Path(moe2gguf_package.__file__).parent.rglob("*.py") if path.name not in others]
+    nodes = [(path.name, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    texts = [(name, one.value) for name, one in nodes if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+
+    assert set() == {(name, word) for name, text in texts for word in OPTION.findall(text) if word not in known}
+    assert len(texts) > 5000
+
+
+def test_all_options_that_are_needed_are_named_at_once(inputs: Folder) -> None:
+    """Substitutes and quantizing twice are allowed by one line, which works."""
+    done = run(inputs, "quantize Q8 OUT q3_k_m")
+
+    last = done.stderr.splitlines()[-1]
+    assert "to allow all of it: --allow-fallback --allow-requantize" == last
+    assert 0 == run(inputs, f"quantize Q8 OUT q3_k_m --plan {last.partition(': ')[2]}").returncode
+
+
+def test_long_lists_end_after_five_lines(inputs: Folder) -> None:
+    """And say how many more there are; --verbose shows all."""
+    short, whole = (run(inputs, f"convert PREFIX OUT{more}").stderr for more in ("", " --verbose"))
+
+    n = len(whole.splitlines()) - 1
+    assert n > 100
+    assert 7 == len(short.splitlines())
+    assert f"  and {n - 5} more (--verbose shows all)" == short.splitlines()[-1]
