@@ -11,7 +11,7 @@ TOLERANCE = 0.05
 other change too, which a perplexity that happens to be equal is not."""
 
 Point = tuple[str, float, float]
-"""A label, a KL divergence in nats per token, and tokens per second."""
+"""A label, a KL divergence in nats per token, and tokens per second or another number of which more is better."""
 
 
 def find_pareto_front(points: Iterable[Point]) -> list[Point]:
@@ -45,18 +45,39 @@ def recommend(rows: Sequence[ResultRow]) -> Recommendation | None:
     return Recommendation(tuple(point[0] for point in front), label, _explain(sound[label], len(sound)))
 
 
+def judge_quality(rows: Sequence[ResultRow]) -> Recommendation | None:
+    """Return the row to take where nothing was timed; None without a sound row.
+
+    It is the one that reads the fewest bytes per token of those whose KL divergence is at most TOLERANCE, and where
+    there is none, the closest to the reference.
+    """
+    sound = {row.config.label: row for row in rows if row.status == "ok" and row.quality}
+    points = [
+        (label, row.quality.summary.kl_mean, -float(row.config.active_bytes))
+        for label, row in sound.items()
+        if row.quality
+    ]
+    if not points:
+        return None
+    front = find_pareto_front(points)
+    label = next((label for label, kl, _ in front if kl <= TOLERANCE), front[-1][0])
+    return Recommendation(tuple(point[0] for point in front), label, _explain(sound[label], len(sound)))
+
+
 def _explain(row: ResultRow, n: int) -> str:
-    if not row.quality or not row.speed:
+    if not row.quality:
         return ""
-    speed = f"{row.speed.generation.median:.1f} tokens/s"
-    if row.speed.ratio is not None:
-        speed += f" ({row.speed.ratio:.2f} x the reference)"
+    best, gain = "smallest", f"{row.config.active_bytes / 1e6:,.0f} MB of weights per token"
+    if row.speed:
+        best, gain = "fastest", f"{row.speed.generation.median:.1f} tokens/s"
+    if row.speed and row.speed.ratio is not None:
+        gain += f" ({row.speed.ratio:.2f} x the reference)"
     summary = row.quality.summary
     cost = summary.perplexity / summary.perplexity_base - 1
     quality = f"KL divergence {summary.kl_mean:.2g}, perplexity {cost:+.1%}"
     if summary.kl_mean <= TOLERANCE:
-        return f"the fastest of {n} within {TOLERANCE:g} nats per token of the reference: {quality}, {speed}"
+        return f"the {best} of {n} within {TOLERANCE:g} nats per token of the reference: {quality}, {gain}"
     return (
-        f"the closest of {n} to the reference: {quality}, {speed}; none is within {TOLERANCE:g} nats per token, "
+        f"the closest of {n} to the reference: {quality}, {gain}; none is within {TOLERANCE:g} nats per token, "
         "so for quality the reference itself is the better choice"
     )

@@ -56,19 +56,22 @@ def draw_figures(layers: Sequence[LayerReport], n_expert_used: int) -> list[Figu
     """Return the load, the energy at every count, the router beside the best choice, and the constant direction."""
     shares = [("hit rate", "hit_rate"), ("energy kept", "energy_kept"), ("best choice", "energy_oracle")]
     has_router = all(layer.hit_rate is not None for layer in layers)
-    router = [_draw_layers("The router against the best choice", layers, shares, "share")] if has_router else []
+    good = "Good is high, and `energy kept` near `best choice`: the router finds the experts that matter."
+    router = [_draw_layers("The router against the best choice", layers, shares, "share", good)] if has_router else []
     constant = "The constant direction on held-out tokens"
+    even = "Good is near 1: below 0.5 the experts that are always on can lose to others for some token."
     return [
         _draw_load(layers),
         _draw_energy(layers, n_expert_used),
         *router,
-        _draw_layers(constant, layers, [("min", "constant_min")], "smallest v·x"),
+        _draw_layers(constant, layers, [("min", "constant_min")], "smallest v·x", even),
     ]
 
 
 def _draw_load(layers: Sequence[LayerReport]) -> Figure:
     trace = draw_map([layer.load for layer in layers], "layer %{y}, expert %{x}: %{z:.3f} of tokens", limits=(0.0, 1.0))
-    return Figure("Load: share of tokens that run each expert", [trace], label_map("expert", "layer"))
+    words = "Good is even: a dark expert learned from few tokens; the bright ones run for every token."
+    return Figure("Load: share of tokens that run each expert", [trace], label_map("expert", "layer"), words)
 
 
 def _draw_energy(layers: Sequence[LayerReport], n_expert_used: int) -> Figure:
@@ -79,14 +82,19 @@ def _draw_energy(layers: Sequence[LayerReport], n_expert_used: int) -> Figure:
         draw_line(name, x, [of(values) for values in by_used], line={"dash": dash})
         for name, of, dash in (("best layer", max, "dot"), ("mean", fmean, "solid"), ("worst layer", min, "dot"))
     ]
-    layout = label_axes("experts used", "share of all experts' output energy")
-    return Figure("Energy kept against experts used", lines, layout | {"shapes": [mark_value("x", n_expert_used)]})
+    layout = label_axes("experts used", "share of the energy (higher is better)", counts=x)
+    words = "Good is high at the dashed line, the experts that are used, with the worst layer near the mean."
+    return Figure(
+        "Energy kept against experts used", lines, layout | {"shapes": [mark_value("x", n_expert_used)]}, words
+    )
 
 
-def _draw_layers(title: str, layers: Sequence[LayerReport], names: Sequence[tuple[str, str]], axis: str) -> Figure:
+def _draw_layers(
+    title: str, layers: Sequence[LayerReport], names: Sequence[tuple[str, str]], axis: str, words: str
+) -> Figure:
     x = range(len(layers))
     lines = [draw_line(label, x, [getattr(layer, name) for layer in layers]) for label, name in names]
-    return Figure(title, lines, label_axes("layer", axis))
+    return Figure(title, lines, label_axes("layer", f"{axis} (higher is better)", counts=x), words)
 
 
 def _table_layers(layers: Sequence[LayerReport]) -> Table:

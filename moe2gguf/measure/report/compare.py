@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.measure.grid import RunConfig
+from moe2gguf.measure.pareto import TOLERANCE, judge_quality
 from moe2gguf.measure.report.expert_usage import draw_load
-from moe2gguf.measure.report.page import Figure, Page, Table, draw_line, label_axes, mark_value, plain_table
+from moe2gguf.measure.report.page import (
+    COLORS,
+    DASHES,
+    Figure,
+    Page,
+    Table,
+    draw_line,
+    label_axes,
+    mark_value,
+    plain_table,
+)
 from moe2gguf.measure.results import Comparison, Quality
 from moe2gguf.measure.speed import Spread
 
-_KL = "mean KL divergence, nats per token"
-_LOSS = "loss, nats per token"
-_WINDOW, _POSITION = "window of the text", "position in the window, tokens"
+_KL = "KL divergence, nats (lower is better)"
+_LOSS = "loss, nats (lower is better)"
 _COLUMNS = (
     ("file", "file"),
     ("type", "type"),
@@ -56,7 +66,7 @@ _COLUMNS = (
 class Point:
     """A run that was scored, as the figures show it; `speed`, tokens per second of generation, if it was timed.
 
-    file   name and device, the same for every count
+    file   name, type and device, the same for every count
     kl     not below a tenth of what is noise, where there is nothing to see on a logarithmic axis
     """
 
@@ -67,9 +77,14 @@ class Point:
 
     @property
     def file(self) -> str:
-        """The file's name, and the device unless it is the CPU."""
+        """The file's name and type, and the device unless it is the CPU."""
         device = "" if self.config.device == "cpu" else f" {self.config.device}"
-        return f"{_file_name(self.config)}{device}"
+        return f"{_file_name(self.config)} ({self.config.type}){device}"
+
+    @property
+    def label(self) -> str:
+        """The file and the number of experts used."""
+        return f"{self.file} k={self.words}" if self.config.n_expert else self.file
 
     @property
     def words(self) -> str:
@@ -112,6 +127,15 @@ def group_by_file(points: Iterable[Point]) -> dict[str, list[Point]]:
     return groups
 
 
+def list_looks(points: Iterable[Point]) -> dict[str, dict[str, Any]]:
+    """By a point's label, how its line looks: one color for every file, another dash for every count of it."""
+    return {
+        point.label: {"color": COLORS[i % len(COLORS)], "dash": DASHES[j % len(DASHES)]}
+        for i, group in enumerate(group_by_file(points).values())
+        for j, point in enumerate(group)
+    }
+
+
 def clip_to_noise(value: float, found: Comparison) -> float:
     """Return a value for a logarithmic axis: not below a tenth of what is noise, where there is nothing to see."""
     return max(value, found.kl_limit / 10)
@@ -132,19 +156,21 @@ def make_page(found: Comparison, arguments: Sequence[str]) -> Page:
 
 
 def summarize(found: Comparison) -> list[str]:
-    """Return the result in sentences of HTML."""
+    """Return the result in sentences of HTML, the verdict first."""
     sound = [row for row in found.rows if row.status == "ok"]
-    lines = [f"{len(sound)} of {len(found.rows)} runs completed."]
+    lines = []
+    if best := found.recommendation or judge_quality(found.rows):
+        lines.append(f"<b>Take {_name(best.label)}</b>: {escape(best.reason)}.")
+        what = "speed" if found.recommendation else "weights read"
+        lines.append(f"Beaten by no other in both quality and {what}: {_names(best.front)}.")
+    lines.append(f"{len(sound)} of {len(found.rows)} runs completed.")
     if found.base:
         perplexity = f"{found.base.perplexity_base:.4g} ± {found.base.perplexity_base_error:.2g}"
         reference = _name(found.reference.label)
-        lines[0] += f" The reference, {reference}, has a perplexity of {perplexity} on {found.base.n_token:,} tokens."
+        lines[-1] += f" The reference, {reference}, has a perplexity of {perplexity} on {found.base.n_token:,} tokens."
     same = [row.config.label for row in sound if row.above_noise is False]
     if same:
         lines.append(f"As far as the noise floor can tell, the same model as the reference: {_names(same)}.")
-    if found.recommendation:
-        lines.append(f"<b>Take {_name(found.recommendation.label)}</b>: {escape(found.recommendation.reason)}.")
-        lines.append(f"Beaten by no other in both quality and speed: {_names(found.recommendation.front)}.")
     equal = [f"{_name(name)} from {_names(others)}" for name, others in found.not_told_apart.items()]
     if equal:
         lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
@@ -167,33 +193,38 @@ def draw_figures(found: Comparison) -> list[Figure]:
     points = list_points(found)
     if not points:
         return []
+    looks = list_looks(points)
     sliced = [point for point in points if point.config.n_expert]
     return [
-        *([_draw_quality_and_speed(found, points)] if found.recommendation else []),
-        *([_draw_divergence_by_count(found, sliced)] if sliced else []),
-        _draw_windows("KL divergence window by window", found, points, "window_kl"),
-        _draw_windows("Loss window by window", found, points, "window_nll"),
-        _draw_positions("KL divergence by position in the window", found, points, "position_kl"),
-        _draw_positions("Loss by position in the window", found, points, "position_nll"),
+        *([_draw_quality_and_speed(found, points, looks)] if found.recommendation else []),
+        *([_draw_divergence_by_count(found, sliced, looks)] if sliced else []),
+        *(_draw_series(found, points, looks, axis, measure) for measure in ("kl", "nll") for axis in _SERIES),
         *(draw_load(one, f"Experts of {one.config.label}: load") for one in found.experts),
     ]
 
 
-def _draw_quality_and_speed(found: Comparison, points: Sequence[Point]) -> Figure:
+Looks = Mapping[str, Mapping[str, Any]]
+
+
+def _draw_quality_and_speed(found: Comparison, points: Sequence[Point], looks: Looks) -> Figure:
     """Every timed run a point with its spread, the Pareto front a dotted line, the reference's speed a dashed one."""
     timed = [point for point in points if point.speed]
-    lines = [_draw_timed(name, group) for name, group in group_by_file(timed).items()]
+    lines = [_draw_timed(name, group, looks) for name, group in group_by_file(timed).items()]
     x, y = zip(*(point.place for point in list_front(found, timed)), strict=True)
-    lines.append(draw_line("Pareto front", x, y, mode="lines", line={"dash": "dot"}))
-    layout = label_axes("generation, tokens per second", _KL, log=True)
+    lines.append(draw_line("beaten by no other", x, y, mode="lines", line={"dash": "dot", "color": "gray"}))
+    layout = label_axes("tokens per second (higher is better)", _KL, log=True)
     if found.reference_speed:
         speed = found.reference_speed.generation.median
         layout["shapes"] = [mark_value("x", speed)]
         layout["annotations"] = [{"x": speed, "y": 1, "yref": "paper", "text": "reference", "showarrow": False}]
-    return Figure("Quality and generation speed", lines, layout)
+    words = (
+        "Good is low and far right: close to the reference and fast. A number is the experts used per token. What lies "
+        "left of the dashed line is slower than the reference itself."
+    )
+    return Figure("Quality and generation speed", lines, layout, words)
 
 
-def _draw_timed(name: str, points: Sequence[Point]) -> dict[str, Any]:
+def _draw_timed(name: str, points: Sequence[Point], looks: Looks) -> dict[str, Any]:
     """Return the points of a file at its counts, each with the lowest and highest speed of its runs."""
     x, y = zip(*(point.place for point in points), strict=True)
     speeds = [point.speed for point in points if point.speed]
@@ -209,13 +240,13 @@ def _draw_timed(name: str, points: Sequence[Point]) -> dict[str, Any]:
             "arrayminus": [speed.median - speed.low for speed in speeds],
         },
         text=[point.words for point in points],
-        hovertext=[escape(point.config.label) for point in points],
+        hovertext=[escape(point.label) for point in points],
         textposition="top center",
-        marker={"size": 12},
+        marker={"size": 12, "color": looks[points[0].label]["color"]},
     )
 
 
-def _draw_divergence_by_count(found: Comparison, points: Sequence[Point]) -> Figure:
+def _draw_divergence_by_count(found: Comparison, points: Sequence[Point], looks: Looks) -> Figure:
     """A line per file over its counts, with confidence intervals, and the noise limit."""
     lines = []
     for name, group in group_by_file(points).items():
@@ -227,57 +258,63 @@ def _draw_divergence_by_count(found: Comparison, points: Sequence[Point]) -> Fig
                 [point.config.n_expert_used for point in ordered],
                 [clip_to_noise(i.mean, found) for i in intervals],
                 error_y={"type": "data", "array": [_finite_or_none(i.high - i.mean) for i in intervals]},
-                hovertext=[escape(point.config.label) for point in ordered],
+                hovertext=[escape(point.label) for point in ordered],
+                line={"color": looks[group[0].label]["color"]},
             )
         )
-    layout = label_axes("experts used per token", _KL, log=True)
+    counts = [point.config.n_expert_used for point in points]
+    layout = label_axes("experts used per token", _KL, log=True, counts=counts)
     layout["shapes"] = [mark_value("y", found.kl_limit)]
     layout["annotations"] = [
         {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "text": "noise", "showarrow": False}
         | {"y": math.log10(found.kl_limit)}
     ]
-    return Figure("KL divergence and experts used", lines, layout)
+    words = (
+        f"Good is low: up to {TOLERANCE:g} a file is recommended. Below the dashed line it is the reference itself, as "
+        "far as this measurement can tell. A line rises again where a file was made for fewer experts."
+    )
+    return Figure("KL divergence and experts used", lines, layout, words)
 
 
-def _draw_windows(title: str, found: Comparison, points: Sequence[Point], name: str) -> Figure:
-    """A line per run of one of the series of `Quality` by window."""
-    lines = [
-        draw_line(label, range(1, len(values) + 1), values, **look)
-        for label, values, look in _list_series(found, points, name)
-    ]
-    return Figure(title, lines, _label_series(_WINDOW, name))
+def _draw_series(found: Comparison, points: Sequence[Point], looks: Looks, axis: str, measure: str) -> Figure:
+    """A line per run of one of the series of `Quality`, by window or by position; of losses the reference's too.
+
+    By position x is the middle of each span, in tokens from the window's start.
+    """
+    name = f"{axis}_{measure}"
+    title, axis_title, words = _SERIES[axis]
+    n = len(getattr(points[0].quality, name))
+    x: Sequence[float] = range(1, n + 1)
+    if axis == "position":
+        n_context = int(found.settings["context"])
+        first = n_context // 2
+        x = [first + (i + 0.5) * (n_context - 1 - first) / max(n, 1) for i in range(n)]
+    mode = "lines" if axis == "position" else "lines+markers"
+    values = {point.label: getattr(point.quality, name) for point in points}
+    lines = []
+    if measure == "nll":
+        base = getattr(points[0].quality, f"{name}_base")
+        lines = [draw_line("reference", x, base, mode, line={"dash": "dot", "color": "gray"})]
+    else:
+        values = {label: [clip_to_noise(value, found) for value in series] for label, series in values.items()}
+    lines += [draw_line(label, x, series, mode, line=looks[label]) for label, series in values.items()]
+    what, unit = ("Loss", _LOSS) if measure == "nll" else ("KL divergence", _KL)
+    counts = [] if axis == "position" else range(1, n + 1)
+    return Figure(f"{what} {title}", lines, label_axes(axis_title, unit, log=measure == "kl", counts=counts), words)
 
 
-def _draw_positions(title: str, found: Comparison, points: Sequence[Point], name: str) -> Figure:
-    """The same by position in the window: x is the middle of each span, in tokens from the window's start."""
-    n_context = int(found.settings["context"])
-    first = n_context // 2
-    n_span = len(getattr(points[0].quality, name))
-    width = (n_context - 1 - first) / max(n_span, 1)
-    x = [first + (i + 0.5) * width for i in range(n_span)]
-    lines = [
-        draw_line(label, x, values, mode="lines", **look) for label, values, look in _list_series(found, points, name)
-    ]
-    return Figure(title, lines, _label_series(_POSITION, name))
-
-
-def _list_series(
-    found: Comparison, points: Sequence[Point], name: str
-) -> list[tuple[str, list[float], dict[str, Any]]]:
-    """Return label, values and look of every run's series; of losses the reference's before them, gray and dotted."""
-    if not name.endswith("nll"):
-        return [
-            (point.config.label, [clip_to_noise(value, found) for value in getattr(point.quality, name)], {})
-            for point in points
-        ]
-    gray = {"line": {"dash": "dot", "color": "gray"}}
-    reference = ("reference", list(getattr(points[0].quality, f"{name}_base")), gray)
-    return [reference, *((point.config.label, list(getattr(point.quality, name)), {}) for point in points)]
-
-
-def _label_series(axis: str, name: str) -> dict[str, Any]:
-    is_loss = name.endswith("nll")
-    return label_axes(axis, _LOSS if is_loss else _KL, log=not is_loss)
+_SERIES = {
+    "window": (
+        "window by window",
+        "window of the text",
+        "Good is low and even: a line that leaves the others in one place has met a text that its file cannot do.",
+    ),
+    "position": (
+        "by position in the window",
+        "position in the window, tokens",
+        "Good is low, and level or falling: a line that rises to the right loses the thread of longer texts.",
+    ),
+}
 
 
 def _finite_or_none(width: float) -> float | None:

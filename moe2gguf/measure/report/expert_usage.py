@@ -59,13 +59,18 @@ def draw_load(found: ExpertUse, title: str) -> Figure:
     """Return the map of the load, layer by expert."""
     hover = "layer %{y}, expert %{x}: share of tokens %{z:.4f}"
     rows, y = [one.load for one in found.layers], [one.layer for one in found.layers]
-    return Figure(title, [draw_map(rows, hover, y, (0.0, 1.0))], label_map("expert", "layer"))
+    words = (
+        "Good is even: a row of one color uses all its experts. A dark expert does nothing, and a bright one runs for "
+        "every token."
+    )
+    return Figure(title, [draw_map(rows, hover, y, (0.0, 1.0))], label_map("expert", "layer"), words)
 
 
 def _draw_probability(found: ExpertUse) -> Figure:
     hover = "layer %{y}, expert %{x}: mean probability %{z:.4f}"
     rows, y = [one.probability for one in found.layers], [one.layer for one in found.layers]
-    return Figure("The router's mean probability", [draw_map(rows, hover, y)], label_map("expert", "layer"))
+    words = "What the router prefers on average. Good is near the load: an expert that is preferred also runs."
+    return Figure("The router's mean probability", [draw_map(rows, hover, y)], label_map("expert", "layer"), words)
 
 
 def _draw_together(layers: Sequence[LayerUse]) -> Figure:
@@ -76,7 +81,9 @@ def _draw_together(layers: Sequence[LayerUse]) -> Figure:
         for one in layers
     ]
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    return Figure("Which experts run together", [trace], label_map("expert", "expert") | {"updatemenus": [menu]})
+    words = "On the diagonal is the load. Two experts that always run together could be one."
+    layout = label_map("expert", "expert") | {"updatemenus": [menu]}
+    return Figure("Which experts run together", [trace], layout, words)
 
 
 def _table_experts(found: ExpertUse) -> Table:

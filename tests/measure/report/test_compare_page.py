@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
@@ -18,7 +20,7 @@ from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.measure import metrics
 from moe2gguf.measure.report import page as pages
 from moe2gguf.measure.report.compare import draw_figures, make_page, summarize
-from moe2gguf.measure.report.page import render_page, require_plotly, write_page
+from moe2gguf.measure.report.page import label_axes, render_page, require_plotly, write_page
 from moe2gguf.measure.results import Comparison, Quality, compare_pairs, is_above_noise, summarize_quality
 
 
@@ -27,7 +29,7 @@ def test_the_page_is_sound_and_complete(found: Comparison) -> None:
     page = Page(render_page(make_page(found, ["prog", "compare", "a b.gguf"]), "/* plotly */"))
     assert [] == page.open
     assert 6 == page.tags["h2"] - 2 == len(draw_figures(found))
-    assert 2 == page.tags["script"]
+    assert 1 == page.tags["script"]
     assert page.tags["b"] == 1  # the recommendation's, none from the file's name
     rows = [cells for cells in page.cells if "F16" in cells]
     assert [["ok", "8"], ["ok", "4"], ["ok", "2"], ["refused", "9"], ["failed", "6"]] == [[c[5], c[2]] for c in rows]
@@ -54,10 +56,11 @@ def test_data_cannot_end_the_script(found: Comparison) -> None:
 
 
 def test_the_words_come_first(found: Comparison) -> None:
-    """How many ran, what is the reference itself, what to take, what failed and why."""
+    """What to take, how many ran, what is the reference itself, what failed and why."""
     lines = summarize(found)
     text = "\n".join(lines)
-    assert lines[0].startswith("3 of 5 runs completed. The reference, <code>")
+    assert lines[0].startswith("<b>Take <code>")
+    assert lines[2].startswith("3 of 5 runs completed. The reference, <code>")
     assert "the same model as the reference: <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=8/8</code>." in text
     assert "<b>Take <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=4/8</code></b>: the fastest of 3 within" in text
     assert "refused: only &lt;8&gt; &amp; no more" in text
@@ -86,6 +89,34 @@ def test_pictures_hold_the_numbers(found: Comparison) -> None:
     assert (256, 511) < (by_position["x"][0], by_position["x"][-1])
     assert by_position["x"][-1] < 511
     assert 10 == len(figures["Loss by position in the window"]["data"][0]["y"])
+
+
+def test_a_file_has_one_color_and_a_count_one_dash(found: Comparison) -> None:
+    """On the whole page; the names of lines say the type; counts are ticks; every figure says what good is."""
+    figures = {one.title: one for one in draw_figures(found)}
+    series = [one for title, one in figures.items() if " by " in title]
+    lines = [trace["line"] for one in series for trace in one.data if trace["name"] != "reference"]
+    assert 1 == len({line["color"] for line in lines})
+    assert [{"solid", "dash", "dot"}] * 4 == [
+        {trace["line"]["dash"] for trace in one.data if trace["name"] != "reference"} for one in series
+    ]
+    by_count = figures["KL divergence and experts used"]
+    assert lines[0]["color"] == by_count.data[0]["line"]["color"]
+    assert by_count.data[0]["name"].endswith(" (F16)")
+    assert [2, 4, 8] == by_count.layout["xaxis"]["tickvals"]
+    assert all(one.words for one in figures.values())
+    assert ["better" in one.layout["yaxis"]["title"]["text"] for one in figures.values()] == [True] * 6
+    assert [0, 4] == label_axes("x", "y", counts=range(48))["xaxis"]["tickvals"][:2]
+
+
+def test_plotly_is_packed_to_less_than_half() -> None:
+    """It is most of a page, and comes out as it went in."""
+    script = "const x = 'é';" * 1000
+    page = render_page(pages.Page("", "", [], [], pages.Table("", "", [], []), ["prog"], []), script)
+    packed = re.search(r'const PLOTLY = "(.*)"', page)
+    assert packed is not None
+    assert gzip.decompress(base64.b64decode(packed[1])).decode() == script
+    assert 2 * len(page) < len(script)
 
 
 def test_details_are_means_over_windows_and_over_positions() -> None:
@@ -119,6 +150,7 @@ def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None
     silent = replace(found, rows=quiet, recommendation=None, reference_speed=None)
     assert 5 == len(draw_figures(silent))
     assert "generation t/s" not in render_page(make_page(silent, ["prog"]), "")
+    assert "the smallest of 3 within 0.05 nats per token of the reference: " in summarize(silent)[0]
     nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
     assert [] == draw_figures(nothing)
     assert Page(render_page(make_page(nothing, ["prog"]), "")).open == []
