@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import long_jobs
@@ -23,19 +21,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(name: str, inputs: Path, out: Path, *, stop: bool = False) -> list[str]:
     """Run a job in a process of its own, with `stop` until its first piece is finished; returns its finished pieces."""
-    support = Path(long_jobs.__file__).parent
-    code = f"import sys; sys.path[:0] = {[str(support), *sys.path]!r}; import long_jobs; long_jobs.main()"
-    command: list[str | Path] = [sys.executable, "-c", code, name, inputs, out, "same", "stop" if stop else "finish"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        if stop:
-            pieces: list[str] = []
-            while not pieces or not re.match(long_jobs.STOP_AFTER.get(name, ""), pieces[-1]):
-                pieces.append(json.loads(process.stdout.readline()))
-            process.kill()
-        else:
-            pieces = [json.loads(line) for line in process.stdout]
-    assert stop or process.returncode == 0
+    context = long_jobs.start_server()
+    received, sent = context.Pipe(duplex=False)
+    process = context.Process(target=long_jobs.run_job, args=(name, inputs, out, stop, sent))
+    process.start()
+    sent.close()
+    pieces: list[str] = []
+    while not (stop and pieces and re.match(long_jobs.STOP_AFTER.get(name, ""), pieces[-1])):
+        try:
+            pieces.append(received.recv())
+        except EOFError:
+            break
+    if stop:
+        process.kill()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if stop else 0)
     return pieces
 
 

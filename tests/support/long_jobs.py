@@ -1,18 +1,20 @@
-"""Every long job, on tiny models, as a command line: `python long_jobs.py NAME INPUTS OUT CHANGED STOP`.
-
-Each finished piece is a line on stdout. With STOP the process waits for its end after the first piece from which it can
-go on. CHANGED selects an option of another job.
-"""
+"""Every long job, on tiny models, in processes that are forks of one that has imported torch and transformers."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from unittest import mock
 
 import checkpoints
 import sweeps
@@ -20,6 +22,7 @@ import tiny_gguf
 from flat_options import flat_options
 
 from moe2gguf import convert
+from moe2gguf.experts.heal import layerwise, train  # noqa: F401 - so that the forks have them
 from moe2gguf.experts.heal.settings import Compute, Evaluation, HealSettings, Training
 from moe2gguf.gguf.resume import Journal, Piece
 from moe2gguf.measure import imatrix
@@ -127,20 +130,27 @@ STOP_AFTER = {"heal": "step", "heal-layers": "layer"}
 """Where not every piece is a point to go on from: how the name of the first such point begins."""
 
 
-def main() -> None:
-    """Run one job in this process and print the pieces that it finishes."""
-    name, inputs, out, changed, stop = sys.argv[1:]
+def start_server() -> ForkServerContext:
+    """Start the process whose forks run the jobs, unless it runs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return context
+
+
+def run_job(name: str, inputs: Path, out: Path, stop: bool, pieces: Connection) -> None:
+    """Run one job and send the names of the pieces that it finishes.
+
+    With `stop` the process waits for its end after the first piece from which it can go on.
+    """
     record = Journal.record
 
-    def record_and_print(journal: Journal, piece_name: str, piece: Piece, *, durable: bool = False) -> None:
+    def record_and_send(journal: Journal, piece_name: str, piece: Piece, *, durable: bool = False) -> None:
         record(journal, piece_name, piece, durable=durable)
-        print(json.dumps(piece_name), flush=True)
-        if stop == "stop" and re.match(STOP_AFTER.get(name, ""), piece_name):
+        pieces.send(piece_name)
+        if stop and re.match(STOP_AFTER.get(name, ""), piece_name):
             time.sleep(600)
 
-    Journal.record = record_and_print  # type: ignore[method-assign, assignment]
-    JOBS[name][0](Path(inputs), Path(out), changed == "changed", resume=True)
-
-
-if __name__ == "__main__":
-    main()
+    Journal.record = record_and_send  # type: ignore[method-assign, assignment]
+    JOBS[name][0](inputs, out, changed=False, resume=True)
