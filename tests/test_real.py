@@ -45,10 +45,10 @@ def test_all_experts_are_the_dense_model(
 
     record_property("check", json.dumps(found.to_dict()))
     print(json.dumps(found.to_dict()))
-    assert found.n_token >= N_TOKEN
+    assert found.difference.n_token >= N_TOKEN
     if kl is not None:
-        assert found.kl_mean <= kl
-        assert found.top1 >= 0.997
+        assert found.difference.kl_mean <= kl
+        assert found.difference.top1 >= 0.997
     assert found.ok, found.reason
 
 

@@ -107,22 +107,17 @@ def shorten(message: str, *, whole: bool) -> str:
 
 def check(checked: Check) -> None:
     """The comparison in llama.cpp, in words."""
-    console = out()
+    console, ours = out(), checked.difference
     console.print(
-        f"compared with {escape(checked.dense)} over {checked.n_token} tokens, {checked.n_expert_used} experts used:"
+        f"compared with {escape(str(checked.dense))} over {ours.n_token} tokens, {checked.n_expert_used} experts used:"
     )
     table = Table("", "largest logit difference", "KL divergence", "same top token", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    table.add_row("this file", f"{checked.max_difference:.2e}", f"{checked.kl_mean:.2e} nats", f"{checked.top1:.2%}")
-    table.add_row(
-        "dense file again (noise)",
-        f"{checked.noise_max_difference:.2e}",
-        f"{checked.noise_kl_mean:.2e} nats",
-        f"{checked.noise_top1:.2%}",
-    )
+    for name, found in (("this file", ours), ("dense file again (noise)", checked.noise)):
+        table.add_row(name, f"{found.max_difference:.2e}", f"{found.kl_mean:.2e} nats", f"{found.top1:.2%}")
     console.print(table)
-    console.print(f"perplexity {checked.perplexity:.3f}, dense {checked.perplexity_dense:.3f}")
+    console.print(f"perplexity {ours.perplexity:.3f}, dense {ours.perplexity_base:.3f}")
     console.print(("ok: " if checked.ok else "NOT THE SAME: ") + escape(checked.reason))
 
 

@@ -13,6 +13,7 @@ from moe2gguf.llama.devices import choose_reference_device, place_on_device, req
 from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
+from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.speed import Run, Speed, benchmark_setup, measure_bandwidth, run_once, summarize_runs
 
 TIMEOUT = 1800.0
@@ -38,11 +39,6 @@ class BenchRow:
     speed: Speed | None
     reason: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON types."""
-        speed = self.speed.to_dict() if self.speed else None
-        return {**self.config.to_dict(), "reason": self.reason, "speed": speed}
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -65,7 +61,7 @@ class Bench:
             "settings": self.settings,
             "environment": self.environment,
             "memory_bandwidth": self.bandwidth,
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": [{**row.config.to_dict(), "reason": row.reason, "speed": as_json(row.speed)} for row in self.rows],
         }
 
 

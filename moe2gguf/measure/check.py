@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from moe2gguf.experts.text import read_text
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import count_processors
-from moe2gguf.llama.model import Facts, read_facts
+from moe2gguf.llama.model import read_facts
 from moe2gguf.measure import metrics
 from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.metrics import Summary
@@ -40,33 +40,56 @@ _N_BATCH = 128
 class Check:
     """What `compare_with_dense` returns; KL divergences are nats per token, over the whole vocabulary.
 
-    noise_*   the dense file against itself, token by token and on half the threads, over the first window:
-              measured the same way, it is what the order of the sums alone does
-    kl_limit  what kl_mean was held against: the larger of KL_LIMIT and NOISE_FACTOR times the noise floor
-    top1      share of tokens with the same most likely next token
+    difference  of the sliced file from the dense one
+    noise       of the dense file from itself, token by token and on half the threads, over the first window:
+                measured the same way, it is what the order of the sums alone does
     """
 
-    sliced: str
-    dense: str
-    n_token: int
+    sliced: Path
+    dense: Path
     n_expert: int
     n_expert_used: int
-    max_difference: float
-    kl_mean: float
-    kl_max: float
-    top1: float
-    perplexity: float
-    perplexity_dense: float
-    noise_max_difference: float
-    noise_kl_mean: float
-    noise_top1: float
-    kl_limit: float
-    ok: bool
-    reason: str
+    difference: Summary
+    noise: Summary
+
+    @property
+    def kl_limit(self) -> float:
+        """The largest mean KL divergence that counts as none: KL_LIMIT, or NOISE_FACTOR times the noise floor."""
+        return max(KL_LIMIT, NOISE_FACTOR * self.noise.kl_mean)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two are one model as far as the noise can tell."""
+        return self.difference.n_bad == 0 and self.difference.kl_mean <= self.kl_limit
+
+    @property
+    def reason(self) -> str:
+        """Why it is ok, or not."""
+        if self.difference.n_bad:
+            return f"{self.difference.n_bad} logits are NaN or infinite"
+        mean, limit = f"mean KL divergence {self.difference.kl_mean:.2g}", f"{self.kl_limit:.2g} nats per token"
+        if self.ok:
+            return f"{mean} is within {limit}: the same model"
+        k, n = self.n_expert_used, self.n_expert
+        return f"{mean} is above {limit}: another model{f', as expected with {k} of {n} experts' if k < n else ''}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; numbers that are not finite become None."""
-        return {key: metrics.finite_or_none(value) for key, value in asdict(self).items()}
+        """Return everything as JSON types; numbers that are not finite become None."""
+        figures = ("max_difference", "kl_mean", "kl_max", "top1", "perplexity")
+        values = {
+            "sliced": self.sliced,
+            "dense": self.dense,
+            "n_token": self.difference.n_token,
+            "n_expert": self.n_expert,
+            "n_expert_used": self.n_expert_used,
+            **{name: getattr(self.difference, name) for name in figures},
+            "perplexity_dense": self.difference.perplexity_base,
+            **{f"noise_{name}": getattr(self.noise, name) for name in ("max_difference", "kl_mean", "top1")},
+            "kl_limit": self.kl_limit,
+            "ok": self.ok,
+            "reason": self.reason,
+        }
+        return {name: metrics.as_json(value) for name, value in values.items()}
 
 
 def compare_with_dense(
@@ -96,7 +119,8 @@ def compare_with_dense(
         reference = record_reference(dense, setup, text, n_token, 0, Path(folder) / "logits")
         ours = _compare(sliced, replace(setup, n_expert_used=wanted), reference)
         noise = _compare(dense, reorder_sums(setup), reference, n_window=1)
-    return _judge(dense, facts, n_expert_used, ours, noise)
+    used = facts.n_expert if n_expert_used is None else n_expert_used
+    return Check(facts.path, dense, facts.n_expert, used, ours, noise)
 
 
 def _compare(path: Path, setup: Setup, reference: Reference, n_window: int | None = None) -> Summary:
@@ -112,40 +136,6 @@ def reorder_sums(setup: Setup) -> Setup:
     """
     n = setup.n_threads or count_processors()
     return replace(setup, n_batch=1, n_threads=max(1, n // 2))
-
-
-def _judge(dense: Path, facts: Facts, n_expert_used: int | None, ours: Summary, noise: Summary) -> Check:
-    k = facts.n_expert if n_expert_used is None else n_expert_used
-    kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.kl_mean)
-    ok = ours.n_bad == 0 and ours.kl_mean <= kl_limit
-    return Check(
-        sliced=str(facts.path),
-        dense=str(dense),
-        n_token=ours.n_token,
-        n_expert=facts.n_expert,
-        n_expert_used=k,
-        max_difference=ours.max_difference,
-        kl_mean=ours.kl_mean,
-        kl_max=ours.kl_max,
-        top1=ours.top1,
-        perplexity=ours.perplexity,
-        perplexity_dense=ours.perplexity_base,
-        noise_max_difference=noise.max_difference,
-        noise_kl_mean=noise.kl_mean,
-        noise_top1=noise.top1,
-        kl_limit=kl_limit,
-        ok=ok,
-        reason=_explain(ours, kl_limit, k, facts.n_expert),
-    )
-
-
-def _explain(ours: Summary, kl_limit: float, k: int, n: int) -> str:
-    if ours.n_bad:
-        return f"{ours.n_bad} logits are NaN or infinite"
-    if ours.kl_mean <= kl_limit:
-        return f"mean KL divergence {ours.kl_mean:.2g} is within {kl_limit:.2g} nats per token: the same model"
-    why = f", as expected with {k} of {n} experts" if k < n else ""
-    return f"mean KL divergence {ours.kl_mean:.2g} is above {kl_limit:.2g} nats per token: another model{why}"
 
 
 def compare_conversion(

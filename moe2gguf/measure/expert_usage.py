@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.grid import RunConfig, list_notes, plan_grid
+from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.watch_routing import LayerTally, Tally, tally_routing
 
 
@@ -178,7 +179,7 @@ class ExpertUse:
             "always_on": self.named("always_on"),
             "dead": self.named("dead"),
             "overloaded": self.named("overloaded"),
-            "layers": [asdict(one) for one in self.layers],
+            "layers": as_json(self.layers),
         }
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.limits import check_expert_counts
+from moe2gguf.measure.metrics import as_json
 
 _CALIBRATED_ON = "moe2gguf.calibration.sha256"
 
@@ -55,7 +56,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        return {**asdict(self), "path": str(self.path), "label": self.label}
+        return {**as_json(self), "label": self.label}
 
 
 @dataclass(frozen=True)

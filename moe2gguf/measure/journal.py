@@ -11,6 +11,7 @@ from typing import Any
 from moe2gguf.gguf.resume import Journal
 from moe2gguf.llama.machine import read_package_version
 from moe2gguf.measure.grid import Measurement
+from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.results import Quality
 
 
@@ -32,7 +33,7 @@ class MeasurementJournal:
 
     def put(self, one: Measurement, scores: Quality) -> None:
         """Keep scores. Raises OutputError if the file cannot be written."""
-        self._journal.record_facts(self._key(one), scores.to_dict())
+        self._journal.record_facts(self._key(one), as_json(scores))
 
     def interruptible(self) -> AbstractContextManager[None]:
         """An interrupt of the block tells where the finished measurements are."""

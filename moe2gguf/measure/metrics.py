@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,13 +86,9 @@ class Summary:
     kl_slack: float  # the mean KL divergence is in kl_mean ... kl_mean + kl_slack
     n_bad: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; numbers that are not finite become None."""
-        return {key: finite_or_none(value) for key, value in asdict(self).items()}
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Summary:
-        """Return what `to_dict` was made of; None becomes NaN. Raises TypeError for missing or other fields."""
+        """Return what `as_json` was made of; None becomes NaN. Raises TypeError for missing or other fields."""
         return cls(**{key: _number(value) for key, value in values.items()})
 
 
@@ -320,8 +317,14 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def finite_or_none(value: Any) -> Any:
-    """Return a value as JSON has it: numbers that are not finite become None, in dictionaries too."""
+def as_json(value: Any) -> Any:
+    """Return a value in JSON types: of a record its fields, of a path its text, of a number that is not finite None."""
+    if is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {key: finite_or_none(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

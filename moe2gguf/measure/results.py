@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.measure.expert_usage import ExpertUse
 from moe2gguf.measure.grid import RunConfig
 from moe2gguf.measure.intervals import Interval, mean_interval, paired_interval
-from moe2gguf.measure.metrics import Summary, TokenScores, finite_or_none, join_scores, summarize
+from moe2gguf.measure.metrics import Summary, TokenScores, as_json, join_scores, summarize
 from moe2gguf.measure.speed import Speed
 
 Status = Literal["ok", "failed", "refused"]
@@ -46,14 +46,9 @@ class Quality:
         """The mean KL divergence with its confidence interval over windows."""
         return mean_interval(self.window_kl)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; numbers that are not finite become None."""
-        windows = {name: [finite_or_none(x) for x in getattr(self, name)] for name in _SERIES}
-        return {"summary": self.summary.to_dict(), **windows, "seconds": self.seconds, "worker": self.worker}
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Quality:
-        """Return what `to_dict` was made of. Raises KeyError or TypeError for anything else."""
+        """Return what `as_json` was made of. Raises KeyError or TypeError for anything else."""
         windows = {name: tuple(math.nan if x is None else float(x) for x in values[name]) for name in _SERIES}
         worker = str(values.get("worker", ""))
         return cls(Summary.from_dict(values["summary"]), **windows, seconds=float(values["seconds"]), worker=worker)
@@ -93,8 +88,8 @@ class ResultRow:
             "reason": self.reason,
             "above_noise": self.above_noise,
             "resumed": self.resumed,
-            "quality": self.quality.to_dict() if self.quality else None,
-            "speed": self.speed.to_dict() if self.speed else None,
+            "quality": as_json(self.quality),
+            "speed": as_json(self.speed),
         }
 
     def flat(self) -> dict[str, Any]:
@@ -102,7 +97,7 @@ class ResultRow:
         values = {**self.config.to_dict(), "status": self.status, "reason": self.reason}
         values["above_noise"] = self.above_noise
         if self.quality:
-            summary = self.quality.summary.to_dict()
+            summary = as_json(self.quality.summary)
             percentiles = summary.pop("kl_percentiles")
             values |= summary | {f"kl_{name}%": value for name, value in percentiles.items()}
             values |= {"seconds": self.quality.seconds, "worker": self.quality.worker}
@@ -134,10 +129,6 @@ class Pair:
     log_ratio: Interval
     different: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; numbers that are not finite become None."""
-        return {name: finite_or_none(value) for name, value in asdict(self).items()}
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -158,11 +149,6 @@ class Agreement:
         if isinstance(answer, HarnessError):
             return cls(first.label, second.label, None, str(answer))
         return cls(first.label, second.label, answer)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types."""
-        quality = self.quality.to_dict() if self.quality else None
-        return {"first": self.first, "second": self.second, "quality": quality, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -228,17 +214,17 @@ class Comparison:
             "reference": {
                 **self.reference.to_dict(),
                 "perplexity": self.base.perplexity_base if self.base else None,
-                "perplexity_error": finite_or_none(self.base.perplexity_base_error) if self.base else None,
+                "perplexity_error": as_json(self.base.perplexity_base_error) if self.base else None,
             },
-            "reference_speed": self.reference_speed.to_dict() if self.reference_speed else None,
-            "recommendation": asdict(self.recommendation) if self.recommendation else None,
+            "reference_speed": as_json(self.reference_speed),
+            "recommendation": as_json(self.recommendation),
             "settings": self.settings,
             "environment": self.environment,
-            "noise": self.noise.to_dict() if self.noise else None,
+            "noise": as_json(self.noise),
             "kl_limit": self.kl_limit,
             "rows": [row.to_dict() for row in self.rows],
-            "pairs": [pair.to_dict() for pair in self.pairs],
-            "devices": [agreement.to_dict() for agreement in self.agreements],
+            "pairs": as_json(self.pairs),
+            "devices": as_json(self.agreements),
             "experts": [one.to_dict() for one in self.experts],
         }
 

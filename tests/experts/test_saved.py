@@ -120,7 +120,7 @@ def test_the_dense_twin_of_a_check_needs_no_calibration(folder: Any, kept: Any, 
 
     checked = compare_conversion(done, "auto", threads=1)
 
-    assert checked.n_token > 0
+    assert checked.difference.n_token > 0
     assert ["y.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 

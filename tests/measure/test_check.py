@@ -39,13 +39,13 @@ def test_a_sliced_file_is_its_dense_model(
     """With all experts, whatever count the file names, the check passes, in JSON too, and leaves no file behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     result = compare_with_dense(files["sliced"], files["dense"], n_token=100, n_context=64, threads=1)
-    assert (result.n_token, result.n_expert, result.n_expert_used) == (126, 4, 4)
+    assert (result.difference.n_token, result.n_expert, result.n_expert_used) == (126, 4, 4)
     assert result.ok
-    assert result.kl_mean <= 1e-6
-    assert result.max_difference <= 1e-3
-    assert result.top1 >= 0.99
-    assert result.perplexity == pytest.approx(result.perplexity_dense, rel=1e-6)
-    assert result.kl_limit == max(KL_LIMIT, 3 * result.noise_kl_mean)
+    assert result.difference.kl_mean <= 1e-6
+    assert result.difference.max_difference <= 1e-3
+    assert result.difference.top1 >= 0.99
+    assert result.difference.perplexity == pytest.approx(result.difference.perplexity_base, rel=1e-6)
+    assert result.kl_limit == max(KL_LIMIT, 3 * result.noise.kl_mean)
     assert "the same model" in result.reason
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["ok"] is True
     assert list(tmp_path.iterdir()) == []
@@ -88,6 +88,6 @@ def test_a_short_text_is_refused(files: dict[str, Path]) -> None:
 def test_check_is_frozen(files: dict[str, Path]) -> None:
     """The result cannot be changed, only copied with a change."""
     result = compare_with_dense(files["sliced"], files["dense"], n_token=10, n_context=16, threads=1)
-    assert replace(result, ok=False).ok is False
+    assert replace(result, noise=result.difference).noise is result.difference
     with pytest.raises(AttributeError):
-        result.ok = False  # type: ignore[misc]
+        result.noise = result.difference  # type: ignore[misc]

@@ -27,7 +27,7 @@ from moe2gguf.measure import compare as recipe
 from moe2gguf.measure.bench import Timing
 from moe2gguf.measure.compare import compare, make_settings
 from moe2gguf.measure.grid import list_notes
-from moe2gguf.measure.metrics import TAIL
+from moe2gguf.measure.metrics import TAIL, as_json
 from moe2gguf.measure.results import Comparison, ResultRow
 
 
@@ -77,7 +77,7 @@ def test_numbers_are_those_of_the_textbook(swept: Comparison, files: dict[str, P
         tokens += [textbook_token(base[t], other[t], window[t + 1], TAIL) for t in scored]
     quality = swept.rows[1].quality
     assert quality is not None
-    found = quality.summary.to_dict()
+    found = as_json(quality.summary)
     found |= {f"kl_percentiles.{name}": value for name, value in found.pop("kl_percentiles").items()}
     assert textbook_summary(tokens) == pytest.approx(found, rel=1e-6, abs=1e-7)
     per_window = np.mean(np.reshape([token["kl"] for token in tokens], (N_WINDOW, -1)), axis=1)

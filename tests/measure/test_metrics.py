@@ -29,7 +29,7 @@ def test_scores_equal_the_textbook(n_vocab: int, noise: float, tail: float) -> N
 def test_summary_equals_the_textbook() -> None:
     """Every sum equals the textbook's to 1e-9."""
     base, other, targets = logits(200, 50, 0.7)
-    summary = metrics.summarize(metrics.score_block(base, other, targets)).to_dict()
+    summary = metrics.as_json(metrics.summarize(metrics.score_block(base, other, targets)))
     flat = {k: v for k, v in summary.items() if k != "kl_percentiles"}
     flat |= {f"kl_percentiles.{p}": v for p, v in summary["kl_percentiles"].items()}
     rows = zip(base, other, targets, strict=True)
@@ -77,7 +77,7 @@ def test_bad_numbers_are_counted_and_never_averaged_away(bad: float) -> None:
     assert math.isnan(summary.top1)
     assert math.isnan(summary.top5)
     assert not math.isfinite(summary.max_difference)
-    assert json.loads(json.dumps(summary.to_dict(), allow_nan=False))["top1"] is None
+    assert json.loads(json.dumps(metrics.as_json(summary), allow_nan=False))["top1"] is None
 
 
 def test_one_token_has_no_error_and_none_is_refused() -> None:
@@ -85,16 +85,16 @@ def test_one_token_has_no_error_and_none_is_refused() -> None:
     base, other, targets = logits(1, 30, 0.1)
     summary = metrics.summarize(metrics.score_block(base, other, targets))
     assert math.isnan(summary.kl_error)
-    assert summary.to_dict()["kl_error"] is None
+    assert metrics.as_json(summary)["kl_error"] is None
     with pytest.raises(ValueError, match="no scored token"):
         metrics.summarize(TokenScores(*[np.empty(0)] * 8, np.empty(0, np.int64)))  # type: ignore[arg-type, call-arg]
 
 
 def test_a_summary_comes_back_from_json() -> None:
-    """What `to_dict` wrote is read back to the same numbers, NaN included."""
+    """What `as_json` made is read back to the same numbers, NaN included."""
     base, other, targets = logits(1, 30, 0.1)
     summary = metrics.summarize(metrics.score_block(base, other, targets))
-    again = metrics.Summary.from_dict(json.loads(json.dumps(summary.to_dict())))
+    again = metrics.Summary.from_dict(json.loads(json.dumps(metrics.as_json(summary))))
     assert str(again) == str(summary)
     with pytest.raises(TypeError):
-        metrics.Summary.from_dict({**summary.to_dict(), "invented": 1})
+        metrics.Summary.from_dict({**metrics.as_json(summary), "invented": 1})

@@ -21,12 +21,14 @@ import sweeps
 import tiny_gguf
 from flat_options import flat_options
 
+import moe2gguf.experts.heal.layerwise
+import moe2gguf.experts.heal.train  # noqa: F401 - so that the forks have them
 from moe2gguf import convert
-from moe2gguf.experts.heal import layerwise, train  # noqa: F401 - so that the forks have them
 from moe2gguf.experts.heal.settings import Compute, Evaluation, HealSettings, Training
 from moe2gguf.gguf.resume import Journal, Piece
 from moe2gguf.measure import imatrix
 from moe2gguf.measure.compare import compare
+from moe2gguf.measure.metrics import as_json
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.heal import HealText, heal
 from moe2gguf.recipes.hf_output import write_folder
@@ -84,7 +86,7 @@ def run_compare(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
         used=[1, 2],
         settings=sweeps.settings(out.parent, journal=journal, resume=resume, n_token=20 if changed else 30),
     )
-    rows = [row.quality.to_dict() | {"seconds": None} for row in found.rows if row.quality]
+    rows = [as_json(row.quality) | {"seconds": None} for row in found.rows if row.quality]
     out.write_text(json.dumps(rows))
     journal.unlink()
 

@@ -131,7 +131,7 @@ def test_details_are_means_over_windows_and_over_positions() -> None:
     np.testing.assert_allclose(found.window_kl, table.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(found.position_kl[0], table[:, :3].mean(), rtol=1e-12)  # 130 = 2 * 3 + 62 * 2
     np.testing.assert_allclose(found.position_kl[-1], table[:, -2:].mean(), rtol=1e-12)
-    again = Quality.from_dict(json.loads(json.dumps(found.to_dict())))
+    again = Quality.from_dict(json.loads(json.dumps(metrics.as_json(found))))
     assert again == found
 
 
