@@ -68,6 +68,11 @@ class ImportanceMatrix:
     chunk_size: int
     legacy: bool = False
 
+    @property
+    def is_per_expert(self) -> bool:
+        """Whether it was collected from a file with experts."""
+        return any("_exps." in name for name in self.entries)
+
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read an importance matrix in either format.

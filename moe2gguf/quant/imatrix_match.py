@@ -1,4 +1,4 @@
-"""Which importance each tensor of a file to come gets, and everything about an importance matrix that does not fit it.
+"""The importance matrix given to `convert` and `quantize`, matched with the tensors of the file to come.
 
 A tensor's importance is one vector of mean squared inputs per matrix: one, or one per expert. A matrix collected from
 the dense model serves experts as well. Every expert's gate and up projection sees what the dense one sees, and the
@@ -10,18 +10,27 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import list_names
+from moe2gguf.experts.slicing import contiguous_order
+from moe2gguf.gguf import types
+from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.writer import Importance
-from moe2gguf.quant.assign import may_quantize
-from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
-from moe2gguf.quant.rules import VOCABULARY
+from moe2gguf.quant.assign import Assignment, may_quantize
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, label
+from moe2gguf.quant.rules import VOCABULARY, TypeOptions
+from moe2gguf.spec import MetadataValue
+
+KEYS = "quantize.imatrix."
+"""What llama.cpp's tool writes: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/quantize/quantize.cpp#L77"""
+
+REPAIR = "moe2gguf.quantize.imatrix_repair"
 
 FEW = 64
 """Tokens below which an expert's mean squares are mostly noise: a relative error of sqrt(2 / 64), 18 %, or more."""
@@ -47,22 +56,24 @@ class Problem:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The importance of tensors by name, and the problems of those that lack some or all of it.
+    """What an importance matrix has for the tensors of a file.
 
-    `complete` are the tensors all of whose matrices have an importance; `few` the fewest tokens of barely seen experts.
+    importance  of each tensor all of whose matrices have one, by name
+    problems    of the tensors that lack some or all of it, by name
+    few         the fewest tokens that an expert of the tensor saw, where that is fewer than FEW
     """
 
     importance: Mapping[str, Importance] = field(default_factory=dict)
     problems: Mapping[str, Problem] = field(default_factory=dict)
-    complete: frozenset[str] = frozenset()
     few: Mapping[str, int] = field(default_factory=dict)
 
-    def refusals(self, quantized: Iterable[str]) -> list[str]:
-        """A sentence per kind of problem with the tensors `quantized`."""
+    def refusals(self, stored: Sequence[Entry], assigned: Assignment) -> list[str]:
+        """A sentence per kind of problem with the tensors that are to be quantized."""
         groups: dict[str, list[str]] = {}
-        for name in quantized:
-            if problem := self.problems.get(name):
-                groups.setdefault(problem.why, []).append(name + problem.detail)
+        for tensor in stored:
+            kind, problem = assigned.types[tensor.name], self.problems.get(tensor.name)
+            if problem and kind in types.BLOCKS and kind != tensor.type:
+                groups.setdefault(problem.why, []).append(tensor.name + problem.detail)
         return [f"--imatrix: {why}: {list_names(names)}" for why, names in groups.items()]
 
     @property
@@ -89,16 +100,18 @@ class _Found:
 
 
 def guide(
-    matrix: ImportanceMatrix, tensors: Sequence[Entry], neurons: Neurons | None = None, repair: str = "none"
+    matrix: ImportanceMatrix | None, tensors: Sequence[Entry], neurons: Neurons | None = None, repair: str = "none"
 ) -> Guidance:
-    """Look up every tensor that may be quantized; `neurons` tells how a dense matrix maps to the experts, if known."""
-    importance: dict[str, Importance] = {}
-    problems, complete, few = dict[str, Problem](), set[str](), dict[str, int]()
-    for tensor in tensors:
-        if not may_quantize(tensor.name, tensor.shape):
+    """Look up every tensor that may be quantized; without a matrix nothing is found.
+
+    `neurons` tells how a dense matrix maps to the experts, if that is known; `repair` is as in `TypeOptions`.
+    """
+    importance, problems, few = dict[str, Importance](), dict[str, Problem](), dict[str, int]()
+    for tensor in tensors if matrix else ():
+        if not matrix or not may_quantize(tensor.name, tensor.shape):
             continue
         try:
-            found = _found(matrix, tensor, neurons)
+            found = _find_means(matrix, tensor, neurons)
         except _UnfitError as error:
             problems[tensor.name] = Problem(*error.args)
             continue
@@ -108,36 +121,78 @@ def guide(
             problems[tensor.name] = _describe_lack(found, tensor)
             continue
         importance[tensor.name] = functools.partial(_fill_with_ones, found)
-        complete.add(tensor.name)
         if found.fewest < FEW:
             few[tensor.name] = found.fewest
-    return Guidance(importance, problems, frozenset(complete), few)
+    return Guidance(importance, problems, few)
+
+
+def record_imatrix(matrix: ImportanceMatrix | None, options: TypeOptions) -> dict[str, MetadataValue]:
+    """The keys that tell which importance matrix a file was quantized with; none without one."""
+    if matrix is None:
+        return {}
+    metadata: dict[str, MetadataValue] = {KEYS + "file": label(str(options.imatrix))}
+    if matrix.datasets:
+        metadata[KEYS + "dataset"] = matrix.datasets[0]
+    metadata[KEYS + "entries_count"] = len(matrix.entries)
+    if matrix.chunk_count:
+        metadata[KEYS + "chunks_count"] = matrix.chunk_count
+    if options.imatrix_repair != "none":
+        metadata[REPAIR] = options.imatrix_repair
+    return metadata
+
+
+def find_neurons(file: GGUFFile) -> Neurons | None:
+    """Which neurons the experts of a finished file hold: known only where we cut them one after the other."""
+    n, d_ff, align = (
+        file.metadata.get(f"moe2gguf.slicing.{key}") for key in ("expert_count", "dense_feed_forward_length", "align")
+    )
+    if file.metadata.get("moe2gguf.slicing.group") != "contiguous":
+        return None
+    stacks = {tensor.shape for tensor in file.tensors.values() if tensor.name.endswith(".ffn_down_exps.weight")}
+    shape = stacks.pop() if len(stacks) == 1 else ()
+    if not (isinstance(n, int) and isinstance(d_ff, int) and isinstance(align, int) and len(shape) == 3):
+        return None
+    if not (shape[0] == n > 0 and 0 < d_ff <= n * shape[2] and 0 < align <= shape[2]):
+        return None
+    order = contiguous_order(d_ff, n, align)
+    return Neurons(d_ff, lambda _: order) if order.shape == (n, shape[2]) else None
 
 
 class _UnfitError(Exception):
     """The arguments are those of `Problem`."""
 
 
-def _found(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None) -> _Found | None:
-    """Raises _UnfitError for an entry that belongs to another model."""
-    name, width = tensor.name, tensor.shape[-1]
-    n_mat = math.prod(tensor.shape[:-2])
+def _find_means(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None) -> _Found | None:
+    """What the matrix has for a tensor: its own entry, or that of the dense tensor. None where none is needed.
+
+    Raises _UnfitError for an entry that belongs to another model.
+    """
+    name, n_mat, width = tensor.name, math.prod(tensor.shape[:-2]), tensor.shape[-1]
     if entry := matrix.entries.get(name):
-        return _own(entry, n_mat, width, legacy=matrix.legacy)
+        return _from_own_entry(entry, n_mat, width, legacy=matrix.legacy)
     dense = matrix.entries.get(name.replace("_exps.", "."))
     if "_exps." not in name or dense is None:
-        if re.fullmatch(VOCABULARY, name):
-            return None
-        return _Found(lambda: _nothing(n_mat, width), (*range(n_mat),), "has no entry for tensors of this file")
-    if "ffn_down" in name:
-        return _down(dense, tensor, neurons)
-    means = _dense_means(dense, width)
+        return (
+            None if re.fullmatch(VOCABULARY, name) else _lack_all(n_mat, width, "has no entry for tensors of this file")
+        )
+    is_down = "ffn_down" in name
+    n_column = width if not is_down else dense.sums.size if neurons is None else neurons.d_ff
+    if len(dense.counts) != 1 or dense.sums.size != n_column:
+        raise _UnfitError(
+            "is of another model", f" ({dense.sums.size} columns of the dense matrix, expected {n_column})"
+        )
+    means = dense.means()[0]
     if np.isnan(means).any():
-        return _Found(lambda: _nothing(n_mat, width), (*range(n_mat),), "no token was seen by tensors of this file")
-    return _Found(lambda: np.broadcast_to(means, (n_mat, width)))
+        return _lack_all(n_mat, width, "no token was seen by tensors of this file")
+    if not is_down:
+        return _Found(lambda: np.broadcast_to(means, (n_mat, width)))
+    layer = re.match(r"blk\.(\d{1,9})\.", name)
+    if neurons is None or layer is None:
+        return _lack_all(n_mat, width, "is of the dense model, and which neurons the experts hold is not known")
+    return _Found(functools.partial(_pick_neurons, means, neurons, int(layer[1])))
 
 
-def _own(entry: Activity, n_mat: int, width: int, *, legacy: bool) -> _Found:
+def _from_own_entry(entry: Activity, n_mat: int, width: int, *, legacy: bool) -> _Found:
     """From an entry of the tensor's own name."""
     if len(entry.counts) not in (1, n_mat):
         raise _UnfitError("is of another number of experts", f" ({len(entry.counts)}, the tensor has {n_mat})")
@@ -154,35 +209,14 @@ def _own(entry: Activity, n_mat: int, width: int, *, legacy: bool) -> _Found:
     return _Found(lambda: means, empty, "no token reached some experts" if empty else "", fewest)
 
 
-def _dense_means(dense: Activity, width: int) -> NDArray[np.float32]:
-    """(width,) from the entry of the dense tensor."""
-    if len(dense.counts) != 1 or dense.sums.size != width:
-        raise _UnfitError("is of another model", f" ({dense.sums.size} columns of the dense matrix, expected {width})")
-    means: NDArray[np.float32] = dense.means()[0]
-    return means
-
-
-def _down(dense: Activity, tensor: Entry, neurons: Neurons | None) -> _Found:
+def _pick_neurons(means: NDArray[np.float32], neurons: Neurons, layer: int) -> Means:
     """Columns of the dense down projection in the order in which the experts hold its neurons; zero neurons get 0."""
-    n_mat, width = math.prod(tensor.shape[:-2]), tensor.shape[-1]
-    means = _dense_means(dense, dense.sums.size if neurons is None else neurons.d_ff)
-    everything = tuple(range(n_mat))
-    if np.isnan(means).any():
-        return _Found(lambda: _nothing(n_mat, width), everything, "no token was seen by tensors of this file")
-    layer = re.match(r"blk\.(\d{1,9})\.", tensor.name)
-    if neurons is None or layer is None:
-        why = "is of the dense model, and which neurons the experts hold is not known"
-        return _Found(lambda: _nothing(n_mat, width), everything, why)
-
-    def sliced() -> Means:
-        order = neurons.order(int(layer[1]))
-        return np.where(order >= 0, means[np.maximum(order, 0)], np.float32(0))
-
-    return _Found(sliced)
+    order = neurons.order(layer)
+    return np.where(order >= 0, means[np.maximum(order, 0)], np.float32(0))
 
 
-def _nothing(n_mat: int, width: int) -> Means:
-    return np.full((n_mat, width), np.nan, np.float32)
+def _lack_all(n_mat: int, width: int, why: str) -> _Found:
+    return _Found(lambda: np.full((n_mat, width), np.nan, np.float32), tuple(range(n_mat)), why)
 
 
 def _fill_with_ones(found: _Found) -> list[NDArray[np.float32]]:

@@ -13,8 +13,8 @@ from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance, vocabulary_metadata
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.quant.assign import Assignment, assign
-from moe2gguf.quant.imatrix_match import Neurons
-from moe2gguf.quant.imatrix_use import Consulted, consult
+from moe2gguf.quant.imatrix import ImportanceMatrix
+from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide, record_imatrix
 from moe2gguf.quant.presets import Network
 from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.recipes import tensors_gguf, tensors_hf
@@ -58,21 +58,21 @@ def draft_file(source: Source, wanted: Wanted) -> Draft:
 def _draft_from_folder(source: Checkpoint, wanted: Wanted) -> Draft:
     slicing = wanted.slicing
     stored = tensors_hf.plan_tensors(source, slicing)
-    guided, assigned = _assign(source, wanted, stored)
+    guidance, assigned = _assign(source, wanted, stored)
     metadata: dict[str, MetadataValue] = {
         **model_metadata(source.model, slicing, assigned.file_type),
         **source.card,
         **vocabulary_metadata(source.vocabulary),
         **_inherit(source.provenance),
         **provenance(source.model, slicing, wanted.calibration),
-        **guided.metadata,
+        **record_imatrix(wanted.inputs.matrix, wanted.options),
     }
     return Draft(
         assigned,
-        _mark_guided(guided, assigned.typed(stored)),
+        _mark_guided(guidance, assigned.typed(stored)),
         metadata,
-        refusals=(*guided.refusals(stored, assigned), *_refuse_experts_of(guided, slicing)),
-        warnings=tuple(guided.guidance.warnings),
+        refusals=(*guidance.refusals(stored, assigned), *_refuse_experts_of(wanted.inputs.matrix, slicing)),
+        warnings=tuple(guidance.warnings),
     )
 
 
@@ -85,14 +85,14 @@ def _inherit(provenance: Metadata) -> Metadata:
 def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
     slicing, options = wanted.slicing, wanted.options
     stored = tensors_gguf.plan_tensors(source, slicing)
-    guided, assigned = _assign(source, wanted, stored)
-    tensors = tensors_gguf.mark_copied(source, slicing, _mark_guided(guided, assigned.typed(stored)))
+    guidance, assigned = _assign(source, wanted, stored)
+    tensors = tensors_gguf.mark_copied(source, slicing, _mark_guided(guidance, assigned.typed(stored)))
     changes: dict[str, MetadataValue] = expert_metadata(slicing) if slicing else {}
     if any(assigned.types[tensor.name] != tensor.type for tensor in stored):
         changes |= {"general.file_type": assigned.file_type, "general.quantization_version": int(GGML_QUANT_VERSION)}
-    changes |= provenance(source.model, slicing, wanted.calibration) | guided.metadata
+    changes |= provenance(source.model, slicing, wanted.calibration) | record_imatrix(wanted.inputs.matrix, options)
     metadata, kinds = carried_metadata(source, changes)
-    refusals = [*guided.refusals(stored, assigned), *_refuse_experts_of(guided, slicing)]
+    refusals = [*guidance.refusals(stored, assigned), *_refuse_experts_of(wanted.inputs.matrix, slicing)]
     if options.has_target:
         refusals.append(
             "--target-size, --target-bpw: types are chosen for the weights of a folder; leave it out, then give it to "
@@ -103,30 +103,30 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
         f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
         for what, names in tensors_gguf.find_requantized(source, slicing, tensors).items()
     ]
-    return Draft(assigned, tuple(tensors), metadata, kinds, tuple(refusals), (*warnings, *guided.guidance.warnings))
+    return Draft(assigned, tuple(tensors), metadata, kinds, tuple(refusals), (*warnings, *guidance.warnings))
 
 
-def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> tuple[Consulted, Assignment]:
+def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> tuple[Guidance, Assignment]:
     """What the importance matrix has for the tensors, and the type of each."""
     neurons = Neurons(source.model.d_ff, _raise_unknown_order) if wanted.slicing else None
-    guided = consult(wanted.inputs.matrix, wanted.options, stored, neurons)
-    network = _describe_network(source, wanted.slicing, importance=guided.matrix is not None)
-    complete = guided.guidance.complete
+    options, inputs = wanted.options, wanted.inputs
+    guidance = guide(inputs.matrix, stored, neurons, options.imatrix_repair)
+    network = _describe_network(source, wanted.slicing, importance=inputs.matrix is not None)
     slices = wanted.slicing is not None
-    return guided, assign(stored, wanted.options, network, complete, wanted.base, wanted.inputs.rules, slices=slices)
+    return guidance, assign(stored, options, network, guidance.importance, wanted.base, inputs.rules, slices=slices)
 
 
-def _mark_guided(guided: Consulted, tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    return tuple(replace(tensor, guided=tensor.name in guided.guidance.importance) for tensor in tensors)
+def _mark_guided(guidance: Guidance, tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    return tuple(replace(tensor, guided=tensor.name in guidance.importance) for tensor in tensors)
 
 
 def _raise_unknown_order(i: int) -> Order:
     raise LookupError(f"which neurons the experts of layer {i} hold is not known before they are made")
 
 
-def _refuse_experts_of(guided: Consulted, slicing: Slicing | None) -> list[str]:
+def _refuse_experts_of(matrix: ImportanceMatrix | None, slicing: Slicing | None) -> list[str]:
     """Experts that this run groups anew need not be those of the matrix."""
-    if slicing is None or slicing.method.group == "contiguous" or not guided.per_expert:
+    if slicing is None or slicing.method.group == "contiguous" or not (matrix and matrix.is_per_expert):
         return []
     return [
         "--imatrix: was collected from experts, and which neurons an expert gets is decided in this run; give one of "

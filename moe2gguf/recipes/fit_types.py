@@ -43,5 +43,5 @@ def fit_types(plan: Plan, inputs: Inputs, progress: Progress = silent) -> Plan:
         **provenance(model, slicing),
     }
     header_size = len(lay_out(metadata, tensors).header)
-    rules = choose_types(options, inputs.types.rules, tensors, guidance.complete, header_size, progress)
+    rules = choose_types(options, inputs.types.rules, tensors, guidance.importance, header_size, progress)
     return make_plan(source, inputs, rules)

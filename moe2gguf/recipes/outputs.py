@@ -45,7 +45,5 @@ def find_importance(
     plan: Plan, matrix: ImportanceMatrix | None, tensors: Sequence[PlannedTensor], experts: ExpertSource
 ) -> Guidance:
     """The importance of every tensor's columns, in the order in which the experts hold them."""
-    if matrix is None:
-        return Guidance()
     neurons = Neurons(plan.model.d_ff, lambda i: experts.layer(i).order) if plan.slicing else None
     return guide(matrix, tensors, neurons, plan.options.types.imatrix_repair)

@@ -26,7 +26,7 @@ from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, check_model_target, write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
-from moe2gguf.quant.imatrix_use import KEYS, consult, neurons_of
+from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatrix
 from moe2gguf.quant.presets import ARCHITECTURES, Network
 from moe2gguf.quant.rules import Rule, TypeOptions, own_rules
 from moe2gguf.quant.target import choose_types, refuse_target
@@ -168,21 +168,21 @@ def make_plan(
         raise PlanError(refusals)
     open_types = options.has_target and base is None
     stored = _list_stored(file)
-    guided = consult(inputs.matrix, options, stored, neurons_of(file))
-    network = dataclasses.replace(describe_network(file), importance=guided.matrix is not None)
-    assigned = assign(stored, options, network, guided.guidance.complete, base, inputs.rules, slices=False)
+    guidance = guide(inputs.matrix, stored, find_neurons(file), options.imatrix_repair)
+    network = dataclasses.replace(describe_network(file), importance=inputs.matrix is not None)
+    assigned = assign(stored, options, network, guidance.importance, base, inputs.rules, slices=False)
     refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
-    if refusals := [*refusals, *guided.refusals(stored, assigned)]:
+    if refusals := [*refusals, *guidance.refusals(stored, assigned)]:
         raise PlanError(refusals, _join_ways(refusals))
     tensors = tuple(
         dataclasses.replace(
             tensor,
             copied=tensor.type in types.BLOCKS and tensor.type == file.tensors[tensor.name].type,
-            guided=tensor.name in guided.guidance.importance,
+            guided=tensor.name in guidance.importance,
         )
         for tensor in assigned.typed(stored)
     )
-    metadata = {**_make_metadata(file, assigned, options), **guided.metadata}
+    metadata = {**_make_metadata(file, assigned, options), **record_imatrix(inputs.matrix, options)}
     kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
     return QuantizationPlan(
         source=file,
@@ -191,7 +191,7 @@ def make_plan(
         metadata=metadata,
         tensors=tensors,
         files=lay_out_files(metadata, tensors, kinds, None if open_types else shard_size),
-        warnings=(*assigned.warnings, *guided.guidance.warnings),
+        warnings=(*assigned.warnings, *guidance.warnings),
         allow_requantize=allow_requantize,
         shard_size=shard_size,
         has_open_types=open_types,
@@ -207,9 +207,9 @@ def fit_types(plan: QuantizationPlan, inputs: TypeInputs, progress: Progress = s
         return plan
     file, options = plan.source, plan.options
     tensors = _make_outputs(plan, _list_stored(file), inputs, decode=True)
-    complete = consult(inputs.matrix, options, tensors, neurons_of(file)).guidance.complete
+    guidance = guide(inputs.matrix, tensors, find_neurons(file), options.imatrix_repair)
     header_size = len(lay_out(_keep_metadata(file), tensors, file.types).header)
-    rules = choose_types(options, inputs.rules, tensors, complete, header_size, progress)
+    rules = choose_types(options, inputs.rules, tensors, guidance.importance, header_size, progress)
     return make_plan(file, options, inputs, rules, allow_requantize=plan.allow_requantize, shard_size=plan.shard_size)
 
 
@@ -230,7 +230,7 @@ def _make_outputs(
 ) -> list[OutputTensor]:
     """The tensors with what makes their arrays; `decode`: as numbers, whatever their type is."""
     file = plan.source
-    importance = consult(inputs.matrix, plan.options, tensors, neurons_of(file)).guidance.importance
+    importance = guide(inputs.matrix, tensors, find_neurons(file), plan.options.imatrix_repair).importance
     return [
         OutputTensor(
             tensor.name,

@@ -1,4 +1,4 @@
-"""export.guidance: which importance each tensor gets, from a matrix of the same file or of its dense parent."""
+"""quant.imatrix_match: which importance each tensor gets, from a matrix of the same file or of its dense parent."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.types import named
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
-from moe2gguf.quant.imatrix_match import Neurons, guide
-from moe2gguf.quant.imatrix_use import neurons_of
+from moe2gguf.quant.imatrix_match import Neurons, find_neurons, guide
 
 F32 = named("f32")
 GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
@@ -37,7 +36,7 @@ def test_neurons_are_picked_in_the_experts_order() -> None:
 
     found = guide(dense(), [Entry(GATE, (3, 3, 2), F32), Entry(DOWN, (3, 2, 3), F32)], Neurons(6, order))
 
-    assert ({}, {GATE, DOWN}, []) == (found.problems, found.complete, asked)
+    assert ({}, {GATE, DOWN}, []) == (found.problems, found.importance.keys(), asked)
     assert [[10, 20]] * 3 == [row.tolist() for row in found.importance[GATE]()]
     assert [[6, 1, 0], [2, 3, 4], [5, 0, 0]] == [row.tolist() for row in found.importance[DOWN]()]
     assert [1] == asked
@@ -100,7 +99,7 @@ def test_layers_that_differ_have_unknown_neurons(tmp_path: Path, shape: Any, kno
     model.set("moe2gguf.slicing.group", "str", "contiguous").put(g.f32("blk.1.ffn_down_exps.weight", shape))
     (tmp_path / "m.gguf").write_bytes(model.bytes())
 
-    assert known == (neurons_of(read_gguf(tmp_path / "m.gguf")) is not None)
+    assert known == (find_neurons(read_gguf(tmp_path / "m.gguf")) is not None)
 
 
 def test_an_expert_without_tokens_is_refused_or_ones() -> None:
@@ -111,9 +110,9 @@ def test_an_expert_without_tokens_is_refused_or_ones() -> None:
 
     refused, ones = guide(matrix, tensors), guide(matrix, tensors, repair="ones")
 
-    assert (" (experts 1)", set()) == (refused.problems[GATE].detail, refused.complete)
+    assert (" (experts 1)", {}) == (refused.problems[GATE].detail, refused.importance)
     assert [[2, 4], [1, 1], [10, 20]] == [row.tolist() for row in ones.importance[GATE]()]
-    assert ({GATE}, {GATE: 1}) == (ones.complete, ones.few)
+    assert ({GATE}, {GATE: 1}) == (ones.importance.keys(), ones.few)
 
 
 def test_the_vocabulary_and_what_is_never_quantized_need_no_entry() -> None:
@@ -121,4 +120,4 @@ def test_the_vocabulary_and_what_is_never_quantized_need_no_entry() -> None:
     names = ["token_embd.weight", "output.weight", "blk.1.ffn_gate_inp.weight", "blk.1.attn_norm.weight"]
     found = guide(dense(), [Entry(name, (4, 4), F32) for name in names])
 
-    assert ({}, {}, frozenset()) == (found.importance, found.problems, found.complete)
+    assert ({}, {}) == (found.importance, found.problems)

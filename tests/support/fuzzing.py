@@ -36,9 +36,10 @@ from moe2gguf import TypeOptions, inspect, plan_conversion, verify
 from moe2gguf.errors import ImportanceError, Moe2GgufError
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.types import named
+from moe2gguf.quant.assign import Assignment
 from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
-from moe2gguf.quant.imatrix_match import guide
-from moe2gguf.quant.imatrix_use import neurons_of
+from moe2gguf.quant.imatrix_match import find_neurons, guide
 from moe2gguf.recipes.quantize import plan_quantization
 
 ROOM = 512 << 20
@@ -262,9 +263,10 @@ def guide_model(path: Path, found: list[ImportanceMatrix]) -> None:
     """Each number that a kernel would be given is sound, and there are as many as it reads."""
     file = read_model(path)
     tensors = [Entry(tensor.name, tensor.shape, tensor.type) for tensor in file.tensors.values()]
+    assigned = Assignment(dict.fromkeys(file.tensors, named("q8_0")), (), (), (), 0)
     for matrix, repair in itertools.product(found, ("none", "ones")):
-        guidance = guide(matrix, tensors, neurons_of(file), repair)
-        str([*guidance.refusals(file.tensors), *guidance.warnings]).encode()
+        guidance = guide(matrix, tensors, find_neurons(file), repair)
+        str([*guidance.refusals(tensors, assigned), *guidance.warnings]).encode()
         for tensor in tensors:
             importance = guidance.importance.get(tensor.name)
             rows = importance() if importance else []
