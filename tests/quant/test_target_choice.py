@@ -1,4 +1,4 @@
-"""export.budget: the types with the least error under a size, against exhaustive search and against plain numpy."""
+"""quant.target: the types with the least error under a size, against exhaustive search and against plain numpy."""
 
 import itertools
 from typing import Any
@@ -14,8 +14,8 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.types import named
 from moe2gguf.gguf.writer import OutputTensor
-from moe2gguf.quant import budget
-from moe2gguf.quant.budget import Option, choose_under_budget, find_range, list_types, lower_hull, spend_budget
+from moe2gguf.quant import target
+from moe2gguf.quant.target import Option, choose_under_budget, find_range, list_types, lower_hull, spend_budget
 
 Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
 
@@ -77,7 +77,7 @@ def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch: pytest.Monkey
     rng = np.random.default_rng(1)
     rows, means = rng.standard_normal((2, 8, 64)), rng.random((2, 64)).astype(np.float32)
     means[0] = 1
-    monkeypatch.setattr(budget, "list_types", lambda *_, **__: [named(kind)])
+    monkeypatch.setattr(target, "list_types", lambda *_, **__: [named(kind)])
 
     flat = choose_under_budget([tensor("x.weight", rows)], (), 10**9, threads=1)
     monkeypatch.setattr(types, "encode", unguided(types.encode))
