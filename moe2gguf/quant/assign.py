@@ -1,9 +1,10 @@
-"""A type for every tensor by the rules, and everything that does not fit, named before anything is written."""
+"""Rules give every tensor a type, and everything that does not fit is named before anything is written."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.quant.presets import FILE_TYPE_NAMES, Network
-from moe2gguf.quant.rules import VOCABULARY, Rule, TypeOptions, base_rules, own_rules
+from moe2gguf.quant.rules import VOCABULARY, Rule, TypeOptions, make_base_rules, read_own_rules
 
 FALLBACKS: dict[str, str] = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
@@ -61,13 +62,13 @@ class Assignment:
     refusals: tuple[str, ...]
     file_type: int
 
-    def typed(self, tensors: Sequence[T]) -> tuple[T, ...]:
-        """The same tensors with their types."""
+    def set_types(self, tensors: Sequence[T]) -> tuple[T, ...]:
+        """Return the same tensors with their types."""
         return tuple(dataclasses.replace(tensor, type=self.types[tensor.name]) for tensor in tensors)
 
     @property
     def warnings(self) -> list[str]:
-        """A sentence per kind of fallback, with its cost."""
+        """One sentence per kind of fallback, with its cost."""
         groups: dict[tuple[TensorType, TensorType], list[str]] = {}
         for one in self.fallbacks:
             groups.setdefault((one.wanted, one.used), []).append(one.tensor)
@@ -78,7 +79,7 @@ class Assignment:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Rules and fallbacks as JSON-ready values."""
+        """Return rules and fallbacks as JSON types."""
         return {
             "rules": [
                 {"pattern": rule.pattern, "type": rule.type.name, "origin": rule.origin, "tensors": count}
@@ -106,7 +107,7 @@ def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
     return n_dims >= 2 and name.endswith("weight") and not kept
 
 
-def as_stored(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorType:
+def find_stored_type(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorType:
     """The type that keeps a checkpoint's tensor as it is; F32 for vectors and routers, which llama.cpp wants so."""
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return types.named("F32")
@@ -123,7 +124,7 @@ def assign(
     *,
     slices: bool = True,
 ) -> Assignment:
-    """The type of every tensor.
+    """Choose the type of every tensor.
 
     Args:
         tensors: with the type in which they are stored.
@@ -131,41 +132,43 @@ def assign(
         network: what presets depend on.
         guided: the names of tensors that have an importance.
         base: rules in place of those that `--type` stands for.
-        own: the user's rules (None: they are read, see `own_rules`).
+        own: the user's rules (None: they are read, see `read_own_rules`).
         slices: whether the width of the experts can still be chosen, which refusals then advise.
 
     Raises:
         PlanError: the options name unknown types, broken patterns or an unreadable file, or the preset is not known for
             this architecture.
     """
-    own = own_rules(options) if own is None else own
-    base = base_rules(options, network) if base is None else base
-    rules = (*own, *base)
-    counts = dict.fromkeys(range(len(rules)), 0)
-    chosen: dict[str, TensorType] = {}
+    own = read_own_rules(options) if own is None else own
+    rules = (*own, *(make_base_rules(options, network) if base is None else base))
+
+    # The first rule that matches a matrix decides; all else keeps the type in which it is stored.
+    chosen = {tensor.name: tensor.type for tensor in tensors}
+    counts: Counter[int] = Counter()
     for tensor in tensors:
-        kind = tensor.type
-        if may_quantize(tensor.name, tensor.shape):
-            decided = next((i for i, rule in enumerate(rules) if rule.matches(tensor.name)), None)
-            if decided is not None:
-                counts[decided] += 1
-                kind = rules[decided].type
-        chosen[tensor.name] = kind
-    refusals = _unused([(rule, counts[i]) for i, rule in enumerate(own)], tensors)
-    fallbacks, misfits = _fit(tensors, chosen, allow=options.allow_fallback, slices=slices)
-    refusals += [*misfits, *_unguided(tensors, chosen, options, guided)]
+        matching = (i for i, rule in enumerate(rules) if rule.matches(tensor.name))
+        if may_quantize(tensor.name, tensor.shape) and (decided := next(matching, None)) is not None:
+            counts[decided] += 1
+            chosen[tensor.name] = rules[decided].type
+
+    # Where blocks do not fit the rows, llama.cpp's substitute is taken, or the type refused.
+    fallbacks, misfits = _fit_blocks(tensors, chosen, allow=options.allow_fallback, slices=slices)
+    refusals = [
+        *_refuse_idle_rules([rule for i, rule in enumerate(own) if not counts[i]], tensors),
+        *misfits,
+        *_refuse_without_importance(tensors, chosen, options, guided),
+    ]
+
     used = tuple((rule, counts[i]) for i, rule in enumerate(rules) if counts[i])
     preset = FILE_TYPE_NAMES.get(options.type.upper())
-    file_type = types.file_type(preset) if preset else _most_common(tensors, chosen)
+    file_type = types.file_type(preset) if preset else _find_file_type(tensors, chosen)
     return Assignment(chosen, used, tuple(fallbacks), tuple(refusals), file_type)
 
 
-def _unused(counts: Sequence[tuple[Rule, int]], tensors: Sequence[Entry]) -> list[str]:
-    """A sentence per rule of the user's that decides nothing, and why."""
+def _refuse_idle_rules(rules: Sequence[Rule], tensors: Sequence[Entry]) -> list[str]:
+    """Return a sentence per rule of the user's that decides nothing, with the reason."""
     refusals = []
-    for rule, count in counts:
-        if count:
-            continue
+    for rule in rules:
         names = [tensor for tensor in tensors if rule.matches(tensor.name)]
         if any(may_quantize(tensor.name, tensor.shape) for tensor in names):
             why = "every tensor that it matches is decided by an earlier pattern"
@@ -177,35 +180,35 @@ def _unused(counts: Sequence[tuple[Rule, int]], tensors: Sequence[Entry]) -> lis
     return refusals
 
 
-def _fit(
+def _fit_blocks(
     tensors: Sequence[Entry], chosen: dict[str, TensorType], *, allow: bool, slices: bool
 ) -> tuple[list[Fallback], list[str]]:
-    """Substitutes, written into `chosen`, or refusals, for the types whose blocks do not fit their rows."""
+    """Write substitutes for the types whose blocks do not fit their rows into `chosen`; return them, and refusals."""
     fallbacks, misfits = [], dict[tuple[TensorType, int], list[str]]()
     for tensor in tensors:
         kind, width = chosen[tensor.name], tensor.shape[-1] if tensor.shape else 1
         if width % types.block_size(kind) == 0:
             continue
-        substitute = _substitute(kind, width)
+        substitute = _find_substitute(kind, width)
         if allow and substitute:
             fallbacks.append(Fallback(tensor.name, kind, substitute))
             chosen[tensor.name] = substitute
         else:
             misfits.setdefault((kind, width), []).append(tensor.name)
-    return fallbacks, [_misfit(kind, width, names, slices=slices) for (kind, width), names in misfits.items()]
+    return fallbacks, [_describe_misfit(kind, width, names, slices=slices) for (kind, width), names in misfits.items()]
 
 
-def _substitute(kind: TensorType, width: int) -> TensorType | None:
-    """What llama.cpp writes instead of `kind`; None where it gives up."""
+def _find_substitute(kind: TensorType, width: int) -> TensorType | None:
+    """Return what llama.cpp writes instead of `kind`; None where it gives up."""
     if kind.name not in FALLBACKS and types.block_size(kind) > 32:
         return None
     substitute = types.named(FALLBACKS.get(kind.name, kind.name))
     return types.named("F16") if width % types.block_size(substitute) else substitute
 
 
-def _misfit(kind: TensorType, width: int, names: Sequence[str], *, slices: bool) -> str:
-    block, substitute = types.block_size(kind), _substitute(kind, width)
-    can_pad = slices and _are_experts(names)
+def _describe_misfit(kind: TensorType, width: int, names: Sequence[str], *, slices: bool) -> str:
+    block, substitute = types.block_size(kind), _find_substitute(kind, width)
+    can_pad = slices and "_exps." in names[0]
     ways = [f"pad the experts with --align {block}", "choose another --experts"] if can_pad else []
     if substitute:
         bits = f"{types.bits_per_weight(substitute):g} bits per weight for {types.bits_per_weight(kind):g}"
@@ -217,10 +220,10 @@ def _misfit(kind: TensorType, width: int, names: Sequence[str], *, slices: bool)
     )
 
 
-def _unguided(
+def _refuse_without_importance(
     tensors: Sequence[Entry], chosen: Mapping[str, TensorType], options: TypeOptions, guided: Container[str]
 ) -> list[str]:
-    """Types that are garbage without an importance matrix, or abort llama.cpp's kernels:
+    """Refuse types that are garbage without an importance matrix, or abort llama.cpp's kernels:
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L856
     """
     groups: dict[TensorType, list[str]] = {}
@@ -238,15 +241,10 @@ def _unguided(
     ]
 
 
-def _most_common(tensors: Sequence[Entry], chosen: Mapping[str, TensorType]) -> int:
-    """The file type named after the tensor type that takes the most bytes; GUESSED where none is."""
-    size: dict[TensorType, int] = {}
+def _find_file_type(tensors: Sequence[Entry], chosen: Mapping[str, TensorType]) -> int:
+    """Return the file type named after the tensor type that takes the most bytes; GUESSED where there is none."""
+    sizes: Counter[TensorType] = Counter()
     for tensor in tensors:
-        kind = chosen[tensor.name]
-        size[kind] = size.get(kind, 0) + types.n_bytes(tensor.shape, kind)
-    largest = max(size, key=lambda kind: size[kind], default=types.named("F32"))
+        sizes[chosen[tensor.name]] += types.n_bytes(tensor.shape, chosen[tensor.name])
+    largest = max(sizes, key=lambda kind: sizes[kind], default=types.named("F32"))
     return types.FILE_TYPES.get(largest, types.file_type("GUESSED"))
-
-
-def _are_experts(names: Sequence[str]) -> bool:
-    return "_exps." in names[0]

@@ -76,8 +76,8 @@ class Rule:
         return re.fullmatch(self.pattern, name) is not None
 
 
-def preset_rules(name: str, network: Network, *, mix: bool = False) -> tuple[Rule, ...]:
-    """The rules of llama.cpp's file type `name` (upper case) for `network`; the last decides all that remains.
+def make_preset_rules(name: str, network: Network, *, mix: bool = False) -> tuple[Rule, ...]:
+    """Return the rules of llama.cpp's file type `name` (upper case) for `network`; the last decides all that remains.
 
     Experts get the types of the dense parent's MLP; `mix` gives what llama.cpp itself would choose for them.
     """
@@ -85,39 +85,40 @@ def preset_rules(name: str, network: Network, *, mix: bool = False) -> tuple[Rul
     kind = types.named(preset.type)
     if kind in types.FLOATS:
         return (Rule(".*", kind, name),)
+    # By default experts are treated as the dense parent's MLP; MXFP4_MOE is about experts.
     seen = network if mix or name == "MXFP4_MOE" else dataclasses.replace(network, n_expert=0)
-    rules = [Rule(*_head(preset, seen), name)]
-    taken: dict[str, set[int]] = {}
+    rules = [_make_head_rule(name, seen)]
+    # Of the rows about one role the first that fits a layer decides it.
+    decided: dict[str, set[int]] = {}
     for row in preset.rows:
         if not row.when(seen):
             continue
-        done = taken.setdefault(row.role, set())
+        done = decided.setdefault(row.role, set())
         layers = [i for i in range(seen.n_layer) if i not in done and row.layers(i, seen.n_layer)]
         done.update(layers)
         if layers:
-            rules.append(
-                Rule(_pattern(row.role, layers, seen.n_layer), _bumped(row.role, row.type, preset, seen), name)
-            )
-    if _bumped("attn_v", preset.type, preset, seen) != kind:
-        rules.append(Rule(_pattern("attn_v", range(seen.n_layer), seen.n_layer), types.named("Q5_K"), name))
+            pattern = _make_pattern(row.role, layers, seen.n_layer)
+            rules.append(Rule(pattern, _raise_for_70b(row.role, row.type, preset, seen), name))
+    if _raise_for_70b("attn_v", preset.type, preset, seen) != kind:
+        rules.append(Rule(_make_pattern("attn_v", range(seen.n_layer), seen.n_layer), types.named("Q5_K"), name))
     return (*rules, Rule(".*", kind, name))
 
 
-def _head(preset: Preset, network: Network) -> tuple[str, TensorType]:
-    """The rule of the matrix that makes logits; Q8_0 where the preset's own blocks do not fit the model's width."""
-    pattern = r"token_embd\.weight" if network.tied_embeddings else r"output\.weight"
+def _make_head_rule(name: str, network: Network) -> Rule:
+    """Return the rule of the matrix that makes logits: Q8_0 where the preset's blocks do not fit the model's width."""
+    preset, pattern = PRESETS[name], r"token_embd\.weight" if network.tied_embeddings else r"output\.weight"
     fits = network.d_model % types.block_size(types.named(preset.type)) == 0
-    return pattern, types.named(preset.head if fits else "Q8_0")
+    return Rule(pattern, types.named(preset.head if fits else "Q8_0"), name)
 
 
-def _bumped(role: str, name: str, preset: Preset, network: Network) -> TensorType:
-    """A 70B model shares each value matrix among eight heads, so llama.cpp gives it more bits."""
+def _raise_for_70b(role: str, name: str, preset: Preset, network: Network) -> TensorType:
+    """Return the type `name`, or more bits: a 70B model shares each value matrix among eight heads."""
     raised = role == "attn_v" and network.is_70b and not preset.tiny and name in ("Q3_K", "Q4_K")
     return types.named("Q5_K" if raised else name)
 
 
-def _pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
-    """A regular expression for the weight of a role in these layers, experts included."""
+def _make_pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
+    """Return a regular expression for the weight of a role in these layers, experts included."""
     if role == "token_embd":
         return r"token_embd\.weight"
     listed = [*layers]
@@ -126,8 +127,8 @@ def _pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
     return rf"blk\.{numbers}\.{named}\.weight"
 
 
-def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
-    """The rules that `--type` stands for; none for "auto"."""
+def make_base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
+    """Return the rules that `--type` stands for; none for "auto"."""
     name = options.type.upper()
     if name == AUTO.upper():
         return ()
@@ -142,7 +143,7 @@ def base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
                     f"{' and '.join(ARCHITECTURES)}, not for {shown(network.architecture)}; use --pure, or --type-rules"
                 ]
             )
-        return preset_rules(name, network, mix=options.llama_cpp_mix)
+        return make_preset_rules(name, network, mix=options.llama_cpp_mix)
     kind = types.named(name)
     origin = f"type {options.type}"
     return (Rule(VOCABULARY, types.named("Q8_0"), origin), Rule(".*", kind, origin))
@@ -156,15 +157,15 @@ PLAIN = tuple(kind for kind in types.NAMES if kind not in MIXES)
 
 
 def refuse_type(name: str) -> list[str]:
-    """Why the type NAME cannot be: a sentence, or nothing."""
+    """Return a sentence if there is no type `name`, or nothing."""
     if name.lower() in (AUTO, *MIXES, *PLAIN):
         return []
     near = get_close_matches(name.lower().replace("-", "_"), [AUTO, *MIXES, *PLAIN], cutoff=0.5)
     return [f"type {name}: unknown; {'choose ' + ' or '.join(near) if near else 'choose one of ' + ', '.join(MIXES)}"]
 
 
-def own_rules(options: TypeOptions) -> tuple[Rule, ...]:
-    """The user's rules. Raises PlanError with everything that is wrong with them, and with `--type`."""
+def read_own_rules(options: TypeOptions) -> tuple[Rule, ...]:
+    """Read the user's rules. Raises PlanError with everything that is wrong with them, and with `--type`."""
     pairs = [(*text.rpartition("=")[::2], f"--tensor-type {text}") for text in options.tensor_types]
     refusals = refuse_type(options.type)
     if options.type_rules is not None:
@@ -174,7 +175,7 @@ def own_rules(options: TypeOptions) -> tuple[Rule, ...]:
             refusals += error.refusals
     rules = []
     for pattern, kind, origin in pairs:
-        if problem := _wrong_rule(pattern, kind):
+        if problem := _find_problem(pattern, kind):
             refusals.append(f"{origin}: {problem}")
         else:
             rules.append(Rule(pattern, types.named(kind), origin))
@@ -183,7 +184,7 @@ def own_rules(options: TypeOptions) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _wrong_rule(pattern: str, kind: str) -> str | None:
+def _find_problem(pattern: str, kind: str) -> str | None:
     if not pattern:
         return r"write PATTERN=TYPE, such as blk\..*\.attn_v\.weight=q6_k"
     if kind.lower() not in types.NAMES:
@@ -196,7 +197,7 @@ def _wrong_rule(pattern: str, kind: str) -> str | None:
 
 
 def read_type_rules(path: Path) -> list[tuple[str, str]]:
-    """The (pattern, type) pairs of a rules file: a list `rules` of tables with `pattern` and `type`, nothing else.
+    """Read the (pattern, type) pairs of a rules file: a list `rules` of tables with `pattern` and `type`, nothing else.
 
     Raises:
         PlanError: it cannot be read, is neither TOML nor JSON (by its suffix), or has another content.

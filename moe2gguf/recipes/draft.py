@@ -69,7 +69,7 @@ def _draft_from_folder(source: Checkpoint, wanted: Wanted) -> Draft:
     }
     return Draft(
         assigned,
-        _mark_guided(guidance, assigned.typed(stored)),
+        _mark_guided(guidance, assigned.set_types(stored)),
         metadata,
         refusals=(*guidance.refusals(stored, assigned), *_refuse_experts_of(wanted.inputs.matrix, slicing)),
         warnings=tuple(guidance.warnings),
@@ -86,7 +86,7 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
     slicing, options = wanted.slicing, wanted.options
     stored = tensors_gguf.plan_tensors(source, slicing)
     guidance, assigned = _assign(source, wanted, stored)
-    tensors = tensors_gguf.mark_copied(source, slicing, _mark_guided(guidance, assigned.typed(stored)))
+    tensors = tensors_gguf.mark_copied(source, slicing, _mark_guided(guidance, assigned.set_types(stored)))
     changes: dict[str, MetadataValue] = expert_metadata(slicing) if slicing else {}
     if any(assigned.types[tensor.name] != tensor.type for tensor in stored):
         changes |= {"general.file_type": assigned.file_type, "general.quantization_version": int(GGML_QUANT_VERSION)}

@@ -12,7 +12,7 @@ from moe2gguf.experts.saved import SavedCalibration, read_calibration
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.quant.imatrix import ImportanceMatrix, read_imatrix
-from moe2gguf.quant.rules import Rule, TypeOptions, own_rules
+from moe2gguf.quant.rules import Rule, TypeOptions, read_own_rules
 from moe2gguf.recipes.gguf_as_hf import refuse_calibration
 from moe2gguf.recipes.options import Options, adopt_calibration, refuse_options
 from moe2gguf.recipes.source import Source
@@ -48,7 +48,7 @@ def read_type_inputs(options: TypeOptions) -> TypeInputs:
         PlanError: the options name unknown types, broken patterns or an unreadable file of rules.
         ImportanceError: the importance matrix cannot be read or holds values that cannot be.
     """
-    rules = own_rules(options)
+    rules = read_own_rules(options)
     return TypeInputs(rules, None if options.imatrix is None else read_imatrix(options.imatrix))
 
 

@@ -28,7 +28,7 @@ from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
 from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatrix
 from moe2gguf.quant.presets import ARCHITECTURES, Network
-from moe2gguf.quant.rules import Rule, TypeOptions, own_rules
+from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.quant.target import choose_types, refuse_target
 from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
 from moe2gguf.recipes.inputs import TypeInputs, read_type_inputs
@@ -180,9 +180,9 @@ def make_plan(
             copied=tensor.type in types.BLOCKS and tensor.type == file.tensors[tensor.name].type,
             guided=tensor.name in guidance.importance,
         )
-        for tensor in assigned.typed(stored)
+        for tensor in assigned.set_types(stored)
     )
-    metadata = {**_make_metadata(file, assigned, options), **record_imatrix(inputs.matrix, options)}
+    metadata = {**_make_metadata(file, assigned, options, inputs.rules), **record_imatrix(inputs.matrix, options)}
     kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
     return QuantizationPlan(
         source=file,
@@ -313,7 +313,9 @@ def _keep_metadata(file: GGUFFile) -> dict[str, MetadataValue]:
     return {key: value for key, value in file.metadata.items() if not key.startswith((PREFIX, KEYS))}
 
 
-def _make_metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -> dict[str, MetadataValue]:
+def _make_metadata(
+    file: GGUFFile, assigned: Assignment, options: TypeOptions, rules: Sequence[Rule]
+) -> dict[str, MetadataValue]:
     """The source's keys in their order, the file type renewed, and how this file was made; no path, no time."""
     result: dict[str, MetadataValue] = {
         **_keep_metadata(file),
@@ -322,7 +324,7 @@ def _make_metadata(file: GGUFFile, assigned: Assignment, options: TypeOptions) -
         PREFIX + "version": version("moe2gguf"),
         PREFIX + "type": options.type.lower(),
     }
-    if rules := own_rules(options):
+    if rules:
         result[PREFIX + "rules"] = [f"{rule.pattern}={rule.type.name}" for rule in rules]
     targets = {"target_size": options.target_size, "target_bpw": options.target_bpw}
     result |= {PREFIX + name: float(value) for name, value in targets.items() if value is not None}

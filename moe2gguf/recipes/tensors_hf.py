@@ -13,7 +13,7 @@ from moe2gguf.gguf.metadata import rope_frequencies
 from moe2gguf.hf.families import DENSE, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.quant.assign import as_stored
+from moe2gguf.quant.assign import find_stored_type
 from moe2gguf.recipes.tensors import (
     Copy,
     ExpertColumns,
@@ -104,7 +104,7 @@ def _plan_existing_experts(checkpoint: Checkpoint, i: int) -> list[PlannedTensor
 
 def _plan(name: str, shape: tuple[int, ...], made: Operation, sources: Sequence[StoredTensor]) -> PlannedTensor:
     """A tensor of the type in which its sources are stored."""
-    kind = as_stored(name, shape, DTYPES[sources[0].dtype])
+    kind = find_stored_type(name, shape, DTYPES[sources[0].dtype])
     return PlannedTensor(name, shape, kind, made, tuple(source.name for source in sources))
 
 

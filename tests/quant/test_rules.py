@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf.layout import Entry
-from moe2gguf.quant.assign import as_stored, assign, may_quantize
+from moe2gguf.quant.assign import assign, find_stored_type, may_quantize
 from moe2gguf.quant.presets import Network
-from moe2gguf.quant.rules import TypeOptions, preset_rules, read_type_rules, refuse_type
+from moe2gguf.quant.rules import TypeOptions, make_preset_rules, read_type_rules, refuse_type
 
 F16, F32 = GGMLType.F16, GGMLType.F32
 
@@ -102,9 +102,9 @@ def test_as_stored_keeps_matrices_and_widens_vectors_and_routers() -> None:
     """llama.cpp wants norms, biases and routers in F32."""
     half = np.dtype(np.float16)
 
-    assert GGMLType.F16 == as_stored("blk.0.attn_q.weight", (4, 4), half)
-    assert GGMLType.F32 == as_stored("blk.0.attn_norm.weight", (4,), half)
-    assert GGMLType.F32 == as_stored("blk.0.ffn_gate_inp.weight", (4, 4), half)
+    assert GGMLType.F16 == find_stored_type("blk.0.attn_q.weight", (4, 4), half)
+    assert GGMLType.F32 == find_stored_type("blk.0.attn_norm.weight", (4,), half)
+    assert GGMLType.F32 == find_stored_type("blk.0.ffn_gate_inp.weight", (4, 4), half)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_type_rules_is_not_read_without_end(tmp_path: Path) -> None:
 
 def test_a_preset_is_a_list_of_rules() -> None:
     """Q4_K_M of 16 layers, written out: the two first, the two last and every third layer get more bits."""
-    rules = preset_rules("Q4_K_M", Network("llama", 16, 8, 8, 256, False))
+    rules = make_preset_rules("Q4_K_M", Network("llama", 16, 8, 8, 256, False))
 
     layers = r"blk\.(0|1|4|7|10|13|14|15)"
     assert [
