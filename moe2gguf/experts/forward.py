@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, Rows, chunks
 from moe2gguf.experts.mlp import MLP
-from moe2gguf.hf.write_config import hf_config
+from moe2gguf.hf.write_config import describe_config
 from moe2gguf.spec import Model
 
 Device: TypeAlias = torch.device
@@ -40,7 +40,7 @@ class Layers:
     def __init__(
         self, model: Model, load: Load, device: torch.device, divisors: NDArray[np.float32] | None = None
     ) -> None:
-        values = hf_config(model)
+        values = describe_config(model)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         config._attn_implementation = "sdpa"
         config.tie_word_embeddings = False

@@ -23,7 +23,7 @@ OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md",
 TEMPLATES = "additional_chat_templates"
 
 
-def companions(folder: Path) -> Iterator[tuple[str, Path]]:
+def list_companions(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name inside the folder, path) of every such file that `folder` has.
 
     Raises:
@@ -38,7 +38,7 @@ def companions(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy those files of `folder`, contents only, into `out`. Raises as `companions` does."""
-    for name, path in companions(folder):
+    """Copy those files of `folder`, contents only, into `out`. Raises as `list_companions` does."""
+    for name, path in list_companions(folder):
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, out / name)

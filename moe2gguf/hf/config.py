@@ -188,7 +188,7 @@ def read_rope(config: Config, family: Family) -> Rope:
     scaling: dict[str, Any] = {**found.get(where, {})}
     outer = {"rope_theta": values["rope_theta"]} if config.has("rope_theta") else {}
     used = {"rope_theta": family.rope_theta, **outer, **scaling}
-    problems += _contradictions(where, used, {"config.json": outer, **found})
+    problems += _find_contradictions(where, used, {"config.json": outer, **found})
     rope = Config(used, problems, where)
     theta = rope.number("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -215,7 +215,7 @@ def read_rope(config: Config, family: Family) -> Rope:
     return Rope(theta)
 
 
-def _contradictions(where: str, used: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _find_contradictions(where: str, used: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Every setting in one of `places` that has another value in `used`, the settings read from `where` first."""
     kind = used.get("rope_type", used.get("type", "default"))
     used = {"partial_rotary_factor": 1.0, **used, "rope_type": kind, "type": kind}

@@ -145,7 +145,7 @@ REFUSED: dict[str, str] = {
 _IGNORED = re.compile(r"(.+\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)(_cached)?)")
 
 
-def ignored(source: str) -> bool:
+def is_ignored(source: str) -> bool:
     """True for tensors that are computed from config.json: rotary frequencies and their cached cosines and sines."""
     return _IGNORED.fullmatch(source) is not None
 
@@ -169,7 +169,7 @@ def lay_out_tensors(model: Model) -> list[tuple[Rule, int | None] | MLPPlace]:
     return [*places, *((rule, None) for rule in after)]
 
 
-def rules(model: Model) -> list[tuple[Rule, int | None]]:
+def list_rules(model: Model) -> list[tuple[Rule, int | None]]:
     """The rules that apply to `model`, in file order, without the MLPs."""
     return [place for place in lay_out_tensors(model) if not isinstance(place, MLPPlace)]
 
@@ -181,7 +181,7 @@ def holds(model: Model, condition: str) -> bool:
     return bool(getattr(model, condition))
 
 
-def mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
+def list_mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
     """Source name -> shape (names) of every MLP tensor of the whole model, in layer and expert order."""
     result = {}
     for i in range(model.n_layer):
@@ -191,8 +191,8 @@ def mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
     return result
 
 
-def expected(model: Model, mlp: MLP) -> dict[str, tuple[int, ...]]:
+def list_expected_tensors(model: Model, mlp: MLP) -> dict[str, tuple[int, ...]]:
     """Source name -> shape of every tensor the checkpoint must hold."""
     size = graph_sizes(model)
-    names = {rule.source.format(i=i): rule.shape for rule, i in rules(model)} | mlp_tensors(mlp, model)
+    names = {rule.source.format(i=i): rule.shape for rule, i in list_rules(model)} | list_mlp_tensors(mlp, model)
     return {name: tuple(size[d] for d in shape) for name, shape in names.items()}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CheckpointError, PlanError, VocabularyError, list_names
 from moe2gguf.hf import card, config
-from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, expected, ignored
+from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, is_ignored, list_expected_tensors
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside, links_out_of
 from moe2gguf.hf.safetensors import ADAPTER, ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
@@ -57,7 +57,7 @@ class Checkpoint:
         return whole if rows is None else whole[rows]
 
 
-def _hint(folder: Path) -> str:
+def _suggest_download(folder: Path) -> str:
     """How to get a model whose name on the Hub was given."""
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return ""
@@ -72,21 +72,23 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         PlanError: everything else that is wrong, all of it in one list.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file{_hint(folder)}")
+        raise CheckpointError(
+            f"{folder}: neither a Hugging Face model folder nor a GGUF file{_suggest_download(folder)}"
+        )
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
     warnings = [*_name_links(folder), *_name_adapter(folder)]
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
     tied = model is not None and model.tied_embeddings
-    is_derived = lambda name: ignored(name) or (tied and name == HEAD)  # noqa: E731
+    is_derived = lambda name: is_ignored(name) or (tied and name == HEAD)  # noqa: E731
     tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: read_headers(folder, is_derived), problems)
     if model is None or family is None:
         raise PlanError(problems)
     mlp = family.mlp[0]
     if tensors is not None:
         model, tensors = _untie(model, tensors, warnings)
-        mlp = _layout(family, model, tensors)
+        mlp = _choose_layout(family, model, tensors)
         causes = _find_cause(values, model, mlp, tensors, warnings)
         compared: list[str] = []
         tensors = _compare(model, mlp, tensors, compared)
@@ -120,7 +122,7 @@ def _find_cause(
     values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
 ) -> list[str]:
     """The one reason, if there is one, why hardly a tensor is as expected."""
-    return _quantized(values, model, mlp, tensors, warnings) or _foreign_names(model, mlp, tensors)
+    return _find_quantization(values, model, mlp, tensors, warnings) or _find_foreign_names(model, mlp, tensors)
 
 
 def _attempt(step: Callable[[], T], problems: list[str]) -> T | None:
@@ -155,9 +157,9 @@ def _untie(
     return replace(model, tied_embeddings=False), tensors
 
 
-def _layout(family: Family, model: Model, tensors: Mapping[str, Any]) -> MLP:
+def _choose_layout(family: Family, model: Model, tensors: Mapping[str, Any]) -> MLP:
     """The layout of the family's MLP tensors that the checkpoint has the most names of."""
-    return max(family.mlp, key=lambda mlp: len(expected(model, mlp).keys() & tensors.keys()))
+    return max(family.mlp, key=lambda mlp: len(list_expected_tensors(model, mlp).keys() & tensors.keys()))
 
 
 QUANTIZED_BY = {
@@ -169,12 +171,12 @@ QUANTIZED_BY = {
 """Which tool leaves tensors whose names end in this beside its packed weights."""
 
 
-def _quantized(
+def _find_quantization(
     values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
 ) -> list[str]:
     """One problem where the weights are quantized; a quantization_config beside plain weights is a warning."""
-    wanted = expected(model, mlp).keys()
-    extra = [name for name in tensors.keys() - wanted if not ignored(name)]
+    wanted = list_expected_tensors(model, mlp).keys()
+    extra = [name for name in tensors.keys() - wanted if not is_ignored(name)]
     tool = next((tool for tool, ends in QUANTIZED_BY.items() if any(name.endswith(ends) for name in extra)), None)
     packed = sorted(name for name in wanted & tensors.keys() if tensors[name].dtype not in DTYPES)
     if tool or (packed and values.get("quantization_config")):
@@ -189,9 +191,9 @@ def _quantized(
     return []
 
 
-def _foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
+def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
     """One problem where all tensors have other names than transformers gives them, for one reason."""
-    wanted = expected(model, mlp).keys()
+    wanted = list_expected_tensors(model, mlp).keys()
     if "tok_embeddings.weight" in tensors:
         return [
             "the tensors have the names of the original LLaMA or Mistral release, not of transformers; take the "
@@ -217,12 +219,12 @@ def _compare(
     model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], problems: list[str]
 ) -> dict[str, StoredTensor]:
     """The tensors the model needs; missing, unexpected and mis-shaped ones are all appended to `problems`."""
-    wanted = expected(model, mlp)
+    wanted = list_expected_tensors(model, mlp)
     for name in wanted.keys() - tensors.keys():
         hint = " (config.json does not say tie_word_embeddings: true)" if name == HEAD else ""
         problems.append(f"missing tensor: {name} {wanted[name]}{hint}")
     for name in tensors.keys() - wanted.keys():
-        if not ignored(name) and not (name == HEAD and model.tied_embeddings):
+        if not is_ignored(name) and not (name == HEAD and model.tied_embeddings):
             problems.append(f"unexpected tensor: {name} {tensors[name].shape} has no place in a {model.architecture}")
     found = {name: tensors[name] for name in wanted if name in tensors}
     for name, tensor in found.items():
@@ -230,11 +232,11 @@ def _compare(
             problems.append(f"wrong shape: {name} is {tensor.shape}, config.json says {wanted[name]}")
         if tensor.dtype not in DTYPES:
             problems.append(f"wrong type: {name} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
-    problems.sort(key=_kind)
+    problems.sort(key=_order_problem)
     return found
 
 
-def _kind(problem: str) -> tuple[bool, str]:
+def _order_problem(problem: str) -> tuple[bool, str]:
     """Sorts tensor problems by kind and name, after all others, which keep their order."""
     kinds = ("missing tensor", "unexpected tensor", "wrong shape", "wrong type")
     return (True, problem) if problem.startswith(kinds) else (False, "")

@@ -35,7 +35,9 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """
     data = read_bytes(path, max_bytes=max_bytes)
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=_require_unique_keys, parse_constant=_refuse_constant
+        )
         if _ESCAPED_SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -72,7 +74,7 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
-def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object, refusing a key that occurs twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -82,6 +84,6 @@ def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     """Refuse NaN, Infinity and -Infinity, which Python would accept."""
     raise ValueError(f"{name} is not a JSON number")

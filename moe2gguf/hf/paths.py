@@ -42,12 +42,12 @@ def inside(folder: Path, relative_name: str) -> Path:
         CheckpointError: the name is empty, absolute, has `..`, a backslash, a drive letter or a NUL; a folder on the
             way lies elsewhere; a link leads nowhere; or what is there is no file (a pipe would block for ever).
     """
-    reason = _bad_name(relative_name)
+    reason = _find_bad_name(relative_name)
     if reason:
         raise CheckpointError(f"{folder}: refused the file name {relative_name!r}: {reason}")
     path = folder / relative_name
     try:
-        reason = _bad_target(path, folder.resolve())
+        reason = _find_bad_target(path, folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # a name too long or not to be encoded
         cause = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{folder}: cannot follow the file name {relative_name[:200]!r} ({cause})") from error
@@ -68,7 +68,7 @@ def links_out_of(folder: Path) -> list[str]:
     return [f"{path.name} -> {path.resolve()}" for path in links if not path.resolve().is_relative_to(home)]
 
 
-def _bad_target(path: Path, root: Path) -> str | None:
+def _find_bad_target(path: Path, root: Path) -> str | None:
     """Say why what is at `path` must not be read as a part of the (resolved) folder `root`."""
     if not path.parent.resolve().is_relative_to(root):
         return "lies behind a link to another folder; link the files instead, or copy the folder"
@@ -80,7 +80,7 @@ def _bad_target(path: Path, root: Path) -> str | None:
     return None if path.is_file() else "is a pipe, a socket or a device; expected a file"
 
 
-def _bad_name(name: str) -> str | None:
+def _find_bad_name(name: str) -> str | None:
     """Say what is wrong with the name itself, before the file system is asked."""
     if "\0" in name:
         return "it has a NUL character"

@@ -99,7 +99,7 @@ class StoredTensor:
 
 
 def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> None:
-    view = _bytes_of(block)
+    view = _view_bytes(block)
     while view:
         count = file.readinto(view[:PIECE])  # type: ignore[attr-defined]
         if not count:
@@ -118,7 +118,7 @@ def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: Fal
             broken header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
     """
     index = inside(folder, INDEX)
-    files = _indexed_files(folder, index) if index.exists() else [_single_file(folder)]
+    files = _list_indexed_files(folder, index) if index.exists() else [_find_single_file(folder)]
     tensors: dict[str, StoredTensor] = {}
     twice = []
     for file in files:
@@ -133,7 +133,7 @@ def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: Fal
     return tensors
 
 
-def _single_file(folder: Path) -> Path:
+def _find_single_file(folder: Path) -> Path:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE in found:
         return inside(folder, SINGLE)
@@ -151,8 +151,8 @@ def _single_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no *.safetensors file; is this a Hugging Face model folder?")
 
 
-def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    names = sorted(set(_weight_map(index).values()))
+def _list_indexed_files(folder: Path, index: Path) -> list[Path]:
+    names = sorted(set(_read_weight_map(index).values()))
     files = [inside(folder, name) for name in names]
     if missing := [name for name, file in zip(names, files, strict=True) if not file.is_file()]:
         raise CheckpointError(f"{folder}: shards named in {INDEX} are missing: {list_names(missing, MOST_NAMES)}")
@@ -180,7 +180,7 @@ def _refuse_second_model(folder: Path, names: list[str], shards: list[Path]) -> 
         )
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
+def _read_weight_map(index: Path) -> Mapping[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty; expected an object: tensor -> file")
@@ -190,7 +190,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor], is_derived: Callable[[str], bool]) -> None:
-    weight_map = _weight_map(index)
+    weight_map = _read_weight_map(index)
     absent = sorted(name for name in weight_map if name not in tensors and not is_derived(name))
     unnamed = sorted(name for name in tensors if name not in weight_map and not is_derived(name))
     elsewhere = sorted(
@@ -218,7 +218,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length), object_pairs_hook=_require_unique)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a sound safetensors file ({error}); fetch it again") from error
     except OSError as error:
@@ -232,7 +232,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _require_unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
         raise SafetensorError(f"names twice: {list_names(twice, MOST_NAMES)}")
     return dict(pairs)
@@ -292,7 +292,7 @@ class SourceDigest:
         return sha.hexdigest()
 
 
-def source_digest(tensors: Mapping[str, Readable]) -> str:
+def digest_source(tensors: Mapping[str, Readable]) -> str:
     """The digest over `tensors`, all of which are read for it."""
     digest = SourceDigest()
     for tensor in tensors.values():
@@ -301,7 +301,7 @@ def source_digest(tensors: Mapping[str, Readable]) -> str:
     return digest.hexdigest(tensors)
 
 
-def _bytes_of(array: Array) -> memoryview:
+def _view_bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 

@@ -17,14 +17,14 @@ https://github.com/pytorch/pytorch/blob/2295ac79eeea7cd69460598a018ea14eaef34f5c
 """
 
 
-def hf_config(model: Model) -> dict[str, Any]:
+def describe_config(model: Model) -> dict[str, Any]:
     """config.json of `model`, under the class that has its tensors, whatever class it came from.
 
     Mixtral where there are experts, Qwen2 where q, k and v alone have biases, else LLaMA, which computes what Mistral
     does.
     """
     return {
-        **_class(model),
+        **_describe_class(model),
         "hidden_act": "silu",
         "hidden_size": model.d_model,
         "intermediate_size": model.d_ff,
@@ -35,14 +35,14 @@ def hf_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": model.n_context,
         "rms_norm_eps": model.rms_epsilon,
         "rope_theta": model.rope.theta,
-        "rope_scaling": _rope_scaling(model.rope),
+        "rope_scaling": _describe_rope(model.rope),
         "tie_word_embeddings": model.tied_embeddings,
         "vocab_size": model.n_vocab,
         "use_cache": True,
     }
 
 
-def _class(model: Model) -> dict[str, Any]:
+def _describe_class(model: Model) -> dict[str, Any]:
     """The class, and the settings that only it has."""
     if model.n_expert:
         counts = {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_used}
@@ -53,7 +53,7 @@ def _class(model: Model) -> dict[str, Any]:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **biases}
 
 
-def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
+def _describe_rope(rope: Rope) -> dict[str, Any] | None:
     if rope.kind == "none":
         return None
     values: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}

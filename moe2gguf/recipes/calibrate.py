@@ -16,7 +16,7 @@ from moe2gguf.experts.saved import CalibrationRecord, save_calibration
 from moe2gguf.experts.text import Text, spread_windows, tokenize_windows
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.hf.folder import Checkpoint
-from moe2gguf.hf.safetensors import Readable, SourceDigest, source_digest
+from moe2gguf.hf.safetensors import Readable, SourceDigest, digest_source
 from moe2gguf.llama.tokens import read_tokens
 from moe2gguf.progress import Progress
 from moe2gguf.recipes.gguf_as_hf import Weights
@@ -88,7 +88,7 @@ class _Folder:
 
     @functools.cached_property
     def identity(self) -> str:
-        return source_digest(_select_calibrated(self.checkpoint))
+        return digest_source(_select_calibrated(self.checkpoint))
 
     def layers(self, device: Device) -> Layers:
         from moe2gguf.experts.forward import Layers
@@ -107,7 +107,7 @@ class _GGUF:
 
     @functools.cached_property
     def identity(self) -> str:
-        return source_digest(_select_calibrated(self.dense))
+        return digest_source(_select_calibrated(self.dense))
 
     def layers(self, device: Device) -> Layers:
         from moe2gguf.experts.forward import Layers

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.rotary import pairs_to_halves
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.hf.families import DENSE, rules
+from moe2gguf.hf.families import DENSE, list_rules
 from moe2gguf.limits import graph_sizes
 from moe2gguf.spec import Model
 
@@ -64,7 +64,7 @@ class Weights:
 def _list_places(model: Model) -> dict[str, Place]:
     """By Hugging Face's name."""
     size, places = graph_sizes(model), {}
-    for rule, i in rules(model):
+    for rule, i in list_rules(model):
         n_head = getattr(model, rule.permute) if rule.permute else 0
         places[rule.source.format(i=i)] = Place(rule.target.format(i=i), size[rule.shape[0]], n_head)
     for role, (source, shape) in DENSE.tensors.items():

@@ -19,7 +19,7 @@ from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.resume import Job, describe, describe_record
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
-from moe2gguf.hf.safetensors import source_digest
+from moe2gguf.hf.safetensors import digest_source
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import Trained, write_healed
 from moe2gguf.recipes.tensors_hf import expert_stacks
@@ -137,7 +137,7 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
         *check_settings(ours.n_expert, settings),
     ]
     found = [reason for wrong, reason in checks if wrong]
-    if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, source_digest(dense.tensors)):
+    if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, digest_source(dense.tensors)):
         found = [f"the student was cut from a model with digest {digest}, and the teacher has another"]
     if found:
         raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {reason}" for reason in found)]))
@@ -195,7 +195,7 @@ def make_manifest(sliced: Checkpoint, dense: Checkpoint, data: HealWindows, sett
     """What decides the result of a run: only a run with the same manifest is continued."""
     return {
         "command": "heal",
-        "student": source_digest(sliced.tensors),
+        "student": digest_source(sliced.tensors),
         **{f"teacher's {file.name}": describe(file) for file in dense.files},
         "text": hashlib.sha256(data.ids.tobytes()).hexdigest(),
         "held-out text": hashlib.sha256(data.held_out.tobytes()).hexdigest(),

@@ -31,7 +31,7 @@ from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
 from moe2gguf.hf.paths import inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, hf_config
+from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
@@ -240,7 +240,7 @@ def make_config(checkpoint: Checkpoint, model: Model, provenance: Metadata) -> s
     """config.json of `model`, which was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
     source = read_json(inside(checkpoint.folder, "config.json"))
     kept = {key: source[key] for key in KEPT if source.get(key) is not None}
-    return to_json({**hf_config(model), **kept, MARK: dict(provenance)})
+    return to_json({**describe_config(model), **kept, MARK: dict(provenance)})
 
 
 def sliced_card(metadata: Metadata, slicing: Slicing, provenance: Metadata, reports: Sequence[LayerReport]) -> str:

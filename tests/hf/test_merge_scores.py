@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from tokenizers import Tokenizer, models
 
-from moe2gguf.hf.tokenizer.merge_scores import merge_scores
+from moe2gguf.hf.tokenizer.merge_scores import score_merges
 
 
 def vocab_of(text: str) -> dict[str, int]:
@@ -40,7 +40,7 @@ def _both(vocab: dict[str, int], token: str, cut: int) -> bool:
 def test_order_of_merges() -> None:
     """The token that is merged first has score 0, the next -1; characters follow by id; whole tokens have none."""
     vocab = vocab_of("<s> b a ab aab c")
-    assert merge_scores(vocab, [("a", "b"), ("a", "ab")], ["<s>"]) == {"ab": 0, "aab": -1, "b": -2, "a": -3, "c": -4}
+    assert score_merges(vocab, [("a", "b"), ("a", "ab")], ["<s>"]) == {"ab": 0, "aab": -1, "b": -2, "a": -3, "c": -4}
 
 
 def test_same_pieces_as_tokenizers() -> None:
@@ -58,7 +58,7 @@ def test_same_pieces_as_tokenizers() -> None:
         order.sort(key=len)
         merges = closed(vocab, order)
         try:
-            scores = merge_scores(vocab, merges, [])
+            scores = score_merges(vocab, merges, [])
         except ValueError:
             continue
         tokenizer = Tokenizer(models.BPE(vocab, merges))
@@ -93,7 +93,7 @@ def test_runs_of_spaces(by_length: bool) -> None:
     vocab = {token: id_ for id_, token in enumerate([*runs, "▁", "x"])}
     merges = closed(vocab, runs)
     merges.sort(key=lambda pair: (-len(pair[0]), -len(pair[1])) if by_length else (0, 0))
-    scores = merge_scores(vocab, merges, [])
+    scores = score_merges(vocab, merges, [])
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     for length in range(60):
         text = "▁" * length + "x" + "▁" * (length // 2)
@@ -117,9 +117,9 @@ def test_what_scores_cannot_say(tokens: str, merges: list[tuple[str, str]], says
     vocab = vocab_of(tokens)
     if says:
         with pytest.raises(ValueError, match=says):
-            merge_scores(vocab, merges, [])
+            score_merges(vocab, merges, [])
         return
-    scores = merge_scores(vocab, merges, [])
+    scores = score_merges(vocab, merges, [])
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     for length in range(1, 12):
         assert tokenizer.encode("a" * length).tokens == spm("a" * length, vocab, scores)

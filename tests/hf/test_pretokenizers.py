@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from moe2gguf.errors import VocabularyError
 from moe2gguf.hf.tokenizer import pretokenizers
-from moe2gguf.hf.tokenizer.pretokenizers import PRE_TOKENIZERS, PROBES, known_names, recognize
+from moe2gguf.hf.tokenizer.pretokenizers import PRE_TOKENIZERS, PROBES, list_known_names, recognize
 
 
 def untrained(pre_tokenizer: pre_tokenizers.PreTokenizer, **options: bool) -> Tokenizer:
@@ -39,14 +39,14 @@ def test_rows_differ() -> None:
     """No two rows are the same in pieces and flags: each can be told from every other."""
     keys = [
         (
-            tuple(tuple(pretokenizers._cutter(row.steps)(text)) for text in PROBES),
+            tuple(tuple(pretokenizers._make_cutter(row.steps)(text)) for text in PROBES),
             row.ignore_merges,
             row.clean_spaces,
         )
         for row in PRE_TOKENIZERS
     ]
     assert len(keys) == len(set(keys))
-    assert len(known_names()) == len(set(known_names()))
+    assert len(list_known_names()) == len(set(list_known_names()))
 
 
 def test_flags_decide_between_equals() -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe2gguf.errors import CheckpointError
-from moe2gguf.hf.safetensors import INDEX, SourceDigest, read_headers, source_digest
+from moe2gguf.hf.safetensors import INDEX, SourceDigest, digest_source, read_headers
 
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 B = np.array([1.5, -2.0], np.float16)
@@ -173,7 +173,7 @@ def test_a_folder_of_links_is_its_targets(tmp_path: Path) -> None:
 
     assert ["a", "b"] == sorted(tensors)
     assert A.tolist() == tensors["a"].read().tolist()
-    assert source_digest(read_headers(real)) == source_digest(tensors)
+    assert digest_source(read_headers(real)) == digest_source(tensors)
 
 
 def test_a_name_behind_a_linked_folder_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, processors
 
-from moe2gguf.hf.tokenizer.special_tokens import Surroundings, added_around, special_ids, surroundings
+from moe2gguf.hf.tokenizer.special_tokens import Surroundings, find_special_ids, find_surroundings, place_added
 
 IDS = {"<s>": 1, "</s>": 2, "<unk>": 0, "<pad>": 3, "<eot>": 4, "<PRE>": 5}
 
@@ -26,7 +26,7 @@ IDS = {"<s>": 1, "</s>": 2, "<unk>": 0, "<pad>": 3, "<eot>": 4, "<PRE>": 5}
 )
 def test_first_file_that_states_a_role(by_text: list[Any], by_id: list[Any], expected: dict[str, int]) -> None:
     """Files that name tokens go before files that number them; what is no token of the embedding states nothing."""
-    assert expected == special_ids(IDS, 10, by_text, by_id)
+    assert expected == find_special_ids(IDS, 10, by_text, by_id)
 
 
 def encoder(single: str) -> Tokenizer:
@@ -48,13 +48,13 @@ def encoder(single: str) -> Tokenizer:
 )
 def test_watches_the_encoder(single: str, before: list[int], behind: list[int]) -> None:
     """What stands around an encoded text is found, whatever the post-processor is called."""
-    assert surroundings(encoder(single)) == Surroundings(before, behind)
+    assert find_surroundings(encoder(single)) == Surroundings(before, behind)
 
 
 def test_text_must_survive() -> None:
     """A post-processor that drops the text is an error."""
     with pytest.raises(ValueError, match="post_processor"):
-        surroundings(encoder("<s> </s>"))
+        find_surroundings(encoder("<s> </s>"))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_roles_of_added_tokens(
     flags: tuple[bool, bool],
 ) -> None:
     """The token an encoder adds takes the role that llama.cpp adds; an explicit wish of the config overrides."""
-    found, given, problems = added_around(special, Surroundings(*around), config)
+    found, given, problems = place_added(special, Surroundings(*around), config)
     assert found == expected
     assert (given["add_bos_token"], given["add_eos_token"]) == flags
     assert problems == []
@@ -85,5 +85,5 @@ def test_roles_of_added_tokens(
 
 def test_what_llama_cannot_add() -> None:
     """Two tokens before a text, and no end-of-text token at all, are problems."""
-    _, _, problems = added_around({"bos": 1}, Surroundings([1, 3], []), {})
+    _, _, problems = place_added({"bos": 1}, Surroundings([1, 3], []), {})
     assert ["adds only one bos" in problems[0], "eos_token" in problems[1]] == [True, True]

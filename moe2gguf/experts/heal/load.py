@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2gguf.hf.families import MIXTRAL_PER_EXPERT
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
-from moe2gguf.hf.write_config import hf_config
+from moe2gguf.hf.write_config import describe_config
 
 
 def load_model(folder: Path) -> Any:
@@ -25,7 +25,7 @@ def load_model(folder: Path) -> Any:
         PlanError, CheckpointError: the folder is not a sound checkpoint.
     """
     checkpoint = open_checkpoint(folder)
-    values = hf_config(checkpoint.model)
+    values = describe_config(checkpoint.model)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):  # no time for numbers that are replaced at once
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

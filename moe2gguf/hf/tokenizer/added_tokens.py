@@ -47,7 +47,7 @@ class AddedToken:
         return self.content if self.type is TokenType.CONTROL else self.content.replace("▁", " ")
 
 
-def added_token(entry: Any, where: str, id_: object = None) -> AddedToken:
+def check_added_token(entry: Any, where: str, id_: object = None) -> AddedToken:
     """Check an entry `{"id": ..., "content": ..., "special": ...}`; `id_` stands in for an absent id.
 
     Raises:
@@ -75,7 +75,7 @@ def list_unknown_rules(token: AddedToken, normalizer: Normalizer | None) -> list
     return [rule for rule in RULES if rule in token.rules and (rule != "normalized" or changes)]
 
 
-def from_decoder(config: Mapping[str, Any], where: str) -> list[AddedToken]:
+def read_decoder(config: Mapping[str, Any], where: str) -> list[AddedToken]:
     """Return `added_tokens_decoder` of tokenizer_config.json, which maps ids (as strings) to tokens.
 
     Raises:
@@ -85,16 +85,18 @@ def from_decoder(config: Mapping[str, Any], where: str) -> list[AddedToken]:
     if not isinstance(entries, dict):
         raise VocabularyError(f"{where}: added_tokens_decoder is {type(entries).__name__}, expected an object")
     ids = {key: int(key) if key.isascii() and key.isdigit() and len(key) < 12 else key for key in entries}
-    return [added_token(entry, f"{where}: added_tokens_decoder[{key!r}]", ids[key]) for key, entry in entries.items()]
+    return [
+        check_added_token(entry, f"{where}: added_tokens_decoder[{key!r}]", ids[key]) for key, entry in entries.items()
+    ]
 
 
-def from_listing(listing: Mapping[str, Any], where: str) -> list[AddedToken]:
+def read_listing(listing: Mapping[str, Any], where: str) -> list[AddedToken]:
     """Return added_tokens.json, which maps tokens to ids.
 
     Raises:
         VocabularyError: it is malformed.
     """
-    return [added_token({"content": text}, f"{where}: {text!r}", id_) for text, id_ in listing.items()]
+    return [check_added_token({"content": text}, f"{where}: {text!r}", id_) for text, id_ in listing.items()]
 
 
 def merge(*sources: Iterable[AddedToken]) -> list[AddedToken]:

@@ -29,10 +29,10 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
         CheckpointError: a file cannot be read, or its folder is a link to elsewhere.
         VocabularyError: a template is no text, or two have the same name.
     """
-    templates = _from_files(folder) or _from_entry(config.get("chat_template"), folder / "tokenizer_config.json")
+    templates = _read_files(folder) or _read_entry(config.get("chat_template"), folder / "tokenizer_config.json")
     path = inside(folder, "chat_template.json")
     if not templates and path.exists():
-        templates = _from_entry(read_json(path, max_bytes=MAX_TEMPLATE_BYTES).get("chat_template"), path)
+        templates = _read_entry(read_json(path, max_bytes=MAX_TEMPLATE_BYTES).get("chat_template"), path)
     named: dict[str, str] = {}
     for name, template in templates:
         key = re.sub(r"[^A-Za-z0-9_]", "_", name)
@@ -42,7 +42,7 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     return {name: template for name, template in named.items() if template}
 
 
-def _from_files(folder: Path) -> list[tuple[str, str]]:
+def _read_files(folder: Path) -> list[tuple[str, str]]:
     """Return the templates that are files."""
     names = {"default": "chat_template.jinja"}
     extra = inside(folder, _FOLDER)
@@ -52,10 +52,10 @@ def _from_files(folder: Path) -> list[tuple[str, str]]:
             raise VocabularyError(f"{extra}: {len(files)} chat templates; at most {MAX_TEMPLATES} are read")
         names |= {file.removesuffix(".jinja"): f"{_FOLDER}/{file}" for file in files}
     paths = {name: inside(folder, file) for name, file in names.items()}
-    return [(name, _text(path)) for name, path in paths.items() if path.exists()]
+    return [(name, _read_text(path)) for name, path in paths.items() if path.exists()]
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """Read a template; line ends stay as they are."""
     try:
         return read_bytes(path, max_bytes=MAX_TEMPLATE_BYTES).decode()
@@ -63,7 +63,7 @@ def _text(path: Path) -> str:
         raise CheckpointError(f"{path}: not UTF-8 ({error})") from error
 
 
-def _from_entry(entry: Any, path: Path) -> list[tuple[str, str]]:
+def _read_entry(entry: Any, path: Path) -> list[tuple[str, str]]:
     """Return the templates of a `chat_template` entry in a JSON file."""
     if entry is None:
         return []

@@ -35,7 +35,7 @@ _LONGEST_RUN = 256  # characters; a longer token of one character is not checked
 Pair = tuple[str, str]
 
 
-def merge_scores(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Iterable[str]) -> dict[str, float]:
+def score_merges(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Iterable[str]) -> dict[str, float]:
     """Return the score of every token of `vocab` but those of `whole`.
 
     Merged tokens come first, in the order of `merges`; then the others, by id, as SentencePiece numbers them.
@@ -50,17 +50,17 @@ def merge_scores(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Iterab
         raise ValueError(f"{len(unknown)} merges make no token of the vocabulary, like {unknown[0]!r}")
     scores: dict[str, float] = {}
     mixed: list[str] = []
-    for block in _blocks(merges):
+    for block in _group_tokens(merges):
         scores |= dict.fromkeys(block, float(-len(scores)))
         mixed += block if len(block) > 1 and not _is_run("".join(block)) else []
-    problems = [*_missing(vocab, merges, whole), *_mixed(mixed), *_odd_runs(merges, scores)]
+    problems = [*_find_missing(vocab, merges, whole), *_name_mixed(mixed), *_find_odd_runs(merges, scores)]
     if problems:
         raise ValueError("; ".join(problems))
     rest = sorted(vocab.keys() - whole - scores.keys(), key=lambda text: vocab[text])
     return scores | {text: float(-rank) for rank, text in enumerate(rest, len(scores))}
 
 
-def _blocks(merges: Sequence[Pair]) -> Iterator[list[str]]:
+def _group_tokens(merges: Sequence[Pair]) -> Iterator[list[str]]:
     """Yield the tokens in the order in which merges first make them; those whose pairs are mixed come together."""
     last = {left + right: rank for rank, (left, right) in enumerate(merges)}
     block: dict[str, None] = {}
@@ -75,7 +75,7 @@ def _blocks(merges: Sequence[Pair]) -> Iterator[list[str]]:
         yield list(block)
 
 
-def _missing(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Set[str]) -> list[str]:
+def _find_missing(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Set[str]) -> list[str]:
     """Check 1: find tokens that llama.cpp would join from symbols which the merges never join."""
     listed = set(merges)
     made = {left + right for left, right in merges}
@@ -94,7 +94,7 @@ def _missing(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Set[str]) 
     return [f"llama.cpp would join {len(missing)} pairs that model.merges does not list, like {shown}"]
 
 
-def _mixed(tokens: Sequence[str]) -> list[str]:
+def _name_mixed(tokens: Sequence[str]) -> list[str]:
     """Check 2: speak of tokens whose pairs are not one stretch of ranks."""
     if not tokens:
         return []
@@ -102,7 +102,7 @@ def _mixed(tokens: Sequence[str]) -> list[str]:
     return [f"{len(tokens)} tokens have other tokens' pairs between their own in model.merges, like {shown}"]
 
 
-def _odd_runs(merges: Sequence[Pair], scores: Mapping[str, float]) -> list[str]:
+def _find_odd_runs(merges: Sequence[Pair], scores: Mapping[str, float]) -> list[str]:
     """Check 3: find characters whose runs the scores merge otherwise than the ranks."""
     ranks: dict[str, dict[tuple[int, int], int]] = defaultdict(dict)
     for rank, (left, right) in enumerate(merges):

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
-from moe2gguf.hf.tokenizer.pretokenizers import PROBES, cutter_of
+from moe2gguf.hf.tokenizer.pretokenizers import PROBES, make_cutter
 
 SPACE = "▁"
 
 
-def space_prefix(tokenizer: Tokenizer, tokens: Iterable[str]) -> bool:
+def find_space_prefix(tokenizer: Tokenizer, tokens: Iterable[str]) -> bool:
     """Say whether a space is put before a text (`tokenizer.ggml.add_space_prefix`).
 
     llama.cpp replaces spaces by `▁`, may put one in front, and merges over the whole text. The normalizer and
@@ -21,7 +21,7 @@ def space_prefix(tokenizer: Tokenizer, tokens: Iterable[str]) -> bool:
     Raises:
         ValueError: they do something else.
     """
-    cut = cutter_of(tokenizer)
+    cut = make_cutter(tokenizer)
     prefixes = set()
     cuts = False
     for text in PROBES:

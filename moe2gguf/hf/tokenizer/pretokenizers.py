@@ -51,7 +51,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _cased(ending: str, digits: str) -> str:
+def _make_cased(ending: str, digits: str) -> str:
     """Return the pattern that cuts words where the case falls, as o200k and tekken do."""
     start = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}"
@@ -115,8 +115,8 @@ PRE_TOKENIZERS = (
     PreTokenizer("stablelm2", (_QWEN2,), alike=("megrez",)),
     PreTokenizer("smollm", (r"\p{N}", _GPT2), clean_spaces=False, alike=("command-r",)),
     PreTokenizer("starcoder", (r"\p{N}", _GPT2), alike=("refact", "codeshell", "exaone", "minerva-7b", "mellum2")),
-    PreTokenizer("tekken", (_cased("", r"\p{N}"),), ignore_merges=True, clean_spaces=False),
-    PreTokenizer("gpt-4o", (_cased(_CONTRACTION + "?", r"\p{N}{1,3}"),), clean_spaces=False, alike=("llama4",)),
+    PreTokenizer("tekken", (_make_cased("", r"\p{N}"),), ignore_merges=True, clean_spaces=False),
+    PreTokenizer("gpt-4o", (_make_cased(_CONTRACTION + "?", r"\p{N}{1,3}"),), clean_spaces=False, alike=("llama4",)),
     PreTokenizer(
         "deepseek-llm",
         (*_DEEPSEEK_LLM, r"\p{N}"),
@@ -161,18 +161,18 @@ def recognize(tokenizer: Tokenizer, *, ignore_merges: bool, clean_spaces: bool |
     Raises:
         VocabularyError: no row does the same; names what was found and the known names.
     """
-    found = [_pieces(cutter_of(tokenizer), text) for text in PROBES]
-    alike = [row for row in PRE_TOKENIZERS if found == [_pieces(_cutter(row.steps), text) for text in PROBES]]
-    alike = [row for row in alike if row.coarser is None or _same_ids(tokenizer, row.steps, row.coarser)]
+    found = [_cut_pieces(make_cutter(tokenizer), text) for text in PROBES]
+    alike = [row for row in PRE_TOKENIZERS if found == [_cut_pieces(_make_cutter(row.steps), text) for text in PROBES]]
+    alike = [row for row in alike if row.coarser is None or _gives_same_ids(tokenizer, row.steps, row.coarser)]
     rows = [row for row in alike if row.ignore_merges == ignore_merges]
     if not rows and alike and _merges_reach_all(tokenizer):
         rows = alike
     if not rows:
-        raise VocabularyError(_unknown(tokenizer, ignore_merges, alike))
+        raise VocabularyError(_describe_unknown(tokenizer, ignore_merges, alike))
     return next((row for row in rows if row.clean_spaces == clean_spaces), rows[0]).name
 
 
-def known_names() -> list[str]:
+def list_known_names() -> list[str]:
     """Return every name we can recognize, sorted."""
     return sorted(name for row in PRE_TOKENIZERS for name in (row.name, *row.alike))
 
@@ -185,13 +185,13 @@ def build(steps: Sequence[str]) -> pre_tokenizers.PreTokenizer:
 
 
 @cache
-def _cutter(steps: tuple[str, ...]) -> Cut:
+def _make_cutter(steps: tuple[str, ...]) -> Cut:
     """Return the cut that the steps make."""
     pre_tokenizer = build(steps)
     return lambda text: [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]
 
 
-def cutter_of(tokenizer: Tokenizer) -> Cut:
+def make_cutter(tokenizer: Tokenizer) -> Cut:
     """Return the cut that the normalizer and pre-tokenizer of `tokenizer` make."""
     normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
 
@@ -202,16 +202,18 @@ def cutter_of(tokenizer: Tokenizer) -> Cut:
     return cut
 
 
-def _pieces(cut: Cut, text: str) -> list[str]:
+def _cut_pieces(cut: Cut, text: str) -> list[str]:
     """Cut a text, without empty pieces, which no model sees."""
     return [piece for piece in cut(text) if piece]
 
 
-def _same_ids(tokenizer: Tokenizer, one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def _gives_same_ids(tokenizer: Tokenizer, one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Say whether the checkpoint's merges give the same ids on all probes, whichever way these are cut."""
 
     def ids(steps: tuple[str, ...], text: str) -> list[int]:
-        return [token.id for piece in _pieces(_cutter(steps), text) for token in tokenizer.model.tokenize(piece)]
+        return [
+            token.id for piece in _cut_pieces(_make_cutter(steps), text) for token in tokenizer.model.tokenize(piece)
+        ]
 
     return all(ids(one, text) == ids(other, text) for text in PROBES)
 
@@ -227,10 +229,10 @@ def _merges_reach_all(tokenizer: Tokenizer) -> bool:
         model.ignore_merges = before
 
 
-def _unknown(tokenizer: Tokenizer, ignore_merges: bool, alike: Sequence[PreTokenizer]) -> str:
+def _describe_unknown(tokenizer: Tokenizer, ignore_merges: bool, alike: Sequence[PreTokenizer]) -> str:
     """Say what was found instead of a known pre-tokenizer."""
-    found = f"normalizer {_shown(tokenizer.normalizer)}, pre_tokenizer {_shown(tokenizer.pre_tokenizer)}"
-    names = ", ".join(known_names())
+    found = f"normalizer {_shorten(tokenizer.normalizer)}, pre_tokenizer {_shorten(tokenizer.pre_tokenizer)}"
+    names = ", ".join(list_known_names())
     if alike:
         reason = (
             f"cuts text like {', '.join(row.name for row in alike)}, but has ignore_merges={ignore_merges}, "
@@ -245,7 +247,7 @@ def _unknown(tokenizer: Tokenizer, ignore_merges: bool, alike: Sequence[PreToken
     )
 
 
-def _shown(part: object) -> str:
+def _shorten(part: object) -> str:
     """Return a component's own description, shortened."""
     text = repr(part)
     return text if len(text) <= 400 else text[:400] + "..."

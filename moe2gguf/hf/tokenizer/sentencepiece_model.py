@@ -53,13 +53,13 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     data = read_bytes(path, max_bytes=MAX_MODEL_BYTES)
     processor = _load(data, path)
     try:
-        message = list(_fields(data))
-        types = [_piece_type(value) for number, value in message if number == _PIECE]
-        trainer = _spec(message, _TRAINER)
-        normalizer = _spec(message, _NORMALIZER)
+        message = list(_read_fields(data))
+        types = [_read_piece_type(value) for number, value in message if number == _PIECE]
+        trainer = _read_spec(message, _TRAINER)
+        normalizer = _read_spec(message, _NORMALIZER)
     except ValueError as error:
         raise VocabularyError(f"{path}: no SentencePiece model ({error})") from error
-    problems = _differences(trainer, normalizer, types)
+    problems = _list_differences(trainer, normalizer, types)
     if len(types) != processor.GetPieceSize():
         problems.append(f"has {len(types)} pieces, of which sentencepiece reads {processor.GetPieceSize()}")
     if problems:
@@ -95,7 +95,7 @@ def _load(data: bytes, path: Path) -> SentencePieceProcessor:
     return processor
 
 
-def _differences(trainer: dict[int, Field], normalizer: dict[int, Field], types: list[TokenType]) -> list[str]:
+def _list_differences(trainer: dict[int, Field], normalizer: dict[int, Field], types: list[TokenType]) -> list[str]:
     """Say what llama.cpp's SPM tokenizer would do differently."""
     kind = trainer.get(_MODEL_TYPE, 1)
     problems = []
@@ -113,38 +113,38 @@ def _differences(trainer: dict[int, Field], normalizer: dict[int, Field], types:
     return problems
 
 
-def _piece_type(value: Field) -> TokenType:
+def _read_piece_type(value: Field) -> TokenType:
     """Return the type of one piece message; NORMAL is the default."""
-    number = _message(value).get(_PIECE_TYPE, 1)
+    number = _read_message(value).get(_PIECE_TYPE, 1)
     if not isinstance(number, int) or number not in range(1, 7):
         raise ValueError(f"piece type {number!r}")
     return TokenType(number)
 
 
-def _spec(message: list[tuple[int, Field]], number: int) -> dict[int, Field]:
+def _read_spec(message: list[tuple[int, Field]], number: int) -> dict[int, Field]:
     """Return the last message under a field number; absent is empty, all defaults."""
-    return _message(next((value for field, value in reversed(message) if field == number), b""))
+    return _read_message(next((value for field, value in reversed(message) if field == number), b""))
 
 
-def _message(value: Field) -> dict[int, Field]:
+def _read_message(value: Field) -> dict[int, Field]:
     """Return the fields of a nested message; of a repeated one the last."""
     if not isinstance(value, bytes):
         raise ValueError("a number where a message should be")  # noqa: TRY004 - what is wrong is the file
-    return dict(_fields(value))
+    return dict(_read_fields(value))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Field]]:
+def _read_fields(data: bytes) -> Iterator[tuple[int, Field]]:
     """Yield (field number, value) of a protocol buffer message; fixed-width values come as their bytes."""
     position = 0
     while position < len(data):
-        tag, position = _varint(data, position)
+        tag, position = _read_varint(data, position)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
-            value, position = _varint(data, position)
+            value, position = _read_varint(data, position)
             yield number, value
             continue
         if wire == 2:
-            size, position = _varint(data, position)
+            size, position = _read_varint(data, position)
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
@@ -155,7 +155,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Field]]:
         position += size
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     """Read a base-128 number of at most 64 bits; return it and the position behind it."""
     value = 0
     for shift in range(0, 70, 7):

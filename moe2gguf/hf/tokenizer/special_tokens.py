@@ -32,7 +32,7 @@ class Surroundings:
     behind: Sequence[int] = ()
 
 
-def surroundings(runtime: Tokenizer) -> Surroundings:
+def find_surroundings(runtime: Tokenizer) -> Surroundings:
     """Find out what `encode(text)` adds, by encoding one.
 
     Raises:
@@ -46,7 +46,7 @@ def surroundings(runtime: Tokenizer) -> Surroundings:
     raise ValueError("its post_processor drops or changes the tokens of the text itself")
 
 
-def special_ids(
+def find_special_ids(
     ids: Mapping[str, int], n_vocab: int, by_text: Sequence[Mapping[str, Any]], by_id: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
     """Return role -> id for every role a file states.
@@ -59,8 +59,8 @@ def special_ids(
     """
     found = {}
     for role, name in ROLES.items():
-        texts = (_content(file.get(f"{name}_token")) for file in by_text)
-        numbers = (_first(file.get(f"{name}_token_id")) for file in by_id)
+        texts = (_read_content(file.get(f"{name}_token")) for file in by_text)
+        numbers = (_take_first(file.get(f"{name}_token_id")) for file in by_id)
         candidates = [*(ids.get(text) for text in texts if text), *numbers]
         stated = [id_ for id_ in candidates if id_ is not None and 0 <= id_ < n_vocab]
         if stated:
@@ -68,7 +68,7 @@ def special_ids(
     return found
 
 
-def added_around(
+def place_added(
     special: dict[str, int], around: Surroundings, config: Mapping[str, Any]
 ) -> tuple[dict[str, int], dict[str, bool], list[str]]:
     """Return the special ids, the flags add_bos_token and add_eos_token, and problems.
@@ -132,14 +132,14 @@ def add_ends(special: dict[str, int], texts: Sequence[str], by_id: Sequence[Mapp
     return left
 
 
-def _content(token: Any) -> str | None:
+def _read_content(token: Any) -> str | None:
     """Return the text of a token that a file names, as a string or as an object."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
-def _first(number: Any) -> int | None:
+def _take_first(number: Any) -> int | None:
     """Return an id, or the first of a list of them."""
     if isinstance(number, list) and number:
         number = number[0]

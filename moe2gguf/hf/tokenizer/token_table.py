@@ -59,7 +59,7 @@ class TokenTable:
         if self.problems:
             raise VocabularyError("\n".join(self.problems))
         taken = {row.text for row in self.rows.values()}
-        return [self.rows.get(id_) or _padding(id_, taken) for id_ in range(self.n_vocab)]
+        return [self.rows.get(id_) or _make_padding(id_, taken) for id_ in range(self.n_vocab)]
 
     def _check_ids(self) -> None:
         """Find negative ids, ids without an embedding, and holes."""
@@ -98,7 +98,7 @@ class TokenTable:
         return ", ".join(f"{id_} {self.rows[id_].text!r}" for id_ in ids[:_SHOWN]) + _more(ids)
 
 
-def _padding(id_: int, taken: set[str]) -> Row:
+def _make_padding(id_: int, taken: set[str]) -> Row:
     """Return the row of an embedding without a token, under a name that no token has."""
     text = f"[PAD{id_}]"
     while text in taken:

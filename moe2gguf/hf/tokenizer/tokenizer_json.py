@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from moe2gguf.errors import VocabularyError
 from moe2gguf.hf.json_file import read_json
-from moe2gguf.hf.tokenizer.added_tokens import AddedToken, added_token
+from moe2gguf.hf.tokenizer.added_tokens import AddedToken, check_added_token
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
             refuses it.
     """
     content = read_json(path)
-    model = _mapping(content, "model", path)
+    model = _read_mapping(content, "model", path)
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
         raise VocabularyError(
@@ -58,16 +58,18 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     ]
     if problems:
         raise VocabularyError("\n".join(problems))
-    vocab, merges = _vocab(model, path), _merges(model, path)
-    added = [added_token(entry, f"{path}: added_tokens[{i}]") for i, entry in enumerate(_added(content, path))]
+    vocab, merges = _read_vocab(model, path), _read_merges(model, path)
+    added = [
+        check_added_token(entry, f"{path}: added_tokens[{i}]") for i, entry in enumerate(_read_added(content, path))
+    ]
     return TokenizerJson(
         runtime=_load(path),
         vocab=vocab,
         merges=merges,
         added=added,
-        unk_token=_optional(model, "unk_token", str, path),
-        byte_fallback=bool(_optional(model, "byte_fallback", bool, path)),
-        ignore_merges=bool(_optional(model, "ignore_merges", bool, path)),
+        unk_token=_read_optional(model, "unk_token", str, path),
+        byte_fallback=bool(_read_optional(model, "byte_fallback", bool, path)),
+        ignore_merges=bool(_read_optional(model, "ignore_merges", bool, path)),
     )
 
 
@@ -84,16 +86,16 @@ def _load(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
+def _read_vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
     """Return model.vocab, a mapping of strings to integers."""
-    vocab = _mapping(model, "vocab", path)
+    vocab = _read_mapping(model, "vocab", path)
     wrong = [token for token, id_ in vocab.items() if type(id_) is not int]
     if wrong:
         raise VocabularyError(f"{path}: model.vocab[{wrong[0]!r}] is no integer (and {len(wrong) - 1} more)")
     return vocab
 
 
-def _merges(model: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+def _read_merges(model: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
     """Return model.merges as pairs; both spellings, "a b" and ["a", "b"], are in use."""
     merges = model.get("merges")
     if not isinstance(merges, list):
@@ -110,7 +112,7 @@ def _is_pair(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is type(pair[1]) is str and all(pair)
 
 
-def _added(content: Mapping[str, Any], path: Path) -> list[Any]:
+def _read_added(content: Mapping[str, Any], path: Path) -> list[Any]:
     """Return the list of added tokens; absent means none."""
     added = content.get("added_tokens") or []
     if not isinstance(added, list):
@@ -118,7 +120,7 @@ def _added(content: Mapping[str, Any], path: Path) -> list[Any]:
     return added
 
 
-def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+def _read_mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     """Return the object under `key`."""
     value = content.get(key)
     if not isinstance(value, dict):
@@ -126,7 +128,7 @@ def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     return value
 
 
-def _optional(content: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
+def _read_optional(content: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
     """Return the value under `key`, of the given type or None."""
     value = content.get(key)
     if value is not None and not isinstance(value, kind):

@@ -29,10 +29,16 @@ from moe2gguf.hf.paths import inside
 from moe2gguf.hf.tokenizer import added_tokens, pretokenizers
 from moe2gguf.hf.tokenizer.added_tokens import AddedToken
 from moe2gguf.hf.tokenizer.chat_templates import read_chat_templates
-from moe2gguf.hf.tokenizer.merge_scores import merge_scores
-from moe2gguf.hf.tokenizer.metaspace import SPACE, space_prefix
+from moe2gguf.hf.tokenizer.merge_scores import score_merges
+from moe2gguf.hf.tokenizer.metaspace import SPACE, find_space_prefix
 from moe2gguf.hf.tokenizer.sentencepiece_model import SentencePieceModel, read_sentencepiece
-from moe2gguf.hf.tokenizer.special_tokens import Surroundings, add_ends, added_around, special_ids, surroundings
+from moe2gguf.hf.tokenizer.special_tokens import (
+    Surroundings,
+    add_ends,
+    find_special_ids,
+    find_surroundings,
+    place_added,
+)
 from moe2gguf.hf.tokenizer.token_table import TokenTable
 from moe2gguf.hf.tokenizer.tokenizer_json import TokenizerJson, read_tokenizer_json
 from moe2gguf.spec import Vocabulary
@@ -75,17 +81,17 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
     problems: list[str] = []
     table = TokenTable(n_vocab)
     kind = _fill(table, files, problems)
-    with _noted(problems):
-        for token in _added(files, problems):
+    with _note_errors(problems):
+        for token in _collect_added(files, problems):
             table.replace(token.id, token.text, token.type)
-    with _noted(problems):
+    with _note_errors(problems):
         rows = table.finish()
-    special, flags = _special(table, files, problems)
-    with _noted(problems):
+    special, flags = _find_special(table, files, problems)
+    with _note_errors(problems):
         templates = read_chat_templates(folder, files.config)
     if problems:
         raise VocabularyError("\n".join(dict.fromkeys(problems)))
-    left = add_ends(special, [row.text for row in rows], [_optional_json(folder, name) for name in _NUMBERED])
+    left = add_ends(special, [row.text for row in rows], [_read_optional_json(folder, name) for name in _NUMBERED])
     warnings = _name_inexact_tokens(files)
     if left:
         names = ", ".join(f"{id_} {rows[id_].text!r}" for id_ in left[:_SHOWN])
@@ -106,7 +112,7 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
 
 def _open(folder: Path) -> _Files:
     """Read the files; a tokenizer.model beside a byte-level tokenizer.json (Llama 3's tiktoken file) is not one."""
-    config = _optional_json(folder, "tokenizer_config.json")
+    config = _read_optional_json(folder, "tokenizer_config.json")
     json_path, model_path = inside(folder, "tokenizer.json"), inside(folder, "tokenizer.model")
     tokenizer = read_tokenizer_json(json_path) if json_path.exists() else None
     wants_pieces = model_path.exists() and not (tokenizer and tokenizer.is_byte_level)
@@ -136,7 +142,7 @@ def _fill_byte_level(table: TokenTable, tokenizer: TokenizerJson, files: _Files,
     if any(" " in left or " " in right for left, right in tokenizer.merges):
         problems.append("tokenizer.json: model.merges has a space inside a token, which no GGUF can hold")
     wish = files.config.get("clean_up_tokenization_spaces")
-    with _noted(problems):
+    with _note_errors(problems):
         kind.pre = pretokenizers.recognize(
             tokenizer.runtime,
             ignore_merges=tokenizer.ignore_merges,
@@ -152,10 +158,10 @@ def _fill_pieces(table: TokenTable, model: SentencePieceModel, files: _Files, pr
         table.put(id_, raw, type_, score)
     kind = _Kind("llama", add_space_prefix=model.add_space_prefix)
     if files.tokenizer:
-        problems += _disagreements(model, files.tokenizer)
-        with _noted(problems, "tokenizer.json"):
-            kind.add_space_prefix = space_prefix(files.tokenizer.runtime, files.tokenizer.vocab)
-    _wished_prefix(kind, files)
+        problems += _find_disagreements(model, files.tokenizer)
+        with _note_errors(problems, "tokenizer.json"):
+            kind.add_space_prefix = find_space_prefix(files.tokenizer.runtime, files.tokenizer.vocab)
+    _apply_wished_prefix(kind, files)
     return kind
 
 
@@ -164,8 +170,10 @@ def _fill_characters(table: TokenTable, tokenizer: TokenizerJson, files: _Files,
     kind = _Kind("llama")
     whole = {*_BYTES, *(token.content for token in tokenizer.added)}
     scores: dict[str, float] = {}
-    with _noted(problems, "tokenizer.json: llama.cpp would merge otherwise (a tokenizer.model beside it would help)"):
-        scores = merge_scores(tokenizer.vocab, tokenizer.merges, whole)
+    with _note_errors(
+        problems, "tokenizer.json: llama.cpp would merge otherwise (a tokenizer.model beside it would help)"
+    ):
+        scores = score_merges(tokenizer.vocab, tokenizer.merges, whole)
     for text, id_ in tokenizer.vocab.items():
         type_ = TokenType.BYTE if text in _BYTES else TokenType.NORMAL
         table.put(id_, text, TokenType.UNKNOWN if text == tokenizer.unk_token else type_, scores.get(text, 0.0))
@@ -177,20 +185,20 @@ def _fill_characters(table: TokenTable, tokenizer: TokenizerJson, files: _Files,
         )
     if tokenizer.ignore_merges:
         problems.append("tokenizer.json: model.ignore_merges with characters, which llama.cpp does not know")
-    with _noted(problems, "tokenizer.json"):
-        kind.add_space_prefix = space_prefix(tokenizer.runtime, tokenizer.vocab)
-    _wished_prefix(kind, files)
+    with _note_errors(problems, "tokenizer.json"):
+        kind.add_space_prefix = find_space_prefix(tokenizer.runtime, tokenizer.vocab)
+    _apply_wished_prefix(kind, files)
     return kind
 
 
-def _wished_prefix(kind: _Kind, files: _Files) -> None:
+def _apply_wished_prefix(kind: _Kind, files: _Files) -> None:
     """Let `add_prefix_space` of tokenizer_config.json decide, as transformers and llama.cpp's converter do."""
     wish = files.config.get("add_prefix_space")
     if isinstance(wish, bool):
         kind.add_space_prefix = wish
 
 
-def _disagreements(model: SentencePieceModel, tokenizer: TokenizerJson) -> list[str]:
+def _find_disagreements(model: SentencePieceModel, tokenizer: TokenizerJson) -> list[str]:
     """Compare the ordinary pieces of tokenizer.model with model.vocab of tokenizer.json."""
     texts = {id_: text for text, id_ in tokenizer.vocab.items()}
     differing = [
@@ -206,7 +214,7 @@ def _disagreements(model: SentencePieceModel, tokenizer: TokenizerJson) -> list[
     ]
 
 
-def _added(files: _Files, problems: list[str]) -> list[AddedToken]:
+def _collect_added(files: _Files, problems: list[str]) -> list[AddedToken]:
     """Return the added tokens of all files."""
     listed = files.tokenizer.added if files.tokenizer else []
     if files.tokenizer:
@@ -217,8 +225,8 @@ def _added(files: _Files, problems: list[str]) -> list[AddedToken]:
             for token in listed
             if token.id not in runtime or runtime[token.id].content != token.content
         ]
-    extra = added_tokens.from_listing(_optional_json(files.folder, "added_tokens.json"), "added_tokens.json")
-    return added_tokens.merge(extra, listed, added_tokens.from_decoder(files.config, "tokenizer_config.json"))
+    extra = added_tokens.read_listing(_read_optional_json(files.folder, "added_tokens.json"), "added_tokens.json")
+    return added_tokens.merge(extra, listed, added_tokens.read_decoder(files.config, "tokenizer_config.json"))
 
 
 def _name_inexact_tokens(files: _Files) -> list[str]:
@@ -226,7 +234,7 @@ def _name_inexact_tokens(files: _Files) -> list[str]:
 
     As in transformers, what tokenizer.json says of a token goes before what tokenizer_config.json says of it.
     """
-    listed = added_tokens.from_decoder(files.config, "tokenizer_config.json")
+    listed = added_tokens.read_decoder(files.config, "tokenizer_config.json")
     listed += files.tokenizer.added if files.tokenizer else []
     normalizer = files.tokenizer.runtime.normalizer if files.tokenizer else None
     inexact = {
@@ -244,36 +252,36 @@ def _name_inexact_tokens(files: _Files) -> list[str]:
     ]
 
 
-def _special(table: TokenTable, files: _Files, problems: list[str]) -> tuple[dict[str, int], dict[str, bool]]:
+def _find_special(table: TokenTable, files: _Files, problems: list[str]) -> tuple[dict[str, int], dict[str, bool]]:
     """Return the special ids and the flags add_bos_token and add_eos_token."""
     by_text: list[Mapping[str, Any]] = [files.config]
     by_id: list[Mapping[str, Any]] = []
-    with _noted(problems):
-        by_text.append(_optional_json(files.folder, "special_tokens_map.json"))
-        by_id += [_optional_json(files.folder, name) for name in _NUMBERED]
+    with _note_errors(problems):
+        by_text.append(_read_optional_json(files.folder, "special_tokens_map.json"))
+        by_id += [_read_optional_json(files.folder, name) for name in _NUMBERED]
     if files.pieces:
         by_id.append(files.pieces.special_ids)
     elif files.tokenizer and files.tokenizer.unk_token:
         by_text.append({"unk_token": files.tokenizer.unk_token})
     ids = {row.text: id_ for id_, row in table.rows.items()}
-    special = special_ids(ids, table.n_vocab, by_text, by_id)
+    special = find_special_ids(ids, table.n_vocab, by_text, by_id)
     around = Surroundings(before=[special["bos"]] if "bos" in special else [])  # SentencePiece's own way
     if files.tokenizer:
-        with _noted(problems, "tokenizer.json"):
-            around = surroundings(files.tokenizer.runtime)
-    special, flags, wrong = added_around(special, around, files.config)
+        with _note_errors(problems, "tokenizer.json"):
+            around = find_surroundings(files.tokenizer.runtime)
+    special, flags, wrong = place_added(special, around, files.config)
     problems += [f"{files.folder}: {problem}" for problem in wrong]
     return special, flags
 
 
-def _optional_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_optional_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON file that need not be there."""
     path = inside(folder, name)
     return read_json(path) if path.exists() else {}
 
 
 @contextmanager
-def _noted(problems: list[str], where: str | None = None) -> Iterator[None]:
+def _note_errors(problems: list[str], where: str | None = None) -> Iterator[None]:
     """Turn an error into a line of `problems`, and go on behind the block."""
     try:
         yield
