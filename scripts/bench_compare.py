@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        file = widened(given.file, given.vocabulary, folder / "wide.gguf") if given.vocabulary else given.file
+        file = widen(given.file, given.vocabulary, folder / "wide.gguf") if given.vocabulary else given.file
         results, peak, n_vocab = run_in_child(measure, file, folder, given.windows, given.repeat, given.threads)
     fields = Result.__dataclass_fields__
     middle = {name: statistics.median(getattr(one, name) for one in results) for name in fields}
@@ -116,7 +116,7 @@ def private_peak() -> int:
     return (int(status["VmHWM"].split()[0]) - int(status["RssFile"].split()[0])) * 1024
 
 
-def widened(source: Path, n_vocab: int, target: Path) -> Path:
+def widen(source: Path, n_vocab: int, target: Path) -> Path:
     """Write the file again with `n_vocab` tokens; the new rows repeat the old ones."""
     import gguf
     import numpy as np

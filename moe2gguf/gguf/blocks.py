@@ -28,7 +28,7 @@ def is_power_of_two(factor: float) -> bool:
     return factor > 0 and math.frexp(factor)[0] == 0.5
 
 
-def block_order(order: NDArray[np.int64], block: int) -> NDArray[np.int64] | None:
+def find_block_order(order: NDArray[np.int64], block: int) -> NDArray[np.int64] | None:
     """Which block stands in each place of each expert: (n_expert, d_expert // block), -1 for zero neurons.
 
     `order` is (n_expert, d_expert) neuron numbers, -1 for zero neurons. None where neurons leave their block.
@@ -50,7 +50,7 @@ def slice_blocks(
 ) -> Iterator[Bytes]:
     """Rows (n_row, row_bytes) of a block type -> each expert's (n_row, bytes), its `chosen` blocks times its factor.
 
-    `chosen` is a `block_order`; a zero neuron's block is all zero bytes, which every block type reads as zeros.
+    `chosen` is a `find_block_order`; a zero neuron's block is all zero bytes, which every block type reads as zeros.
 
     Raises:
         CorruptWeightError: a factor does not multiply a block's scales exactly.
@@ -60,10 +60,10 @@ def slice_blocks(
     for places, factor in zip(chosen, factors, strict=True):
         taken = blocks[:, np.maximum(places, 0)]
         taken[:, places < 0] = 0
-        yield amplified(taken.reshape(-1, size), kind, float(factor), name).reshape(len(rows), -1)
+        yield amplify(taken.reshape(-1, size), kind, float(factor), name).reshape(len(rows), -1)
 
 
-def amplified(blocks: Bytes, kind: TensorType, factor: float, name: str) -> Bytes:
+def amplify(blocks: Bytes, kind: TensorType, factor: float, name: str) -> Bytes:
     """`blocks` (n_block, block_bytes), owned by the caller, with every weight times `factor`, exactly.
 
     Raises:
@@ -123,7 +123,7 @@ def _move_exponents(blocks: Bytes, power: int) -> bool:
     return exact
 
 
-def _ue4m3() -> NDArray[np.float64]:
+def _list_ue4m3_values() -> NDArray[np.float64]:
     """The value of each byte as NVFP4's scale, from 0 to 127; 127 means 0 there.
 
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-impl.h#L514
@@ -137,7 +137,7 @@ def _ue4m3() -> NDArray[np.float64]:
 
 def _replace_scales(scales: Bytes, factor: float) -> bool:
     """NVFP4's four scales are small unsigned floats, looked up among their 127 values."""
-    values = _ue4m3()
+    values = _list_ue4m3_values()
     wanted = values[scales & 0x7F] * factor
     codes = np.searchsorted(values[:127], wanted).clip(max=126).astype(np.uint8)
     exact = bool((values[codes] == wanted).all())

@@ -79,47 +79,47 @@ def lay_out(
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise GGUFError("two tensors have the same name")
     alignment = int(str(metadata.get("general.alignment", ALIGNMENT)))
-    keys = b"".join(_string(key) + _value(key, value, kinds.get(key)) for key, value in metadata.items())
+    keys = b"".join(_pack_string(key) + _pack_value(key, value, kinds.get(key)) for key, value in metadata.items())
     infos, position = [], 0
     relative = {}
     for tensor in tensors:
         relative[tensor.name] = position
-        infos.append(_tensor_info(tensor, position))
-        position = aligned(position + tensor.n_bytes, alignment)
+        infos.append(_pack_tensor(tensor, position))
+        position = align_up(position + tensor.n_bytes, alignment)
     head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)) + keys + b"".join(infos)
-    header = head.ljust(aligned(len(head), alignment), b"\0")
+    header = head.ljust(align_up(len(head), alignment), b"\0")
     offsets = {name: len(header) + offset for name, offset in relative.items()}
     return Layout(header, offsets, len(header) + position)
 
 
-def value_offset(layout: Layout, key: str, value: str) -> int:
+def find_value(layout: Layout, key: str, value: str) -> int:
     """Where the characters of the string `value` of `key` stand in the header."""
-    prefix = _string(key) + struct.pack("<IQ", Kind.STRING, len(value.encode()))
+    prefix = _pack_string(key) + struct.pack("<IQ", Kind.STRING, len(value.encode()))
     return layout.header.index(prefix + value.encode()) + len(prefix)
 
 
-def array_offset(layout: Layout, key: str, n_value: int) -> int:
+def find_array(layout: Layout, key: str, n_value: int) -> int:
     """Where the numbers of the FLOAT32 array of `n_value` values of `key` stand in the header."""
-    prefix = _string(key) + struct.pack("<IIQ", Kind.ARRAY, Kind.FLOAT32, n_value)
+    prefix = _pack_string(key) + struct.pack("<IIQ", Kind.ARRAY, Kind.FLOAT32, n_value)
     return layout.header.index(prefix) + len(prefix)
 
 
-def aligned(size: int, alignment: int) -> int:
+def align_up(size: int, alignment: int) -> int:
     """`size` rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
-def info_size(tensor: Entry) -> int:
+def measure_info(tensor: Entry) -> int:
     """Bytes of the tensor's entry in the header."""
-    return len(_tensor_info(tensor, 0))
+    return len(_pack_tensor(tensor, 0))
 
 
-def _tensor_info(tensor: Entry, offset: int) -> bytes:
+def _pack_tensor(tensor: Entry, offset: int) -> bytes:
     dims = tuple(reversed(tensor.shape))
-    return _string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type, offset)
+    return _pack_string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type, offset)
 
 
-def _string(text: str) -> bytes:
+def _pack_string(text: str) -> bytes:
     data = text.encode("utf-8", "surrogateescape")  # bytes of another file that were not UTF-8 come back as they were
     return struct.pack("<Q", len(data)) + data
 
@@ -141,23 +141,23 @@ _CODES: dict[Kind, str] = {
 }
 
 
-def _value(key: str, value: MetadataValue, stored: ValueType | None) -> bytes:
+def _pack_value(key: str, value: MetadataValue, stored: ValueType | None) -> bytes:
     try:
         if isinstance(value, list):
-            return struct.pack("<I", Kind.ARRAY) + _array(value, stored.element if stored else None)
+            return struct.pack("<I", Kind.ARRAY) + _pack_array(value, stored.element if stored else None)
         if isinstance(value, str):
-            return struct.pack("<I", Kind.STRING) + _string(value)
+            return struct.pack("<I", Kind.STRING) + _pack_string(value)
         kind = stored.type if stored else _SCALARS[type(value)]
         return struct.pack(f"<I{_CODES[kind]}", kind, value)
     except (struct.error, OverflowError, KeyError) as error:
         raise GGUFError(f"metadata {key}: {value!r} does not fit a GGUF value ({error})") from error
 
 
-def _array(values: Sequence[str] | Sequence[int] | Sequence[float], element: Kind | None) -> bytes:
+def _pack_array(values: Sequence[str] | Sequence[int] | Sequence[float], element: Kind | None) -> bytes:
     if not values and element is None:
         raise struct.error("an empty array has no type")
     if element is None:
         element = Kind.STRING if isinstance(values[0], str) else _ITEMS[type(values[0])]
     if element == Kind.STRING:
-        return struct.pack("<IQ", element, len(values)) + b"".join(_string(str(item)) for item in values)
+        return struct.pack("<IQ", element, len(values)) + b"".join(_pack_string(str(item)) for item in values)
     return struct.pack(f"<IQ{len(values)}{_CODES[element]}", element, len(values), *values)

@@ -153,7 +153,7 @@ class _Header:
         alignment = self.alignment(metadata, types)
         listed = self.tensor_list(n_tensors)
         data_offset = _round_up(self.position, alignment) if listed else self.position
-        tensors = self.placed(listed, data_offset, alignment)
+        tensors = self.place(listed, data_offset, alignment)
         return GGUFFile(self.path, version, alignment, metadata, types, tensors, data_offset, self.file_size)
 
     def version(self) -> int:
@@ -282,7 +282,7 @@ class _Header:
                 return known(number)
         raise self.fail(f"unknown tensor type {number}; it was removed from llama.cpp, is newer, or is of a fork")
 
-    def placed(self, listed: list[TensorInfo], data_offset: int, alignment: int) -> dict[str, TensorInfo]:
+    def place(self, listed: list[TensorInfo], data_offset: int, alignment: int) -> dict[str, TensorInfo]:
         """The tensors at absolute offsets; all that are misaligned, outside the file or overlapping are named."""
         self.what = "tensor data"
         room = self.file_size - data_offset

@@ -16,7 +16,7 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, listing, shown
-from moe2gguf.gguf.layout import ALIGNMENT, Entry, Layout, aligned, info_size, lay_out
+from moe2gguf.gguf.layout import ALIGNMENT, Entry, Layout, align_up, lay_out, measure_info
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.spec import MetadataValue
@@ -36,7 +36,7 @@ T = TypeVar("T", bound=Entry)
 
 def read_model(path: Path) -> GGUFFile:
     """A GGUF file, or the whole set that it is a shard of, as one; no tensor byte is read. Errors as `read_shards`."""
-    return merged(read_shards(path))
+    return merge_shards(read_shards(path))
 
 
 def read_shards(path: Path) -> list[GGUFFile]:
@@ -49,8 +49,8 @@ def read_shards(path: Path) -> list[GGUFFile]:
     file = read_gguf(path)
     if file.metadata.get(COUNT, 1) == 1:
         return [file]
-    number, count, _ = _numbers(file)
-    paths = shard_paths(_stem(file, number, count), count)
+    number, count, _ = _read_numbers(file)
+    paths = list_shard_paths(_find_stem(file, number, count), count)
     if missing := [other.name for other in paths if not other.is_file()]:
         raise GGUFError(listing(path, [f"shard {name} is missing; fetch the whole set" for name in missing]))
     shards: list[GGUFFile] = []
@@ -58,14 +58,14 @@ def read_shards(path: Path) -> list[GGUFFile]:
     for i, other in enumerate(paths):
         shard = file if other == path else read_gguf(other)
         shards.append(shard)
-        problems += _strangeness(shard, i, shards[0])
-    problems = problems or _disagreements(shards)
+        problems += _find_strangeness(shard, i, shards[0])
+    problems = problems or _find_disagreements(shards)
     if problems:
         raise GGUFError(listing(path, problems))
     return shards
 
 
-def merged(shards: Sequence[GGUFFile]) -> GGUFFile:
+def merge_shards(shards: Sequence[GGUFFile]) -> GGUFFile:
     """Several shards as one file, with the path and metadata of the first, without the `split.*` keys."""
     first = shards[0]
     return replace(
@@ -78,7 +78,7 @@ def merged(shards: Sequence[GGUFFile]) -> GGUFFile:
     )
 
 
-def _numbers(file: GGUFFile) -> tuple[int, int, int]:
+def _read_numbers(file: GGUFFile) -> tuple[int, int, int]:
     """(number from 0, count, tensors of all shards) as the file says; raises GGUFError where it says nothing sound."""
     values = []
     for key, kind in KINDS.items():
@@ -93,21 +93,21 @@ def _numbers(file: GGUFFile) -> tuple[int, int, int]:
     return number, count, n_tensor
 
 
-def _stem(file: GGUFFile, number: int, count: int) -> Path:
+def _find_stem(file: GGUFFile, number: int, count: int) -> Path:
     """The common part of the set's names, after comparing the file's own name with its number."""
     match = _NAME.fullmatch(file.path.name)
     if not match or (int(match[2]), int(match[3])) != (number + 1, count):
         raise GGUFError(
             f"{file.path}: says it is shard {number + 1} of {count}, but llama.cpp finds the others only if its name "
-            f"ends in {_ending(number, count)}; give it back its name"
+            f"ends in {_make_ending(number, count)}; give it back its name"
         )
     return file.path.with_name(match[1])
 
 
-def _strangeness(shard: GGUFFile, i: int, first: GGUFFile) -> list[str]:
+def _find_strangeness(shard: GGUFFile, i: int, first: GGUFFile) -> list[str]:
     """What in shard `i` shows that it is another one, or of another set than `first`."""
-    number, count, n_tensor = _numbers(shard)
-    _, count_of_all, n_tensor_of_all = _numbers(first)
+    number, count, n_tensor = _read_numbers(shard)
+    _, count_of_all, n_tensor_of_all = _read_numbers(first)
     name = shard.path.name
     if (count, n_tensor) != (count_of_all, n_tensor_of_all):
         return [
@@ -126,7 +126,7 @@ def _are_same(a: MetadataValue, b: MetadataValue) -> bool:
     return a == b or repr(a) == repr(b)
 
 
-def _disagreements(shards: Sequence[GGUFFile]) -> list[str]:
+def _find_disagreements(shards: Sequence[GGUFFile]) -> list[str]:
     """Tensors that stand in two shards, and a number of them that is not the promised one."""
     owner: dict[str, TensorInfo] = {}
     problems = []
@@ -136,18 +136,18 @@ def _disagreements(shards: Sequence[GGUFFile]) -> list[str]:
                 both = f"{owner[tensor.name].file.name} and {shard.path.name}"
                 problems.append(f"tensor {shown(tensor.name)} stands in two shards, {both}")
             owner[tensor.name] = tensor
-    promised = _numbers(shards[0])[2]
+    promised = _read_numbers(shards[0])[2]
     if not problems and len(owner) != promised:
         problems.append(f"the shards hold {len(owner)} tensors, their metadata says {promised}")
     return problems
 
 
-def shard_paths(stem: Path, count: int) -> list[Path]:
+def list_shard_paths(stem: Path, count: int) -> list[Path]:
     """The names of a set of `count` shards; `stem` is their path without the ending."""
-    return [stem.with_name(stem.name + _ending(number, count)) for number in range(count)]
+    return [stem.with_name(stem.name + _make_ending(number, count)) for number in range(count)]
 
 
-def _ending(number: int, count: int) -> str:
+def _make_ending(number: int, count: int) -> str:
     return f"-{number + 1:05d}-of-{count:05d}.gguf"
 
 
@@ -169,11 +169,11 @@ def lay_out_shards(
         return ()
     alignment, kinds = int(str(metadata.get("general.alignment", ALIGNMENT))), {**kinds, **KINDS}
     heads = (metadata, {key: metadata[key] for key in EVERYWHERE if key in metadata})
-    empty = [len(lay_out(_numbered(head, 0, 1, 0), [], kinds).header) + alignment for head in heads]
-    sizes = {tensor.name: info_size(tensor) + aligned(tensor.n_bytes, alignment) for tensor in tensors}
+    empty = [len(lay_out(_number_shard(head, 0, 1, 0), [], kinds).header) + alignment for head in heads]
+    sizes = {tensor.name: measure_info(tensor) + align_up(tensor.n_bytes, alignment) for tensor in tensors}
     needs = {"the metadata": empty[0], **{name: empty[1] + size for name, size in sizes.items()}}
     if too_large := {name: size for name, size in needs.items() if size > max_bytes}:
-        raise PlanError([_too_small(max_bytes, too_large)])
+        raise PlanError([_describe_small_size(max_bytes, too_large)])
     groups, used = [list[T]()], empty[0]
     for tensor in tensors:
         if used + sizes[tensor.name] > max_bytes:
@@ -186,17 +186,19 @@ def lay_out_shards(
             [f"--shard-size {max_bytes:,}: makes {len(groups):,} shards, and {MAX_SHARDS:,} can be numbered"]
         )
     return tuple(
-        (tuple(group), lay_out(_numbered(heads[i > 0], i, len(groups), len(tensors)), group, kinds))
+        (tuple(group), lay_out(_number_shard(heads[i > 0], i, len(groups), len(tensors)), group, kinds))
         for i, group in enumerate(groups)
     )
 
 
-def _too_small(max_bytes: int, needs: Mapping[str, int]) -> str:
+def _describe_small_size(max_bytes: int, needs: Mapping[str, int]) -> str:
     """What needs a larger shard than `max_bytes`, and how large one must be."""
     largest = max(needs, key=lambda name: needs[name])
     more = f" and {len(needs) - 1} more" if len(needs) > 1 else ""
     return f"--shard-size {max_bytes:,}: too small for {largest}{more}; give at least {needs[largest]:,} bytes"
 
 
-def _numbered(head: Mapping[str, MetadataValue], number: int, count: int, n_tensor: int) -> dict[str, MetadataValue]:
+def _number_shard(
+    head: Mapping[str, MetadataValue], number: int, count: int, n_tensor: int
+) -> dict[str, MetadataValue]:
     return {**head, NUMBER: number, COUNT: count, TENSORS: n_tensor}

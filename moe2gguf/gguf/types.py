@@ -72,7 +72,7 @@ def name_file_type(number: object) -> str | None:
     return None if name == "GUESSED" else name.removeprefix("ALL_").removeprefix("MOSTLY_")
 
 
-def of_dtype(dtype: np.dtype[np.generic]) -> TensorType:
+def find_float(dtype: np.dtype[np.generic]) -> TensorType:
     """The float type that stores `dtype` unchanged."""
     return next(kind for kind, stored in FLOATS.items() if stored == dtype)
 
@@ -113,11 +113,11 @@ def encode(array: Array, kind: TensorType, name: str, importance: NDArray[np.flo
         return np.ascontiguousarray(array).reshape(-1).data
     require_finite(array, name)
     if kind not in FLOATS:
-        return _quantize(widened(array), kind, name, importance).data
+        return _quantize(widen(array), kind, name, importance).data
     with np.errstate(over="ignore"):
         encoded: Array = np.ascontiguousarray(array, FLOATS[kind])
     if kind is GGMLType.F16 and array.dtype != encoded.dtype and not is_finite(encoded):
-        raise _overflow(array, name)
+        raise _describe_overflow(array, name)
     return encoded.reshape(-1).view(np.uint8).data
 
 
@@ -134,7 +134,7 @@ def decode(rows: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
     return kernels.dequantize(rows, kind).reshape(len(rows), -1)
 
 
-def widened(array: Array) -> NDArray[np.float32]:
+def widen(array: Array) -> NDArray[np.float32]:
     """The same numbers in float32, for finite f16 three times faster than numpy's own cast.
 
     The exponent and fraction of an f16, moved to those places of an f32, are the number times 2^-112, subnormals
@@ -188,6 +188,6 @@ def is_finite(array: Array) -> bool:
     return bool(array.size == 0 or np.bitwise_and(bits, exponent).max() < exponent)
 
 
-def _overflow(array: Array, name: str) -> CorruptWeightError:
+def _describe_overflow(array: Array, name: str) -> CorruptWeightError:
     largest = float(np.abs(array.astype(np.float32)).max())
     return CorruptWeightError(f"{name}: {largest:.6g} does not fit into f16 (at most 65504); bf16 and f32 hold it")

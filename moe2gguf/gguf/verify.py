@@ -14,7 +14,7 @@ from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.expected import check_architecture, check_experts_alike
 from moe2gguf.gguf.file import Findings, GGUFFile, listing, shown
 from moe2gguf.gguf.finite import check_values
-from moe2gguf.gguf.shards import merged, read_shards
+from moe2gguf.gguf.shards import merge_shards, read_shards
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def verify(path: Path, *, threads: int | None = None, progress: Callable[[int], 
         shards = read_shards(path)
     except GGUFError as error:
         return Verification(Path(path), 0, 0, (str(error),), ())
-    found, file = Findings(), merged(shards)
+    found, file = Findings(), merge_shards(shards)
     for shard in shards:
         _check_layout(shard, found, name=f"{shard.path.name}: " if len(shards) > 1 else "")
     if not file.tensors:

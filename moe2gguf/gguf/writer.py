@@ -28,7 +28,7 @@ from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.layout import Entry, Layout
 from moe2gguf.gguf.outputs import check_outputs
 from moe2gguf.gguf.resume import Job, checksum_range, partial_path
-from moe2gguf.gguf.shards import shard_paths
+from moe2gguf.gguf.shards import list_shard_paths
 from moe2gguf.gguf.verify import require_sound
 from moe2gguf.progress import Progress
 
@@ -83,9 +83,9 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
         raise OutputError(f"{target.parent}: not writable; choose another folder")
 
 
-def model_paths(out: Path, n_shard: int) -> list[Path]:
+def list_model_paths(out: Path, n_shard: int) -> list[Path]:
     """The names of the files of a model: `moe.gguf` alone, or moe-00001-of-00003.gguf ..."""
-    return [out] if n_shard == 1 else shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
+    return [out] if n_shard == 1 else list_shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
 
 
 def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
@@ -93,7 +93,7 @@ def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, forc
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; name a file in it")
     sources = tuple(sources)
-    for target in model_paths(out, n_shard):
+    for target in list_model_paths(out, n_shard):
         check_target(target, sources, force=force)
 
 
@@ -118,7 +118,7 @@ def write_model(
     """Write, verify and name the files of a model: one, or a set of shards, of which all appear or none.
 
     Args:
-        out: the name of the one file; of a set, see `model_paths`.
+        out: the name of the one file; of a set, see `list_model_paths`.
         files: the tensors and the layout of each file.
         manifest: of the job, see `moe2gguf.gguf.resume.Job`: what was stopped is continued. None: it is not.
         resume: False replaces what was stopped.
@@ -137,7 +137,7 @@ def write_model(
     """
     cores = os.cpu_count() or 1
     size = sum(layout.file_size for _, layout in files)
-    with replace_files(out, model_paths(out, len(files)), size, manifest, resume=resume) as (job, parts):
+    with replace_files(out, list_model_paths(out, len(files)), size, manifest, resume=resume) as (job, parts):
         with progress("write", size) as advance:
             for part, (tensors, layout) in zip(parts, files, strict=True):
                 write_tensors(
@@ -152,14 +152,14 @@ def write_model(
                 )
         for part, (_, layout) in zip(parts, files, strict=True):
             if finish:
-                with _opened(part) as descriptor:
+                with _open_file(part) as descriptor:
                     finish(descriptor, layout)
         # the disk still works on the files while they are read again
         with ThreadPoolExecutor(1) as background, progress("verify", size) as advance:
             flushed = background.submit(_flush_all, parts)
             require_sound(parts[0], threads=threads, progress=advance)
             flushed.result()
-    return Written(model_paths(out, len(files))[0], job.n_reused)
+    return Written(list_model_paths(out, len(files))[0], job.n_reused)
 
 
 @contextlib.contextmanager
@@ -208,7 +208,7 @@ def write_tensors(
     has finished is compared with its checksum, not made again. The first failure stops everything and is raised.
     """
     with (
-        _opened(path, layout.file_size) as descriptor,
+        _open_file(path, layout.file_size) as descriptor,
         ThreadPoolExecutor(1) as disk,
         ThreadPoolExecutor(quantizers or threads) as kernels,
         ThreadPoolExecutor(threads) as pool,
@@ -296,7 +296,7 @@ class _Writer:
         matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
         row = 0
         for block in tensor.blocks():
-            yield from _encoded(block, tensor.type, label, self.kernels, _Weights(matrices, tensor.shape, row))
+            yield from _encode_block(block, tensor.type, label, self.kernels, _Weights(matrices, tensor.shape, row))
             row += block.size // max(block.shape[-1], 1)
 
 
@@ -333,7 +333,7 @@ class _Weights(NamedTuple):
             start = stop
 
 
-def _encoded(
+def _encode_block(
     block: NDArray[np.generic], kind: TensorType, label: str, kernels: ThreadPoolExecutor, weights: _Weights
 ) -> Iterator[memoryview]:
     """`block` as bytes of type `kind`: at once, or for block types in pieces of rows made in parallel."""
@@ -354,7 +354,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, size: int | None = None) -> Iterator[int]:
+def _open_file(path: Path, size: int | None = None) -> Iterator[int]:
     """A descriptor of a file, new or begun, of `size` bytes (None: as it is)."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
@@ -368,7 +368,7 @@ def _opened(path: Path, size: int | None = None) -> Iterator[int]:
 def _flush_all(paths: Iterable[Path]) -> None:
     """Wait until the disk has the files."""
     for path in paths:
-        with _opened(path) as descriptor:
+        with _open_file(path) as descriptor:
             os.fsync(descriptor)
 
 

@@ -111,7 +111,7 @@ def find_stored_type(name: str, shape: tuple[int, ...], dtype: np.dtype[np.gener
     """The type that keeps a checkpoint's tensor as it is; F32 for vectors and routers, which llama.cpp wants so."""
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return types.named("F32")
-    return types.of_dtype(dtype)
+    return types.find_float(dtype)
 
 
 def assign(

@@ -14,11 +14,11 @@ import numpy as np
 
 from moe2gguf.errors import OutputError
 from moe2gguf.experts.layer import LayerReport
-from moe2gguf.gguf.layout import Layout, array_offset, value_offset
+from moe2gguf.gguf.layout import Layout, find_array, find_value
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.types import require_kernels
-from moe2gguf.gguf.writer import check_model_target, check_target, model_paths, write_model, write_over
+from moe2gguf.gguf.writer import check_model_target, check_target, list_model_paths, write_model, write_over
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
@@ -146,7 +146,7 @@ def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:
     read = [*plan.source.own_files, *plan.options.files]
     check_model_target(out, len(plan.files), read, force=force)
     if kept := plan.options.calibration.save_to:
-        if kept.resolve() in {path.resolve() for path in model_paths(out, len(plan.files))}:
+        if kept.resolve() in {path.resolve() for path in list_model_paths(out, len(plan.files))}:
             raise OutputError(f"{kept}: is the file to write already; keep the calibration under another name")
         check_target(kept, read, force=force)
 
@@ -163,7 +163,7 @@ def _fill_in(plan: Plan, experts: ExpertSource, digest: SourceDigest, descriptor
     """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
     require_own_calibration(plan, digest)
     text = digest.hexdigest(plan.source.tensors)
-    write_over(descriptor, text.encode(), value_offset(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
+    write_over(descriptor, text.encode(), find_value(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
     if experts.reports and layout is plan.files[0][1]:
         load = np.array([report.load for report in experts.reports], "<f4")
-        write_over(descriptor, load.tobytes(), array_offset(layout, CALIBRATION_LOAD, load.size))
+        write_over(descriptor, load.tobytes(), find_array(layout, CALIBRATION_LOAD, load.size))

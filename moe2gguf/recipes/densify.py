@@ -100,7 +100,7 @@ class MoeFolder:
         self.path, self.metadata = checkpoint.folder, checkpoint.provenance
         self.n_expert, self.d_expert, self.d_model = model.n_expert, model.d_ff, model.d_model
         role = "gate" if "gate" in checkpoint.mlp.tensors else "gate_up"
-        self._type = types.of_dtype(DTYPES[checkpoint.tensors[self._name(role, 0)].dtype])
+        self._type = types.find_float(DTYPES[checkpoint.tensors[self._name(role, 0)].dtype])
 
     def _name(self, role: str, i: int) -> str:
         return self._checkpoint.mlp.tensors[role][0].format(i=i, e=0)

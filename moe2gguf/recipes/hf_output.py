@@ -151,7 +151,7 @@ def folder_refusals(plan: Plan) -> list[str]:
 def _find_short_rows(plan: Plan) -> list[str]:
     """Why transformers' default way to compute experts would refuse their rows, if it would."""
     chosen, gate = plan.options.types.type, plan.source.tensors[DENSE.tensors["gate"][0].format(i=0)]
-    kind = types.of_dtype(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.named(chosen)
+    kind = types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.named(chosen)
     size = types.FLOATS[kind].itemsize
     step, slicing, d_model = GROUPED_ROW_BYTES // size, plan.slicing, plan.model.d_model
     needs = f"transformers' MixtralForCausalLM computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
@@ -188,7 +188,7 @@ def mixtral_tensors(
 
 def _convert_tensor(source: StoredTensor, kind: TensorType | None, digest: SourceDigest) -> OutputTensor:
     """A tensor as it is stored, or a matrix as `kind`."""
-    chosen = kind if kind is not None and len(source.shape) > 1 else types.of_dtype(DTYPES[source.dtype])
+    chosen = kind if kind is not None and len(source.shape) > 1 else types.find_float(DTYPES[source.dtype])
     blocks = functools.partial(digest.blocks, source, BLOCK_BYTES)
     return OutputTensor(source.name, source.shape, chosen, (source.name,), blocks)
 
@@ -346,7 +346,7 @@ def _read_trained(read_layer: Callable[[int], ExpertWeights], role: str, i: int,
 
 def copy_tensor(source: StoredTensor) -> OutputTensor:
     """A tensor as it is stored."""
-    kind = types.of_dtype(DTYPES[source.dtype])
+    kind = types.find_float(DTYPES[source.dtype])
     blocks = functools.partial(source.blocks, BLOCK_BYTES)
     return OutputTensor(source.name, source.shape, kind, (source.name,), blocks)
 

@@ -129,7 +129,7 @@ def _make_columns(
     if layer.down is not None:
         yield from cut.slice_columns(layer.down, layer.order, factors)
     elif tensor.copied:
-        chosen = blocks.block_order(layer.order, source.block)
+        chosen = blocks.find_block_order(layer.order, source.block)
         assert chosen is not None, "the plan keeps blocks only where the slices do"  # noqa: S101 -- ours, not the user's
         yield from blocks.slice_blocks(stored.view(np.uint8), tensor.type, chosen, factors, source.name)
     else:

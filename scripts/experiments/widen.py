@@ -38,7 +38,7 @@ def write(source: Path, folder: Path, d_model: int, seed: int | None = None) -> 
     if seed is not None:
         weights = noisy(weights, seed)
     folder.mkdir(parents=True)
-    save_file(widened(weights, config, d_model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(widen(weights, config, d_model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(wider(config, d_model), indent=2) + "\n", encoding="utf-8")
     for name in COMPANIONS:
         if (source / name).is_file():
@@ -57,7 +57,7 @@ def wider(config: dict[str, Any], d_model: int) -> dict[str, Any]:
     return {**config, **changes}
 
 
-def widened(weights: Weights, config: dict[str, Any], d_model: int) -> Weights:
+def widen(weights: Weights, config: dict[str, Any], d_model: int) -> Weights:
     """The weights of the wider model, by their Hugging Face names: shapes (rows, columns) and (d_model,)."""
     factor = d_model / config["hidden_size"]
     return {name: _wide(name, weight, factor) for name, weight in weights.items()}

@@ -45,7 +45,7 @@ def test_a_power_of_two_multiplies_every_weight_exactly(kind: Any, factor: float
     """Decoded by llama.cpp, and by the gguf package where it can: bit for bit the factor times the weights."""
     raw = encoded(kind)
 
-    after = blocks.amplified(raw.reshape(-1, BLOCK_SIZES[kind][1]).copy(), kind, factor, "test").reshape(raw.shape)
+    after = blocks.amplify(raw.reshape(-1, BLOCK_SIZES[kind][1]).copy(), kind, factor, "test").reshape(raw.shape)
 
     np.testing.assert_array_equal(decoded(raw, kind) * np.float32(factor), decoded(after, kind))
     assert decoded(raw, kind).any()
@@ -59,10 +59,10 @@ def test_dividing_back_gives_the_same_bytes(kind: Any) -> None:
     """Up and down again is the identity, so nothing else of a block was touched."""
     raw = encoded(kind).reshape(-1, BLOCK_SIZES[kind][1])
 
-    up = blocks.amplified(raw.copy(), kind, 4.0, "test")
+    up = blocks.amplify(raw.copy(), kind, 4.0, "test")
 
     assert not np.array_equal(raw, up)
-    np.testing.assert_array_equal(raw, blocks.amplified(up, kind, 0.25, "test"))
+    np.testing.assert_array_equal(raw, blocks.amplify(up, kind, 0.25, "test"))
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
@@ -72,12 +72,12 @@ def test_a_scale_that_does_not_fit_is_refused(kind: Any) -> None:
 
     def grow(times: Any) -> None:
         for _ in range(times):
-            blocks.amplified(raw, kind, 256.0, "blk.0.ffn_down.weight")
+            blocks.amplify(raw, kind, 256.0, "blk.0.ffn_down.weight")
 
     with pytest.raises(CorruptWeightError, match=rf"blk\.0.*{kind.name}.*--expert-scale"):
         grow(40)
     with pytest.raises(CorruptWeightError, match=r"blk\.0.*by 6 exactly"):
-        blocks.amplified(raw, kind, 6.0, "blk.0.ffn_down.weight")
+        blocks.amplify(raw, kind, 6.0, "blk.0.ffn_down.weight")
 
 
 def test_bits_lost_below_the_smallest_number_are_noticed() -> None:
@@ -86,9 +86,9 @@ def test_bits_lost_below_the_smallest_number_are_noticed() -> None:
     raw = np.zeros((2, 18), np.uint8)
     raw[:, :2] = np.array([[2.0**-14], [2.0**-23]], "<f2").view(np.uint8)
 
-    assert blocks.amplified(raw.copy(), kind, 0.5, "t")[:, :2].view("<f2").tolist() == [[2.0**-15], [2.0**-24]]
+    assert blocks.amplify(raw.copy(), kind, 0.5, "t")[:, :2].view("<f2").tolist() == [[2.0**-15], [2.0**-24]]
     with pytest.raises(CorruptWeightError):
-        blocks.amplified(raw, kind, 0.25, "t")
+        blocks.amplify(raw, kind, 0.25, "t")
 
 
 @pytest.mark.parametrize("kind", types.BLOCKS, ids=lambda kind: kind.name)
@@ -105,7 +105,7 @@ def test_slices_are_columns_of_the_decoded_matrix(name: str) -> None:
     kind = types.named(name)
     raw = encoded(kind)
     order = np.concatenate([np.arange(64, 128), np.arange(448, 480), np.full(32, -1)])[None]
-    chosen = blocks.block_order(order, 32)
+    chosen = blocks.find_block_order(order, 32)
 
     (part,) = blocks.slice_blocks(raw, kind, chosen, [4.0], "t")  # type: ignore[arg-type]
 
@@ -129,5 +129,5 @@ def test_neurons_that_leave_their_block_are_noticed(neurons: Any) -> None:
     """Such an order has no block order: its weights have to be quantized again."""
     order = np.array([list(neurons)])
 
-    assert blocks.block_order(order, 32) is None
-    assert blocks.block_order(order, 1) is not None
+    assert blocks.find_block_order(order, 32) is None
+    assert blocks.find_block_order(order, 1) is not None

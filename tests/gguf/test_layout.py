@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.file import ValueType
-from moe2gguf.gguf.layout import Entry, lay_out, value_offset
+from moe2gguf.gguf.layout import Entry, find_value, lay_out
 from moe2gguf.gguf.reader import read_gguf
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -74,7 +74,7 @@ def test_the_smallest_file_byte_by_byte() -> None:
 def test_a_strings_place_can_be_found() -> None:
     """So that a digest, known only at the end, replaces its placeholder."""
     layout = lay_out({"x": "0000", "digest": "0000"}, [])
-    offset = value_offset(layout, "digest", "0000")
+    offset = find_value(layout, "digest", "0000")
 
     patched = layout.header[:offset] + b"beef" + layout.header[offset + 4 :]
 

@@ -16,7 +16,7 @@ from llama_logits import llama_logits
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf.layout import Entry, lay_out
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.gguf.shards import lay_out_shards, read_model, read_shards, shard_paths
+from moe2gguf.gguf.shards import lay_out_shards, list_shard_paths, read_model, read_shards
 from moe2gguf.gguf.verify import verify
 
 TOKENS = [1, 60, 200, 280, 290, 17, 33]
@@ -27,7 +27,7 @@ def write_set(whole: Path, stem: Path, max_bytes: int) -> list[Path]:
     file = read_gguf(whole)
     entries = [Entry(t.name, t.shape, t.type) for t in file.tensors.values()]
     shards = lay_out_shards(file.metadata, entries, file.types, max_bytes)
-    paths = shard_paths(stem, len(shards))
+    paths = list_shard_paths(stem, len(shards))
     for path, (tensors, layout) in zip(paths, shards, strict=True):
         raw = bytearray(layout.header.ljust(layout.file_size, b"\0"))
         for tensor in tensors:

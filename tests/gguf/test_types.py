@@ -38,7 +38,7 @@ def test_a_float_kept_as_it_is_keeps_its_bits(dtype: Any) -> None:
     """Same type in and out: the very bytes, negative zero and subnormals included."""
     array = np.array([-0.0, 1e-7, 3.1, -65504.0], dtype)
 
-    assert array.tobytes() == bytes(types.encode(array, types.of_dtype(array.dtype), "t"))
+    assert array.tobytes() == bytes(types.encode(array, types.find_float(array.dtype), "t"))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -97,10 +97,10 @@ def test_every_finite_half_is_widened_as_numpy_does() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(2, -1)  # type: ignore[assignment]
 
-    assert halves.astype(np.float32).tobytes() == types.widened(halves).tobytes()
-    assert halves[:, ::3].astype(np.float32).tobytes() == types.widened(halves[:, ::3]).tobytes()
+    assert halves.astype(np.float32).tobytes() == types.widen(halves).tobytes()
+    assert halves[:, ::3].astype(np.float32).tobytes() == types.widen(halves[:, ::3]).tobytes()
     for dtype in (np.float32, ml_dtypes.bfloat16):
-        assert np.array_equal(np.ones(3, np.float32), types.widened(np.ones(3, dtype)))
+        assert np.array_equal(np.ones(3, np.float32), types.widen(np.ones(3, dtype)))
 
 
 @pytest.mark.parametrize(
