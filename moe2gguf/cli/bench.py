@@ -8,6 +8,7 @@ from typing import Any
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
@@ -72,6 +73,7 @@ def bench(
         timing=Timing(**options),
         on_run=display_compare.run_done,
     )
+    display.warnings(found.notes)
     emit(found.to_dict(), as_json, lambda: display_compare.speeds(found))
     if not found.ok:
         raise SystemExit(1)

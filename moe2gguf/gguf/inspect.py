@@ -17,6 +17,7 @@ from rich.text import Text
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import BLOCK_SIZES, GGUFFile, TensorInfo
 from moe2gguf.gguf.layout import mean_bits_per_weight
+from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.spec import MetadataValue
 
@@ -27,11 +28,17 @@ _NOT_A_TERMINAL = 100_000  # columns: nothing wraps in a file or a pipe
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a file; `used` is None where the file gives no single number."""
+    """The experts of a file.
+
+    used      None where the file gives no single number
+    d_expert  width of one, padding included
+    note      why the file serves one count only; empty where it serves all
+    """
 
     count: int
     used: int | None
-    d_expert: int | None  # width of one, padding included
+    d_expert: int | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,9 @@ def _experts(file: GGUFFile, architecture: str | None) -> Experts | None:
         return None
     stacks = (t.shape for t in file.tensors.values() if t.name.endswith(".ffn_up_exps.weight") and len(t.shape) == 3)
     d_expert = next((shape[1] for shape in stacks), None)
-    return Experts(count, _as(int, file.metadata.get(f"{architecture}.expert_used_count")), d_expert)
+    made_for = read_made_for(file.metadata)
+    used = _as(int, file.metadata.get(f"{architecture}.expert_used_count"))
+    return Experts(count, used, d_expert, made_for.reason if made_for else "")
 
 
 def _n_active(tensors: Sequence[TensorInfo], n_parameters: int, experts: Experts | None) -> int | None:
@@ -214,6 +223,7 @@ def _summary(it: Inspection) -> list[tuple[str, str]]:
         used = "an unclear number" if it.experts.used is None else str(it.experts.used)
         width = f", each {it.experts.d_expert:,} wide" if it.experts.d_expert else ""
         rows.append(("experts", f"{it.experts.count}, of which a token uses {used}{width}"))
+        rows += [("", f"{it.experts.note}; more or fewer make it worse")] if it.experts.note else []
     rows.append(("parameters", f"{it.n_parameters:,}"))
     if it.experts and it.n_active is not None:
         rows.append(("active per token", f"{it.n_active:,} ({it.n_active / max(it.n_parameters, 1):.1%})"))

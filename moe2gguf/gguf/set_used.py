@@ -11,12 +11,9 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
-from moe2gguf.gguf.metadata import BIAS_NEURON
+from moe2gguf.gguf.made_for import USED, USED_HERE, read_made_for
 from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
 from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
-
-USED = "llama.expert_used_count"
-USED_HERE = "moe2gguf.slicing.expert_used_count"
 
 
 def set_used(path: Path, n_expert_used: int) -> None:
@@ -49,22 +46,13 @@ def set_used(path: Path, n_expert_used: int) -> None:
 
 
 def _require_free(file: GGUFFile, n_expert_used: int) -> None:
-    """Only the modes `exact` and `any`, experts not sliced by us, and healed ones mean the same at several counts."""
-    made_for, mode = file.metadata.get(USED), file.metadata.get("moe2gguf.slicing.amplify", "exact")
-    low, high = (file.metadata.get(f"moe2gguf.heal.used_{end}") for end in ("min", "max"))
-    healed = isinstance(low, int) and isinstance(high, int) and low <= n_expert_used <= high
-    if n_expert_used == made_for or healed:
-        return
-    again = f"Convert again: `moe2gguf convert MODEL OUT --used {n_expert_used}`"
-    if mode in ("used", "fitted"):
+    """Raise GGUFError for a file whose weights serve another count alone."""
+    made_for = read_made_for(file.metadata)
+    if made_for and made_for.note(file.path.name, [n_expert_used]):
         raise GGUFError(
-            f"{file.path}: its experts are amplified for {made_for} of them; with {n_expert_used} "
-            f"the MLP would be too loud or too quiet. {again}, or --amplify any"
+            f"{file.path}: {made_for.reason}, and {n_expert_used} would make it worse. Convert again: "
+            f"`moe2gguf convert MODEL OUT --used {n_expert_used}`, or --no-refit --amplify any"
         )
-    if file.metadata.get("moe2gguf.slicing.refit") is True:
-        raise GGUFError(f"{file.path}: its experts are refitted for {made_for} of them. {again}")
-    if file.metadata.get(BIAS_NEURON) is True:
-        raise GGUFError(f"{file.path}: its bias neurons stand for what does not run at {made_for} experts. {again}")
 
 
 def _value_offset(header: bytes, key: str, path: Path) -> int:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HarnessError
+from moe2gguf.errors import CrashError, HarnessError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import choose_reference_device, place_on_device, require_devices
 from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
-from moe2gguf.measure.grid import RunConfig, plan_grid, plan_run
+from moe2gguf.llama.repack import explain_retry, leave_weights_alone
+from moe2gguf.measure.grid import RunConfig, note_other_counts, plan_grid, plan_run
 from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.speed import Run, Speed, benchmark_setup, measure_bandwidth, run_once, summarize_runs
 
@@ -42,12 +43,16 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Bench:
-    """What `bench` returns; `bandwidth` in bytes per second; the reference, if any, is the first row."""
+    """What `bench` returns; `bandwidth` in bytes per second; the reference, if any, is the first row.
+
+    `notes` are sentences that a reader of the figures must know.
+    """
 
     rows: tuple[BenchRow, ...]
     bandwidth: float
     settings: dict[str, Any]
     environment: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -58,6 +63,7 @@ class Bench:
         """Return everything as JSON types."""
         return {
             "ok": self.ok,
+            "notes": list(self.notes),
             "settings": self.settings,
             "environment": self.environment,
             "memory_bandwidth": self.bandwidth,
@@ -67,23 +73,33 @@ class Bench:
 
 @dataclass
 class Timed:
-    """A run of the grid while it is timed: its runs so far, and why there are no more."""
+    """A run of the grid while it is timed: its runs so far, why there are no more, and what changed its settings."""
 
     config: RunConfig
     reason: str
     runs: list[Run] = field(default_factory=list)
+    repack: bool = True
+    note: str = ""
 
     def time_once(self, timing: Timing, seed: int, on_run: Callable[[RunConfig, Run], None]) -> None:
-        """Time one run, unless it cannot run or failed before; `seed` draws its tokens."""
+        """Time one run, unless it cannot run or failed before; `seed` draws its tokens.
+
+        After a crash with rearranged weights this run and all others are timed without them.
+        """
         if self.reason:
             return
         one = self.config
         setup = benchmark_setup(timing.threads, one.n_expert_used if one.n_expert else None)
-        setup = place_on_device(setup, one.device)
+        setup = replace(place_on_device(setup, one.device), repack=self.repack)
         try:
             run = run_once(one.path, setup, timing.n_prompt, timing.n_generate, seed=seed, timeout=timing.timeout)
         except HarnessError as error:
-            self.reason = str(error)
+            if isinstance(error, CrashError) and leave_weights_alone(setup, error):
+                self.repack, self.note = False, f"{one.label}: {explain_retry(error)}"
+                self.runs.clear()
+                self.time_once(timing, seed, on_run)
+            else:
+                self.reason = str(error)
         else:
             self.runs.append(run)
             on_run(one, run)
@@ -117,7 +133,9 @@ def bench(
     """
     require_devices(devices)
     base = plan_run(read_model(reference), 0, choose_reference_device(devices)) if reference else None
-    return time_grid(plan_grid(files, used, devices), base, timing or Timing(), on_run)
+    grid = plan_grid(files, used, devices)
+    found = time_grid(grid, base, timing or Timing(), on_run)
+    return replace(found, notes=(*note_other_counts(grid), *found.notes))
 
 
 def time_grid(
@@ -144,6 +162,7 @@ def time_grid(
             "threads": timing.threads or count_processors(),
         },
         environment=describe_machine(),
+        notes=tuple(one.note for one in timed if one.note),
     )
 
 

@@ -19,10 +19,10 @@ from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import Setup, choose_reference_device, place_on_device, require_devices
 from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
-from moe2gguf.measure.bench import Timing, time_grid
+from moe2gguf.measure.bench import Bench, Timing, time_grid
 from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums
 from moe2gguf.measure.cluster import measure_on_workers, require_workers
-from moe2gguf.measure.grid import Measurement, RunConfig, list_notes, plan_grid, plan_run
+from moe2gguf.measure.grid import Measurement, RunConfig, list_notes, note_other_counts, plan_grid, plan_run
 from moe2gguf.measure.journal import MeasurementJournal
 from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.pareto import recommend
@@ -36,7 +36,7 @@ from moe2gguf.measure.results import (
     is_above_noise,
     summarize_quality,
 )
-from moe2gguf.measure.speed import Run, Speed
+from moe2gguf.measure.speed import Run
 
 TIMEOUT = 600.0
 """Seconds that one window may take before its row is given up."""
@@ -129,7 +129,7 @@ def compare(
         kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
         rows = [replace(row, above_noise=_above_noise(row, kl_limit)) for row in rows]
         agreements = _compare_devices(runs, rows)
-        rows, reference_speed = _time_rows(rows, base, timing, on_run) if timing else (rows, None)
+        rows, timed = _time_rows(rows, base, timing, on_run) if timing else (rows, None)
 
     return Comparison(
         reference=base,
@@ -140,9 +140,13 @@ def compare(
         settings={**settings.facts, "journal": str(runs.journal.path)},
         environment=machine,
         agreements=agreements,
-        reference_speed=reference_speed,
+        reference_speed=timed.rows[0].speed if timed else None,
         recommendation=recommend(rows),
-        notes=tuple(list_notes(files, settings.text, settings.n_context)),
+        notes=(
+            *list_notes(files, settings.text, settings.n_context),
+            *note_other_counts(grid),
+            *(timed.notes if timed else ()),
+        ),
     )
 
 
@@ -210,14 +214,14 @@ def _compare_devices(runs: _Runs, rows: Sequence[ResultRow]) -> tuple[Agreement,
 
 def _time_rows(
     rows: Sequence[ResultRow], base: RunConfig, timing: Timing, on_run: Callable[[RunConfig, Run], None]
-) -> tuple[list[ResultRow], Speed | None]:
-    """Return the rows with the speeds of those that ran, and the reference's speed."""
+) -> tuple[list[ResultRow], Bench | None]:
+    """Return the rows with the speeds of those that ran, and all that was timed, the reference first."""
     sound = [row.config for row in rows if row.status == "ok"]
     if not sound:
         return list(rows), None
     found = time_grid(sound, base, timing, on_run)
     speeds = {row.config: row.speed for row in found.rows[1:]}
-    return [replace(row, speed=speeds.get(row.config)) for row in rows], found.rows[0].speed
+    return [replace(row, speed=speeds.get(row.config)) for row in rows], found
 
 
 class _Runs:

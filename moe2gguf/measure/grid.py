@@ -14,6 +14,7 @@ from moe2gguf.experts.text import Text
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
+from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.limits import check_expert_counts
 from moe2gguf.measure.metrics import as_json
@@ -155,6 +156,16 @@ def list_notes(files: Iterable[Path], text: Text, n_context: int) -> list[str]:
         "give a text that they have not seen (--text)"
     )
     return [note, *note_long_windows(paths, n_context)]
+
+
+def note_other_counts(grid: Iterable[RunConfig]) -> list[str]:
+    """Return a sentence on every file that runs at counts it was not made for."""
+    counts: dict[Path, list[int]] = {}
+    for one in grid:
+        if one.n_expert and not one.refusal:
+            counts.setdefault(one.path, []).append(one.n_expert_used)
+    found = ((path, used, read_made_for(read_model(path).metadata)) for path, used in counts.items())
+    return [note for path, used, made_for in found if made_for and (note := made_for.note(path.name, used))]
 
 
 def note_long_windows(files: Iterable[Path], n_context: int) -> list[str]:

@@ -83,6 +83,14 @@ def test_an_unclear_used_count_gives_no_active_number(inspected: Any) -> None:
     assert inspected(g.LlamaFile(n_expert=4, n_used=5).bytes()).n_active is None
 
 
+def test_a_file_made_for_one_count_says_so(inspected: Any) -> None:
+    """Where its experts were amplified for a count; a file that was made to be exact says nothing."""
+    model = g.LlamaFile(n_expert=4, n_used=2).set("moe2gguf.slicing.amplify", "str", "used")
+    assert "amplified for 2 of them; more or fewer make it worse" in printed(inspected(model.bytes()))
+    exact = g.LlamaFile(n_expert=4, n_used=2).set("moe2gguf.slicing.amplify", "str", "exact")
+    assert inspected(exact.bytes()).experts == Experts(4, 2, 24, "")
+
+
 def test_tensors_and_metadata_are_listed_in_the_files_order(inspected: Any) -> None:
     """Each tensor with shape, type, size and place; each key with its type, long lists by their beginning."""
     keys = [g.key("b", "f32", 0.5), g.array("a", "u8", list(range(20)))]
@@ -116,7 +124,7 @@ def test_the_record_survives_json(inspected: Any) -> None:
     assert record == it.to_dict()
     assert record["provenance"] == {"moe2gguf.odd": "nan"}
     assert record["name"] == "\\xff\x1b[2J"
-    assert record["experts"] == {"count": 4, "used": 2, "d_expert": 24}
+    assert record["experts"] == {"count": 4, "used": 2, "d_expert": 24, "note": ""}
     assert record["tensors"][0] == {
         "name": "token_embd.weight",
         "shape": [10, 16],

@@ -13,7 +13,7 @@ from moe2gguf.cli import cli
 from moe2gguf.cli.tables_compare import speeds
 from moe2gguf.errors import HarnessError
 from moe2gguf.measure.bench import Bench, Timing, bench
-from moe2gguf.measure.grid import plan_grid
+from moe2gguf.measure.grid import note_other_counts, plan_grid
 
 TIMING = Timing(n_prompt=8, n_generate=4, repeat=2, threads=1)
 
@@ -63,6 +63,17 @@ def test_rows_have_bound_and_ratio(timed: tuple[Bench, list[str]], files: dict[s
         assert 2 == row.speed.n_run
     assert [2e8 < found.bandwidth, 1.0] == [True, base.speed.ratio if base.speed else None]
     assert plan_grid([files["moe"]], [4])[0] == all_on.config
+
+
+def test_a_count_that_a_file_was_not_made_for_is_noted(tmp_path: Path) -> None:
+    """The figures would mislead without it."""
+    weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
+    strings = {"moe2gguf.slicing.amplify": "used"}
+    path = tiny_gguf.write_gguf(tmp_path / "half.gguf", weights, n_expert_used=2, strings=strings)
+    assert [] == note_other_counts(plan_grid([path]))
+    (note,) = bench([path], used=[2, 4], timing=Timing(8, 4, 1, 1)).notes
+    assert "in half.gguf the experts are amplified for 2 of them" in note
+    assert "with 4 it answers worse" in note
 
 
 def test_json_and_table(timed: tuple[Bench, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

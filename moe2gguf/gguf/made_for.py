@@ -1,0 +1,49 @@
+"""The number of experts per token that a sliced file was made for, where its weights serve only that one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from moe2gguf.gguf.metadata import BIAS_NEURON
+from moe2gguf.spec import MetadataValue
+
+USED = "llama.expert_used_count"
+USED_HERE = "moe2gguf.slicing.expert_used_count"
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The count a file was made for, the reason in words, and every other count that it serves as well."""
+
+    count: int
+    reason: str
+    others: range = range(0)
+
+    def note(self, name: str, used: Iterable[int]) -> str:
+        """A sentence on the file `name` that runs with these numbers of experts; empty where they are right."""
+        wrong = [k for k in dict.fromkeys(used) if k != self.count and k not in self.others]
+        if not wrong:
+            return ""
+        return f"in {name} {self.reason}; with {' or '.join(map(str, wrong))} it answers worse, even where that is more"
+
+
+def read_made_for(metadata: Mapping[str, MetadataValue]) -> MadeFor | None:
+    """What the metadata of a file says; None where its weights mean the same at every count, and for a dense file.
+
+    Experts are tied to a count where they were amplified or refitted for it. The modes `exact` and `any`, experts that
+    were not sliced here, and graphs that do not normalise the weights of the chosen experts are not.
+    """
+    count = metadata.get(USED_HERE, metadata.get(USED))
+    if not isinstance(count, int) or USED not in metadata:
+        return None
+    low, high = (metadata.get(f"moe2gguf.heal.used_{end}") for end in ("min", "max"))
+    others = range(low, high + 1) if isinstance(low, int) and isinstance(high, int) else range(0)
+    mode = metadata.get("moe2gguf.slicing.amplify", "exact")
+    if mode in ("used", "fitted"):
+        return MadeFor(count, f"the experts are amplified for {count} of them", others)
+    if metadata.get("moe2gguf.slicing.refit") is True:
+        return MadeFor(count, f"the experts are refitted for {count} of them", others)
+    if metadata.get(BIAS_NEURON) is True:
+        return MadeFor(count, f"bias neurons stand for what does not run at {count} experts", others)
+    return None
