@@ -66,6 +66,14 @@ class HarnessError(Moe2GgufError):
     """llama.cpp could not load or run a file, is not installed, or lacks the requested device."""
 
 
+class CrashError(HarnessError):
+    """The process that ran llama.cpp ended without an answer; `signal` is the number that ended it, or 0."""
+
+    def __init__(self, message: str, *, signal: int = 0) -> None:
+        self.signal = signal
+        super().__init__(message)
+
+
 def advise_install(*packages: str) -> str:
     """What to type to get those of the packages that cannot be imported: "pip install torch"; "" if all can be."""
     missing = [name for name in packages if find_spec(name) is None]

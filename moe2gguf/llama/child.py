@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from typing import IO, Any, TypeVar
 
-from moe2gguf.errors import HarnessError
+from moe2gguf.errors import CrashError, HarnessError
 from moe2gguf.llama.warm import start_warm
 
 T = TypeVar("T")
@@ -98,6 +98,25 @@ def stream_from_child(
     return (yield from _converse(function, args, what, deadline, timeout, memory_limit))
 
 
+def converse_with_child(
+    function: Callable[..., Generator[T, Any, Any]],
+    *args: Any,
+    what: str | None = None,
+    timeout: float | None = None,
+    memory_limit: int | None = None,
+) -> Generator[T, Any, Any]:
+    """Run the generator function `function(*args)` in a fresh process, in step with this generator.
+
+    What is sent into this generator is what the child's `yield` returns there; until then the child waits. All else as
+    in `stream_from_child`.
+    """
+
+    def deadline() -> float | None:
+        return None if timeout is None else time.monotonic() + timeout
+
+    return (yield from _converse(function, args, what, deadline, timeout, memory_limit, in_step=True))
+
+
 def _converse(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -105,14 +124,16 @@ def _converse(
     deadline: Callable[[], float | None],
     timeout: float | None,
     memory_limit: int | None,
-) -> Generator[Any, None, Any]:
+    *,
+    in_step: bool = False,
+) -> Generator[Any, Any, Any]:
     if function.__module__ == "__main__":
         raise ValueError(f"{function.__qualname__} must live in an importable module to run in a child process")
     if memory_limit is not None and sys.platform != "linux":
         raise HarnessError(f"a memory limit needs Linux, this is {sys.platform}: run without it")
     child = _Child(what or function.__qualname__, memory_limit)
     try:
-        child.send((function, args, memory_limit))
+        child.begin((function, args, memory_limit, in_step))
         while True:
             try:
                 kind, value = child.receive(deadline())
@@ -127,7 +148,9 @@ def _converse(
                 raise value
             if kind == "end":
                 raise child.death()
-            yield value
+            answer = yield value
+            if in_step:
+                child.send(answer)
     finally:
         child.end()
 
@@ -150,13 +173,20 @@ class _Child:
         for thread in self.threads:
             thread.start()
 
-    def send(self, request: Any) -> None:
+    def begin(self, request: Any) -> None:
         """Hand over what a fork does not inherit, then the request; the pipe stays open as our sign of life."""
+        first = {"path": sys.path, "environment": self.environment, "folder": _current_folder()}
+        self._write(json.dumps(first).encode() + b"\n" + pickle.dumps(request))
+
+    def send(self, answer: Any) -> None:
+        """Answer the item that was received last."""
+        self._write(pickle.dumps(answer))
+
+    def _write(self, data: bytes) -> None:
         stdin = self.process.stdin
         if stdin is not None:
             with suppress(BrokenPipeError):  # it died already: the next receive says so
-                first = {"path": sys.path, "environment": self.environment, "folder": _current_folder()}
-                stdin.write(json.dumps(first).encode() + b"\n" + pickle.dumps(request))
+                stdin.write(data)
                 stdin.flush()
 
     def receive(self, deadline: float | None) -> tuple[str, Any]:
@@ -165,7 +195,7 @@ class _Child:
             return self.inbox.get()
         return self.inbox.get(timeout=max(0.0, deadline - time.monotonic()))
 
-    def death(self) -> HarnessError:
+    def death(self) -> CrashError:
         """Return the error that says how the process ended and what it said last."""
         code = self.process.wait()
         self.threads[1].join()
@@ -174,7 +204,8 @@ class _Child:
         if self.memory_limit is not None:
             advice += f" (its memory limit was {self.memory_limit / 2**20:.0f} MiB)"
         said = [f"  | {line}" for line in log[-_SHOWN_LINES:]] or ["  | (nothing)"]
-        return HarnessError("\n".join([f"{self.what}: the process {how}; it said last:", *said, advice]))
+        message = "\n".join([f"{self.what}: the process {how}; it said last:", *said, advice])
+        return CrashError(message, signal=max(0, -code))
 
     def end(self) -> None:
         """End the process, whatever it does, and the threads with it."""

@@ -17,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
         "llama-cpp-python": read_package_version("llama-cpp-python"),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _name_processor(),
+        "processor": name_processor(),
         "processors": count_processors(),
         "system": platform.platform(),
     }
@@ -31,7 +31,8 @@ def read_package_version(package: str) -> str:
         return "not installed"
 
 
-def _name_processor() -> str:
+def name_processor() -> str:
+    """Return what this machine calls its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -145,10 +145,13 @@ class Llama:
         return _tokenize(self.lib, self.vocab, text, special, parse_special)
 
     def tokenize_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a text to be continued: BOS where the file asks for it, but never EOS behind it."""
+        """Return the token ids of a text to be continued.
+
+        BOS stands in front where the file asks for it, once: templates write it too. There is never EOS behind it.
+        """
         ids = [int(token) for token in self.tokenize(text, special=False, parse_special=True)]
         bos = self.bos()
-        return ids if bos is None else [bos, *ids]
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def bos(self) -> int | None:
         """Return the token that starts every text, or None if the file wants none."""
@@ -183,6 +186,15 @@ class Llama:
         """Forget all tokens."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self.n_past = 0
+
+    def keep(self, n_token: int) -> int:
+        """Forget all tokens but the first `n_token`, and return how many are left: none where that is impossible."""
+        memory = self.lib.llama_get_memory(self.context)
+        if not self.lib.llama_memory_seq_rm(memory, 0, n_token, -1):
+            self.clear()
+            return 0
+        self.n_past = n_token
+        return n_token
 
     def feed(self, tokens: Sequence[int] | NDArray[np.int32], scored: Sequence[bool] | NDArray[np.bool_]) -> Logits:
         """Compute up to n_batch tokens (n_token,) after those fed so far.

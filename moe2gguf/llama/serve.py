@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import sys
 import threading
 import traceback
@@ -17,8 +18,9 @@ def serve() -> None:
     """Answer the one request on standard input; the entry point of the child process."""
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to the log, not between the messages
-    function, args, memory_limit = pickle.load(sys.stdin.buffer)  # noqa: S301 - written by our parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    function, args, memory_limit, in_step = pickle.load(sys.stdin.buffer)  # noqa: S301 - written by our parent
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(answers,), daemon=True).start()
     if memory_limit is not None:
         _limit_memory(memory_limit)
 
@@ -29,7 +31,7 @@ def serve() -> None:
     try:
         answer = function(*args)
         if isinstance(answer, Generator):
-            answer = _send_items(answer, send)
+            answer = _send_items(answer, send, answers.get if in_step else lambda: None)
         send("result", answer)
     except Moe2GgufError as error:
         send("error", (type(error), error.args, error.__dict__))
@@ -42,20 +44,26 @@ def serve() -> None:
     os._exit(0)  # the answer is out: skip the destructors of native libraries
 
 
-def _send_items(items: Generator[Any, None, Any], send: Callable[[str, Any], None]) -> Any:
+def _send_items(
+    items: Generator[Any, Any, Any], send: Callable[[str, Any], None], wait_for_answer: Callable[[], Any]
+) -> Any:
+    answer = None
     while True:
         try:
-            item = next(items)
+            item = items.send(answer)
         except StopIteration as end:
             return end.value
         send("item", item)
+        answer = wait_for_answer()
 
 
-def _end_with_parent() -> None:
-    """Leave as soon as the parent is gone, however it went: its end of standard input closes then."""
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
+def _listen(answers: queue.SimpleQueue[Any]) -> None:
+    """Keep the parent's answers; leave as soon as it is gone, however it went: standard input closes then."""
+    try:
+        while True:
+            answers.put(pickle.load(sys.stdin.buffer))  # noqa: S301 - written by our parent
+    finally:
+        os._exit(1)
 
 
 def _limit_memory(n_byte: int) -> None:

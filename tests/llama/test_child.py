@@ -8,13 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from moe2gguf.errors import HarnessError, PlanError
-from moe2gguf.llama.child import run_in_child, stream_from_child
+from moe2gguf.errors import CrashError, HarnessError, PlanError
+from moe2gguf.llama.child import converse_with_child, run_in_child, stream_from_child
 
 TESTS = Path(__file__).parent
 PACKAGE_PARENT = TESTS.parents[1]
@@ -103,6 +103,8 @@ def test_a_signal_is_an_error_with_its_name(number: signal.Signals) -> None:
     with pytest.raises(HarnessError) as caught:
         run_in_child(die, int(number), what="running model.gguf")
     message = str(caught.value)
+    assert isinstance(caught.value, CrashError)
+    assert caught.value.signal == number
     assert message.startswith(f"running model.gguf: the process was ended by {number.name}")
     assert "| ggml.c:1814: GGML_ASSERT(obj_new) failed" in message
     assert "lower n_expert_used" in message
@@ -160,6 +162,22 @@ def test_memory_limit() -> None:
 def test_items_stream_in_order() -> None:
     """Items arrive in order, more of them than the inbox holds."""
     assert list(stream_from_child(count, 50)) == list(range(50))
+
+
+def add_up(start: int) -> Generator[int, int, str]:
+    total = start
+    while total < 100:
+        total += yield total
+    return f"{total} in the end"
+
+
+def test_a_conversation_goes_in_step() -> None:
+    """What is sent is what the child's yield returns; the return value comes at the end."""
+    talk = converse_with_child(add_up, 1)
+    assert [1, 3, 6] == [next(talk), talk.send(2), talk.send(3)]
+    with pytest.raises(StopIteration) as end:
+        talk.send(1000)
+    assert end.value.value == "1006 in the end"
 
 
 def test_items_before_a_crash_arrive() -> None:
