@@ -9,6 +9,7 @@ from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.inspect import Inspection, inspect
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.verify import Verification, verify
+from moe2gguf.llama.chat import Chat
 from moe2gguf.llama.generate import Generation, generate
 from moe2gguf.measure.check import Check, compare_with_dense
 from moe2gguf.quant.rules import TypeOptions
@@ -19,6 +20,7 @@ from moe2gguf.recipes.quantize import Quantization, plan_quantization, quantize
 
 __all__ = [
     "CalibrationOptions",
+    "Chat",
     "Check",
     "Conversion",
     "GGUFFile",

@@ -17,6 +17,7 @@ from click.shell_completion import get_completion_class
 from cloup import HelpTheme, Style
 
 from moe2gguf.cli.bench import bench
+from moe2gguf.cli.chat import chat
 from moe2gguf.cli.compare import compare
 from moe2gguf.cli.convert import convert
 from moe2gguf.cli.densify import densify
@@ -54,7 +55,7 @@ def cli() -> None:
     \b
     Example:
       moe2gguf convert SmolLM2-135M-Instruct smollm2-moe.gguf --experts 8
-      moe2gguf run smollm2-moe.gguf -p "The capital of France is"
+      moe2gguf chat smollm2-moe.gguf
     """
 
 
@@ -74,7 +75,8 @@ def completion(shell: str) -> None:
 
 
 cli.section("Making", convert, quantize, densify, heal, set_used)
-cli.section("Looking", inspect, verify, run, expert_usage)
+cli.section("Running", run, chat)
+cli.section("Looking", inspect, verify, expert_usage)
 cli.section("Measuring", compare, bench)
 cli.section("Preparing", imatrix)
 cli.section("Your shell", completion)

@@ -252,7 +252,7 @@ def _write_file(
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.conversion(done, checked))
-    run = ["moe2gguf", "run", done.path, "-p", "The capital of France is"]
+    run = ["moe2gguf", "run", done.path, "The capital of France is"]
     measure = ["moe2gguf", "compare", done.path, "--reference", "DENSE.gguf"]
     display.next_steps(run, *([measure] if done.plan.n_expert else []))
     if checked and not checked.ok:

@@ -90,5 +90,5 @@ def quantize(
         on_plan=lambda plan: display.warnings(plan.warnings),
     )
     emit(done.to_dict(), as_json, lambda: tables_convert.quantization(done))
-    run = ["moe2gguf", "run", done.path, "-p", "The capital of France is"]
+    run = ["moe2gguf", "run", done.path, "The capital of France is"]
     display.next_steps(run, ["moe2gguf", "compare", done.path, "--reference", source])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -15,7 +16,9 @@ from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, 
 
 @cloup.command(cls=Command, no_effect=[NoEffect(("--seed",), without=("--temperature",))])
 @cloup.argument("file", type=FILE, help="The GGUF file to run.")
-@option("-p", "--prompt", required=True, help="Text to continue; no chat template is applied.")
+@cloup.argument("prompt", required=False, default=None, help="What to say to it.")
+@option("-p", "--prompt", "prompt_option", metavar="PROMPT", help="The same as an option.")
+@option("--raw", is_flag=True, help="Use no chat template: the text goes on where the prompt ends.")
 @used_option
 @number("-n", "--tokens", default=64, type=ONE, help="Tokens to generate.")
 @option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 takes the likeliest token.")
@@ -24,7 +27,9 @@ from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, 
 @threads_option
 def run(
     file: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_option: str | None,
+    raw: bool,
     used: int | None,
     tokens: int,
     temperature: float,
@@ -34,16 +39,33 @@ def run(
 ) -> None:
     """Generate text with llama.cpp and print the speed.
 
+    A chat model gets the prompt as a message, with its chat template, and its answer is printed. --raw, or a file
+    without a template, prints the prompt and how it goes on.
+
     \b
     Example:
-      moe2gguf run moe.gguf -p "The capital of France is" -n 32
-      moe2gguf run moe.gguf -p "Once upon a time" --used 4
+      moe2gguf run moe.gguf "What is the capital of France?"
+      moe2gguf run moe.gguf "Once upon a time" --raw --used 4 -n 200
     """
+    from moe2gguf.gguf.made_for import read_made_for
+    from moe2gguf.gguf.shards import read_model
     from moe2gguf.llama.generate import generate
+    from moe2gguf.llama.templates import read_template
 
-    pieces = generate(
+    text = prompt or prompt_option
+    if not text or (prompt and prompt_option):
+        raise click.UsageError("give one prompt: moe2gguf run FILE PROMPT")
+    header = read_model(file)
+    made_for = read_made_for(header.metadata)
+    if used and made_for and (note := made_for.note(file.name, [used])):
+        display.warnings([note])
+    template = None if raw else read_template(header)
+    if template:
+        with closing(template):
+            whole = template.render([{"role": "user", "content": text}])
+    generation = generate(
         file,
-        prompt,
+        whole if template else text,
         n_token=tokens,
         n_expert_used=used,
         device=device,
@@ -51,4 +73,4 @@ def run(
         seed=seed,
         threads=threads,
     )
-    display.stream(prompt, pieces)
+    display.stream("" if template else text, generation)

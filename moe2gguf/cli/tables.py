@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ MOST_LINES = 5
 """Of the list in an error's message."""
 WIDE = 250
 """Columns of a table in a pipe or a file."""
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 
 
 def out() -> Console:
@@ -135,19 +137,31 @@ def verification(found: Verification, checked: Check | None) -> None:
         check(checked)
 
 
-def stream(prompt: str, pieces: Generation) -> None:
+def stream(prompt: str, generation: Generation) -> None:
     """The prompt and its continuation on stdout as it comes; speeds on stderr. An error comes before the prompt."""
-    sys.stdout.write(prompt + next(pieces, ""))
-    sys.stdout.flush()
-    for piece in pieces:
-        sys.stdout.write(piece)
+    first = next(generation, "")
+    sys.stdout.write(prompt)
+    pieces(itertools.chain([first], generation))
+    warnings(generation.notes)
+    speed(generation)
+
+
+def pieces(text: Iterable[str]) -> None:
+    """A text on stdout as it comes, and the end of its line. A terminal gets no control characters from a model."""
+    safe = _CONTROL if sys.stdout.isatty() else {}
+    for piece in text:
+        sys.stdout.write(piece.translate(safe))
         sys.stdout.flush()
     sys.stdout.write("\n")
-    if speed := pieces.speed:
-        err().print(
-            f"prompt {speed.n_prompt} tokens, {speed.prompt_speed:.1f} tokens/s; "
-            f"generated {speed.n_generated}, {speed.generation_speed:.1f} tokens/s ({speed.stopped})"
-        )
+    sys.stdout.flush()
+
+
+def speed(generation: Generation) -> None:
+    """How fast a text came, on stderr."""
+    if found := generation.speed:
+        prompt = f"prompt {found.n_prompt} tokens, {found.prompt_speed:.1f} tokens/s"
+        answer = f"generated {found.n_generated}, {found.generation_speed:.1f} tokens/s ({found.stopped})"
+        err().print(f"{prompt}; {answer}", style="dim", markup=False)
 
 
 def collection(done: Collection) -> None:

@@ -124,8 +124,8 @@ def test_inspect_shows_experts_and_provenance(files: Any) -> None:
 
 def test_run_streams_text(files: Any) -> None:
     """Deterministic at temperature 0; speeds on stderr; --used changes what runs."""
-    first = moe2gguf("run", files[0], "-p", "Hello", "-n", 8)
-    again = moe2gguf("run", files[0], "-p", "Hello", "-n", 8)
+    first = moe2gguf("run", files[0], "--raw", "-p", "Hello", "-n", 8)
+    again = moe2gguf("run", files[0], "--raw", "-p", "Hello", "-n", 8)
 
     assert 0 == first.returncode, first.stderr
     assert first.stdout.startswith("Hello")

@@ -50,6 +50,14 @@ def test_text_is_the_models_and_characters_are_whole(story: Path) -> None:
     assert generation.speed.generation_speed > 0
 
 
+def test_one_start_of_text(story: Path) -> None:
+    """A prompt that begins with it, as chat templates write, does not get another one."""
+    generation = generate(story, "<s>a", n_token=50, threads=1)
+    assert list(generation) == list(STORY)
+    assert generation.speed is not None
+    assert generation.speed.n_prompt == 2
+
+
 def test_no_end_of_text_behind_a_prompt(story: Path, tmp_path: Path) -> None:
     """A file with add_eos_token (models of embeddings, some fine-tunes) goes on with the prompt, as others do."""
     with_eos = set_flag(story, tmp_path / "eos.gguf", "tokenizer.ggml.add_eos_token")
