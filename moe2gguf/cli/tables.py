@@ -1,4 +1,4 @@
-"""What a person sees: tables on stdout, progress and warnings on stderr (silent when it is not a terminal)."""
+"""What a person sees: tables on stdout, progress and warnings on stderr (seldom a line when it is not a terminal)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import click
@@ -23,6 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from moe2gguf.llama.machine import describe_load
+
 if TYPE_CHECKING:
     from moe2gguf.gguf.verify import Verification
     from moe2gguf.llama.generate import Generation
@@ -36,6 +40,8 @@ MOST_LINES = 5
 """Of the list in an error's message."""
 WIDE = 250
 """Columns of a table in a pipe or a file."""
+PULSE = 30.0
+_pulse = SimpleNamespace(last=time.monotonic())  # when a log heard of us last
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 
 
@@ -59,18 +65,38 @@ def lines(table: Table) -> None:
 
 @contextlib.contextmanager
 def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with time left on stderr, and bytes with their rate; nothing when stderr is not a terminal.
+    """A bar with time left on stderr, and bytes with their rate; a line now and then when stderr is not a terminal.
 
     What is counted are bytes, but tokens times layers in the stage "calibrate", which has its share done instead.
     """
-    console = err()
+    console, done = err(), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        bar.advance(task, n)
+        if not console.is_terminal:
+            tell(f"{stage}: {done / max(total, 1):.0%}")
+
     amount = (
         (TaskProgressColumn(),) if stage == "calibrate" else (DownloadColumn(binary_units=False), TransferSpeedColumn())
     )
     columns = (TextColumn("{task.description:9}"), BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(stage, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield advance
+
+
+def tell(line: str) -> None:
+    """A line of progress on stderr; where that is no terminal, one every `PULSE` seconds, with the machine's load."""
+    console = err()
+    if not console.is_terminal:
+        now = time.monotonic()
+        if now - _pulse.last < PULSE:
+            return
+        _pulse.last = now
+        line = f"{line} ({load})" if (load := describe_load()) else line
+    console.print(line, markup=False)
 
 
 def is_verbose() -> bool:
@@ -161,7 +187,8 @@ def speed(generation: Generation) -> None:
     if found := generation.speed:
         prompt = f"prompt {found.n_prompt} tokens, {found.prompt_speed:.1f} tokens/s"
         answer = f"generated {found.n_generated}, {found.generation_speed:.1f} tokens/s ({found.stopped})"
-        err().print(f"{prompt}; {answer}", style="dim", markup=False)
+        load = f"; {busy}" if (busy := describe_load()) else ""
+        err().print(f"{prompt}; {answer}{load}", style="dim", markup=False)
 
 
 def collection(done: Collection) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe2gguf.cli import tables as display
+from moe2gguf.measure.pareto import judge_quality
 from moe2gguf.measure.report.page import write_whole
 
 if TYPE_CHECKING:
@@ -21,17 +22,14 @@ if TYPE_CHECKING:
 
 
 def row_done(row: ResultRow) -> None:
-    """One line on stderr when it is a terminal: the sweep is alive, and this is how far it got."""
-    console = display.err()
-    if not console.is_terminal:
-        return
+    """One line of progress: the sweep is alive, and this is how far it got."""
     if row.quality:
         summary = row.quality.summary
         what = f"perplexity {summary.perplexity:.3f}, KL {summary.kl_mean:.3g}"
         what += " (journal)" if row.resumed else f" ({row.quality.seconds:.1f} s)"
     else:
         what = row.reason.splitlines()[0]
-    console.print(f"{escape(row.config.label)}: {row.status}, {escape(what)}")
+    display.tell(f"{row.config.label}: {row.status}, {what}")
 
 
 def comparison(found: Comparison, *, wide: bool = False) -> None:
@@ -56,7 +54,10 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
     display.lines(table)
     if found.noise:
         s = found.noise.summary
-        console.print(f"noise floor (the reference against itself): KL mean {s.kl_mean:.2g}, top-1 {s.top1:.2%}")
+        console.print(
+            "noise floor (the reference against itself, computed in another order over the first window): "
+            f"KL mean {s.kl_mean:.2g}, top-1 {s.top1:.2%}"
+        )
     console.print()
     _reasons(found)
     _devices(found)
@@ -137,9 +138,11 @@ def _verdicts(found: Comparison) -> None:
 
 
 def _choice(found: Comparison) -> None:
-    if found.recommendation is None:
-        return
     console = display.out()
+    if found.recommendation is None:
+        if best := judge_quality(found.rows):
+            console.print(f"take {escape(best.label)}: {escape(best.reason)}")
+        return
     console.print()
     table = _speed_table()
     if found.reference_speed:
@@ -154,12 +157,8 @@ def _choice(found: Comparison) -> None:
 
 
 def run_done(one: RunConfig, run: Run) -> None:
-    """One line on stderr for every timed run when it is a terminal."""
-    console = display.err()
-    if console.is_terminal:
-        console.print(
-            f"{escape(one.label)}: prompt {run.prompt_speed:.1f}, generation {run.generation_speed:.1f} tokens/s"
-        )
+    """One line of progress for every timed run."""
+    display.tell(f"{one.label}: prompt {run.prompt_speed:.1f}, generation {run.generation_speed:.1f} tokens/s")
 
 
 def speeds(found: Bench) -> None:

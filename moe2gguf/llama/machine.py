@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,3 +39,17 @@ def name_processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def describe_load() -> str:
+    """Return a sentence where twice as many processes want a processor as there are; empty otherwise, and on Windows.
+
+    llama.cpp's threads wait for each other in busy loops: beside other work it falls to a tenth of its speed. The
+    number is the average of the last minute, this program included.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return ""
+    n = os.cpu_count() or 1
+    return f"the machine is busy: {load:.0f} processes want its {n} processors" if load > 2 * n else ""

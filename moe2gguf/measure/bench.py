@@ -11,7 +11,7 @@ from moe2gguf.errors import CrashError, HarnessError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.devices import choose_reference_device, place_on_device, require_devices
 from moe2gguf.llama.library import count_processors
-from moe2gguf.llama.machine import describe_machine
+from moe2gguf.llama.machine import describe_load, describe_machine
 from moe2gguf.llama.repack import explain_retry, leave_weights_alone
 from moe2gguf.measure.grid import RunConfig, note_other_counts, plan_grid, plan_run
 from moe2gguf.measure.metrics import as_json
@@ -162,7 +162,7 @@ def time_grid(
             "threads": timing.threads or count_processors(),
         },
         environment=describe_machine(),
-        notes=tuple(one.note for one in timed if one.note),
+        notes=tuple(note for note in (*(one.note for one in timed), describe_load()) if note),
     )
 
 

@@ -71,7 +71,7 @@ def test_a_count_that_a_file_was_not_made_for_is_noted(tmp_path: Path) -> None:
     strings = {"moe2gguf.slicing.amplify": "used"}
     path = tiny_gguf.write_gguf(tmp_path / "half.gguf", weights, n_expert_used=2, strings=strings)
     assert [] == note_other_counts(plan_grid([path]))
-    (note,) = bench([path], used=[2, 4], timing=Timing(8, 4, 1, 1)).notes
+    note = bench([path], used=[2, 4], timing=Timing(8, 4, 1, 1)).notes[0]
     assert "in half.gguf the experts are amplified for 2 of them" in note
     assert "with 4 it answers worse" in note
 
