@@ -6,8 +6,12 @@ anything that is not a `Moe2GgufError` is a defect of ours and keeps its traceba
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
+
+_OPEN = Path("/dev/fd")
 
 
 class Moe2GgufError(Exception):
@@ -78,6 +82,22 @@ def advise_install(*packages: str) -> str:
     """What to type to get those of the packages that cannot be imported: "pip install torch"; "" if all can be."""
     missing = [name for name in packages if find_spec(name) is None]
     return " ".join(["pip install", *missing]) if missing else ""
+
+
+def name_odd_file(path: Path, *, pipes: bool = False) -> str | None:
+    """Say what stands at `path` in the place of a file, such as "is a pipe"; None for a file, and where nothing is.
+
+    To be asked before a file is opened, as a pipe or a device would block. `pipes` allows those without a name, at
+    whose other end somebody writes: what a shell puts in the place of `<(command)`, and /dev/stdin.
+    """
+    try:
+        mode, place = path.stat().st_mode, path.resolve()
+    except (OSError, ValueError):  # opening it will say why
+        return None
+    if stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode) and (place.parent == _OPEN or not place.exists())):
+        return None
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
+    return f"is a {next((name for is_kind, name in kinds.items() if is_kind(mode)), 'device')}; expected a file"
 
 
 def list_names(names: Sequence[str], most: int = 3) -> str:

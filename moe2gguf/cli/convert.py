@@ -237,7 +237,7 @@ def _write_file(
     arguments: dict[str, Any],
 ) -> None:
     """Convert, then write the report and compare with the dense model where that is asked for."""
-    from moe2gguf.measure.check import compare_conversion
+    from moe2gguf.measure.check import compare_conversion, require_reference
     from moe2gguf.recipes.convert import convert as write
 
     if report:
@@ -245,6 +245,8 @@ def _write_file(
         from moe2gguf.measure.report.page import require_plotly, write_page
 
         require_plotly(report)
+    if check:
+        require_reference(check)
     done = write(model, out, options, progress=display.progress, **arguments)
     if report:
         write_page(make_page(done, sys.argv), report)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moe2gguf.errors import CalibrationError, OutputError
+from moe2gguf.errors import CalibrationError, OutputError, name_odd_file
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, PADDING, ROUTER_SIZE, expert_width
 from moe2gguf.spec import Method, Slicing
@@ -215,6 +215,8 @@ def read_calibration(path: Path) -> SavedCalibration:
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[Any]:
+    if what := name_odd_file(path):
+        raise _broken_error(path, what)
     try:
         with safe_open(path, framework="np") as file:
             yield file

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.errors import CalibrationError
+from moe2gguf.errors import CalibrationError, name_odd_file
 
 MAX_TEXT_BYTES = 1 << 30
 _BYTES_PER_TOKEN = 32
@@ -42,6 +42,8 @@ def bytes_to_read(n_token: int | None) -> int | None:
 def read_text(path: Path | None = None, n_byte: int | None = None) -> Text:
     """Return the text of `path`: plain UTF-8, or JSONL whose objects have a "text" string; None: the built-in text.
 
+    A shell's `<(command)` and /dev/stdin are read too, once.
+
     With `n_byte` only the start of a file is read: so many bytes, less a character or a JSONL line that is cut off.
 
     Raises:
@@ -58,14 +60,14 @@ def read_text(path: Path | None = None, n_byte: int | None = None) -> Text:
         text = "\n\n".join(_json_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line)
     if not text.strip():
         raise CalibrationError(f"{path}: empty; a text of the kind that the model is meant for is needed")
-    return Text(text, path.name)
+    return Text(text, path.name if path.is_file() else "pipe")
 
 
 def _read_bytes(path: Path, n_byte: int | None) -> tuple[bytes, bool]:
     """Return the bytes of a file, and whether more follow."""
     try:
-        if not path.is_file():
-            raise CalibrationError(f"{path}: is not a file; name a text file")
+        if what := name_odd_file(path, pipes=True):
+            raise CalibrationError(f"{path}: {what}")
         with path.open("rb") as file:
             data = file.read((MAX_TEXT_BYTES if n_byte is None else n_byte) + 1)
     except OSError as error:

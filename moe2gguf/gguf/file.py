@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from moe2gguf.errors import GGUFError
+from moe2gguf.errors import GGUFError, name_odd_file
 from moe2gguf.spec import MetadataValue
 
 CHUNK = 16 << 20
@@ -153,8 +153,8 @@ def refuse_alignment(file: GGUFFile) -> list[str]:
 def open_gguf(path: Path) -> BinaryIO:
     """Open a regular file for unbuffered reading; raises GGUFError for anything else (a pipe would hang)."""
     try:
-        if path.exists() and not path.is_file():
-            raise GGUFError(f"{path}: not a regular file; give the path of a .gguf file")
+        if what := name_odd_file(path):
+            raise GGUFError(f"{path}: {what}")
         return path.open("rb", buffering=0)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise GGUFError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error

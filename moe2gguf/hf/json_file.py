@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
-from moe2gguf.errors import CheckpointError
+from moe2gguf.errors import CheckpointError, name_odd_file
 
 MAX_JSON_BYTES = 256 * 1024 * 1024
 """The largest JSON file we read, in bytes; the largest tokenizer.json in use today has about 35 MB."""
@@ -58,11 +57,10 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
         CheckpointError: the file is missing, unreadable, no regular file (a pipe would block), or larger.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: is not a regular file")
-        if status.st_size > max_bytes:
-            raise CheckpointError(f"{path}: {status.st_size:,} bytes; a sound one has at most {max_bytes:,}")
+        if what := name_odd_file(path):
+            raise CheckpointError(f"{path}: {what}")
+        if (n_byte := path.stat().st_size) > max_bytes:
+            raise CheckpointError(f"{path}: {n_byte:,} bytes; a sound one has at most {max_bytes:,}")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except FileNotFoundError as error:

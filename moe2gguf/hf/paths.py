@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe2gguf.errors import CheckpointError
+from moe2gguf.errors import CheckpointError, name_odd_file
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -77,7 +77,7 @@ def _find_bad_target(path: Path, root: Path) -> str | None:
     if path.is_dir():
         outside = not path.resolve().is_relative_to(root)
         return "is a link to another folder; link the files instead, or copy the folder" if outside else None
-    return None if path.is_file() else "is a pipe, a socket or a device; expected a file"
+    return name_odd_file(path)
 
 
 def _find_bad_name(name: str) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 from moe2gguf.experts.text import read_text
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.library import count_processors
+from moe2gguf.llama.library import count_processors, import_llama
 from moe2gguf.llama.model import read_facts
 from moe2gguf.measure import metrics
 from moe2gguf.measure.logits import Reference, record_reference, score_file
@@ -136,6 +136,22 @@ def reorder_sums(setup: Setup) -> Setup:
     """
     n = setup.n_threads or count_processors()
     return replace(setup, n_batch=1, n_threads=max(1, n // 2))
+
+
+def require_reference(dense: str) -> None:
+    """Find out what `compare_conversion` needs; `dense` is as there.
+
+    Raises:
+        HarnessError: llama.cpp is not installed, or cannot load `dense`.
+    """
+    if dense == "auto":
+        run_in_child(_require_llama, what="looking for llama.cpp")
+    else:
+        run_in_child(read_facts, Path(dense), what=f"reading {dense}")
+
+
+def _require_llama() -> None:
+    import_llama()
 
 
 def compare_conversion(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from moe2gguf.errors import PlanError
+from moe2gguf.errors import PlanError, name_odd_file
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType, shown
 from moe2gguf.quant.presets import ARCHITECTURES, PRESETS, Network, Preset
@@ -202,6 +202,8 @@ def read_type_rules(path: Path) -> list[tuple[str, str]]:
     Raises:
         PlanError: it cannot be read, is neither TOML nor JSON (by its suffix), or has another content.
     """
+    if what := name_odd_file(path):
+        raise PlanError([f"{path}: {what}"])
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)

@@ -72,7 +72,7 @@ def test_of_a_part_of_a_text_nothing_is_half(tmp_path: Path) -> None:
 
     assert ["weiß\nä", "wei", "weiß"] == [read_text(tmp_path / "a.txt", n).text for n in (None, 7, 8)]
     assert ["one?\u2028", "one?\u2028\n\ntwo"] == [read_text(tmp_path / "b.jsonl", n).text for n in (30, 300)]
-    with pytest.raises(CalibrationError, match="is not a file"):
+    with pytest.raises(CalibrationError, match="is a folder; expected a file"):
         read_text(tmp_path)
 
 

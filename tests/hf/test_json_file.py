@@ -57,9 +57,9 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
     """A missing file, a folder and a pipe (which would block) are refused."""
     with pytest.raises(CheckpointError, match="no such file"):
         read_json(tmp_path / "missing.json")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CheckpointError, match="is a folder; expected a file"):
         read_json(tmp_path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(CheckpointError, match="not a regular file"):
+        with pytest.raises(CheckpointError, match="is a pipe; expected a file"):
             read_json(tmp_path / "pipe")
