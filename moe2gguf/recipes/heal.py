@@ -12,9 +12,8 @@ from typing import Any
 
 from moe2gguf.errors import HealError, advise_install
 from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
-from moe2gguf.experts.heal.run import HealRun
 from moe2gguf.experts.heal.settings import HealSettings, Windows
-from moe2gguf.experts.heal.work import ExpertWeights, Log, WorkFolder
+from moe2gguf.experts.heal.work import ExpertWeights, HealRun, Log, WorkFolder
 from moe2gguf.experts.text import Text, read_text, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.resume import Job, describe, describe_record

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts.heal.log import ScoreLine
-from moe2gguf.experts.heal.losses import kl_divergence, next_token_loss
+from moe2gguf.experts.heal.losses import TOKENS, kl_divergence, next_token_loss, sum_terms
 from moe2gguf.experts.heal.settings import Windows
 from moe2gguf.experts.heal.student import set_used
-from moe2gguf.experts.heal.sum_terms import TOKENS, sum_terms
 from moe2gguf.experts.heal.teacher import Teacher
 from moe2gguf.experts.hidden_states import chunks
 

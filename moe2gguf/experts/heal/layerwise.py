@@ -24,9 +24,8 @@ from moe2gguf.experts.heal.losses import kl_divergence, next_token_loss
 from moe2gguf.experts.heal.moe_layer import MoELayer
 from moe2gguf.experts.heal.optimize import freeze, is_trained, make_optimizer, require_finite
 from moe2gguf.experts.heal.router import find_scale
-from moe2gguf.experts.heal.run import HealRun
 from moe2gguf.experts.heal.settings import HealSettings, Windows, draw_batch, draw_used
-from moe2gguf.experts.heal.work import ExpertWeights, WorkFolder
+from moe2gguf.experts.heal.work import ExpertWeights, HealRun, WorkFolder
 from moe2gguf.experts.refit import Normal, choose_ridge
 from moe2gguf.experts.stats import cap_massive_tokens
 

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe2gguf.experts.heal.all_experts import use_all_experts
 from moe2gguf.experts.heal.load import load_model
 from moe2gguf.experts.heal.optimize import find_part
 from moe2gguf.experts.heal.router import Router, find_scale
 from moe2gguf.experts.heal.settings import Windows
 from moe2gguf.experts.heal.work import ExpertWeights
 from moe2gguf.hf.write_config import GROUPED_ROW_BYTES
+
+ALL_EXPERTS = "moe2gguf_all_experts"
 
 
 def load_student(
@@ -118,3 +120,28 @@ def _read_experts(experts: Any) -> dict[str, Tensor]:
         experts = experts.base_layer
     names = ("gate_up_proj", "down_proj")
     return {name: getattr(experts, name) + changes.get(name, 0) for name in names}
+
+
+def use_all_experts(model: Any) -> None:
+    """Let every mixture-of-experts layer of a transformers model run as `run_all_experts` does.
+
+    A training step sends many tokens through few small experts. transformers' own implementations sort tokens by
+    expert, which on a CPU costs more than the arithmetic it saves from about a quarter of the experts upwards; its
+    default one (`grouped_mm`) also needs rows of a multiple of 16 bytes.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(ALL_EXPERTS, run_all_experts)
+    model.set_experts_implementation(ALL_EXPERTS)
+
+
+def run_all_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """(n_token, d_model) -> (n_token, d_model), as `MixtralExperts.forward` computes it: two large products.
+
+    Experts that are not used weigh zero. `self` has gate_up_proj (n_expert, 2 * d_expert, d_model) and down_proj
+    (n_expert, d_model, d_expert); indices and weights are (n_token, k).
+    """
+    gate_up, down, x = self.gate_up_proj, self.down_proj, hidden_states
+    weights = torch.zeros(len(x), len(gate_up), dtype=top_k_weights.dtype, device=x.device)
+    weights = weights.scatter(1, top_k_index, top_k_weights).to(x.dtype)
+    gate, up = (x @ gate_up.flatten(0, 1).T).unflatten(1, (len(gate_up), 2, -1)).unbind(2)
+    h = torch.nn.functional.silu(gate) * up * weights[:, :, None]
+    return h.flatten(1) @ down.transpose(1, 2).flatten(0, 1)

@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from moe2gguf.errors import HealError
-from moe2gguf.experts.heal.checkpoints import load_checkpoint, save_checkpoint
 from moe2gguf.experts.heal.evaluate import score_model
 from moe2gguf.experts.heal.log import ScoreLine, StepLine
-from moe2gguf.experts.heal.losses import kl_divergence, next_ids, next_token_loss
+from moe2gguf.experts.heal.losses import kl_divergence, next_ids, next_token_loss, sum_terms
 from moe2gguf.experts.heal.optimize import freeze, make_optimizer
-from moe2gguf.experts.heal.run import HealRun
 from moe2gguf.experts.heal.settings import Windows, draw_batch, draw_used
 from moe2gguf.experts.heal.student import add_lora, load_student, read_attention, read_layers, set_used
-from moe2gguf.experts.heal.sum_terms import sum_terms
 from moe2gguf.experts.heal.teacher import Teacher
-from moe2gguf.experts.heal.work import ExpertWeights
+from moe2gguf.experts.heal.work import ExpertWeights, HealRun, WorkFolder
 
 
 def heal_model(
@@ -172,3 +170,20 @@ class Trainer:
     def _log(self, line: StepLine | ScoreLine) -> None:
         if self.accelerator.is_main_process:
             self.run.log(line)
+
+
+def save_checkpoint(accelerator: Accelerator, work: WorkFolder, step: int, best: float) -> None:
+    """Save the state after `step` steps and the `best` score so far; older checkpoints go."""
+    with work.save_checkpoint(step, best) as path:
+        accelerator.wait_for_everyone()  # the main process has removed what a stopped run left there
+        accelerator.save_state(str(path))
+        accelerator.wait_for_everyone()  # every process has written its part
+
+
+def load_checkpoint(accelerator: Accelerator, work: WorkFolder) -> tuple[int, float]:
+    """Restore the last checkpoint; the steps done and the best score, (0, infinity) if there is none."""
+    name, best = broadcast_object_list([*work.find_checkpoint()])
+    if name is None:
+        return 0, best
+    accelerator.load_state(str(work.path / name))
+    return int(name.split("-")[1]), best

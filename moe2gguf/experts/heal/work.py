@@ -1,7 +1,7 @@
 """The folder in which a healing run keeps what it has finished, so that it can go on after a stop.
 
 All of it is read and written here: the log, the healed layers with the hidden states behind them, the
-best weights of the whole-model steps, and the names of the checkpoints of `moe2gguf.experts.heal.checkpoints`.
+best weights of the whole-model steps, and the names of the checkpoints of `moe2gguf.experts.heal.train`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HealError
 from moe2gguf.experts.heal.log import LogLine, from_dict, to_dict
+from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.gguf.resume import Job
+from moe2gguf.progress import Progress
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -131,6 +133,18 @@ class WorkFolder:
         name = self.job.last(r"step-\d+") if self.job else None
         piece = self.job.find(name) if self.job and name else None
         return name, float(piece.facts["best"]) if piece else math.inf
+
+
+@dataclass(frozen=True)
+class HealRun:
+    """What the stages of a run share: token ids of windows to train on and to score, choices, and where results go."""
+
+    ids: Windows
+    held_out: Windows
+    settings: HealSettings
+    work: WorkFolder
+    log: Callable[[LogLine], None]
+    progress: Progress
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""moe2gguf.experts.heal.all_experts: all experts at once give what transformers' own give, forward and backward."""
+"""moe2gguf.experts.heal.student: all experts at once give what transformers' own give, forward and backward."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe2gguf.experts.heal import all_experts
+from moe2gguf.experts.heal import student
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])
@@ -20,10 +20,10 @@ def test_logits_and_gradients_are_those_of_transformers(k: int) -> None:
     model.set_experts_implementation("eager")
     expected = run(model, ids)
 
-    all_experts.use_all_experts(model)
+    student.use_all_experts(model)
     found = run(model, ids)
 
-    assert model.config._experts_implementation == all_experts.NAME
+    assert model.config._experts_implementation == student.ALL_EXPERTS
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -1,4 +1,4 @@
-"""moe2gguf.experts.heal.sum_terms: what is summed piece by piece is the sum, and so is its gradient."""
+"""moe2gguf.experts.heal.losses: what is summed piece by piece is the sum, and so is its gradient."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe2gguf.experts.heal import losses
-from moe2gguf.experts.heal.sum_terms import TOKENS, sum_terms
+from moe2gguf.experts.heal.losses import TOKENS, sum_terms
 
 
 def test_terms_and_gradient_are_those_of_all_tokens_at_once() -> None:
