@@ -55,6 +55,14 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def make_table(*columns: str, numbers: slice = slice(0)) -> Table:
+    """A table without lines; the columns of numbers are aligned to the right."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[numbers]:
+        column.justify = "right"
+    return table
+
+
 def lines(table: Table) -> None:
     """Print a table: a terminal folds what is too wide, a pipe or a file gets whole lines."""
     console = out()
@@ -139,9 +147,7 @@ def check(checked: Check) -> None:
     console.print(
         f"compared with {escape(str(checked.dense))} over {ours.n_token} tokens, {checked.n_expert_used} experts used:"
     )
-    table = Table("", "largest logit difference", "KL divergence", "same top token", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("", "largest logit difference", "KL divergence", "same top token", numbers=slice(1, None))
     for name, found in (("this file", ours), ("dense file again (noise)", checked.noise)):
         table.add_row(name, f"{found.max_difference:.2e}", f"{found.kl_mean:.2e} nats", f"{found.top1:.2%}")
     console.print(table)
@@ -199,7 +205,7 @@ def collection(done: Collection) -> None:
         f"wrote {done.path}: {len(done.matrix.entries)} tensors, {done.n_token:,} tokens{resumed}{merged}", markup=False
     )
     if done.scarce:
-        table = Table("layer", "experts and their tokens", box=None, pad_edge=False)
+        table = make_table("layer", "experts and their tokens")
         for layer in dict.fromkeys(one.layer for one in done.scarce):
             experts = ", ".join(f"{one.expert}: {one.n_token}" for one in done.scarce if one.layer == layer)
             table.add_row(layer, experts)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moe2gguf.cli import tables as display
 from moe2gguf.experts.layer import LayerReport
@@ -58,7 +57,7 @@ def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
 
     console.print()
     if plan.assigned.counts:
-        rules = Table("tensors", "type", "because of", "pattern", box=None, pad_edge=False)
+        rules = display.make_table("tensors", "type", "because of", "pattern")
         for rule, count in plan.assigned.counts:
             rules.add_row(str(count), rule.type.name, escape(rule.origin), escape(rule.pattern))
         console.print(rules)
@@ -66,8 +65,7 @@ def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
         console.print("--verbose lists the tensors")
         return
     console.print()
-    table = Table("tensor", "shape", "type", "bytes", "bits per weight", box=None, pad_edge=False)
-    table.columns[3].justify = table.columns[4].justify = "right"
+    table = display.make_table("tensor", "shape", "type", "bytes", "bits per weight", numbers=slice(3, None))
     for tensor in plan.tensors:
         shape, bits = " x ".join(map(str, tensor.shape)), bits_per_weight(tensor.type)
         table.add_row(escape(tensor.name), shape, tensor.type.name, f"{tensor.n_bytes:,}", f"{bits:g}")
@@ -77,9 +75,7 @@ def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
 def _active(console: Console, plan: Plan) -> None:
     """Bytes per token and the bandwidth bound at each count."""
     console.print()
-    table = Table("experts used", "bytes per token", "speed-up, at most", box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify = "right"
+    table = display.make_table("experts used", "bytes per token", "speed-up, at most", numbers=slice(None))
     for k in range(1, plan.n_expert + 1):
         mark = " (file)" if k == plan.n_expert_used else ""
         table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
@@ -137,9 +133,7 @@ def layers(reports: Sequence[LayerReport]) -> None:
         "constant",
         "after refit",
     )
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify = "right"
+    table = display.make_table(*columns, numbers=slice(None))
     for i, report in enumerate(reports):
         routed = report.load[report.n_shared :]
         table.add_row(
@@ -172,9 +166,7 @@ def _energy(done: Conversion) -> None:
     """Energy kept at each count, over the layers, beside the speed bound."""
     console, plan = display.out(), done.plan
     columns = ("experts used", "energy kept, mean", "worst layer", "speed-up, at most")
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify = "right"
+    table = display.make_table(*columns, numbers=slice(None))
     for k, values in enumerate(zip(*(layer.energy_by_used for layer in done.layers), strict=True), 1):
         mean = sum(values) / len(values)
         mark = " (file)" if k == plan.n_expert_used else ""

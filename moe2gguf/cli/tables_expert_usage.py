@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
 from moe2gguf.cli import tables as display
 
@@ -21,9 +20,9 @@ def experts(found: ExpertUse) -> None:
     from moe2gguf.measure.report.expert_usage import summarize
 
     moved = any(one.moved is not None for one in found.layers)
-    table = Table(*_COLUMNS, "together", *(["moved"] if moved else []), box=None, pad_edge=False)
-    for column in (*table.columns[:5], *table.columns[9:]):
-        column.justify = "right"
+    table = display.make_table(*_COLUMNS, "together", numbers=slice(5))
+    if moved:
+        table.add_column("moved", justify="right")
     for one in found.layers:
         table.add_row(*_cells(one), *([f"{one.moved:.1%}"] if one.moved is not None else []))
     display.lines(table)

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
 from moe2gguf.cli import tables as display
 from moe2gguf.experts.heal.log import LayerLine, LogLine, ScoreLine
@@ -36,9 +35,7 @@ def healing(done: Healing) -> None:
     if scores := done.scores:
         best = min(scores, key=lambda line: line.kl_mean)
         columns = ("experts used", "KL before", "KL after", "perplexity after", "of the dense model")
-        table = Table(*columns, box=None, pad_edge=False)
-        for column in table.columns:
-            column.justify = "right"
+        table = display.make_table(*columns, numbers=slice(None))
         for k in best.kl:
             values = (scores[0].kl[k], best.kl[k], math.exp(best.nll[k]), math.exp(best.nll_dense))
             table.add_row(k, *(f"{value:.4g}" for value in values))
