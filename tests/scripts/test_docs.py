@@ -20,7 +20,7 @@ ELSEWHERE = {
     "dask": {"--nthreads"},
     "mypy": {"--strict"},
     "scripts/bench": {"--long", "--only", "--repeats", "--vocabulary", "--windows"},
-    "scripts/check": {"--fast"},
+    "scripts/check": {"--coverage", "--fast"},
     "scripts/experiments": {"--d-ff", "--d-model", "--epochs", "--layers", "--model", "--repeat"},
     "scripts/release": {"--dry-run"},
 }
