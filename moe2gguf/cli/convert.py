@@ -51,7 +51,7 @@ NO_EFFECT = (
 
 
 @cloup.command(cls=Command, no_effect=NO_EFFECT)
-@cloup.argument("model", type=ANY, help="A Hugging Face folder, or a dense GGUF file.")
+@cloup.argument("model", type=ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
 @cloup.argument("out", type=OUT, required=False, help="The GGUF file to write.")
 @option_group(
     "What to make",
@@ -166,14 +166,14 @@ def convert(
 ) -> None:
     """Convert a dense model into a GGUF file with experts.
 
-    MODEL is a folder of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 or Mixtral in f32, f16 or bf16, or a GGUF file of
-    architecture llama or qwen2, whose quantized blocks are copied unchanged. OUT appears when it is complete and
-    verified.
+    MODEL is a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub, of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 or
+    Mixtral in f32, f16 or bf16; or a GGUF file of architecture llama or qwen2, whose quantized blocks are copied
+    unchanged. OUT appears when it is complete and verified.
 
     \b
     Example:
       moe2gguf convert SmolLM2-135M-Instruct moe.gguf --experts 8 --check auto
-      moe2gguf convert SmolLM2-135M-Instruct --plan
+      moe2gguf convert HuggingFaceTB/SmolLM2-135M-Instruct --plan
       moe2gguf convert dense-q4_k_m.gguf moe-q4_k_m.gguf --experts 7 --shard-size 2GB
       moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf --experts 16 --align 32 --type q8_0
       moe2gguf convert SmolLM2-135M-Instruct half.gguf --experts 16 --used 8 --calibration text.txt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +14,16 @@ from moe2gguf.errors import CheckpointError, PlanError, VocabularyError, list_na
 from moe2gguf.hf import card, config
 from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, is_ignored, list_expected_tensors
 from moe2gguf.hf.json_file import read_json
-from moe2gguf.hf.paths import inside, links_out_of
+from moe2gguf.hf.paths import find_origin, inside, links_out_of
 from moe2gguf.hf.safetensors import ADAPTER, ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Metadata, Model, Vocabulary
 
 T = TypeVar("T")
+
+SOURCE_REPOSITORY = "moe2gguf.source.repository"
+SOURCE_REVISION = "moe2gguf.source.revision"
+"""Where on the Hugging Face Hub a model is from: OWNER/NAME, and the commit."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     card: Metadata
     warnings: tuple[str, ...] = field(default=())
-    provenance: Metadata = field(default_factory=dict)  # the `moe2gguf.*` keys of a folder that we wrote
+    provenance: Metadata = field(default_factory=dict)  # its `moe2gguf.*` keys: of a folder of ours, and its origin
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -57,24 +60,19 @@ class Checkpoint:
         return whole if rows is None else whole[rows]
 
 
-def _suggest_download(folder: Path) -> str:
-    """How to get a model whose name on the Hub was given."""
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        return ""
-    return f"; a model of the Hugging Face Hub is fetched by: hf download {folder} --local-dir {folder.name}"
-
-
-def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, name: str | None = None, headers: Mapping[str, StoredTensor] | None = None
+) -> Checkpoint:
     """Open the Hugging Face folder `folder`; `name` overrides the model's name in the metadata.
+
+    `headers` are its tensors where they are known already, because the weights are not there.
 
     Raises:
         CheckpointError: there is no such folder or no config.json in it.
         PlanError: everything else that is wrong, all of it in one list.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: neither a Hugging Face model folder nor a GGUF file{_suggest_download(folder)}"
-        )
+        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
     values = read_json(inside(folder, "config.json"))
     problems: list[str] = []
     warnings = [*_name_links(folder), *_name_adapter(folder)]
@@ -82,7 +80,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     model = config.read_model(values, family, problems, warnings) if family else None
     tied = model is not None and model.tied_embeddings
     is_derived = lambda name: is_ignored(name) or (tied and name == HEAD)  # noqa: E731
-    tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: read_headers(folder, is_derived), problems)
+    tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: headers or read_headers(folder, is_derived), problems)
     if model is None or family is None:
         raise PlanError(problems)
     mlp = family.mlp[0]
@@ -98,8 +96,14 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     if problems or tensors is None or vocabulary is None or metadata is None:
         raise PlanError(problems)
     warnings += vocabulary.warnings
-    made_by = config.read_provenance(values)
+    made_by = {**config.read_provenance(values), **_describe_origin(folder)}
     return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
+
+
+def _describe_origin(folder: Path) -> Metadata:
+    """The keys that say of which repository and commit of the Hub a folder of its cache is."""
+    origin = find_origin(folder)
+    return {SOURCE_REPOSITORY: origin.repository, SOURCE_REVISION: origin.revision} if origin else {}
 
 
 def _name_links(folder: Path) -> list[str]:
@@ -147,6 +151,9 @@ def _untie(
     if embedding is None:
         rest = {name: tensor for name, tensor in tensors.items() if name != HEAD}
         return model, {**rest, EMBEDDING: replace(head, name=EMBEDDING)}
+    if not head.file.exists():
+        warnings.append(f"{HEAD} is stored although config.json ties it: `convert` compares it with the embedding")
+        return model, tensors
     if head.equals(embedding):
         warnings.append(f"{HEAD} is ignored: it equals the embedding, to which config.json ties it")
         return model, tensors

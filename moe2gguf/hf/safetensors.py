@@ -118,7 +118,7 @@ def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: Fal
             broken header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
     """
     index = inside(folder, INDEX)
-    files = _list_indexed_files(folder, index) if index.exists() else [_find_single_file(folder)]
+    files = _list_indexed_files(folder) if index.exists() else [_find_single_file(folder)]
     tensors: dict[str, StoredTensor] = {}
     twice = []
     for file in files:
@@ -151,9 +151,15 @@ def _find_single_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no *.safetensors file; is this a Hugging Face model folder?")
 
 
-def _list_indexed_files(folder: Path, index: Path) -> list[Path]:
-    names = sorted(set(_read_weight_map(index).values()))
-    files = [inside(folder, name) for name in names]
+def list_shards(folder: Path) -> list[Path]:
+    """The files that the index of `folder` names, whether they are there or not; none where there is no index."""
+    index = inside(folder, INDEX)
+    return [inside(folder, name) for name in sorted(set(_read_weight_map(index).values()))] if index.exists() else []
+
+
+def _list_indexed_files(folder: Path) -> list[Path]:
+    files = list_shards(folder)
+    names = [file.relative_to(folder).as_posix() for file in files]
     if missing := [name for name, file in zip(names, files, strict=True) if not file.is_file()]:
         raise CheckpointError(f"{folder}: shards named in {INDEX} are missing: {list_names(missing, MOST_NAMES)}")
     stems = {match[1] for name in names if (match := _SHARD.fullmatch(name))}

@@ -73,8 +73,9 @@ def convert(
     """Convert `model` into the GGUF file `out`.
 
     Args:
-        model: folder with config.json, tokenizer files and safetensors (f32, f16, bf16); or a dense GGUF file of
-            arch llama or qwen2, of any types, or one of its shards.
+        model: folder with config.json, tokenizer files and safetensors (f32, f16, bf16); or OWNER/NAME or
+            OWNER/NAME@REVISION of the Hugging Face Hub, where there is no such folder; or a dense GGUF file of arch
+            llama or qwen2, of any types, or one of its shards.
         out: the file to write; it appears only when it is complete and verified. With `Options.shard_size` a set of
             shards, of which the result names the first.
         options: how many experts, which type, ...: see `Options`.
@@ -128,9 +129,12 @@ def convert(
 
 
 def plan_conversion(model: str | Path, options: Options | None = None, *, progress: Progress = silent) -> Plan:
-    """The plan of what `convert` would write. No weight is read, but for a target size; errors as in `convert`."""
+    """The plan of what `convert` would write. No weight is read, but for a target size; errors as in `convert`.
+
+    Of a model on the Hub only the small files are fetched, and the headers of the others.
+    """
     options = options or Options()
-    source = open_source(Path(model), name=options.name)
+    source = open_source(Path(model), name=options.name, weights=options.types.has_target)
     inputs = read_inputs(source, options)
     return fit_types(make_plan(source, inputs), inputs, progress)
 

@@ -11,7 +11,7 @@ from moe2gguf.experts.slicing import Order
 from moe2gguf.gguf.dense_model import DenseFile, carried_metadata
 from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance, vocabulary_metadata
-from moe2gguf.hf.folder import Checkpoint
+from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION, Checkpoint
 from moe2gguf.quant.assign import Assignment, assign
 from moe2gguf.quant.imatrix import ImportanceMatrix
 from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide, record_imatrix
@@ -77,8 +77,8 @@ def _draft_from_folder(source: Checkpoint, wanted: Wanted) -> Draft:
 
 
 def _inherit(provenance: Metadata) -> Metadata:
-    """What a folder of ours says about how its experts were made; version and source are those of this conversion."""
-    kinds = ("moe2gguf.slicing.", "moe2gguf.calibration.", "moe2gguf.heal.")
+    """Where a folder is from, and what one of ours says about how its experts were made."""
+    kinds = ("moe2gguf.slicing.", "moe2gguf.calibration.", "moe2gguf.heal.", SOURCE_REPOSITORY, SOURCE_REVISION)
     return {key: value for key, value in provenance.items() if key.startswith(kinds)}
 
 

@@ -1,4 +1,4 @@
-"""What a conversion may start from: a Hugging Face folder, or a dense GGUF file."""
+"""What a conversion may start from: a Hugging Face folder, a model of the Hub, or a dense GGUF file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from moe2gguf.gguf.blocks import is_power_of_two
 from moe2gguf.gguf.dense_model import DenseFile, largest_block, open_dense
+from moe2gguf.hf import hub
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.spec import Slicing
 
@@ -15,15 +16,23 @@ Source: TypeAlias = Checkpoint | DenseFile
 """Both have `path`, `model`, `tensors`, `files`, `own_files` and `warnings`."""
 
 
-def open_source(path: Path, *, name: str | None = None) -> Source:
+def open_source(path: Path, *, name: str | None = None, weights: bool = True) -> Source:
     """Open the model at `path`; `name` replaces its name in the metadata.
 
+    Where nothing is at `path`, OWNER/NAME or OWNER/NAME@REVISION is a model of the Hugging Face Hub. It is fetched, or
+    without the `weights` only its small files and the headers of the others.
+
     Raises:
-        CheckpointError: there is no model.
+        CheckpointError: there is no model, or it cannot be fetched.
         GGUFError: a file that is no sound GGUF file, or a set of shards that is not whole.
         PlanError: every reason why the model cannot be converted.
     """
-    return open_dense(path, name=name) if path.is_file() else open_checkpoint(path, name=name)
+    if path.is_file():
+        return open_dense(path, name=name)
+    if (model := hub.find_model_id(path)) is None:
+        return open_checkpoint(path, name=name)
+    folder = hub.fetch_model(model, weights=weights)
+    return open_checkpoint(folder, name=name, headers=None if weights else hub.read_remote_headers(folder))
 
 
 def fit_slicing(source: Source, slicing: Slicing) -> Slicing:

@@ -73,7 +73,7 @@ convert owner/model OUT
 convert MODEL OUT -e 1000 -k 2000 --align 0
 convert MODEL OUT -e 32 --type q4_k
 convert MODEL OUT --type q4_k_n
-convert MODEL OUT --type iq1_s --allow-fallback
+convert MODEL OUT --type iq1_s
 convert MODEL OUT --tensor-type nothing=q8_0
 convert MODEL OUT --tensor-type x
 convert MODEL OUT --target-size 1
@@ -122,7 +122,6 @@ run SLICED -p x --used 9
 run DENSE -p x --used 2
 run TEXT -p x
 compare SLICED --reference DENSE --types q9,q4_k
-compare SLICED --reference DENSE --types iq1_s
 compare Q8 --reference DENSE --types q8_0
 compare SLICED --reference DENSE --used 9
 compare SLICED --reference DENSE --text TEXT
