@@ -53,11 +53,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     )
     made["PREFIX"] = shutil.copytree(made["MODEL"], root / "prefix")
     made["HF"] = root / "hf"
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 1024}
+    made["BROAD"] = checkpoints.make(root / "broad", **sizes)
     made["DENSE"] = tiny_gguf.write_gguf(root / "dense.gguf", tiny_gguf.dense_weights())
     sliced = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
     made["SLICED"] = tiny_gguf.write_gguf(root / "sliced.gguf", sliced, n_expert_used=2)
     made["Q8"] = quantize(made["DENSE"], root / "q8.gguf", TypeOptions("q8_0")).path
     assert 0 == moe2gguf("convert", made["MODEL"], made["HF"], "-e", 4, "--format", "hf").returncode
+    made["WIDE"] = root / "wide.gguf"
+    assert 0 == moe2gguf("convert", made["BROAD"], made["WIDE"], "--dense").returncode
     checkpoints.rewrite_config(made["PREFIX"], num_hidden_layers=40)
     return made
 
@@ -73,7 +77,7 @@ convert owner/model OUT
 convert MODEL OUT -e 1000 -k 2000 --align 0
 convert MODEL OUT -e 32 --type q4_k
 convert MODEL OUT --type q4_k_n
-convert MODEL OUT --type iq1_s
+convert BROAD OUT --type iq1_s --dense
 convert MODEL OUT --tensor-type nothing=q8_0
 convert MODEL OUT --tensor-type x
 convert MODEL OUT --target-size 1
@@ -95,14 +99,14 @@ convert MIXTRAL OUT --type q4_k
 convert PREFIX OUT
 convert Q8 OUT --target-size 1MB
 convert Q8 OUT -e 4
-convert Q8 OUT -e 3 -k 2
 convert SLICED OUT
 convert TEXT OUT
 quantize DENSE OUT q3_k_m
 quantize SLICED OUT q4_k
 quantize Q8 OUT q4_k_m
 quantize Q8 OUT q3_k_m
-quantize DENSE OUT iq1_s --allow-fallback
+quantize WIDE OUT iq1_s
+compare WIDE --reference WIDE --types iq1_s
 quantize DENSE OUT q9
 quantize DENSE OUT --target-size 1
 quantize DENSE OUT q8_0 --target-size 1GB --pure
@@ -143,9 +147,11 @@ inspect TEXT
 @pytest.mark.parametrize("command", REFUSED.strip().splitlines())
 def test_a_refusal_names_only_options_of_its_command(inputs: Folder, command: str) -> None:
     """Or those of another command whose whole line it gives; and it takes no more than a screen."""
+    inputs["OUT"].unlink(missing_ok=True)
+
     done = run(inputs, command)
 
-    assert 0 != done.returncode
+    assert 0 != done.returncode, done.stdout
     assert set() == foreign_options(command.split()[0], done.stderr + done.stdout)
     assert len(done.stderr.splitlines()) <= 9
     assert not inputs["OUT"].exists()
