@@ -28,6 +28,7 @@ from moe2gguf.experts.mlp import LayerInputs, SlicedLayer
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.stats import ActivationStatistics
 from moe2gguf.experts.text import Text, read_text
+from moe2gguf.hf.folder import open_checkpoint
 from moe2gguf.measure.compare import CompareSettings, compare
 from moe2gguf.measure.logits import cut_windows
 from moe2gguf.progress import Progress
@@ -93,7 +94,7 @@ def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, all_share
             plan: Plan, inputs: Inputs, work: Path, progress: Progress, *, resume: bool = True
         ) -> ExpertSource:
             del inputs, progress, resume
-            slicing = plan.slicing
+            slicing = cut_of(plan)
             if all_shared:
                 slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
             _calibrate(run, plan, slicing, work, slicer(k))
@@ -102,6 +103,12 @@ def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, all_share
         convert(run.model, out, run.options(k, refit=refit), threads=run.threads, find_experts=find_experts)
 
     return make
+
+
+def cut_of(plan: Plan) -> Slicing:
+    """How the plan cuts; every plan here does."""
+    assert plan.slicing is not None
+    return plan.slicing
 
 
 def _calibrate(run: Run, plan: Plan, slicing: Slicing, work: Path, slicer: Slicer) -> None:
@@ -135,7 +142,7 @@ def _fluctuations(run: Run) -> list[rivals.Fluctuation]:
         return slice_layer(mlp, inputs, slicing, statistics)
 
     work = run.work / "fluctuations"
-    _calibrate(run, plan, plan.slicing, work, watch)
+    _calibrate(run, plan, cut_of(plan), work, watch)
     shutil.rmtree(work)
     return found
 
@@ -292,14 +299,14 @@ def cmoe_row(run: Run, k: int) -> dict[str, Any]:
     plan = plan_conversion(run.model, run.options(k, refit=False))
     layers: list[SlicedLayer] = []
 
-    def keep(*arguments: Any) -> SlicedLayer:
-        layers.append(rivals.cmoe(*arguments, n_shared=cmoe_shared(k)))
+    def keep(mlp: Any, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
+        layers.append(rivals.cmoe(mlp, inputs, slicing, statistics, n_shared=cmoe_shared(k)))
         return layers[-1]
 
     work = run.work / "cmoe"
-    _calibrate(run, plan, plan.slicing, work, keep)
+    _calibrate(run, plan, cut_of(plan), work, keep)
     shutil.rmtree(work)
-    ids = held_out_ids(run, plan.source.vocabulary.first_id)
+    ids = held_out_ids(run, open_checkpoint(run.model).vocabulary.first_id)
     perplexity, perplexity_dense = torch_perplexity(run.model, ids, layers, k), torch_perplexity(run.model, ids, [], k)
     print(f"  CMoE, {k} of {N_EXPERT}: {perplexity:.2f}", file=sys.stderr, flush=True)
     return {
@@ -324,7 +331,7 @@ def held_out_ids(run: Run, bos: int | None) -> np.ndarray:
     return cut_windows(np.array(tokens, np.int32), n_token=n_token, n_context=N_CONTEXT, first=first, bos=bos).tokens
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
 def torch_perplexity(model: Path, ids: np.ndarray, layers: Sequence[SlicedLayer], k: int) -> float:
     """Perplexity of the second half of each window; `layers` take the place of the model's MLPs."""
     from transformers import AutoModelForCausalLM

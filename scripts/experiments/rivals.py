@@ -39,7 +39,7 @@ class CMoE(SlicedLayer):
     `score_mlp` has the rows of each routed expert's representative neuron, at length 1.
     """
 
-    score_mlp: MLP | None = field(default=None)
+    score_mlp: MLP = field(kw_only=True)
 
     def expert_weights(self, x: Tensor, k: int) -> Tensor:
         """1 for the shared experts and for those whose representative neuron is largest."""

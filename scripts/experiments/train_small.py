@@ -162,7 +162,7 @@ def optimizer_for(model: Qwen2ForCausalLM, options: argparse.Namespace) -> torch
     return torch.optim.AdamW(groups, lr=options.lr, betas=BETAS)
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
 def perplexity(model: Qwen2ForCausalLM, scored: Windows) -> float:
     """Of all tokens of all windows but their first."""
     return math.exp(np.mean([float(model(part, labels=part).loss) for part in torch.from_numpy(scored)[:, None]]))
