@@ -42,7 +42,10 @@ FOREIGN = {
 
 
 class NoEffect(NamedTuple):
-    """Options that change nothing `beside` one of others, which is an error, or `without` all of others, a warning."""
+    """Options that change nothing `beside` one of others, which is an error, or `without` all of others, a warning.
+
+    Of an option with choices, one may be named: "--format hf".
+    """
 
     options: Sequence[str]
     beside: Sequence[str] = ()
@@ -99,7 +102,7 @@ class Command(cloup.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, unless an option has no effect or an output is an input or exists."""
-        given = {name for one in self._options() if _is_given(one, ctx) for name in one.opts}
+        given = {name for one in self._options() for name in _list_given(one, ctx)}
         for row in self._no_effect:
             _check_effect(row, given, ctx)
         outputs = {} if ctx.params.get("plan_only") else _check_files(self.params, ctx)
@@ -125,9 +128,12 @@ class Command(cloup.Command):
         return f"The model is the first argument here: {usage}"
 
 
-def _is_given(option: click.Option, ctx: click.Context) -> bool:
-    """Whether the command line has the option."""
-    return ctx.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+def _list_given(option: click.Option, ctx: click.Context) -> list[str]:
+    """The names of the option if the command line has it, and of one with choices the names with the choice."""
+    if ctx.get_parameter_source(str(option.name)) is not click.core.ParameterSource.COMMANDLINE:
+        return []
+    chosen = [f"{name} {ctx.params[str(option.name)]}" for name in option.opts]
+    return [*option.opts, *(chosen if isinstance(option.type, click.Choice) else [])]
 
 
 def _check_effect(row: NoEffect, given: set[str], ctx: click.Context) -> None:

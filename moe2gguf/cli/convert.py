@@ -47,6 +47,7 @@ NO_EFFECT = (
     NoEffect((*OF_EXPERTS, *OF_METHOD, *OF_CALIBRATION, *OF_CALIBRATING), beside=("--dense",)),
     NoEffect(("--calibration-memory", "--torch-device"), beside=("--load-calibration",)),
     NoEffect(("--imatrix-repair",), without=("--imatrix",)),
+    NoEffect(("--plan", "--check", "--report"), beside=("--format hf",)),
 )
 
 
@@ -184,8 +185,6 @@ def convert(
 
     if out is None and not plan_only:
         raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
-    if form == "hf" and (plan_only or check or report):
-        raise click.UsageError("--plan, --check and --report are for GGUF files; make one of the folder to look at it.")
     chosen = Options(
         types=take(TypeOptions, options),
         method=take(MethodOptions, options),

@@ -87,6 +87,10 @@ def test_a_letter_means_one_thing() -> None:
         ),
         (["convert", "m", "o", "--dense", "-k", "4", "--no-refit"], "--used, --refit: no effect with --dense"),
         (["convert", "m", "o", "--load-calibration", __file__, "--torch-device", "cpu"], "no effect with --load-calib"),
+        (
+            ["convert", "m", "o", "--format", "hf", "--plan", "--check", "auto"],
+            "--plan, --check: no effect with --format hf",
+        ),
     ],
 )
 def test_options_that_exclude_each_other_are_an_error(arguments: list[str], message: str) -> None:
@@ -118,4 +122,7 @@ def test_the_tables_of_options_without_effect_name_options_of_their_command() ->
     for command in cli.commands.values():
         for row in getattr(command, "_no_effect", ()):
             ours = {name for option in command.params for name in option.opts}
+            for option in command.params:
+                if isinstance(option.type, click.Choice):
+                    ours |= {f"{name} {choice}" for name in option.opts for choice in option.type.choices}
             assert ours.issuperset([*row.options, *row.beside, *row.without])
