@@ -214,14 +214,14 @@ def _show_plan(model: Path, options: Options, as_json: bool, look_at: Callable[[
     with refusals_as_json(as_json):
         plan = plan_conversion(model, options, progress=display.progress)
     look_at(plan)
-    emit(plan.to_dict(), as_json, lambda: tables_convert.plan(plan))
+    emit(plan.to_dict(), as_json, lambda: tables_convert.print_plan(plan))
 
 
 def _write_folder(model: Path, out: Path, options: Options, as_json: bool, **arguments: Any) -> None:
     from moe2gguf.recipes.hf_output import write_folder
 
     done = write_folder(model, out, options, progress=display.progress, **arguments)
-    emit(done.to_dict(), as_json, lambda: tables_convert.folder(done))
+    emit(done.to_dict(), as_json, lambda: tables_convert.print_folder(done))
     heal = ["heal", out, "HEALED", "--teacher", model, "--text", "TEXT", "--used-range", f"K..{done.plan.n_expert}"]
     display.next_steps(["moe2gguf", *heal], ["moe2gguf", "convert", out, f"{out.name}.gguf"])
 
@@ -252,7 +252,7 @@ def _write_file(
     threads = arguments["threads"]
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
-    emit(result, as_json, lambda: tables_convert.conversion(done, checked))
+    emit(result, as_json, lambda: tables_convert.print_conversion(done, checked))
     run = ["moe2gguf", "run", done.path, "The capital of France is"]
     measure = ["moe2gguf", "compare", done.path, "--reference", "DENSE.gguf"]
     display.next_steps(run, *([measure] if done.plan.n_expert else []))

@@ -32,4 +32,4 @@ def densify(source: Path, out: Path, force: bool, as_json: bool) -> None:
     from moe2gguf.recipes.densify import densify as write_dense
 
     done = write_dense(source, out, force=force, progress=display.progress)
-    emit(done.to_dict(), as_json, lambda: tables_convert.densified(done))
+    emit(done.to_dict(), as_json, lambda: tables_convert.print_densified(done))

@@ -76,4 +76,4 @@ def expert_usage(
     display.warnings(found.notes)
     if report:
         write_page(make_page(found, sys.argv), report)
-    emit(found.to_dict(), as_json, lambda: display_experts.experts(found))
+    emit(found.to_dict(), as_json, lambda: display_experts.print_experts(found))

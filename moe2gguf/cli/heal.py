@@ -163,8 +163,8 @@ def heal(
         force=force,
         resume=resume,
         progress=display.progress,
-        on_line=tables_heal.heal_line,
+        on_line=tables_heal.print_heal_line,
     )
     if is_main():
-        emit(done.to_dict(), as_json, lambda: tables_heal.healing(done))
+        emit(done.to_dict(), as_json, lambda: tables_heal.print_healing(done))
         display.next_steps(["moe2gguf", "convert", out, f"{out}.gguf"])

@@ -75,5 +75,5 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
 
     done = collect_imatrix(model, out, text, n_token=n_token or None, progress=display.progress, **options)
     display.warnings([*done.notes, *([done.advice] if done.advice else [])])
-    emit(done.to_dict(), as_json, lambda: display.collection(done))
+    emit(done.to_dict(), as_json, lambda: display.print_collection(done))
     display.next_steps(["moe2gguf", "quantize", model, "OUT.gguf", "q4_k_m", "--imatrix", out])

@@ -76,7 +76,7 @@ def quantize(
         with refusals_as_json(as_json):
             plan = plan_quantization(source, types, **arguments, progress=display.progress)
         display.warnings(plan.warnings)
-        emit(plan.to_dict(), as_json, lambda: tables_convert.quantization_plan(plan))
+        emit(plan.to_dict(), as_json, lambda: tables_convert.print_quantization_plan(plan))
         return
     done = write(
         source,
@@ -89,6 +89,6 @@ def quantize(
         progress=display.progress,
         on_plan=lambda plan: display.warnings(plan.warnings),
     )
-    emit(done.to_dict(), as_json, lambda: tables_convert.quantization(done))
+    emit(done.to_dict(), as_json, lambda: tables_convert.print_quantization(done))
     run = ["moe2gguf", "run", done.path, "The capital of France is"]
     display.next_steps(run, ["moe2gguf", "compare", done.path, "--reference", source])

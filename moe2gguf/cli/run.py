@@ -73,4 +73,4 @@ def run(
         seed=seed,
         threads=threads,
     )
-    display.stream("" if template else text, generation)
+    display.print_stream("" if template else text, generation)

@@ -63,7 +63,7 @@ def make_table(*columns: str, numbers: slice = slice(0)) -> Table:
     return table
 
 
-def lines(table: Table) -> None:
+def print_table(table: Table) -> None:
     """Print a table: a terminal folds what is too wide, a pipe or a file gets whole lines."""
     console = out()
     if not console.is_terminal:
@@ -141,7 +141,7 @@ def shorten(message: str, *, whole: bool) -> str:
     return "\n".join([head, *cut_list(items, whole=whole), *way])
 
 
-def check(checked: Check) -> None:
+def print_check(checked: Check) -> None:
     """The comparison in llama.cpp, in words."""
     console, ours = out(), checked.difference
     console.print(
@@ -155,7 +155,7 @@ def check(checked: Check) -> None:
     console.print(("ok: " if checked.ok else "NOT THE SAME: ") + escape(checked.reason))
 
 
-def verification(found: Verification, checked: Check | None) -> None:
+def print_verification(found: Verification, checked: Check | None) -> None:
     """Sound or not, and why."""
     console = out()
     path = escape(str(found.path))
@@ -166,10 +166,10 @@ def verification(found: Verification, checked: Check | None) -> None:
     verdict = "NOT SOUND" if found.problems else "sound"
     console.print(f"{path}: {verdict}, {found.n_tensors} tensors, {found.n_bytes:,} bytes of weights")
     if checked:
-        check(checked)
+        print_check(checked)
 
 
-def stream(prompt: str, generation: Generation) -> None:
+def print_stream(prompt: str, generation: Generation) -> None:
     """The prompt and its continuation on stdout as it comes; speeds on stderr. An error comes before the prompt."""
     first = next(generation, "")
     sys.stdout.write(prompt)
@@ -197,7 +197,7 @@ def speed(generation: Generation) -> None:
         err().print(f"{prompt}; {answer}{load}", style="dim", markup=False)
 
 
-def collection(done: Collection) -> None:
+def print_collection(done: Collection) -> None:
     """The file, what went into it, and the experts that saw little."""
     merged = f", {done.n_merged} {'matrix' if done.n_merged == 1 else 'matrices'} merged" if done.n_merged else ""
     resumed = f" ({done.n_resumed:,} of them before)" if done.n_resumed else ""

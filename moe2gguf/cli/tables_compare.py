@@ -51,7 +51,7 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
         used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"
         cells = [escape(c.name or c.path.name), used, *_scores(row, wide), c.type, c.device]
         table.add_row(*cells[: len(table.columns)])
-    display.lines(table)
+    display.print_table(table)
     if found.noise:
         s = found.noise.summary
         console.print(
@@ -151,7 +151,7 @@ def _choice(found: Comparison) -> None:
         if row.speed:
             mark = "front" if row.config.label in found.recommendation.front else ""
             table.add_row(escape(row.config.label), *_speed_cells(row.speed), mark)
-    display.lines(table)
+    display.print_table(table)
     console.print()
     console.print(f"take {escape(found.recommendation.label)}: {escape(found.recommendation.reason)}")
 
@@ -168,7 +168,7 @@ def speeds(found: Bench) -> None:
     for row in found.rows:
         cells = _speed_cells(row.speed) if row.speed else ("refused" if row.config.refusal else "failed",)
         table.add_row(escape(row.config.label), *cells)
-    display.lines(table)
+    display.print_table(table)
     console.print()
     for row in found.rows:
         if row.reason:

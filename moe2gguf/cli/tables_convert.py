@@ -22,36 +22,36 @@ WEAK = 0.95
 """Shared experts should be used by at least this share of tokens."""
 
 
-def plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
     """The sums, then the rules for types, and the tensors with --verbose."""
     console = display.out()
-    console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_files(plan)}")
+    console.print(f"file size           {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_count_files(plan)}")
     console.print(f"bits per weight     {plan.bits_per_weight:.3f}")
     if plan.padding_bytes:
         share = plan.padding_bytes / plan.file_size
         console.print(f"zero-neuron padding {plan.padding_bytes:,} bytes ({share:.1%} of the file)")
     if plan.n_expert:
-        _active(console, plan)
+        _print_active(console, plan)
     else:
         console.print(f"read per token      {plan.active_bytes(0):,} bytes")
-    _tensors(console, plan)
+    _print_tensors(console, plan)
 
 
-def quantization_plan(plan: QuantizationPlan) -> None:
+def print_quantization_plan(plan: QuantizationPlan) -> None:
     """The sums, then the rules for types, and the tensors with --verbose."""
     console = display.out()
     before = plan.source.file_size
     share = f"{plan.file_size / before:.1%} of {before:,}"
-    console.print(f"file size       {plan.file_size:,} bytes ({share}){_files(plan)}")
+    console.print(f"file size       {plan.file_size:,} bytes ({share}){_count_files(plan)}")
     console.print(f"bits per weight {plan.bits_per_weight:.3f}")
-    _tensors(console, plan)
+    _print_tensors(console, plan)
 
 
-def _files(plan: Plan | QuantizationPlan) -> str:
+def _count_files(plan: Plan | QuantizationPlan) -> str:
     return f", in {len(plan.shards)} files" if plan.shards else ""
 
 
-def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
+def _print_tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
     """The rules that chose the types and how many tensors each decided; every tensor with its type if asked for."""
     from moe2gguf.gguf.types import bits_per_weight
 
@@ -72,7 +72,7 @@ def _tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
     console.print(table)
 
 
-def _active(console: Console, plan: Plan) -> None:
+def _print_active(console: Console, plan: Plan) -> None:
     """Bytes per token and the bandwidth bound at each count."""
     console.print()
     table = display.make_table("experts used", "bytes per token", "speed-up, at most", numbers=slice(None))
@@ -83,43 +83,43 @@ def _active(console: Console, plan: Plan) -> None:
     console.print("speed-up: the limit that memory bandwidth sets, relative to the dense model; bench measures it")
 
 
-def conversion(done: Conversion, checked: Check | None) -> None:
+def print_conversion(done: Conversion, checked: Check | None) -> None:
     """One line for the file, one for the check."""
     plan = done.plan
     what = f"{plan.n_expert} experts, {plan.n_expert_used} used" if plan.n_expert else "dense"
-    tensors = f"{len(plan.tensors)} tensors{_reused(done)}"
-    display.out().print(f"wrote {_written(done)}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
+    tensors = f"{len(plan.tensors)} tensors{_count_reused(done)}"
+    display.out().print(f"wrote {_name_written(done)}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
     if done.layers:
-        layers(done.layers)
-        _energy(done)
+        print_layers(done.layers)
+        _print_energy(done)
     if checked:
-        display.check(checked)
+        display.print_check(checked)
 
 
-def _written(done: Conversion | Quantization) -> str:
+def _name_written(done: Conversion | Quantization) -> str:
     others = f" and {len(done.plan.shards) - 1} more files" if done.plan.shards else ""
     return escape(str(done.path)) + others
 
 
-def _reused(done: Conversion | Quantization) -> str:
+def _count_reused(done: Conversion | Quantization) -> str:
     return f" ({done.reused} of them from the interrupted run)" if done.reused else ""
 
 
-def densified(done: Densified) -> None:
+def print_densified(done: Densified) -> None:
     """One line: the output, and where the factors come from."""
     display.out().print(f"wrote {escape(str(done.path))}: dense; factors: {done.how}")
 
 
-def folder(done: Conversion) -> None:
+def print_folder(done: Conversion) -> None:
     """One line for the folder, then the layers."""
     size = sum(file.stat().st_size for file in done.path.rglob("*") if file.is_file())
     what = f"{done.plan.n_expert} experts, {done.plan.n_expert_used} used"
     display.out().print(f"wrote {escape(str(done.path))}: {size:,} bytes, MixtralForCausalLM, {what}")
     if done.layers:
-        layers(done.layers)
+        print_layers(done.layers)
 
 
-def layers(reports: Sequence[LayerReport]) -> None:
+def print_layers(reports: Sequence[LayerReport]) -> None:
     """What calibration found, layer by layer."""
     console = display.out()
     columns = (
@@ -140,12 +140,12 @@ def layers(reports: Sequence[LayerReport]) -> None:
             str(i),
             str(report.n_shared),
             f"{report.shared_rate:.1%}",
-            _share(report.energy_kept),
-            _share(report.energy_oracle),
-            _share(report.hit_rate),
+            _format_share(report.energy_kept),
+            _format_share(report.energy_oracle),
+            _format_share(report.hit_rate),
             f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
             f"{report.constant_min:.2f}",
-            _share(report.refit_error),
+            _format_share(report.refit_error),
         )
     console.print(table)
     console.print(
@@ -162,7 +162,7 @@ def layers(reports: Sequence[LayerReport]) -> None:
         )
 
 
-def _energy(done: Conversion) -> None:
+def _print_energy(done: Conversion) -> None:
     """Energy kept at each count, over the layers, beside the speed bound."""
     console, plan = display.out(), done.plan
     columns = ("experts used", "energy kept, mean", "worst layer", "speed-up, at most")
@@ -177,14 +177,14 @@ def _energy(done: Conversion) -> None:
     console.print("energy kept: here of all experts, shared ones included")
 
 
-def _share(value: float | None) -> str:
+def _format_share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def quantization(done: Quantization) -> None:
+def print_quantization(done: Quantization) -> None:
     """One line for the file."""
     plan = done.plan
     display.out().print(
-        f"wrote {_written(done)}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_reused(done)}, "
+        f"wrote {_name_written(done)}: {plan.file_size:,} bytes, {len(plan.tensors)} tensors{_count_reused(done)}, "
         f"{plan.bits_per_weight:.3f} bits per weight; verified"
     )

@@ -15,7 +15,7 @@ _COLUMNS = ("layer", "effective", "router entropy", "lowest", "highest", "always
 _SHOWN = 6
 
 
-def experts(found: ExpertUse) -> None:
+def print_experts(found: ExpertUse) -> None:
     """One line per layer: how evenly its experts are used, which stand out, and which come together."""
     from moe2gguf.measure.report.expert_usage import summarize
 
@@ -24,15 +24,15 @@ def experts(found: ExpertUse) -> None:
     if moved:
         table.add_column("moved", justify="right")
     for one in found.layers:
-        table.add_row(*_cells(one), *([f"{one.moved:.1%}"] if one.moved is not None else []))
-    display.lines(table)
+        table.add_row(*_format_layer(one), *([f"{one.moved:.1%}"] if one.moved is not None else []))
+    display.print_table(table)
     console = display.out()
     console.print()
     for line in summarize(found):
         console.print(escape(line))
 
 
-def _cells(one: LayerUse) -> tuple[str, ...]:
+def _format_layer(one: LayerUse) -> tuple[str, ...]:
     pair = f"{one.pair[0]} {one.pair[1]} ({one.correlation:.2f})" if one.pair else ""
     return (
         str(one.layer),
@@ -40,11 +40,11 @@ def _cells(one: LayerUse) -> tuple[str, ...]:
         f"{one.router_entropy:.3f}",
         f"{min(one.load):.1%}",
         f"{max(one.load):.1%}",
-        *(_names(kind) for kind in (one.always_on, one.dead, one.overloaded)),
+        *(_format_numbers(kind) for kind in (one.always_on, one.dead, one.overloaded)),
         pair,
     )
 
 
-def _names(numbers: tuple[int, ...]) -> str:
+def _format_numbers(numbers: tuple[int, ...]) -> str:
     more = f" +{len(numbers) - _SHOWN}" if len(numbers) > _SHOWN else ""
     return " ".join(map(str, numbers[:_SHOWN])) + more

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe2gguf.recipes.heal import Healing
 
 
-def heal_line(line: LogLine) -> None:
+def print_heal_line(line: LogLine) -> None:
     """One line of a healing run on stderr: every layer, every evaluation, every tenth step."""
     if isinstance(line, LayerLine):
         text = f"layer {line.layer}: held-out error {line.error_before:.4f} -> {line.error_after:.4f}"
@@ -29,7 +29,7 @@ def heal_line(line: LogLine) -> None:
     display.err().print(text, markup=False)
 
 
-def healing(done: Healing) -> None:
+def print_healing(done: Healing) -> None:
     """The first and the best scores on held-out text, for each number of experts."""
     console = display.out()
     if scores := done.scores:

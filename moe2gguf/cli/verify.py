@@ -42,6 +42,6 @@ def verify(file: Path, dense: Path | None, threads: int | None, as_json: bool) -
         "bytes": found.n_bytes,
         "check": checked.to_dict() if checked else None,
     }
-    emit(result, as_json, lambda: display.verification(found, checked))
+    emit(result, as_json, lambda: display.print_verification(found, checked))
     if found.problems or (checked and not checked.ok):
         raise SystemExit(1)

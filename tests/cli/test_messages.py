@@ -53,8 +53,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     )
     made["PREFIX"] = shutil.copytree(made["MODEL"], root / "prefix")
     made["HF"] = root / "hf"
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 1024}
-    made["BROAD"] = checkpoints.make(root / "broad", **sizes)
+    made["BROAD"] = checkpoints.make(
+        root / "broad", hidden_size=256, intermediate_size=256, num_hidden_layers=1, vocab_size=1024
+    )
     made["DENSE"] = tiny_gguf.write_gguf(root / "dense.gguf", tiny_gguf.dense_weights())
     sliced = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
     made["SLICED"] = tiny_gguf.write_gguf(root / "sliced.gguf", sliced, n_expert_used=2)

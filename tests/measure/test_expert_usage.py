@@ -17,7 +17,7 @@ from reference import reference_routing
 
 from moe2gguf import convert
 from moe2gguf.cli import cli
-from moe2gguf.cli.tables_expert_usage import experts as show
+from moe2gguf.cli.tables_expert_usage import print_experts as show
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
