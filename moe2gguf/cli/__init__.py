@@ -27,6 +27,7 @@ from moe2gguf.cli.imatrix import imatrix
 from moe2gguf.cli.inspect import inspect
 from moe2gguf.cli.quantize import quantize
 from moe2gguf.cli.run import run
+from moe2gguf.cli.serve_help import serve_help
 from moe2gguf.cli.set_used import set_used
 from moe2gguf.cli.streams import prepare_streams
 from moe2gguf.cli.tables import shorten
@@ -75,7 +76,7 @@ def completion(shell: str) -> None:
 
 
 cli.section("Making", convert, quantize, densify, heal, set_used)
-cli.section("Running", run, chat)
+cli.section("Running", run, chat, serve_help)
 cli.section("Looking", inspect, verify, expert_usage)
 cli.section("Measuring", compare, bench)
 cli.section("Preparing", imatrix)

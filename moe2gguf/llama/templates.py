@@ -64,11 +64,11 @@ def read_template(file: GGUFFile) -> ChatTemplate | None:
     text = file.metadata.get("tokenizer.chat_template")
     if not isinstance(text, str) or not text:
         return None
-    return ChatTemplate(file.path, text, _token(file, "bos"), _token(file, "eos"))
+    return ChatTemplate(file.path, text, special_token(file, "bos"), special_token(file, "eos"))
 
 
-def _token(file: GGUFFile, role: str) -> str:
-    """The text of a special token, empty where the file has none."""
+def special_token(file: GGUFFile, role: str) -> str:
+    """Return the text of a special token ("bos", "eos", "eot"), empty where the file has none."""
     tokens, index = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", f"{role}_token_id"))
     if not isinstance(tokens, list) or not isinstance(index, int) or not 0 <= index < len(tokens):
         return ""

@@ -1,0 +1,189 @@
+"""How other programs serve a file: the line to type for each, Ollama's Modelfile, llama-server's presets."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.made_for import read_made_for
+from moe2gguf.llama.templates import ChatTemplate, Message, read_template, special_token
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to serve a file: the program, what to type, and whether that was tried, with which version."""
+
+    program: str
+    commands: tuple[str, ...]
+    tried: str
+
+
+def list_ways(file: GGUFFile) -> list[Way]:
+    """Return what to type for every program that serves such a file."""
+    path, name = shlex.quote(str(file.path)), shlex.quote(file.path.stem)
+    key, counts = _used_key(file), list_counts(file)
+    other = f" --override-kv {key}=int:{counts[-1]}" if len(counts) > 1 else ""
+    in_python = f" --kv_overrides {key}=int:{counts[-1]}" if len(counts) > 1 else ""
+    folder = f"~/.lmstudio/models/local/{name}"
+    return [
+        Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "not tried with this program"),
+        Way(
+            "llama-server, every count",
+            (f"moe2gguf serve-help {path} --presets preset.ini", "llama-server --models-preset preset.ini --port 8080"),
+            "not tried with this program; the keys are those of llama.cpp 13b56e2",
+        ),
+        Way(
+            "llama-cpp-python",
+            ("pip install 'llama-cpp-python[server]'", f"python -m llama_cpp.server --model {path}{in_python}"),
+            "tried with 0.3.36",
+        ),
+        Way(
+            "Ollama",
+            (
+                f"moe2gguf serve-help {path} --modelfile Modelfile",
+                f"ollama create {name} -f Modelfile",
+                f"ollama run {name}",
+            ),
+            "not tried with this program; the Modelfile passes modelfile-lint 0.2.1",
+        ),
+        Way("LM Studio", (f"mkdir -p {folder}", f"ln {path} {folder}/"), "not tried"),
+        Way(
+            "vLLM, from a folder",
+            (f"moe2gguf convert MODEL {name} --format hf", f"vllm serve ./{name}"),
+            "not tried; transformers loads the folder",
+        ),
+    ]
+
+
+def list_counts(file: GGUFFile) -> list[int]:
+    """Return the numbers of experts that are worth serving: the file's own, and where it serves others, fewer."""
+    n, used = (_number(file, key) for key in ("expert_count", "expert_used_count"))
+    if not n or read_made_for(file.metadata):
+        return [used] if n else []
+    return sorted({used, *(k for k in (3 * n // 4, n // 2) if 0 < k < used)}, reverse=True)
+
+
+def make_presets(file: GGUFFile) -> str:
+    """Return a preset.ini with a preset for every count of `list_counts`, for `llama-server --models-preset`.
+
+    Raises HarnessError for a path that such a file cannot hold, and for a dense file.
+    """
+    path = file.path.absolute()
+    if any(character in f"{path}" for character in ";#\n\r]"):
+        raise HarnessError(f"{path}: a preset cannot hold a path with ; # ] or a line break; rename the file")
+    counts = list_counts(file)
+    if not counts:
+        raise HarnessError(f"{path}: is dense, it has no counts to choose from: give it to llama-server -m")
+    sections = [f"[{path.stem}-{k}]\nmodel = {path}\noverride-kv = {_used_key(file)}=int:{k}\n" for k in counts]
+    return "\n".join(["version = 1\n", *sections])
+
+
+def make_modelfile(file: GGUFFile) -> tuple[str, bool]:
+    """Return Ollama's Modelfile, and whether it carries the chat template.
+
+    Ollama's templates are no Jinja. A template that only puts words around messages is carried: it is read off
+    conversations that the file's own makes, and held against others. Where it does more, Ollama looks for the template
+    among those that it knows.
+    """
+    lines = [f"FROM {file.path.absolute()}"]
+    template = read_template(file)
+    if template is None:
+        return lines[0] + "\n", True
+    with closing(template):
+        around = _read_around(template, special_token(file, "bos") if _adds_bos(file) else "")
+    if around:
+        lines.append(f'TEMPLATE """{around.to_go()}"""')
+        lines += [f'SYSTEM """{around.default}"""'] if around.default else []
+    stops = dict.fromkeys(special_token(file, role) for role in ("eos", "eot"))
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops if stop and '"' not in stop]
+    return "\n".join(lines) + "\n", around is not None
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What stands around the messages of a conversation; `default` is what the system says where nobody told it."""
+
+    system: tuple[str, str]
+    user: tuple[str, str]
+    answer: str
+    default: str
+
+    def to_go(self) -> str:
+        """As a template of Ollama, which repeats it for every turn."""
+        system = f"{{{{ if .System }}}}{self.system[0]}{{{{ .System }}}}{self.system[1]}{{{{ end }}}}"
+        user = f"{{{{ if .Prompt }}}}{self.user[0]}{{{{ .Prompt }}}}{self.user[1]}{{{{ end }}}}"
+        return f"{system}{user}{{{{ .Response }}}}{self.answer}"
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """What Ollama makes of a conversation."""
+        text = "" if messages[0]["role"] == "system" or not self.default else self.default.join(self.system)
+        around = {"system": self.system, "user": self.user, "assistant": ("", self.answer)}
+        return text + "".join(m["content"].join(around[m["role"]]) for m in messages)
+
+
+_SYSTEM, _USER, _ANSWER, _AGAIN = "SyS7x", "uSr8y", "aNs9z", "aGn6w"  # words that no template has
+
+
+def _read_around(template: ChatTemplate, bos: str) -> _Around | None:
+    """Return what a template puts around messages; None where it does more than that."""
+    turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    turns.append({"role": "user", "content": _AGAIN})
+    whole = [{"role": "system", "content": _SYSTEM}, *turns]
+    try:
+        texts = {n: template.render(messages).removeprefix(bos) for n, messages in ((3, turns), (4, whole))}
+        before, after_user, between, end = _split(texts[3], (_USER, _ANSWER, _AGAIN))
+        start, after_system, *same = _split(texts[4], (_SYSTEM, _USER, _ANSWER, _AGAIN))
+        around = _guess(before, after_user, between, start, after_system)
+        shorter = [whole[:2], turns[:1]]
+        agree = [around.render(messages) == template.render(messages).removeprefix(bos) for messages in shorter]
+    except (HarnessError, ValueError):
+        return None
+    sound = [around.render(turns), around.render(whole)] == list(texts.values()) and all(agree)
+    parts = (*around.system, *around.user, around.answer, around.default)
+    plain = not any(mark in part for part in parts for mark in ("{{", "}}", '"""'))
+    return around if sound and plain and same == [after_user, between, end] else None
+
+
+def _guess(before: str, after_user: str, between: str, start: str, after_system: str) -> _Around:
+    """Tell apart where one message's words end and the next one's begin: a user's begin alike wherever they stand."""
+    user = _common_start([before[::-1], between[::-1], after_system[::-1]])[::-1]
+    ending = _common_start([between, after_user]).rpartition("<")[0]  # of a message, without half a special token
+    user = user.removeprefix(ending)
+    system = (start, after_system.removesuffix(user))
+    default = before.removesuffix(user).removeprefix(system[0]).removesuffix(system[1])
+    return _Around(system, (user, after_user), between.removesuffix(user), default)
+
+
+def _common_start(texts: list[str]) -> str:
+    return commonprefix(texts)  # noqa: RUF071 - texts, no paths
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str]:
+    """The parts of a text between marks that it holds once each, in this order. Raises ValueError otherwise."""
+    parts = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            raise ValueError(f"{mark} is not there once")
+        part, _, text = text.partition(mark)
+        parts.append(part)
+    return [*parts, text]
+
+
+def _adds_bos(file: GGUFFile) -> bool:
+    """Whether programs put BOS before a prompt themselves, so that a template must not."""
+    spm = file.metadata.get("tokenizer.ggml.model") == "llama"
+    return file.metadata.get("tokenizer.ggml.add_bos_token", spm) is True
+
+
+def _used_key(file: GGUFFile) -> str:
+    return f"{file.metadata.get('general.architecture')}.expert_used_count"
+
+
+def _number(file: GGUFFile, key: str) -> int:
+    value = file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}")
+    return value if isinstance(value, int) else 0
