@@ -24,12 +24,12 @@ _E8M0_NAN = 0xFF
 
 
 def is_power_of_two(factor: float) -> bool:
-    """Whether multiplying a float by `factor` only moves its exponent."""
+    """Return whether multiplying a float by `factor` only moves its exponent."""
     return factor > 0 and math.frexp(factor)[0] == 0.5
 
 
 def find_block_order(order: NDArray[np.int64], block: int) -> NDArray[np.int64] | None:
-    """Which block stands in each place of each expert: (n_expert, d_expert // block), -1 for zero neurons.
+    """Return which block stands in each place of each expert: (n_expert, d_expert // block), -1 for zero neurons.
 
     `order` is (n_expert, d_expert) neuron numbers, -1 for zero neurons. None where neurons leave their block.
     """
@@ -124,7 +124,7 @@ def _move_exponents(blocks: Bytes, power: int) -> bool:
 
 
 def _list_ue4m3_values() -> NDArray[np.float64]:
-    """The value of each byte as NVFP4's scale, from 0 to 127; 127 means 0 there.
+    """Return the value of each byte as NVFP4's scale, from 0 to 127; 127 means 0 there.
 
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-impl.h#L514
     """

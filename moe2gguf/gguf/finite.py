@@ -112,7 +112,7 @@ def _ranges(tensor: TensorInfo) -> Iterator[_Range]:
 
 
 def _scan(part: _Range) -> tuple[int, int]:
-    """How many bad blocks there are in a range, and the tensor's block number of the first."""
+    """Return how many bad blocks there are in a range, and the tensor's block number of the first."""
     tensor, start, n_bytes = part
     if tensor.type not in FIELDS and tensor.type != GGMLType.IQ1_M:
         return 0, 0
@@ -132,7 +132,7 @@ def _scan(part: _Range) -> tuple[int, int]:
 
 
 def _bad_blocks(raw: npt.NDArray[np.uint8], kind: int, scratch: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
-    """Which of the blocks hold a NaN or an infinity; None when none does. `scratch` has raw's size or more."""
+    """Return which of the blocks hold a NaN or an infinity; None when none does. `scratch` has raw's size or more."""
     block = BLOCK_SIZES[kind][1]
     if kind == GGMLType.IQ1_M:  # the f16 is spread over the top four bits of the block's last four 16-bit words
         words = raw.view("<u2").reshape(-1, block // 2)
@@ -150,7 +150,7 @@ def _bad_blocks(raw: npt.NDArray[np.uint8], kind: int, scratch: npt.NDArray[np.u
 
 
 def _described(tensor: TensorInfo, n_bad: int, block: int) -> str:
-    """The problem in words: tensor, layer, expert, how much, and where it begins (an index in numpy order)."""
+    """Return the problem in words: tensor, layer, expert, how much, and where it begins (an index in numpy order)."""
     n = BLOCK_SIZES[tensor.type][0]
     index = [int(i) for i in np.unravel_index(block * n, tensor.shape)] if tensor.shape else []
     layer = re.match(r"blk\.(\d+)\.", tensor.name)

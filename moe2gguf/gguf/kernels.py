@@ -33,7 +33,7 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8059"""
 
 
 def installed() -> bool:
-    """Whether the kernels can be called."""
+    """Return whether the kernels can be called."""
     try:
         library()
     except HarnessError:
@@ -42,7 +42,7 @@ def installed() -> bool:
 
 
 def build() -> str:
-    """What tells this build of the library from others, which may round otherwise; "none" where there is none."""
+    """Return what tells this build of the library from others, which may round otherwise; "none" without one."""
     return f"{Path(library()._name).stat().st_size:,} bytes" if installed() else "none"
 
 
@@ -64,7 +64,7 @@ def require(kinds: Iterable[TensorType]) -> None:
 def quantize(
     rows: NDArray[np.float32], kind: TensorType, name: str, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """The blocks (bytes, one-dimensional) of finite `rows` (..., width), which may all share one `importance` (width,).
+    """Quantize finite `rows` (..., width) to blocks (bytes, one-dimensional); they may share an `importance` (width,).
 
     Rows of several experts need one call per expert when they have an importance: it belongs to one matrix. `name` is
     for the messages.
@@ -95,7 +95,7 @@ def quantize(
 
 
 def dequantize(blocks: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
-    """The numbers (one-dimensional) that whole `blocks` of a block type stand for.
+    """Decode the numbers (one-dimensional) that whole `blocks` of a block type stand for.
 
     Raises:
         HarnessError: no llama.cpp, or one that does not know the type.
@@ -132,7 +132,7 @@ def library() -> ctypes.CDLL:
 
 
 def _folder() -> Path:
-    """Where llama-cpp-python would look for its libraries, LLAMA_CPP_LIB_PATH included."""
+    """Return where llama-cpp-python would look for its libraries, LLAMA_CPP_LIB_PATH included."""
     if override := os.environ.get("LLAMA_CPP_LIB_PATH"):
         return Path(override)
     spec = importlib.util.find_spec("llama_cpp")
@@ -148,7 +148,7 @@ def _file_names() -> tuple[str, ...]:
 
 
 def _knows(lib: ctypes.CDLL, kind: TensorType) -> bool:
-    """Whether the library means by this number the block type that we mean: same block, same name.
+    """Return whether the library means by this number the block type that we mean: same block, same name.
 
     A library older than the type has no entry for it and reads behind its table. So the sizes are compared first, and
     the name's address is followed only where they are right.

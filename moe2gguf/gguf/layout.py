@@ -53,7 +53,7 @@ def mean_bits_per_weight(tensors: Collection[Entry | TensorInfo]) -> float:
 
 
 def active_bytes(tensors: Collection[Entry | TensorInfo], n_expert: int, n_expert_used: int) -> int:
-    """Bytes of weights read per generated token when `n_expert_used` of `n_expert` experts run (0: a dense file).
+    """Return the bytes of weights read per generated token with `n_expert_used` of `n_expert` experts (0: dense).
 
     An embedding that is not also the output matrix is left out: one row of it is read.
     """
@@ -68,7 +68,7 @@ def lay_out(
     tensors: Sequence[Entry],
     kinds: Mapping[str, ValueType] = MappingProxyType({}),
 ) -> Layout:
-    """The layout of a file with this metadata and these tensors, in this order.
+    """Return the layout of a file with this metadata and these tensors, in this order.
 
     `kinds` says how a value is stored where that differs from what `MetadataValue` promises, for metadata that comes
     from another file. A key `general.alignment` is obeyed.
@@ -93,13 +93,13 @@ def lay_out(
 
 
 def find_value(layout: Layout, key: str, value: str) -> int:
-    """Where the characters of the string `value` of `key` stand in the header."""
+    """Return where the characters of the string `value` of `key` stand in the header."""
     prefix = _pack_string(key) + struct.pack("<IQ", Kind.STRING, len(value.encode()))
     return layout.header.index(prefix + value.encode()) + len(prefix)
 
 
 def find_array(layout: Layout, key: str, n_value: int) -> int:
-    """Where the numbers of the FLOAT32 array of `n_value` values of `key` stand in the header."""
+    """Return where the numbers of the FLOAT32 array of `n_value` values of `key` stand in the header."""
     prefix = _pack_string(key) + struct.pack("<IIQ", Kind.ARRAY, Kind.FLOAT32, n_value)
     return layout.header.index(prefix) + len(prefix)
 
@@ -110,7 +110,7 @@ def align_up(size: int, alignment: int) -> int:
 
 
 def measure_info(tensor: Entry) -> int:
-    """Bytes of the tensor's entry in the header."""
+    """Return the bytes of the tensor's entry in the header."""
     return len(_pack_tensor(tensor, 0))
 
 

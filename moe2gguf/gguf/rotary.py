@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 
 def halves_to_pairs(n_head: int, d_head: int) -> NDArray[np.int64]:
-    """Which row of the layout with halves stands in each row of the layout with pairs: (n_head * d_head,)."""
+    """Return which row of the layout with halves stands in each row of the layout with pairs: (n_head * d_head,)."""
     return np.arange(n_head * d_head).reshape(n_head, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def pairs_to_halves(n_head: int, d_head: int) -> NDArray[np.int64]:
-    """Which row of the layout with pairs stands in each row of the layout with halves: (n_head * d_head,)."""
+    """Return which row of the layout with pairs stands in each row of the layout with halves: (n_head * d_head,)."""
     return np.arange(n_head * d_head).reshape(n_head, -1, 2).swapaxes(1, 2).reshape(-1)

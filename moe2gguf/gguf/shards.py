@@ -35,12 +35,12 @@ T = TypeVar("T", bound=Entry)
 
 
 def read_model(path: Path) -> GGUFFile:
-    """A GGUF file, or the whole set that it is a shard of, as one; no tensor byte is read. Errors as `read_shards`."""
+    """Read the header of a GGUF file, or of the whole set that it is a shard of, as one. Errors as `read_shards`."""
     return merge_shards(read_shards(path))
 
 
 def read_shards(path: Path) -> list[GGUFFile]:
-    """The file `path` alone, or every shard of its set, in order.
+    """Read the file `path` alone, or every shard of its set, in order.
 
     Raises:
         GGUFError: a shard is missing, renamed, of another set, or no sound GGUF file, or a tensor stands in two of
@@ -66,7 +66,7 @@ def read_shards(path: Path) -> list[GGUFFile]:
 
 
 def merge_shards(shards: Sequence[GGUFFile]) -> GGUFFile:
-    """Several shards as one file, with the path and metadata of the first, without the `split.*` keys."""
+    """Join several shards to one file, with the path and metadata of the first, without the `split.*` keys."""
     first = shards[0]
     return replace(
         first,
@@ -79,7 +79,7 @@ def merge_shards(shards: Sequence[GGUFFile]) -> GGUFFile:
 
 
 def _read_numbers(file: GGUFFile) -> tuple[int, int, int]:
-    """(number from 0, count, tensors of all shards) as the file says; raises GGUFError where it says nothing sound."""
+    """Read (number from 0, count, tensors of all shards); raises GGUFError where the file says nothing sound."""
     values = []
     for key, kind in KINDS.items():
         value = file.metadata.get(key)
@@ -94,7 +94,7 @@ def _read_numbers(file: GGUFFile) -> tuple[int, int, int]:
 
 
 def _find_stem(file: GGUFFile, number: int, count: int) -> Path:
-    """The common part of the set's names, after comparing the file's own name with its number."""
+    """Return the common part of the set's names, after comparing the file's own name with its number."""
     match = _NAME.fullmatch(file.path.name)
     if not match or (int(match[2]), int(match[3])) != (number + 1, count):
         raise GGUFError(
@@ -105,7 +105,7 @@ def _find_stem(file: GGUFFile, number: int, count: int) -> Path:
 
 
 def _find_strangeness(shard: GGUFFile, i: int, first: GGUFFile) -> list[str]:
-    """What in shard `i` shows that it is another one, or of another set than `first`."""
+    """Return what in shard `i` shows that it is another one, or of another set than `first`."""
     number, count, n_tensor = _read_numbers(shard)
     _, count_of_all, n_tensor_of_all = _read_numbers(first)
     name = shard.path.name
@@ -122,7 +122,7 @@ def _find_strangeness(shard: GGUFFile, i: int, first: GGUFFile) -> list[str]:
 
 
 def _are_same(a: MetadataValue, b: MetadataValue) -> bool:
-    """Whether two values are equal; NaN is, to itself."""
+    """Return whether two values are equal; NaN is, to itself."""
     return a == b or repr(a) == repr(b)
 
 
@@ -143,7 +143,7 @@ def _find_disagreements(shards: Sequence[GGUFFile]) -> list[str]:
 
 
 def list_shard_paths(stem: Path, count: int) -> list[Path]:
-    """The names of a set of `count` shards; `stem` is their path without the ending."""
+    """Return the names of a set of `count` shards; `stem` is their path without the ending."""
     return [stem.with_name(stem.name + _make_ending(number, count)) for number in range(count)]
 
 
@@ -192,7 +192,7 @@ def lay_out_shards(
 
 
 def _describe_small_size(max_bytes: int, needs: Mapping[str, int]) -> str:
-    """What needs a larger shard than `max_bytes`, and how large one must be."""
+    """Return what needs a larger shard than `max_bytes`, and how large one must be."""
     largest = max(needs, key=lambda name: needs[name])
     more = f" and {len(needs) - 1} more" if len(needs) > 1 else ""
     return f"--shard-size {max_bytes:,}: too small for {largest}{more}; give at least {needs[largest]:,} bytes"

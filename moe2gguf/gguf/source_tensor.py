@@ -43,7 +43,7 @@ class SourceTensor:
         return types.block_size(self.info.type)
 
     def read(self, seen: Seen = lambda _: None) -> Array:
-        """The whole tensor: an array of its shape, or for block types the blocks as uint8 (n_row, row_bytes).
+        """Read the whole tensor: an array of its shape, or for block types the blocks as uint8 (n_row, row_bytes).
 
         `seen` is given its bytes.
 
@@ -55,7 +55,7 @@ class SourceTensor:
         return array
 
     def blocks(self, max_bytes: int, seen: Seen = lambda _: None) -> Iterator[Array]:
-        """The same in pieces of whole rows, at most about `max_bytes` each; use each before asking for the next."""
+        """Read it in pieces of whole rows, at most about `max_bytes` each; use each before asking for the next."""
         width = self.shape[-1] if self.shape else 1
         row_bytes = max(self.info.row_bytes, 1)
         for piece in self.file.chunks(self.info, max(max_bytes // row_bytes, 1) * row_bytes):
@@ -74,5 +74,5 @@ class SourceTensor:
         return rows if self.info.type in types.FLOATS else types.decode(rows.view(np.uint8), self.info.type)
 
     def read_numbers(self) -> Array:
-        """The whole tensor as numbers, in its shape; errors as `read` and `decode`."""
+        """Read the whole tensor as numbers, in its shape; errors as `read` and `decode`."""
         return self.decode(self.read()).reshape(self.shape)

@@ -66,24 +66,24 @@ FILE_TYPES: dict[TensorType, int] = {
 
 
 def name_file_type(number: object) -> str | None:
-    """What a user calls the file type of this number, such as "Q4_K_M"; None for a number that says nothing."""
+    """Return what a user calls the file type of this number, such as "Q4_K_M"; None for a number that says nothing."""
     known = {**gguf.LlamaFileType.__members__, **_LATER_FILE_TYPES}
     name = next((name for name, value in known.items() if value == number), "GUESSED")
     return None if name == "GUESSED" else name.removeprefix("ALL_").removeprefix("MOSTLY_")
 
 
 def find_float(dtype: np.dtype[np.generic]) -> TensorType:
-    """The float type that stores `dtype` unchanged."""
+    """Return the float type that stores `dtype` unchanged."""
     return next(kind for kind, stored in FLOATS.items() if stored == dtype)
 
 
 def named(name: str) -> TensorType:
-    """The type called `name`, in upper or lower case; raises KeyError for another name."""
+    """Return the type called `name`, in upper or lower case; raises KeyError for another name."""
     return NAMES[name.lower()]
 
 
 def block_size(kind: TensorType) -> int:
-    """Elements per block; a row's width must be a multiple of it."""
+    """Return the elements of a block; a row's width must be a multiple of it."""
     return BLOCK_SIZES[kind][0]
 
 
@@ -94,7 +94,7 @@ def bits_per_weight(kind: TensorType) -> float:
 
 
 def n_bytes(shape: tuple[int, ...], kind: TensorType) -> int:
-    """The size of a tensor in bytes; `shape`'s last axis must be a multiple of the block size."""
+    """Return the size of a tensor in bytes; `shape`'s last axis must be a multiple of the block size."""
     elements, size = BLOCK_SIZES[kind]
     return math.prod(shape) // elements * size
 
@@ -135,7 +135,7 @@ def decode(rows: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
 
 
 def widen(array: Array) -> NDArray[np.float32]:
-    """The same numbers in float32, for finite f16 three times faster than numpy's own cast.
+    """Convert to float32, for finite f16 three times faster than numpy's own cast.
 
     The exponent and fraction of an f16, moved to those places of an f32, are the number times 2^-112, subnormals
     included: a float32 has the same fields with 13 more bits of fraction and a bias larger by 112.
@@ -162,7 +162,7 @@ def require_kernels(kinds: Iterable[TensorType], *, importance: bool = False) ->
 def _quantize(
     rows: NDArray[np.float32], kind: TensorType, name: str, importance: NDArray[np.float32] | None
 ) -> NDArray[np.uint8]:
-    """The blocks of `rows` (..., width): llama.cpp's where it is installed, else the same from the gguf package."""
+    """Quantize `rows` (..., width) by llama.cpp, or to the same bytes by the gguf package where that is missing."""
     if kind in NUMPY and importance is None and not kernels.installed():
         blocks: NDArray[np.uint8] = gguf.quants.quantize(rows, kind)
         return blocks.reshape(-1)
@@ -181,7 +181,7 @@ _EXPONENT = {2: {"float16": 0x7C00, "bfloat16": 0x7F80}, 4: {"float32": 0x7F8000
 
 
 def is_finite(array: Array) -> bool:
-    """Whether no element is NaN or infinite, from the exponent bits alone (several times faster than isfinite)."""
+    """Return whether no element is NaN or infinite, by the exponent bits alone: several times faster than isfinite."""
     size = array.dtype.itemsize
     bits = array.view(np.uint16 if size == 2 else np.uint32)
     exponent = bits.dtype.type(_EXPONENT[size][array.dtype.name])

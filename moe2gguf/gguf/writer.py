@@ -84,7 +84,7 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
 
 
 def list_model_paths(out: Path, n_shard: int) -> list[Path]:
-    """The names of the files of a model: `moe.gguf` alone, or moe-00001-of-00003.gguf ..."""
+    """Return the names of the files of a model: `moe.gguf` alone, or moe-00001-of-00003.gguf ..."""
     return [out] if n_shard == 1 else list_shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
 
 
@@ -255,7 +255,7 @@ class _Writer:
         return tensor.n_bytes
 
     def _reuse(self, tensor: OutputTensor) -> bool:
-        """Whether the job has finished this tensor and its bytes are unharmed; the hashes of its sources are restored.
+        """Take over a tensor that the job has finished if its bytes are unharmed, with the hashes of its sources.
 
         Without the hash of every source it must be made again, for these hashes make up the digest of the source.
         """
@@ -291,7 +291,7 @@ class _Writer:
             self.job.record(tensor.name, checksum.hexdigest(), hashes)
 
     def _encode(self, tensor: OutputTensor) -> Iterator[memoryview]:
-        """The bytes of the tensor in its type, in order."""
+        """Yield the bytes of the tensor in its type, in order."""
         label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
         matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
         row = 0
@@ -323,7 +323,7 @@ class _Weights(NamedTuple):
     first: int
 
     def cut(self, n_row: int, step: int) -> Iterator[tuple[int, int, NDArray[np.float32] | None]]:
-        """Pieces (start, stop, importance) of at most `step` rows; with an importance none spans two matrices."""
+        """Yield pieces (start, stop, importance) of at most `step` rows; with an importance none spans two matrices."""
         height = self.shape[-2] if self.matrices is not None else self.first + n_row + 1
         start = 0
         while start < n_row:
@@ -418,7 +418,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def output_error(target: Path, error: OSError) -> OutputError:
-    """What a disk error means, in words."""
+    """Return what a disk error means, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(f"{target}: no room left while writing ({error.strerror}); nothing was kept")
     return OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was kept")

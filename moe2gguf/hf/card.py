@@ -64,7 +64,7 @@ def read_card(
 
 
 def _find_model_id(folder: Path, values: Mapping[str, Any]) -> str:
-    """What config.json, the Hub's cache or the folder calls the model: "OWNER/NAME" or "NAME"."""
+    """Return what config.json, the Hub's cache or the folder calls the model: "OWNER/NAME" or "NAME"."""
     named = values.get("_name_or_path")
     if isinstance(named, str) and _MODEL_ID.fullmatch(named):
         return named
@@ -82,7 +82,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # no stubs
 
 
 def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
-    """The YAML block at the head of README.md; {} where there is none, or (with a warning) none that can be read."""
+    """Read the YAML block at the head of README.md; {} where there is none, or (with a warning) none that is sound."""
     path = inside(folder, "README.md")
     if not path.is_file():
         return {}
@@ -132,7 +132,7 @@ def _general(found: gguf.Metadata) -> dict[str, MetadataValue]:
 
 
 def _numbered(kind: str, entries: list[Any]) -> dict[str, MetadataValue]:
-    """The keys of a list of models or data sets: how many there are, and what is known of each."""
+    """Return the keys of a list of models or data sets: how many there are, and what is known of each."""
     named = [entry for entry in entries if isinstance(entry, dict) and entry]
     result: dict[str, MetadataValue] = {f"general.{kind}.count": len(named)} if named else {}
     for i, entry in enumerate(named):
@@ -141,7 +141,7 @@ def _numbered(kind: str, entries: list[Any]) -> dict[str, MetadataValue]:
 
 
 def _text(value: object) -> str:
-    """A metadata string; lists are joined as llama.cpp's converter joins several licences."""
+    """Return a metadata string; lists are joined as llama.cpp's converter joins several licences."""
     if isinstance(value, list):
         return ",".join(item for item in value if isinstance(item, str) and item)
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""

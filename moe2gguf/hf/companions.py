@@ -24,7 +24,7 @@ TEMPLATES = "additional_chat_templates"
 
 
 def list_companions(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name inside the folder, path) of every such file that `folder` has.
+    """Yield (name inside the folder, path) of every such file that `folder` has.
 
     Raises:
         CheckpointError: a folder on the way is elsewhere, or one of them is no file.

@@ -28,11 +28,11 @@ class Config:
         self.where = where
 
     def has(self, key: str) -> bool:
-        """Whether `key` is present and not null."""
+        """Return whether `key` is present and not null."""
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; `default` where the key is absent, a problem where there is no default."""
+        """Return a positive integer; `default` where the key is absent, a problem where there is no default."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -42,7 +42,7 @@ class Config:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """Return a finite number above zero."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -64,7 +64,7 @@ class Config:
 
 
 def read_family(values: Mapping[str, Any], problems: list[str]) -> Family | None:
-    """The family named by `architectures`, or None with the reason appended to `problems`."""
+    """Find the family named by `architectures`, or None with the reason appended to `problems`."""
     names = values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         problems.append(
@@ -83,7 +83,7 @@ _PROVENANCE = re.compile(r"moe2gguf(\.[a-z0-9_]{1,40}){1,4}")
 
 
 def read_provenance(values: Mapping[str, Any]) -> Metadata:
-    """The `moe2gguf.*` metadata that a folder of ours carries in config.json; what is not plain is left out."""
+    """Return the `moe2gguf.*` metadata that a folder of ours carries in config.json; what is not plain is left out."""
     found = values.get("moe2gguf")
     if not isinstance(found, dict):
         return {}
@@ -91,7 +91,7 @@ def read_provenance(values: Mapping[str, Any]) -> Metadata:
 
 
 def _is_plain(value: object) -> bool:
-    """A short text, a flag, a count, a finite number, or a list of such numbers."""
+    """Return whether a value is a short text, a flag, a count, a finite number, or a list of such numbers."""
     if isinstance(value, list):
         return len(value) <= _LONGEST and all(isinstance(one, float) and math.isfinite(one) for one in value)
     if isinstance(value, str):
@@ -216,7 +216,7 @@ def read_rope(config: Config, family: Family) -> Rope:
 
 
 def _find_contradictions(where: str, used: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Every setting in one of `places` that has another value in `used`, the settings read from `where` first."""
+    """List every setting in one of `places` with another value than in `used`, the settings read from `where` first."""
     kind = used.get("rope_type", used.get("type", "default"))
     used = {"partial_rotary_factor": 1.0, **used, "rope_type": kind, "type": kind}
     return [

@@ -158,7 +158,7 @@ class MLPPlace:
 
 
 def lay_out_tensors(model: Model) -> list[tuple[Rule, int | None] | MLPPlace]:
-    """What `model` has in file order: the rules that apply, per-layer ones once per layer, and each MLP's place."""
+    """List what `model` has in file order: the rules that apply, those of layers once per layer, each MLP's place."""
     applicable = [rule for rule in BASE if not rule.when or holds(model, rule.when)]
     before = [rule for rule in applicable if "{i}" not in rule.target and not rule.target.startswith("output")]
     layers = [rule for rule in applicable if "{i}" in rule.target]
@@ -170,12 +170,12 @@ def lay_out_tensors(model: Model) -> list[tuple[Rule, int | None] | MLPPlace]:
 
 
 def list_rules(model: Model) -> list[tuple[Rule, int | None]]:
-    """The rules that apply to `model`, in file order, without the MLPs."""
+    """Return the rules that apply to `model`, in file order, without the MLPs."""
     return [place for place in lay_out_tensors(model) if not isinstance(place, MLPPlace)]
 
 
 def holds(model: Model, condition: str) -> bool:
-    """Whether a rule's `when` is true for `model`."""
+    """Return whether a rule's `when` is true for `model`."""
     if condition == "untied_embeddings":
         return not model.tied_embeddings
     return bool(getattr(model, condition))

@@ -55,7 +55,7 @@ class Checkpoint:
         return (*self.files, *(path for path in self.folder.iterdir() if path.is_file()))
 
     def read(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.generic]:
-        """A tensor in its storage type, or only these of its rows."""
+        """Return a tensor in its storage type, or only these of its rows."""
         whole = self.tensors[name].read()
         return whole if rows is None else whole[rows]
 
@@ -101,19 +101,19 @@ def open_checkpoint(
 
 
 def _describe_origin(folder: Path) -> Metadata:
-    """The keys that say of which repository and commit of the Hub a folder of its cache is."""
+    """Return the keys that say of which repository and commit of the Hub a folder of its cache is."""
     origin = find_origin(folder)
     return {SOURCE_REPOSITORY: origin.repository, SOURCE_REVISION: origin.revision} if origin else {}
 
 
 def _name_links(folder: Path) -> list[str]:
-    """A warning that names the files which lie elsewhere; none where there are none."""
+    """Return a warning that names the files which lie elsewhere; none where there are none."""
     links = links_out_of(folder)
     return [f"{folder}: {len(links)} files are links to other places: {list_names(links)}"] if links else []
 
 
 def _name_adapter(folder: Path) -> list[str]:
-    """A warning of an adapter beside the weights of its base model, which transformers would add to them."""
+    """Return a warning of an adapter beside the weights of its base model, which transformers would add to them."""
     if not (folder / ADAPTER_CONFIG).exists():
         return []
     return [
@@ -125,7 +125,7 @@ def _name_adapter(folder: Path) -> list[str]:
 def _find_cause(
     values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
 ) -> list[str]:
-    """The one reason, if there is one, why hardly a tensor is as expected."""
+    """Return the one reason, if there is one, why hardly a tensor is as expected."""
     return _find_quantization(values, model, mlp, tensors, warnings) or _find_foreign_names(model, mlp, tensors)
 
 
@@ -165,7 +165,7 @@ def _untie(
 
 
 def _choose_layout(family: Family, model: Model, tensors: Mapping[str, Any]) -> MLP:
-    """The layout of the family's MLP tensors that the checkpoint has the most names of."""
+    """Return the layout of the family's MLP tensors that the checkpoint has the most names of."""
     return max(family.mlp, key=lambda mlp: len(list_expected_tensors(model, mlp).keys() & tensors.keys()))
 
 
@@ -181,7 +181,7 @@ QUANTIZED_BY = {
 def _find_quantization(
     values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
 ) -> list[str]:
-    """One problem where the weights are quantized; a quantization_config beside plain weights is a warning."""
+    """Return one problem where the weights are quantized; a quantization_config beside plain weights is a warning."""
     wanted = list_expected_tensors(model, mlp).keys()
     extra = [name for name in tensors.keys() - wanted if not is_ignored(name)]
     tool = next((tool for tool, ends in QUANTIZED_BY.items() if any(name.endswith(ends) for name in extra)), None)
@@ -199,7 +199,7 @@ def _find_quantization(
 
 
 def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """One problem where all tensors have other names than transformers gives them, for one reason."""
+    """Return one problem where all tensors have other names than transformers gives them, for one reason."""
     wanted = list_expected_tensors(model, mlp).keys()
     if "tok_embeddings.weight" in tensors:
         return [
@@ -225,7 +225,7 @@ def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTens
 def _compare(
     model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], problems: list[str]
 ) -> dict[str, StoredTensor]:
-    """The tensors the model needs; missing, unexpected and mis-shaped ones are all appended to `problems`."""
+    """Return the tensors the model needs; missing, unexpected and mis-shaped ones are all appended to `problems`."""
     wanted = list_expected_tensors(model, mlp)
     for name in wanted.keys() - tensors.keys():
         hint = " (config.json does not say tie_word_embeddings: true)" if name == HEAD else ""

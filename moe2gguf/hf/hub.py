@@ -82,7 +82,7 @@ def read_remote_headers(folder: Path) -> dict[str, StoredTensor] | None:
 
 
 def _place(offsets: tuple[int, int]) -> tuple[int, int]:
-    """Where a tensor begins behind the header, and its bytes."""
+    """Return where a tensor begins behind the header, and its bytes."""
     return offsets[0], offsets[1] - offsets[0]
 
 

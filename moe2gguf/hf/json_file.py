@@ -18,7 +18,7 @@ _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number, and one that a float can hold; `true` is none."""
+    """Return whether a JSON value is a number, and one that a float can hold; `true` is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

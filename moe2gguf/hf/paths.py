@@ -21,7 +21,7 @@ class Origin:
 
 
 def find_origin(folder: Path) -> Origin | None:
-    """Which repository and commit a folder of the Hub's cache holds; None for another folder.
+    """Return which repository and commit a folder of the Hub's cache holds; None for another folder.
 
     It is `models--OWNER--NAME/snapshots/COMMIT`: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """

@@ -62,11 +62,11 @@ class StoredTensor:
     n_bytes: int
 
     def read(self, seen: Seen = lambda _: None) -> Array:
-        """The whole tensor, in its storage type (bf16 as `ml_dtypes.bfloat16`)."""
+        """Return the whole tensor, in its storage type (bf16 as `ml_dtypes.bfloat16`)."""
         return next(self.blocks(max(self.n_bytes, 1), seen))
 
     def blocks(self, max_bytes: int, seen: Seen = lambda _: None) -> Iterator[Array]:
-        """Consecutive row blocks of at most `max_bytes` (at least one row each), shape (n_row, *shape[1:]).
+        """Yield consecutive row blocks of at most `max_bytes` (at least one row each), shape (n_row, *shape[1:]).
 
         `seen` is given the bytes piece by piece, as they are read.
 
@@ -85,7 +85,7 @@ class StoredTensor:
                 yield block
 
     def equals(self, other: StoredTensor, rows: int = 1024) -> bool:
-        """Whether `other` has the same shape and the same numbers, whatever the type."""
+        """Return whether `other` has the same shape and the same numbers, whatever the type."""
         if self.shape != other.shape or not {self.dtype, other.dtype} <= DTYPES.keys():
             return False
         n_row = self.shape[0] if self.shape else 1
@@ -94,7 +94,7 @@ class StoredTensor:
         return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in pairs)
 
     def is_zero(self, max_bytes: int = 1 << 24) -> bool:
-        """Whether every element is zero."""
+        """Return whether every element is zero."""
         return not any(block.any() for block in self.blocks(max_bytes))
 
 
@@ -109,7 +109,7 @@ def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> 
 
 
 def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: False) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folder`, by name; reads headers only.
+    """Return every tensor of the checkpoint in `folder`, by name; reads headers only.
 
     Index and shards may disagree about tensors that `is_derived` says carry no numbers of their own.
 
@@ -152,7 +152,7 @@ def _find_single_file(folder: Path) -> Path:
 
 
 def list_shards(folder: Path) -> list[Path]:
-    """The files that the index of `folder` names, whether they are there or not; none where there is no index."""
+    """List the files that the index of `folder` names, whether they are there or not; none without an index."""
     index = inside(folder, INDEX)
     return [inside(folder, name) for name in sorted(set(_read_weight_map(index).values()))] if index.exists() else []
 
@@ -218,7 +218,7 @@ def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor], is_der
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one file, after the safetensors library has checked the whole header against the file."""
+    """Return the tensors of one file, after the safetensors library has checked the whole header against the file."""
     try:
         with safe_open(path, framework="np"):
             pass
@@ -260,10 +260,10 @@ class Readable(Protocol):
         """In numpy order."""
 
     def read(self, seen: Seen) -> Array:
-        """All of it; `seen` is given its bytes."""
+        """Return all of it; `seen` is given its bytes."""
 
     def blocks(self, max_bytes: int, seen: Seen) -> Iterator[Array]:
-        """Consecutive pieces of whole rows; `seen` is given their bytes."""
+        """Return consecutive pieces of whole rows; `seen` is given their bytes."""
 
 
 class SourceDigest:
@@ -277,20 +277,20 @@ class SourceDigest:
         self.parts: dict[str, str] = {}
 
     def read(self, tensor: Readable) -> Array:
-        """The whole tensor, hashed."""
+        """Return the whole tensor, hashed."""
         sha = hashlib.sha256()
         array = tensor.read(sha.update)
         self.parts[tensor.name] = sha.hexdigest()
         return array
 
     def blocks(self, tensor: Readable, max_bytes: int) -> Iterator[Array]:
-        """The tensor in row blocks, hashed when the last block is taken."""
+        """Yield the tensor in row blocks, hashed when the last block is taken."""
         sha = hashlib.sha256()
         yield from tensor.blocks(max_bytes, sha.update)
         self.parts[tensor.name] = sha.hexdigest()
 
     def hexdigest(self, tensors: Mapping[str, Readable]) -> str:
-        """The digest over `tensors`, each of which must have been read."""
+        """Return the digest over `tensors`, each of which must have been read."""
         sha = hashlib.sha256()
         for name in sorted(tensors):
             tensor = tensors[name]
@@ -299,7 +299,7 @@ class SourceDigest:
 
 
 def digest_source(tensors: Mapping[str, Readable]) -> str:
-    """The digest over `tensors`, all of which are read for it."""
+    """Return the digest over `tensors`, all of which are read for it."""
     digest = SourceDigest()
     for tensor in tensors.values():
         for _ in digest.blocks(tensor, PIECE):
@@ -312,5 +312,5 @@ def _view_bytes(array: Array) -> memoryview:
 
 
 def n_elements(shape: tuple[int, ...]) -> int:
-    """The number of elements of a tensor of this shape."""
+    """Return the number of elements of a tensor of this shape."""
     return math.prod(shape)

@@ -43,7 +43,7 @@ def describe_config(model: Model) -> dict[str, Any]:
 
 
 def _describe_class(model: Model) -> dict[str, Any]:
-    """The class, and the settings that only it has."""
+    """Return the class, and the settings that only it has."""
     if model.n_expert:
         counts = {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_used}
         return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **counts}

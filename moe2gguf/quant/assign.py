@@ -98,7 +98,7 @@ class Assignment:
 
 
 def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor may have another type than the one it is stored in: a matrix, and no norm or router.
+    """Return whether a tensor may have another type than the one it is stored in: a matrix, and no norm or router.
 
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L287
     """
@@ -108,7 +108,7 @@ def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def find_stored_type(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorType:
-    """The type that keeps a checkpoint's tensor as it is; F32 for vectors and routers, which llama.cpp wants so."""
+    """Return the type that keeps a checkpoint's tensor as it is; F32 for vectors and routers, as llama.cpp wants."""
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return types.named("F32")
     return types.find_float(dtype)

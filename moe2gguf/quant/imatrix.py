@@ -47,7 +47,7 @@ class Activity:
     counts: NDArray[np.int64]
 
     def means(self) -> NDArray[np.float32]:
-        """(len(counts), columns): mean squares, NaN where a count is zero. As llama.cpp divides them, in float32."""
+        """Return mean squares (len(counts), columns), NaN where a count is zero; in float32, as llama.cpp divides."""
         with np.errstate(invalid="ignore", divide="ignore"):
             rows = self.sums.reshape(len(self.counts), -1)
             means: NDArray[np.float32] = np.divide(rows, self.counts[:, None].astype(np.float32), dtype=np.float32)
@@ -126,7 +126,7 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
 
 
 def _find_pairs(file: GGUFFile) -> tuple[list[str], list[str]]:
-    """The tensors that the file has sums of, and the problems: those that have only one of sums and counts."""
+    """Return the tensors that the file has sums of, and the problems: those that have only one of sums and counts."""
     sums = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
     counts = [name.removesuffix(COUNTS) for name in file.tensors if name.endswith(COUNTS)]
     if not sums:
@@ -135,7 +135,7 @@ def _find_pairs(file: GGUFFile) -> tuple[list[str], list[str]]:
 
 
 def _read_counts(file: GGUFFile, problems: list[str]) -> tuple[tuple[str, ...], tuple[int, int]]:
-    """The names of the texts, and chunks and tokens per chunk; what is no such value is added to the problems."""
+    """Return the names of the texts, the chunks and the tokens of a chunk; add what is none to the problems."""
     datasets = file.metadata.get(DATASETS)
     numbers = [file.metadata.get(key) for key in (CHUNK_COUNT, CHUNK_SIZE)]
     count, size = (n if type(n) is int and 0 <= n <= _MAX_CHUNKS else None for n in numbers)
@@ -248,7 +248,7 @@ class _Legacy:
 
 
 def merge(matrices: Sequence[ImportanceMatrix], chunk_size: int = 0) -> ImportanceMatrix:
-    """The sum of several matrices; `chunk_size` (0: the first one's) is the tokens of a chunk in `.dat` files.
+    """Return the sum of several matrices; `chunk_size` (0: the first one's) is the tokens of a chunk in `.dat` files.
 
     Raises:
         ImportanceError: they do not belong to the same model, or a `.dat` does not say enough.
@@ -266,7 +266,7 @@ def merge(matrices: Sequence[ImportanceMatrix], chunk_size: int = 0) -> Importan
 
 
 def _add_entries(matrices: Sequence[ImportanceMatrix], chunk_size: int) -> tuple[dict[str, Activity], list[str]]:
-    """The sum of the entries of each name, and a line for each that cannot be added."""
+    """Return the sum of the entries of each name, and a line for each that cannot be added."""
     entries: dict[str, Activity] = {}
     problems = []
     for matrix in matrices:
@@ -280,7 +280,7 @@ def _add_entries(matrices: Sequence[ImportanceMatrix], chunk_size: int) -> tuple
 
 
 def _in_tokens(name: str, entry: Activity, chunk_size: int) -> Activity:
-    """A `.dat` counts chunks; how many tokens each expert saw is lost."""
+    """Return an entry of a `.dat`, which counts chunks, in tokens; how many each expert saw is lost."""
     if "_exps." in name:
         raise ValueError("a .dat file does not say how many tokens each expert saw; merge files of the GGUF form")
     return _counted(entry.sums * np.float32(chunk_size), entry.counts * chunk_size)
@@ -300,6 +300,6 @@ def _counted(sums: NDArray[np.float32], counts: NDArray[np.int64]) -> Activity:
 
 
 def label(text: str) -> str:
-    """The last part of a path, Windows' included: the name of a text, without where it was on somebody's disk."""
+    """Return the last part of a path, Windows' included: the name of a text, without its place on somebody's disk."""
     name = PurePosixPath(text.replace("\\", "/")).name
     return "".join(c for c in name if c.isprintable())[:MAX_LABEL] or "unnamed"

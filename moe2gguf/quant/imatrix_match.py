@@ -68,7 +68,7 @@ class Guidance:
     few: Mapping[str, int] = field(default_factory=dict)
 
     def refusals(self, stored: Sequence[Entry], assigned: Assignment) -> list[str]:
-        """A sentence per kind of problem with the tensors that are to be quantized."""
+        """Return a sentence per kind of problem with the tensors that are to be quantized."""
         groups: dict[str, list[str]] = {}
         for tensor in stored:
             kind, problem = assigned.types[tensor.name], self.problems.get(tensor.name)
@@ -127,7 +127,7 @@ def guide(
 
 
 def record_imatrix(matrix: ImportanceMatrix | None, options: TypeOptions) -> dict[str, MetadataValue]:
-    """The keys that tell which importance matrix a file was quantized with; none without one."""
+    """Return the keys that tell which importance matrix a file was quantized with; none without one."""
     if matrix is None:
         return {}
     metadata: dict[str, MetadataValue] = {KEYS + "file": label(str(options.imatrix))}
@@ -142,7 +142,7 @@ def record_imatrix(matrix: ImportanceMatrix | None, options: TypeOptions) -> dic
 
 
 def find_neurons(file: GGUFFile) -> Neurons | None:
-    """Which neurons the experts of a finished file hold: known only where we cut them one after the other."""
+    """Return which neurons the experts of a finished file hold: known only where we cut them one after the other."""
     n, d_ff, align = (
         file.metadata.get(f"moe2gguf.slicing.{key}") for key in ("expert_count", "dense_feed_forward_length", "align")
     )
@@ -163,7 +163,7 @@ class _UnfitError(Exception):
 
 
 def _find_means(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None) -> _Found | None:
-    """What the matrix has for a tensor: its own entry, or that of the dense tensor. None where none is needed.
+    """Return what the matrix has for a tensor: its own entry, or that of the dense tensor. None where none is needed.
 
     Raises _UnfitError for an entry that belongs to another model.
     """
@@ -210,7 +210,7 @@ def _from_own_entry(entry: Activity, n_mat: int, width: int, *, legacy: bool) ->
 
 
 def _pick_neurons(means: NDArray[np.float32], neurons: Neurons, layer: int) -> Means:
-    """Columns of the dense down projection in the order in which the experts hold its neurons; zero neurons get 0."""
+    """Pick columns of the dense down projection in the order in which the experts hold them; zero neurons get 0."""
     order = neurons.order(layer)
     return np.where(order >= 0, means[np.maximum(order, 0)], np.float32(0))
 
@@ -220,14 +220,14 @@ def _lack_all(n_mat: int, width: int, why: str) -> _Found:
 
 
 def _fill_with_ones(found: _Found) -> list[NDArray[np.float32]]:
-    """The importance of every matrix, (width,) each; a matrix without data counts all its columns alike."""
+    """Return the importance of every matrix, (width,) each; a matrix without data counts all its columns alike."""
     means = np.ascontiguousarray(found.means(), np.float32)
     means[[*found.empty]] = 1
     return [*means]
 
 
 def _describe_lack(found: _Found, tensor: Entry) -> Problem:
-    """Which matrices of the tensor have no data, and what to do."""
+    """Return which matrices of the tensor have no data, and what to do."""
     n_mat = math.prod(tensor.shape[:-2])
     numbers = ", ".join([*map(str, found.empty[:8]), *(["..."] if len(found.empty) > 8 else [])])
     detail = f" (experts {numbers})" if 0 < len(found.empty) < n_mat else ""

@@ -72,7 +72,7 @@ class Rule:
     origin: str
 
     def matches(self, name: str) -> bool:
-        """Whether the rule is about the tensor `name`."""
+        """Return whether the rule is about the tensor `name`."""
         return re.fullmatch(self.pattern, name) is not None
 
 

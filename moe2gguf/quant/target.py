@@ -79,7 +79,7 @@ def choose_types(
     header_size: int,
     progress: Progress,
 ) -> tuple[Rule, ...]:
-    """Rules that fill the target of `options` with all tensors that no rule of the user's decides.
+    """Return rules that fill the target of `options` with all tensors that no rule of the user's decides.
 
     Args:
         options: with a target.
@@ -131,7 +131,7 @@ def refuse_target(options: TypeOptions) -> list[str]:
 
 
 def _compute_budget(options: TypeOptions, tensors: Sequence[OutputTensor], fixed: int, header_size: int) -> int:
-    """Bytes for the free tensors."""
+    """Return the bytes that are left for the free tensors."""
     if options.target_bpw is not None:
         return int(options.target_bpw * _count_weights(tensors) / 8) - fixed
     padding = 31 * len(tensors)  # to the alignment, at most
@@ -139,7 +139,7 @@ def _compute_budget(options: TypeOptions, tensors: Sequence[OutputTensor], fixed
 
 
 def _describe_range(options: TypeOptions, below: int, above: int, tensors: Sequence[OutputTensor]) -> str:
-    """The range, in the unit that the user chose; `below` and `above` are bytes from the target."""
+    """Return the range, in the unit that the user chose; `below` and `above` are bytes from the target."""
     if options.target_size is not None:
         low, high = options.target_size + below, options.target_size + above
         return f"--target-size {options.target_size:,}: reachable are {low:,} to {high:,} bytes"
@@ -153,7 +153,7 @@ def _count_weights(tensors: Sequence[Entry]) -> int:
 
 
 def _make_rules(chosen: Budgeted, origin: str) -> tuple[Rule, ...]:
-    """A rule per role and type, that lists the layers."""
+    """Return a rule per role and type, that lists the layers."""
     groups: dict[tuple[str, TensorType], list[str]] = {}
     for name, kind in chosen.types.items():
         found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
@@ -169,7 +169,7 @@ def _make_rules(chosen: Budgeted, origin: str) -> tuple[Rule, ...]:
 
 
 def list_types(tensor: Entry, *, guided: bool) -> list[TensorType]:
-    """The types that a tensor may have: blocks that fit its rows, small ones only with an importance; and F16."""
+    """List the types that a tensor may have: blocks that fit its rows, small ones only with an importance; and F16."""
     width = tensor.shape[-1]
     return [
         kind
@@ -181,7 +181,7 @@ def list_types(tensor: Entry, *, guided: bool) -> list[TensorType]:
 
 
 def find_range(tensors: Sequence[Entry], guided: Container[str]) -> tuple[int, int]:
-    """The fewest and the most bytes that these tensors can take."""
+    """Return the fewest and the most bytes that these tensors can take."""
     sizes = [[types.n_bytes(t.shape, kind) for kind in list_types(t, guided=t.name in guided)] for t in tensors]
     return sum(map(min, sizes)), sum(map(max, sizes))
 
@@ -194,7 +194,7 @@ def choose_under_budget(
     threads: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Budgeted:
-    """Types for `tensors` in at most `budget` bytes, which must be reachable; `advance` is told measured elements.
+    """Choose types for `tensors` in at most `budget` bytes, which must do; `advance` is told the measured elements.
 
     The same inputs give the same types.
 
@@ -230,7 +230,7 @@ def _shorten_lists(
 
 
 def spend_budget(options: Mapping[str, Sequence[Option]], budget: int) -> Budgeted:
-    """One option per tensor, at most `budget` bytes together, with the smallest sum of errors but for the last step."""
+    """Choose one option per tensor, at most `budget` bytes together: the least error in sum, but for the last step."""
     # Start every tensor at its smallest option.
     hulls = {name: lower_hull(choices) for name, choices in options.items()}
     at = dict.fromkeys(hulls, 0)
@@ -252,7 +252,7 @@ def spend_budget(options: Mapping[str, Sequence[Option]], budget: int) -> Budget
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
-    """The options that are best for some price of a byte: more bytes, less error, each step gaining less."""
+    """Return the options that are best for some price of a byte: more bytes, less error, each step gaining less."""
     points: list[Option] = []
     # From the smallest to the largest: leave out what costs more bytes for no less error, and take back the last point
     # while the line past it falls more steeply than the line to it.
@@ -270,7 +270,7 @@ def _slope(a: Option, b: Option) -> float:
 
 
 def _measure_types(tensor: OutputTensor, kinds: Sequence[TensorType], pool: ThreadPoolExecutor) -> list[Option]:
-    """The bytes and the weighted error of the tensor in each type, from some of its rows."""
+    """Return the bytes and the weighted error of the tensor in each type, from some of its rows."""
     head = re.fullmatch(VOCABULARY, tensor.name) is not None
     samples = _sample_rows(dataclasses.replace(tensor, importance=None) if head else tensor)
     weight = HEAD if head else sensitivity(tensor.name, guided=tensor.importance is not None)
@@ -287,13 +287,13 @@ def _measure_types(tensor: OutputTensor, kinds: Sequence[TensorType], pool: Thre
 
 
 def sensitivity(name: str, *, guided: bool) -> float:
-    """The weight of the error of a layer's tensor."""
+    """Return the weight of the error of a layer's tensor."""
     weights = GUIDED if guided else UNGUIDED
     return next((weight for role, weight in weights.items() if f".{role}" in name), 1.0)
 
 
 def _sample_rows(tensor: OutputTensor) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Evenly spread rows, with the importance of the matrix that they are of."""
+    """Read evenly spread rows, with the importance of the matrix that they are of."""
     height = tensor.shape[-2]
     n_row = math.prod(tensor.shape[:-1])
     wanted = np.unique(np.linspace(0, n_row - 1, min(ROWS, n_row)).astype(np.int64))
@@ -314,7 +314,7 @@ def _sample_rows(tensor: OutputTensor) -> list[tuple[NDArray[np.float32], NDArra
 def _round_rows(
     rows: NDArray[np.float32], kind: TensorType, name: str, importance: NDArray[np.float32] | None
 ) -> NDArray[np.float64]:
-    """What is left of `rows` in a type, in float64."""
+    """Encode `rows` in a type and decode them, in float64."""
     data = np.frombuffer(types.encode(rows, kind, name, importance), np.uint8)
     if kind in types.FLOATS:
         return data.view(types.FLOATS[kind]).astype(np.float64).reshape(rows.shape)

@@ -108,7 +108,7 @@ def _read_merges(model: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
 
 
 def _is_pair(pair: Any) -> bool:
-    """Whether this is a list of two texts, neither of them empty."""
+    """Return whether this is a list of two texts, neither of them empty."""
     return isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is type(pair[1]) is str and all(pair)
 
 
