@@ -27,7 +27,7 @@ from moe2gguf.recipes.quantize import plan_quantization, quantize
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """256 wide, one layer."""
-    weights = tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=512)
+    weights = tiny_gguf.dense_weights(0, n_layer=1, d_model=256, d_ff=256)
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("dense") / "dense.gguf", weights)
 
 

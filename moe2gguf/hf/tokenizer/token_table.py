@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gguf import TokenType
 
-from moe2gguf.errors import VocabularyError
+from moe2gguf.errors import VocabularyError, list_names
 
 ADDED_SCORE = -1000.0
 """The score of a token that takes part in no merge, as llama.cpp's converter gives it."""
@@ -65,20 +65,19 @@ class TokenTable:
         """Find negative ids, ids without an embedding, and holes."""
         negative = sorted(id_ for id_ in self.rows if id_ < 0)
         if negative:
-            self.problems.append(f"negative ids: {self._named(negative)}")
+            self.problems.append(f"negative ids: {self._name_ids(negative)}")
         surplus = sorted(id_ for id_ in self.rows if id_ >= self.n_vocab)
         if surplus:
             self.problems.append(
                 f"the embedding has {self.n_vocab} rows, but the tokenizer has {len(surplus)} more tokens: "
-                f"{self._named(surplus)}; the tokenizer belongs to another checkpoint, or the embedding was not "
+                f"{self._name_ids(surplus)}; the tokenizer belongs to another checkpoint, or the embedding was not "
                 "resized when tokens were added (model.resize_token_embeddings)"
             )
         last = max((id_ for id_ in self.rows if id_ < self.n_vocab), default=-1)
         holes = [id_ for id_ in range(last) if id_ not in self.rows]
         if holes:
-            shown = ", ".join(map(str, holes[:_SHOWN]))
             self.problems.append(
-                f"{len(holes)} ids below the last token have no token: {shown}{_more(holes)}; "
+                f"{len(holes)} ids below the last token have no token: {list_names([*map(str, holes)], _SHOWN)}; "
                 "the tokenizer files are incomplete"
             )
         if not self.rows:
@@ -93,9 +92,9 @@ class TokenTable:
             if ids.setdefault(row.text, id_) != id_:
                 self.problems.append(f"{row.text!r} is both id {ids[row.text]} and id {id_}; llama.cpp aborts on it")
 
-    def _named(self, ids: list[int]) -> str:
+    def _name_ids(self, ids: list[int]) -> str:
         """Name some ids with their tokens."""
-        return ", ".join(f"{id_} {self.rows[id_].text!r}" for id_ in ids[:_SHOWN]) + _more(ids)
+        return list_names([f"{id_} {self.rows[id_].text!r}" for id_ in ids], _SHOWN)
 
 
 def _make_padding(id_: int, taken: set[str]) -> Row:
@@ -104,8 +103,3 @@ def _make_padding(id_: int, taken: set[str]) -> Row:
     while text in taken:
         text = f"[{text}]"
     return Row(text, TokenType.UNUSED, ADDED_SCORE * 10)
-
-
-def _more(items: list[int]) -> str:
-    """Say how many were not shown."""
-    return f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""

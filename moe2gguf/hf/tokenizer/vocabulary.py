@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from gguf import TokenType
 
-from moe2gguf.errors import CheckpointError, VocabularyError
+from moe2gguf.errors import CheckpointError, VocabularyError, list_names
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import inside
 from moe2gguf.hf.tokenizer import added_tokens, pretokenizers
@@ -237,18 +237,16 @@ def _name_inexact_tokens(files: _Files) -> list[str]:
     listed = added_tokens.read_decoder(files.config, "tokenizer_config.json")
     listed += files.tokenizer.added if files.tokenizer else []
     normalizer = files.tokenizer.runtime.normalizer if files.tokenizer else None
-    inexact = {
-        token.content: reasons
+    inexact = [
+        f"{token.content!r} ({', '.join(reasons)})"
         for token in {token.content: token for token in listed}.values()
         if (reasons := added_tokens.list_unknown_rules(token, normalizer))
-    }
+    ]
     if not inexact:
         return []
-    shown = [f"{content!r} ({', '.join(reasons)})" for content, reasons in list(inexact.items())[:_SHOWN]]
-    more = f" and {len(inexact) - _SHOWN} more" if len(inexact) > _SHOWN else ""
     return [
         "llama.cpp finds these added tokens wherever they are spelled and keeps the spaces beside them; "
-        f"the ids of such texts differ from the tokenizer's: {', '.join(shown)}{more}"
+        f"the ids of such texts differ from the tokenizer's: {list_names(inexact, _SHOWN)}"
     ]
 
 
