@@ -1,45 +1,72 @@
 """moe2gguf: a dense LLaMA-family model becomes a sparse Mixtral-architecture GGUF file.
 
-The command line is a thin layer over these functions; each is documented where it is defined. Neither torch nor
-llama.cpp is imported before a function needs it.
+Every command is a function here, and takes paths as strings too; each is documented where it is defined. Neither torch
+nor llama.cpp is imported before a function needs it.
 """
 
 from moe2gguf.errors import Moe2GgufError
+from moe2gguf.experts.heal.settings import HealSettings
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.inspect import Inspection, inspect
 from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.verify import Verification, verify
 from moe2gguf.llama.chat import Chat
 from moe2gguf.llama.generate import Generation, generate
+from moe2gguf.measure.bench import Bench, Timing, bench
 from moe2gguf.measure.check import Check, compare_with_dense
+from moe2gguf.measure.compare import CompareSettings
+from moe2gguf.measure.expert_usage import ExpertUse, measure_expert_usage
+from moe2gguf.measure.imatrix import Collection, collect_imatrix
+from moe2gguf.measure.on_the_fly import compare_types as compare
+from moe2gguf.measure.results import Comparison
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert, plan_conversion
+from moe2gguf.recipes.densify import Densified, densify
+from moe2gguf.recipes.heal import Healing, HealText, heal
 from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
 from moe2gguf.recipes.plan import Plan
 from moe2gguf.recipes.quantize import Quantization, plan_quantization, quantize
 
 __all__ = [
+    "Bench",
     "CalibrationOptions",
     "Chat",
     "Check",
+    "Collection",
+    "CompareSettings",
+    "Comparison",
     "Conversion",
+    "Densified",
+    "ExpertUse",
     "GGUFFile",
     "Generation",
+    "HealSettings",
+    "HealText",
+    "Healing",
     "Inspection",
     "MethodOptions",
     "Moe2GgufError",
     "Options",
     "Plan",
     "Quantization",
+    "Timing",
     "TypeOptions",
     "Verification",
+    "bench",
+    "collect_imatrix",
+    "compare",
     "compare_with_dense",
     "convert",
+    "densify",
     "generate",
+    "heal",
     "inspect",
+    "measure_expert_usage",
     "plan_conversion",
     "plan_quantization",
     "quantize",
     "read_gguf",
+    "set_used",
     "verify",
 ]

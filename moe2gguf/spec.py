@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 MetadataValue = str | bool | int | float | list[str] | list[int] | list[float]
@@ -62,6 +63,13 @@ class Model:
     bias_output: bool = False
     n_expert: int = 0  # 0: a dense MLP
     n_expert_used: int = 0
+
+
+def make_paths(record: object, *names: str) -> None:
+    """Replace strings in these fields of a frozen record by paths."""
+    for name in names:
+        if isinstance(value := getattr(record, name), str):
+            object.__setattr__(record, name, Path(value))
 
 
 class Dimensions(NamedTuple):

@@ -106,8 +106,9 @@ class Inspection:
         return dict(plain)
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection:
     """Read the header of a file, or of all shards of a set; no tensor byte. Raises GGUFError as `read_model` does."""
+    path = Path(path)
     file = read_model(path)
     tensors = list(file.tensors.values())
     architecture = _as(str, file.metadata.get("general.architecture"))

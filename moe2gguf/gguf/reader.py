@@ -66,11 +66,12 @@ _NOT_GGUF = {
 }
 
 
-def read_gguf(path: Path) -> GGUFFile:
+def read_gguf(path: str | Path) -> GGUFFile:
     """Read and check the header of a GGUF file (version 2 or 3, little endian); no tensor byte is read.
 
     Raises GGUFError, naming file, key or tensor, what was expected and what was found.
     """
+    path = Path(path)
     path = Path(path)
     with open_gguf(path) as file:
         try:

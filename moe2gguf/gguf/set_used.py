@@ -16,7 +16,7 @@ from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
 from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 
 
-def set_used(path: Path, n_expert_used: int) -> None:
+def set_used(path: str | Path, n_expert_used: int) -> None:
     """Make `n_expert_used` the number of experts that run per token when the program that runs the file says nothing.
 
     Four bytes are overwritten, so the file is whole at every moment.
@@ -25,6 +25,7 @@ def set_used(path: Path, n_expert_used: int) -> None:
         GGUFError: not an expert file of arch `llama`, a count llama.cpp cannot run, or experts that were amplified or
             refitted for another count (the reason and the way out are named).
     """
+    path = Path(path)
     file = read_gguf(path)
     problems: list[str] = []
     n_expert = read_count(file, "llama.expert_count", problems, 0, MAX_EXPERTS)

@@ -28,7 +28,9 @@ class Verification:
     notes: tuple[str, ...]
 
 
-def verify(path: Path, *, threads: int | None = None, progress: Callable[[int], None] | None = None) -> Verification:
+def verify(
+    path: str | Path, *, threads: int | None = None, progress: Callable[[int], None] | None = None
+) -> Verification:
     """Check header, layout, shapes against the metadata, and that no value is NaN or infinite.
 
     Of a shard, the whole set is checked.
@@ -36,6 +38,7 @@ def verify(path: Path, *, threads: int | None = None, progress: Callable[[int], 
     `progress` is called in this thread with the bytes checked since its last call; `threads` None means one per core,
     at most 8. A file that cannot be read at all has that as its only problem; nothing is raised for it.
     """
+    path = Path(path)
     try:
         shards = read_shards(path)
     except GGUFError as error:

@@ -29,7 +29,7 @@ class Chat:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         *,
         system: str = "",
         raw: bool = False,
@@ -41,8 +41,8 @@ class Chat:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
+        path = self._path = Path(path)
         file = read_model(path)
-        self._path = path
         self._template = None if raw else read_template(file)
         if self._template is None and not raw:
             raise HarnessError(f"{path}: has no chat template, it is no chat model: use `moe2gguf run`, or --raw")

@@ -157,7 +157,7 @@ class Session:
 
 
 def generate(
-    path: Path,
+    path: str | Path,
     prompt: str,
     *,
     n_token: int = 64,
@@ -177,6 +177,7 @@ def generate(
     Raises HarnessError (at once for numbers out of range, else from the iteration) if llama.cpp cannot run the
     file, has no GPU support, or prompt and text exceed the context the model was trained for.
     """
+    path = Path(path)
     turn = Turn(prompt, n_token, temperature, seed)
     return Session(path, make_setup(n_expert_used, device, threads)).answer(turn, last=True)
 

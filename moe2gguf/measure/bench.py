@@ -114,11 +114,11 @@ class Timed:
 
 
 def bench(
-    files: Sequence[Path],
+    files: Sequence[str | Path],
     *,
     used: Sequence[int] = (),
     devices: Sequence[str] = ("cpu",),
-    reference: Path | None = None,
+    reference: str | Path | None = None,
     timing: Timing | None = None,
     on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
 ) -> Bench:
@@ -131,9 +131,10 @@ def bench(
         GGUFError: a file's header is not sound.
         HarnessError: a device is not there.
     """
+    reference = None if reference is None else Path(reference)
     require_devices(devices)
     base = plan_run(read_model(reference), 0, choose_reference_device(devices)) if reference else None
-    grid = plan_grid(files, used, devices)
+    grid = plan_grid(map(Path, files), used, devices)
     found = time_grid(grid, base, timing or Timing(), on_run)
     return replace(found, notes=(*note_other_counts(grid), *found.notes))
 

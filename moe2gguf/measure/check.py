@@ -93,8 +93,8 @@ class Check:
 
 
 def compare_with_dense(
-    sliced: Path,
-    dense: Path,
+    sliced: str | Path,
+    dense: str | Path,
     *,
     n_token: int = 512,
     n_expert_used: int | None = None,
@@ -111,6 +111,7 @@ def compare_with_dense(
     Raises HarnessError if llama.cpp cannot run a file, the vocabularies differ, the text is too short, or the
     temporary folder has no room for n_token * n_vocab * 4 bytes.
     """
+    sliced, dense = Path(sliced), Path(dense)
     setup = Setup(n_context=n_context, n_batch=_N_BATCH, n_threads=threads or count_processors())
     facts = run_in_child(read_facts, sliced, what=f"reading {sliced}")
     wanted: int | Literal["all"] = "all" if n_expert_used is None else n_expert_used

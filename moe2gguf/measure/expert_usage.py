@@ -26,7 +26,7 @@ from moe2gguf.measure.watch_routing import LayerTally, Tally, tally_routing
 
 
 def measure_expert_usage(
-    path: Path,
+    path: str | Path,
     *,
     used: int | None = None,
     text: Text | None = None,
@@ -52,6 +52,7 @@ def measure_expert_usage(
         HarnessError: the file is dense, the count or the device is not possible, the text is too short, or llama.cpp
             cannot run the file.
     """
+    path = Path(path)
     require_devices([device])
     file = read_model(path)
     (one,) = plan_grid([path], [] if used is None else [used], [device])

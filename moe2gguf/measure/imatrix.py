@@ -120,15 +120,15 @@ class Collection:
 
 
 def collect_imatrix(
-    model: Path,
-    out: Path,
-    text: Path | None,
+    model: str | Path,
+    out: str | Path,
+    text: str | Path | None,
     *,
     n_token: int | None = None,
     n_context: int = 512,
     n_expert_used: int | Literal["all"] | None = None,
     vocabulary: bool = False,
-    merged: Sequence[Path] = (),
+    merged: Sequence[str | Path] = (),
     resume: bool = True,
     force: bool = False,
     threads: int | None = None,
@@ -156,19 +156,22 @@ def collect_imatrix(
         HarnessError: llama.cpp is missing or cannot run the file, or the text is too short.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
+    model, out = Path(model), Path(out)
+    text = None if text is None else Path(text)
+    others = [Path(one) for one in merged]
     if text is None and not merged:
         raise ImportanceError("nothing to collect from: give --text, or --merge matrices")
-    check_target(out, [model, *merged, *([text] if text else [])], force=force)
-    parts = [read_imatrix(path) for path in merged]
+    check_target(out, [model, *others, *([text] if text else [])], force=force)
+    parts = [read_imatrix(path) for path in others]
     if text is None:
-        matrix = _write_sum(parts, model, out, merged, n_context, force)
+        matrix = _write_sum(parts, model, out, others, n_context, force)
         return Collection(out, matrix, 0, 0, len(merged), find_scarce_experts(matrix))
     words = read_text(text, bytes_to_read(n_token and n_token + n_context))
     settings = CollectionSettings(n_token, n_context, n_expert_used, vocabulary)
     with Job(out.with_name(out.name + ".work"), _describe(model, words, settings), resume=resume) as job:
         before = _load(job)
         collected = _collect_and_save(model, words, settings, before, job, threads, progress)
-        matrix = _write_sum([_matrix(collected, words, n_context), *parts], model, out, merged, n_context, force)
+        matrix = _write_sum([_matrix(collected, words, n_context), *parts], model, out, others, n_context, force)
         job.remove()
     done, resumed = collected.n_window * n_context, before.n_window * n_context
     notes = tuple(note_long_windows([model], n_context))

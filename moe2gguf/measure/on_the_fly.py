@@ -40,11 +40,11 @@ class QuantizedCopy:
 
 
 def compare_types(
-    files: Sequence[Path],
-    reference: Path,
+    files: Sequence[str | Path],
+    reference: str | Path,
     *,
     kinds: Sequence[str] = (),
-    imatrix: Path | None = None,
+    imatrix: str | Path | None = None,
     experts: bool = False,
     progress: Progress = silent,
     **options: Any,
@@ -60,9 +60,12 @@ def compare_types(
         PlanError: a type cannot be had, or no file is in a float type; every reason is listed.
         and what `quantize` and `compare` raise.
     """
-    wanted = plan_copies(files, kinds, cache_folder() / "types", imatrix)
-    with write_copies(wanted, progress) as paths:
-        found = compare([*files, *paths], reference, **options)
+    reference = Path(reference)
+    imatrix = None if imatrix is None else Path(imatrix)
+    paths = [Path(one) for one in files]
+    wanted = plan_copies(paths, kinds, cache_folder() / "types", imatrix)
+    with write_copies(wanted, progress) as copies:
+        found = compare([*paths, *copies], reference, **options)
         if experts:
             found = replace(found, experts=_count_experts(found, options.get("settings") or CompareSettings()))
     if not wanted:

@@ -19,6 +19,7 @@ from moe2gguf.errors import PlanError, name_odd_file
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType, shown
 from moe2gguf.quant.presets import ARCHITECTURES, PRESETS, Network, Preset
+from moe2gguf.spec import make_paths
 
 AUTO = "auto"
 VOCABULARY = r"(token_embd|output)\.weight"
@@ -51,6 +52,9 @@ class TypeOptions:
     imatrix_repair: str = "none"
     target_size: int | None = None
     target_bpw: float | None = None
+
+    def __post_init__(self) -> None:
+        make_paths(self, "type_rules", "imatrix")
 
     @property
     def files(self) -> list[Path]:

@@ -55,7 +55,7 @@ class Densified:
         return {"path": str(self.path), "factors": self.how}
 
 
-def densify(source: Path, out: Path, *, force: bool = False, progress: Progress = silent) -> Densified:
+def densify(source: str | Path, out: str | Path, *, force: bool = False, progress: Progress = silent) -> Densified:
     """Write the model with experts `source` as the dense model `out`: a folder as a folder, a GGUF file as one file.
 
     The experts' gate and up rows are put one behind the other, bit for bit. Their down columns are too, each times the
@@ -67,6 +67,7 @@ def densify(source: Path, out: Path, *, force: bool = False, progress: Progress 
         PlanError: the model has no experts, its routers weigh experts by the input, or its experts have scales.
         OutputError, CorruptWeightError, CheckpointError, GGUFError: as in `moe2gguf.recipes.convert.convert`.
     """
+    source, out = Path(source), Path(out)
     model = MoeFolder(open_checkpoint(source)) if source.is_dir() else MoeFile(read_model(source))
     how, factor = known_factor(model)
     model.check_target(out, force=force)

@@ -71,10 +71,10 @@ class Healing:
 
 
 def heal(
-    student: Path,
-    teacher: Path,
+    student: str | Path,
+    teacher: str | Path,
     text: HealText,
-    out: Path,
+    out: str | Path,
     settings: HealSettings,
     *,
     force: bool = False,
@@ -93,6 +93,7 @@ def heal(
         CalibrationError: the text cannot be used.
         OutputError: `out` cannot be written, must not be replaced, or is unfinished from another job.
     """
+    student, teacher, out = Path(student), Path(teacher), Path(out)
     if install := advise_install("torch", "transformers", "accelerate"):
         raise HealError(f"healing trains with torch, transformers and accelerate: {install}")
     held_out = [text.held_out] if text.held_out else []

@@ -12,7 +12,7 @@ from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.text import read_text
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.quant.target import refuse_target
-from moe2gguf.spec import EXACT, SPARSE, Method, Model
+from moe2gguf.spec import EXACT, SPARSE, Method, Model, make_paths
 
 DEFAULT_EXPERTS = 8
 DEFAULT_TOKENS = 16384
@@ -75,6 +75,9 @@ class CalibrationOptions:
     memory: int = 4 * 10**9
     save_to: Path | None = None
     load_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        make_paths(self, "text", "save_to", "load_from")
 
 
 @dataclass(frozen=True)
