@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as introspection
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_gguf
+from script_modules import ROOT
 
 import moe2gguf
 from moe2gguf.cli import cli
@@ -44,6 +46,13 @@ def test_paths_may_be_strings(name: str) -> None:
     assert {} == {key: text for key, text in texts.items() if "Path" in text.replace("str | Path", "")}
 
 
+def test_the_reference_has_every_name() -> None:
+    """What is exported is documented."""
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+
+    assert set(moe2gguf.__all__) == set(re.findall(r"^::: moe2gguf\.(\w+)$", page, re.MULTILINE))
+
+
 def test_strings_are_paths(tmp_path: Path) -> None:
     """On files: whatever reads, writes and changes one."""
     dense, sliced = str(tmp_path / "dense.gguf"), str(tmp_path / "sliced.gguf")
@@ -61,12 +70,9 @@ def test_strings_are_paths(tmp_path: Path) -> None:
     assert ["ok"] == [row.status for row in found.rows]
     assert 4 == moe2gguf.measure_expert_usage(sliced, n_token=32, n_context=32).config.n_expert
     timing = moe2gguf.Timing(n_prompt=8, n_generate=4, repeat=1)
-    assert 1 == len(moe2gguf.bench([sliced], reference=dense, timing=timing).rows)
+    assert 2 == len(moe2gguf.bench([sliced], reference=dense, timing=timing).rows)
     text = tmp_path / "text.txt"
     text.write_text("A text of some words. " * 200)
-    assert (
-        Path(f"{dense}.imatrix").name
-        == moe2gguf.collect_imatrix(dense, f"{dense}.imatrix", str(text), n_token=64, n_context=32).path.name
-    )
+    moe2gguf.collect_imatrix(dense, f"{dense}.imatrix", str(text), n_token=64, n_context=32)
     options = moe2gguf.TypeOptions("q8_0", imatrix=f"{dense}.imatrix")  # type: ignore[arg-type]
     assert options.files == [Path(f"{dense}.imatrix")]
