@@ -102,16 +102,15 @@ def n_bytes(shape: tuple[int, ...], kind: TensorType) -> int:
 def encode(array: Array, kind: TensorType, name: str, importance: NDArray[np.float32] | None = None) -> memoryview:
     """`array` as the bytes of type `kind`; `name` is for the error message.
 
-    An array of f32, f16 or bf16 is encoded; one of uint8 holds blocks of that type already, which are kept. Rows that
-    are quantized may share an `importance` (width,), how much each column's error matters.
+    An array of f32, f16 or bf16, finite numbers, is encoded; one of uint8 holds blocks of that type already, which are
+    kept. Rows that are quantized may share an `importance` (width,), how much each column's error matters.
 
     Raises:
-        CorruptWeightError: a value is NaN or infinite, or too large for the type.
+        CorruptWeightError: a value is too large for the type.
         HarnessError: the type needs llama.cpp's kernels, and they are not installed.
     """
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array).reshape(-1).data
-    require_finite(array, name)
     if kind not in FLOATS:
         return _quantize(widen(array), kind, name, importance).data
     with np.errstate(over="ignore"):

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from moe2gguf.errors import GGUFError, OutputError
+from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, list_names
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.layout import Entry, Layout
@@ -292,12 +292,39 @@ class _Writer:
 
     def _encode(self, tensor: OutputTensor) -> Iterator[memoryview]:
         """Yield the bytes of the tensor in its type, in order."""
-        label = f"{tensor.name} (from {', '.join(tensor.sources)})" if tensor.sources else tensor.name
+        label = f"{tensor.name} (from {list_names(tensor.sources)})" if tensor.sources else tensor.name
         matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
         row = 0
-        for block in tensor.blocks():
+        for block in check_blocks(tensor):
             yield from _encode_block(block, tensor.type, label, self.kernels, _Weights(matrices, tensor.shape, row))
             row += block.size // max(block.shape[-1], 1)
+
+
+def check_blocks(tensor: OutputTensor) -> Iterator[NDArray[np.generic]]:
+    """Yield the pieces of a tensor, of which those of numbers are finite.
+
+    Raises:
+        CorruptWeightError: a number is NaN or infinite.
+    """
+    row = 0
+    for block in tensor.blocks():
+        if block.dtype != np.uint8 and not types.is_finite(block):
+            raise _describe_corruption(tensor, block, row)
+        yield block
+        row += block.size // max(block.shape[-1], 1)
+
+
+def _describe_corruption(tensor: OutputTensor, block: NDArray[np.generic], first_row: int) -> CorruptWeightError:
+    """Say where in the tensor the first bad number of a `block` stands, which begins at a row, and its origin."""
+    place = first_row * block.shape[-1] + int(np.argmin(np.isfinite(block.astype(np.float32))))
+    index, sources = [int(i) for i in np.unravel_index(place, tensor.shape)], tensor.sources
+    name = tensor.name
+    if len(index) == 3:
+        expert = index.pop(0)
+        name = f"{name}, expert {expert}"
+        sources = sources[expert : expert + 1] if len(sources) == tensor.shape[0] else sources
+    origin = f" (from {list_names(sources)})" if sources else ""
+    return CorruptWeightError(f"{name}{origin}: NaN or infinity at {index}; fetch a sound copy of the checkpoint")
 
 
 def _is_sha256(value: object) -> bool:
@@ -340,7 +367,6 @@ def _encode_block(
     if kind in types.FLOATS or block.dtype == np.uint8:
         yield types.encode(block, kind, label)
         return
-    types.require_finite(block, label)
     rows = block.reshape(-1, block.shape[-1])
     step = max(1, PIECE // rows.shape[1])
     pieces = [(rows[i:j], importance) for i, j, importance in weights.cut(len(rows), step)]

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.outputs import check_outputs
-from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.gguf.writer import OutputTensor, check_blocks
 from moe2gguf.hf.companions import copy_companions
 from moe2gguf.hf.folder import open_checkpoint
 from moe2gguf.progress import Progress, silent
@@ -173,7 +173,7 @@ def _cut_into_shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[
 
 def _read_whole(tensor: OutputTensor) -> NDArray[np.generic]:
     """The whole tensor in its own type."""
-    data = b"".join(bytes(types.encode(block, tensor.type, tensor.name)) for block in tensor.blocks())
+    data = b"".join(bytes(types.encode(block, tensor.type, tensor.name)) for block in check_blocks(tensor))
     return np.frombuffer(data, types.FLOATS[tensor.type]).reshape(tensor.shape)
 
 

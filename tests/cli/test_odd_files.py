@@ -141,7 +141,7 @@ def test_what_is_no_file_in_a_folder_is_refused(name: str, files: dict[str, str]
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
-@pytest.mark.parametrize(("line", "how"), zip(TEXTS, itertools.cycle(["/dev/stdin", "<(command)"]), strict=False))
+@pytest.mark.parametrize(("line", "how"), [*zip(TEXTS, itertools.cycle(["/dev/stdin", "<(command)"]), strict=False)])
 def test_a_text_may_come_through_a_pipe(line: str, how: str, files: dict[str, str], tmp_path: Path) -> None:
     """Standard input, and what a shell puts in the place of <(command)."""
     moe = tiny_gguf.write_gguf(tmp_path / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from moe2gguf.errors import CorruptWeightError
 from moe2gguf.gguf import types
+from moe2gguf.gguf.writer import OutputTensor, check_blocks
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((3, 256)).astype(np.float32)
@@ -49,8 +50,10 @@ def test_nan_and_infinity_are_refused_with_their_place(bad: Any, dtype: Any, kin
     array = WEIGHT.astype(dtype)
     array[1, 7] = bad
 
-    with pytest.raises(CorruptWeightError, match=r"blk\.3\.ffn_up.*\[1, 7\]"):
-        types.encode(array, kind, "blk.3.ffn_up")
+    tensor = OutputTensor("blk.3.ffn_up", array.shape, kind, blocks=lambda: iter([array[:1], array[1:]]))
+
+    with pytest.raises(CorruptWeightError, match=r"blk\.3\.ffn_up: .*\[1, 7\]"):
+        list(check_blocks(tensor))
 
 
 @pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False), (1e5, False)])

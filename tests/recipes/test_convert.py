@@ -88,6 +88,24 @@ def test_mixtral_checkpoints_keep_their_experts_and_router(tmp_path: Path, origi
     assert (4, 2) == counts_of(tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize("original", [True, False], ids=["w1 w2 w3", "fused"])
+def test_a_corrupt_expert_is_named_alone(tmp_path: Path, original: bool) -> None:
+    """The tensor, the expert, its place there, and the one tensor that it was stored in."""
+    folder = checkpoints.write(
+        tmp_path / "m", "MixtralForCausalLM", original=original, num_local_experts=4, head_dim=16
+    )  # fmt: skip
+    tensors = load_file(folder / "model.safetensors")
+    stem = "model.layers.1.block_sparse_moe.experts.2.w2.weight" if original else "model.layers.1.mlp.experts.down_proj"
+    (tensors[stem] if original else tensors[stem][2])[3, 5] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+
+    with pytest.raises(CorruptWeightError) as error:
+        convert(folder, tmp_path / "out.gguf")
+
+    place = f"blk.1.ffn_down_exps.weight, expert 2 (from {stem}): NaN or infinity at [3, 5]"
+    assert f"{place}; fetch a sound copy of the checkpoint" == str(error.value)
+
+
 def counts_of(path: Any) -> Any:
     """(expert_count, expert_used_count) as the gguf package reads them."""
     fields = gguf.GGUFReader(path).fields
