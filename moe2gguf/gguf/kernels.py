@@ -113,7 +113,7 @@ def dequantize(blocks: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float3
 def library() -> ctypes.CDLL:
     """libggml-base, opened once. Raises HarnessError where there is none or it cannot be opened."""
     folder = _folder()
-    path = next((folder / name for name in _file_names() if (folder / name).is_file()), None)
+    path = next((folder / name for name in _list_file_names() if (folder / name).is_file()), None)
     if path is None:
         raise HarnessError(f"{folder} has no libggml-base: {INSTALL}")
     try:
@@ -141,10 +141,14 @@ def _folder() -> Path:
     return Path(spec.origin).parent / "lib"
 
 
-def _file_names() -> tuple[str, ...]:
+def _list_file_names() -> tuple[str, ...]:
+    """Return the names that the library may have. The first is the one by which llama.cpp's own libraries load it.
+
+    Wheels hold copies in the place of links, and a second copy would make its tables of numbers a second time.
+    """
     if sys.platform == "win32":
         return ("ggml-base.dll", "libggml-base.dll")
-    return ("libggml-base.so", "libggml-base.dylib")
+    return ("libggml-base.so.0", "libggml-base.so", "libggml-base.0.dylib", "libggml-base.dylib")
 
 
 def _knows(lib: ctypes.CDLL, kind: TensorType) -> bool:
