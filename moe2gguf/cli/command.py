@@ -132,7 +132,7 @@ def _list_given(option: click.Option, ctx: click.Context) -> list[str]:
     """The names of the option if the command line has it, and of one with choices the names with the choice."""
     if ctx.get_parameter_source(str(option.name)) is not click.core.ParameterSource.COMMANDLINE:
         return []
-    chosen = [f"{name} {ctx.params[str(option.name)]}" for name in option.opts]
+    chosen = [f"{name} {ctx.params.get(str(option.name))}" for name in option.opts]
     return [*option.opts, *(chosen if isinstance(option.type, click.Choice) else [])]
 
 

@@ -65,6 +65,7 @@ class Journal:
         self.path = path
         self.manifest: Mapping[str, str] | None = None
         self.pieces: dict[str, Piece] = {}
+        self._used: set[str] = set()  # the facts that this process recorded or found
         self._lock = threading.Lock()
         for entry in _read_lines(path):
             match entry:
@@ -92,23 +93,26 @@ class Journal:
     def record_facts(self, name: str, facts: Mapping[str, Any]) -> None:
         """Add a piece that is nothing but JSON-ready facts; the line is on the disk when this returns."""
         self.record(name, Piece(_checksum_facts(facts), facts), durable=True)
+        self._used.add(name)
 
     def find_facts(self, name: str) -> Mapping[str, Any] | None:
         """The facts of a piece of `record_facts`; None where there are none, or others than were recorded."""
         piece = self.pieces.get(name)
-        return piece.facts if piece and piece.checksum == _checksum_facts(piece.facts) else None
+        if piece is None or piece.checksum != _checksum_facts(piece.facts):
+            return None
+        self._used.add(name)
+        return piece.facts
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Turn an interrupt of the block into `Interrupted`, with the place of the pieces that the block finished."""
-        before = len(self.pieces)
+        """Turn an interrupt of the block into `Interrupted`, with the place of the facts that it recorded or found."""
         try:
             yield
         except Interrupted:
             raise
         except KeyboardInterrupt as error:
-            if len(self.pieces) > before:
-                raise Interrupted(_describe_kept(self.path, len(self.pieces) - before)) from error
+            if self._used:
+                raise Interrupted(_describe_kept(self.path, len(self._used))) from error
             raise
 
     def _append(self, entry: Mapping[str, Any], *, durable: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import deque
@@ -26,6 +27,8 @@ def import_llama() -> ModuleType:
         state = "not installed" if error.name == "llama_cpp" else f"broken ({error})"
         raise HarnessError(f"llama-cpp-python is {state}: {_INSTALL}") from error
     except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise MemoryError from error
         raise HarnessError(f"llama-cpp-python is broken ({error}): {_INSTALL}") from error
     if not _callbacks:
         _callbacks.append(llama_cpp.llama_log_callback(_keep_line))

@@ -102,6 +102,8 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(files: dict[str, Path], t
 
     with pytest.raises(Interrupted, match=r"journal.jsonl keeps what is finished \(2 pieces\)"):
         compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path), on_row=stop)
+    with pytest.raises(Interrupted, match=r"journal.jsonl keeps what is finished \(2 pieces\)"):  # found, not measured
+        compare([files["moe"]], files["dense"], used=[4], settings=settings(tmp_path), on_row=stop)
     again = compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path))
     third = compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path))
     assert [[True, False], [True, True]] == [[row.resumed for row in found.rows] for found in (again, third)]

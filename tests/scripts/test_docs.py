@@ -16,7 +16,8 @@ from moe2gguf.cli import cli
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 ELSEWHERE = {
-    "llama.cpp": {"--cpu-moe", "--n-gpu-layers", "--override-kv", "--port", "--kl-divergence"},
+    "llama.cpp": {"--cpu-moe", "--n-gpu-layers", "--override-kv", "--port", "--kl-divergence", "--models-preset"},
+    "llama-cpp-python": {"--kv"},  # --kv_overrides
     "dask": {"--nthreads"},
     "mypy": {"--strict"},
     "scripts/bench": {"--long", "--only", "--repeats", "--vocabulary", "--windows"},
