@@ -31,11 +31,11 @@ def list_ways(file: GGUFFile) -> list[Way]:
     in_python = f" --kv_overrides {key}=int:{counts[-1]}" if len(counts) > 1 else ""
     folder = f"~/.lmstudio/models/local/{name}"
     return [
-        Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "not tried with this program"),
+        Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "tried with llama.cpp 7e4c0a9"),
         Way(
             "llama-server, every count",
             (f"moe2gguf serve-help {path} --presets preset.ini", "llama-server --models-preset preset.ini --port 8080"),
-            "not tried with this program; the keys are those of llama.cpp 13b56e2",
+            "tried with llama.cpp 7e4c0a9",
         ),
         Way(
             "llama-cpp-python",
