@@ -178,7 +178,9 @@ def speeds(found: Bench) -> None:
         f"median (lowest - highest) of {given['repeat']} rounds; prompt of {given['prompt']}, generation of "
         f"{given['generate']} tokens, {given['threads']} threads"
     )
-    console.print(f"bound: what {found.bandwidth / 1e9:.1f} GB/s, measured here, allow for the weights a token reads")
+    if found.bandwidth:
+        limit = f"{found.bandwidth / 1e9:.1f} GB/s, measured here"
+        console.print(f"bound: what {limit}, allow for the weights a token reads")
 
 
 def _speed_table() -> Table:

@@ -43,9 +43,9 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Bench:
-    """What `bench` returns; `bandwidth` in bytes per second; the reference, if any, is the first row.
+    """What `bench` returns; the reference, if any, is the first row.
 
-    `notes` are sentences that a reader of the figures must know.
+    `bandwidth` is in bytes per second, 0 where nothing can run; `notes` are sentences that a reader must know.
     """
 
     rows: tuple[BenchRow, ...]
@@ -147,8 +147,9 @@ def time_grid(
 ) -> Bench:
     """Time the runs of a grid, and `base` before them, round by round; see `bench`."""
     timed = [Timed(one, one.refusal) for one in ([base, *grid] if base else grid)]
-    bandwidth = measure_bandwidth()
-    for number in range(timing.repeat):
+    can_run = any(not one.reason for one in timed)
+    bandwidth = measure_bandwidth() if can_run else 0.0
+    for number in range(timing.repeat if can_run else 0):
         for one in timed:
             one.time_once(timing, number, on_run)
         bandwidth = max(bandwidth, measure_bandwidth())
