@@ -32,121 +32,11 @@ from the source, neither does a GPU, apart from weights it duplicates, for which
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from moe2gguf.spec import Dimensions, Model
-
-MAX_EXPERTS = 1024
-"""LLAMA_MAX_EXPERTS (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L12). Older builds stop
-at 512, 256, 128 or 60 (https://github.com/ggml-org/llama.cpp/issues/11378)."""
-
-POOL_MINIMUM = 1024
-POOL_PER_TENSOR = 8
-HASH_SIZES = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101)
-"""The primes of ggml's hash tables, from the one above `POOL_MINIMUM` on."""
-
-LAYER_TENSORS = 10
-"""Tensors of a MoE layer: two norms, q, k, v, output, router, gate, up, down. All others are biases or scales."""
-
-GLOBAL_TENSORS = 2
-"""Embedding and output norm; an output matrix and `rope_freqs` may follow."""
-
-GLOBAL_NODES = 6
-SCALE_NODES = 4
-NODES_PER_EXPERT = 2
-SPARE_LEAVES = 4
-"""Copies of the tied output matrix and of `rope_freqs` that a GPU build makes: a slot each, on up to four devices."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to run llama.cpp: its name in messages, its nodes per layer besides the used experts', its inputs."""
-
-    name: str
-    layer_nodes: int
-    inputs: int
-
-
-DEFAULT = Setting("default settings", layer_nodes=48, inputs=7)
-"""One key/value stream, unquantized cache, flash attention off or on (on needs 43 to 45 nodes). With flash attention
-on, several streams (`llama-perplexity`) need at most 47 and fit as well."""
-
-SEPARATE_STREAMS = Setting("flash attention off and a cache per sequence (llama-perplexity -fa off)", 49, 7)
-QUANTIZED_CACHE = Setting("a quantized key/value cache (-ctk q8_0 -ctv q8_0)", layer_nodes=57, inputs=9)
-"""Rotations before and after attention, where the head size is a multiple of 64
-(https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-kv-cache.cpp#L321); worst case of several streams."""
-
-
-def max_experts_used(*, n_layer: int, n_tensor: int, n_scale: int = 0, setting: Setting = DEFAULT) -> int:
-    """Return the largest number of experts per token that llama.cpp runs under `setting`; one more may abort it.
-
-    Args:
-        n_layer: transformer blocks, all of them MoE; at least 1.
-        n_tensor: all tensors of the file. Attention biases are what exceeds ten tensors per layer.
-        n_scale: optional expert-scale tensors per layer (`ffn_down_exps.scale` ...), 0 to 3.
-        setting: how llama.cpp is run.
-
-    The result is exact in nearly all shapes and never too high. `SPARE_LEAVES` can make it 1 too low; below three
-    layers, where an output matrix cannot be told from a bias, it can be 2 too low (of more than 200).
-    """
-    pool = max(POOL_MINIMUM, POOL_PER_TENSOR * n_tensor)
-    n_bias = max(0, (n_tensor - GLOBAL_TENSORS) // n_layer - LAYER_TENSORS - n_scale)
-    fixed = n_layer * (setting.layer_nodes + n_bias + SCALE_NODES * n_scale) + GLOBAL_NODES + setting.inputs
-    leaves = n_tensor + 2 * n_layer + min(n_layer, SPARE_LEAVES)
-    room = min(pool, _hash_size(pool) - leaves) - fixed
-    return max(0, min(MAX_EXPERTS, room // (NODES_PER_EXPERT * n_layer)))
-
-
-def check_expert_counts(
-    n_expert: int, n_expert_used: int, *, n_layer: int, n_tensor: int, n_scale: int = 0
-) -> list[str]:
-    """Return every reason, as a sentence with its fix, why llama.cpp cannot run these counts; empty if it can.
-
-    Args: see `max_experts_used`, which gives the limit under default settings.
-    """
-    refusals = []
-    if n_expert < 1:
-        refusals.append(f"{n_expert} experts: a layer needs at least 1.")
-    if n_expert > MAX_EXPERTS:
-        refusals.append(
-            f"{n_expert} experts: llama.cpp loads at most {MAX_EXPERTS} per layer (older builds 60 to 512) and aborts "
-            f"above. Make {MAX_EXPERTS} or fewer."
-        )
-    if n_expert_used < 1:
-        refusals.append(f"{n_expert_used} experts per token: at least 1 must run.")
-    if n_expert_used > n_expert >= 1:
-        refusals.append(f"{n_expert_used} experts per token: there are only {n_expert}. Use {n_expert} or fewer.")
-    limit = max_experts_used(n_layer=n_layer, n_tensor=n_tensor, n_scale=n_scale)
-    if n_expert_used > limit:
-        refusals.append(
-            f"{n_expert_used} experts per token: llama.cpp can run {limit} in this model of {n_layer} layers and "
-            f"{n_tensor} tensors. Its graph has room for about {POOL_PER_TENSOR} nodes per tensor and each used expert "
-            f"costs {NODES_PER_EXPERT} per layer; above the limit the process aborts. Use {limit} or fewer."
-        )
-    return refusals
-
-
-def expert_count_warnings(n_expert_used: int, *, n_layer: int, n_tensor: int, n_scale: int = 0) -> list[str]:
-    """Return a sentence per common setting, other than the default, under which llama.cpp would abort.
-
-    Args: see `max_experts_used`.
-    """
-    limits = {
-        setting.name: max_experts_used(n_layer=n_layer, n_tensor=n_tensor, n_scale=n_scale, setting=setting)
-        for setting in (SEPARATE_STREAMS, QUANTIZED_CACHE)
-    }
-    return [
-        f"{n_expert_used} experts per token: with {name} llama.cpp can run {limit} in this model and aborts above. "
-        f"Use {limit} or fewer if you run it that way."
-        for name, limit in limits.items()
-        if n_expert_used > limit
-    ]
-
-
-def _hash_size(pool: int) -> int:
-    """Slots of the scheduler's table; beyond the listed primes (16384 tensors) no slot is promised past the pool."""
-    return next((size for size in HASH_SIZES if size >= pool), pool)
+from moe2gguf.spec import Dimensions, MetadataValue, Model
 
 
 @dataclass(frozen=True)
@@ -160,6 +50,7 @@ class GraphTensor:
     bias      there may be a `NAME.bias`, one number per row
     scales    there may be a `NAME.scale` and a `NAME.input_scale`, one number per matrix
     f32       llama.cpp takes it only in F32
+    ending    "bias" for a tensor `NAME.bias` that is no companion of a weight
     """
 
     name: str
@@ -169,14 +60,48 @@ class GraphTensor:
     bias: bool = False
     scales: bool = False
     f32: bool = False
+    ending: str = "weight"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph that llama.cpp builds for a file: the file's architecture, and every tensor that it may have."""
+    """A graph that llama.cpp builds for a file: the file's architecture, and every tensor and key that it needs.
+
+    gating          the weight of a chosen expert: its part of the chosen ones' softmax ("renormalized", which depends
+                    on how many are chosen), its sigmoid, or its part of the softmax over all experts
+    keys            what the graph must be told besides counts and widths, without the architecture's prefix
+    rotates_halves  the rotary embedding turns element j of a head with j + d_head / 2, as Hugging Face's models do, and
+                    not with its neighbor
+    layer_nodes     nodes per layer besides the used experts', flash attention off: see above
+    since           the first release of llama.cpp that has the graph
+    hf_class        the class of transformers that computes the same, if there is one
+    note            for what the graph is, in a few words
+    """
 
     architecture: str
     tensors: tuple[GraphTensor, ...]
+    gating: Literal["renormalized", "sigmoid", "softmax"] = "renormalized"
+    keys: Mapping[str, MetadataValue] = field(default_factory=dict)
+    rotates_halves: bool = False
+    layer_nodes: int = 48
+    since: str = ""
+    hf_class: str | None = None
+    note: str = ""
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether the graph has a shared expert of its own, beside those that the router chooses."""
+        return any("_shexp" in tensor.name for tensor in self.tensors)
+
+    @property
+    def has_selection_bias(self) -> bool:
+        """Whether a bias is added to what the router finds when experts are chosen, and not when they are weighed."""
+        return _SELECTION_BIAS in self.tensors
+
+    @property
+    def layer_tensors(self) -> int:
+        """Tensors of a layer with experts; all others are biases, norms of heads or scales."""
+        return sum("{i}" in one.name and one.required and one.when not in ("dense", "fused") for one in self.tensors)
 
     def shape_of(self, name: str) -> tuple[str, ...]:
         """The shape of a weight or bias, by its full name with `{i}` for the layer."""
@@ -184,50 +109,289 @@ class Graph:
         shape = next(tensor.shape for tensor in self.tensors if tensor.name == stem)
         return shape if ending == "weight" else shape[:1]
 
+    def rename(self, name: str) -> str:
+        """The name here of a tensor of the graph `mixtral`: a layer's second norm may be called otherwise."""
+        here = {tensor.name for tensor in self.tensors}
+        return name if "blk.{i}.ffn_norm" in here else name.replace(".ffn_norm.", ".post_attention_norm.")
+
+    def weight_of_expert(self, n_routed: int) -> float:
+        """The weight of a chosen expert at a router of zeros, whatever the number of chosen ones is.
+
+        Raises:
+            ValueError: it depends on that number.
+        """
+        scale = self.keys.get("expert_weights_scale", 1.0)
+        if self.gating == "renormalized" or not isinstance(scale, float):
+            raise ValueError(f"{self.architecture}: the weight of an expert depends on how many are used")
+        return scale * (0.5 if self.gating == "sigmoid" else 1 / n_routed)
+
+
+_GLOBALS = (
+    GraphTensor("token_embd", ("n_vocab", "d_model")),
+    GraphTensor("output_norm", ("d_model",)),
+    GraphTensor("output", ("n_vocab", "d_model"), required=False, scales=True),
+)
+_ATTENTION = (
+    GraphTensor("blk.{i}.attn_norm", ("d_model",)),
+    GraphTensor("blk.{i}.attn_q", ("d_q", "d_model"), "split", bias=True, scales=True),
+    GraphTensor("blk.{i}.attn_k", ("d_kv", "d_model"), "split", bias=True, scales=True),
+    GraphTensor("blk.{i}.attn_v", ("d_kv", "d_model"), "split", bias=True, scales=True),
+    GraphTensor("blk.{i}.attn_qkv", ("d_q+2*d_kv", "d_model"), "fused", bias=True, scales=True),
+)
+_ROPE_FACTORS = (
+    GraphTensor("rope_freqs", ("d_head/2",), required=False, f32=True),
+    GraphTensor("rope_factors_long", ("d_head/2",), required=False, f32=True),
+    GraphTensor("rope_factors_short", ("d_head/2",), required=False, f32=True),
+)
+_HEAD_NORMS = (
+    GraphTensor("blk.{i}.attn_q_norm", ("d_head",), required=False),
+    GraphTensor("blk.{i}.attn_k_norm", ("d_head",), required=False),
+)
+_EXPERTS = (
+    GraphTensor("blk.{i}.ffn_gate_inp", ("n_expert", "d_model"), "experts", f32=True),
+    GraphTensor("blk.{i}.ffn_gate_exps", ("n_expert", "d_expert", "d_model"), "experts", scales=True),
+    GraphTensor("blk.{i}.ffn_up_exps", ("n_expert", "d_expert", "d_model"), "experts", scales=True),
+    GraphTensor("blk.{i}.ffn_down_exps", ("n_expert", "d_model", "d_expert"), "experts", scales=True),
+)
+_SHARED_EXPERT = (
+    GraphTensor("blk.{i}.ffn_gate_shexp", ("d_shared", "d_model"), "experts"),
+    GraphTensor("blk.{i}.ffn_up_shexp", ("d_shared", "d_model"), "experts"),
+    GraphTensor("blk.{i}.ffn_down_shexp", ("d_model", "d_shared"), "experts"),
+)
+_SELECTION_BIAS = GraphTensor("blk.{i}.exp_probs_b", ("n_expert",), "experts", f32=True, ending="bias")
+
+
+def _dense_mlp(*, extras: bool) -> tuple[GraphTensor, ...]:
+    """The MLP of a layer without experts; with `extras` it may have biases and scales."""
+    shapes = {"gate": ("d_ff", "d_model"), "up": ("d_ff", "d_model"), "down": ("d_model", "d_ff")}
+    return tuple(
+        GraphTensor(f"blk.{{i}}.ffn_{role}", shape, "dense", bias=extras, scales=extras)
+        for role, shape in shapes.items()
+    )
+
 
 GRAPHS = {
     "mixtral": Graph(
         "llama",
         (
-            GraphTensor("token_embd", ("n_vocab", "d_model")),
-            GraphTensor("output_norm", ("d_model",)),
-            GraphTensor("output", ("n_vocab", "d_model"), required=False, scales=True),
-            GraphTensor("rope_freqs", ("d_head/2",), required=False, f32=True),
-            GraphTensor("rope_factors_long", ("d_head/2",), required=False, f32=True),
-            GraphTensor("rope_factors_short", ("d_head/2",), required=False, f32=True),
-            GraphTensor("blk.{i}.attn_norm", ("d_model",)),
-            GraphTensor("blk.{i}.attn_q", ("d_q", "d_model"), "split", bias=True, scales=True),
-            GraphTensor("blk.{i}.attn_k", ("d_kv", "d_model"), "split", bias=True, scales=True),
-            GraphTensor("blk.{i}.attn_v", ("d_kv", "d_model"), "split", bias=True, scales=True),
-            GraphTensor("blk.{i}.attn_qkv", ("d_q+2*d_kv", "d_model"), "fused", bias=True, scales=True),
+            *_GLOBALS,
+            *_ROPE_FACTORS,
+            *_ATTENTION,
             GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), bias=True, scales=True),
             GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
-            GraphTensor("blk.{i}.ffn_gate", ("d_ff", "d_model"), "dense", bias=True, scales=True),
-            GraphTensor("blk.{i}.ffn_up", ("d_ff", "d_model"), "dense", bias=True, scales=True),
-            GraphTensor("blk.{i}.ffn_down", ("d_model", "d_ff"), "dense", bias=True, scales=True),
-            GraphTensor("blk.{i}.ffn_gate_inp", ("n_expert", "d_model"), "experts", f32=True),
-            GraphTensor("blk.{i}.ffn_gate_exps", ("n_expert", "d_ff", "d_model"), "experts", scales=True),
-            GraphTensor("blk.{i}.ffn_up_exps", ("n_expert", "d_ff", "d_model"), "experts", scales=True),
-            GraphTensor("blk.{i}.ffn_down_exps", ("n_expert", "d_model", "d_ff"), "experts", scales=True),
+            *_dense_mlp(extras=True),
+            *_EXPERTS,
         ),
-    )
+        since="2023",
+        hf_class="MixtralForCausalLM",
+        note="every program; a file is right at one count of experts",
+    ),
+    "glm4moe": Graph(
+        "glm4moe",
+        (
+            *_GLOBALS,
+            *_ATTENTION,
+            *_HEAD_NORMS,
+            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True),
+            GraphTensor("blk.{i}.post_attention_norm", ("d_model",)),
+            *_dense_mlp(extras=False),
+            *_EXPERTS,
+            _SELECTION_BIAS,
+            *_SHARED_EXPERT,
+        ),
+        gating="sigmoid",
+        keys={"expert_gating_func": 2, "expert_weights_norm": False, "expert_weights_scale": 2.0},
+        rotates_halves=True,
+        layer_nodes=50,
+        since="b6085 (August 2025)",
+        hf_class="Glm4MoeForCausalLM",
+        note="one file for every count of experts, with a real shared expert",
+    ),
+    "deepseek": Graph(
+        "deepseek",
+        (
+            *_GLOBALS,
+            *_ATTENTION,
+            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True),
+            GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
+            *_dense_mlp(extras=False),
+            *_EXPERTS,
+            *_SHARED_EXPERT,
+        ),
+        gating="softmax",
+        layer_nodes=49,
+        since="December 2024",
+        note="as glm4moe, for older programs",
+    ),
 }
-"""Every target graph. `mixtral`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39-L91 and,
-for the scales, https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1635. Biases of q, k and v are
-known beside a fused matrix too; a `d_ff` is that of one expert where there are experts."""
+"""Every target graph, as llama.cpp has it.
+
+* `mixtral`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L39-L91 and, for the scales,
+  https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1635. Biases of q, k and v are known beside
+  a fused matrix too.
+* `glm4moe`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/glm4-moe.cpp. It has no rotary factors and
+  no bias of the attention's output.
+* `deepseek`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/deepseek.cpp. Its q and o are d_model
+  wide. `expert_weights_scale` is left out, since older builds do not read it: what the softmax divides by is multiplied
+  into the down projections of the routed experts.
+"""
+
+MIXTRAL = GRAPHS["mixtral"]
 
 
 def graph_sizes(m: Model | Dimensions) -> dict[str, int]:
-    """The value of every name in a shape: `d_q` and `d_kv` are the widths of all query and all key heads."""
+    """The value of every name in a shape: `d_q` and `d_kv` are the widths of all query and all key heads.
+
+    In the graph `mixtral` a checkpoint's `d_ff` is that of one expert where there are experts.
+    """
     d_q, d_kv = m.n_head * m.d_head, m.n_head_kv * m.d_head
+    d_expert, d_shared = (m.d_expert, m.d_shared) if isinstance(m, Dimensions) else (m.d_ff, 0)
     return {
         "n_vocab": m.n_vocab,
         "d_model": m.d_model,
         "d_ff": m.d_ff,
         "2*d_ff": 2 * m.d_ff,
+        "d_expert": d_expert,
+        "d_shared": d_shared,
         "d_q": d_q,
         "d_kv": d_kv,
         "d_q+2*d_kv": d_q + 2 * d_kv,
+        "d_head": m.d_head,
         "d_head/2": m.d_head // 2,
         "n_expert": m.n_expert,
     }
+
+
+MAX_EXPERTS = 1024
+"""LLAMA_MAX_EXPERTS (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L12). Older builds stop
+at 512, 256, 128 or 60 (https://github.com/ggml-org/llama.cpp/issues/11378)."""
+
+POOL_MINIMUM = 1024
+POOL_PER_TENSOR = 8
+HASH_SIZES = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101)
+"""The primes of ggml's hash tables, from the one above `POOL_MINIMUM` on."""
+
+GLOBAL_TENSORS = 2
+"""Embedding and output norm; an output matrix and `rope_freqs` may follow."""
+
+GLOBAL_NODES = 6
+SCALE_NODES = 4
+NORM_NODES = 2
+NODES_PER_EXPERT = 2
+SPARE_LEAVES = 4
+"""Copies of the tied output matrix and of `rope_freqs` that a GPU build makes: a slot each, on up to four devices."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run llama.cpp: its name in messages, its nodes per layer beyond a graph's own, its inputs."""
+
+    name: str
+    more_nodes: int
+    inputs: int
+
+
+DEFAULT = Setting("default settings", more_nodes=0, inputs=7)
+"""One key/value stream, unquantized cache, flash attention off or on (on needs 3 to 5 nodes less). With flash attention
+on, several streams (`llama-perplexity`) need at most one less and fit as well."""
+
+SEPARATE_STREAMS = Setting("flash attention off and a cache per sequence (llama-perplexity -fa off)", 1, 7)
+QUANTIZED_CACHE = Setting("a quantized key/value cache (-ctk q8_0 -ctv q8_0)", more_nodes=9, inputs=9)
+"""Rotations before and after attention, where the head size is a multiple of 64
+(https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-kv-cache.cpp#L321); worst case of several streams."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the room of a graph depends on.
+
+    n_layer   transformer blocks, all of them with experts; at least 1
+    n_tensor  all tensors of the file; attention biases are what exceeds `Graph.layer_tensors`
+    n_scale   optional expert-scale tensors per layer (`ffn_down_exps.scale` ...), 0 to 3
+    n_norm    norms of heads per layer (`attn_q_norm`, `attn_k_norm`), 0 to 2
+    graph     the target graph
+    """
+
+    n_layer: int
+    n_tensor: int
+    n_scale: int = 0
+    n_norm: int = 0
+    graph: Graph = MIXTRAL
+
+    @classmethod
+    def of(cls, names: Collection[str], n_layer: int, graph: Graph = MIXTRAL) -> Size:
+        """The size of a file with tensors of these names; `n_layer` below 1 counts as 1."""
+        first = [name for name in names if name.startswith("blk.0.")]
+        n_scale = sum(name.endswith("_exps.scale") for name in first)
+        n_norm = sum(name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")) for name in first)
+        return cls(max(1, n_layer), len(names), n_scale, n_norm, graph)
+
+
+def max_experts_used(size: Size, setting: Setting = DEFAULT) -> int:
+    """Return the most experts per token that llama.cpp runs under `setting`, a shared one apart; one more may abort it.
+
+    The result is exact in nearly all shapes and never too high. `SPARE_LEAVES` can make it 1 too low; below three
+    layers, where an output matrix cannot be told from a bias, it can be 2 too low (of more than 200).
+    """
+    pool = max(POOL_MINIMUM, POOL_PER_TENSOR * size.n_tensor)
+    per_layer = (size.n_tensor - GLOBAL_TENSORS) // size.n_layer
+    n_bias = max(0, per_layer - size.graph.layer_tensors - size.n_scale - size.n_norm)
+    nodes = size.graph.layer_nodes + setting.more_nodes + n_bias
+    nodes += SCALE_NODES * size.n_scale + NORM_NODES * size.n_norm
+    fixed = size.n_layer * nodes + GLOBAL_NODES + setting.inputs
+    leaves = size.n_tensor + 2 * size.n_layer + min(size.n_layer, SPARE_LEAVES)
+    room = min(pool, _hash_size(pool) - leaves) - fixed
+    return max(0, min(MAX_EXPERTS, room // (NODES_PER_EXPERT * size.n_layer)))
+
+
+def check_expert_counts(n_expert: int, n_expert_used: int, size: Size, n_shared: int = 0) -> list[str]:
+    """Return every reason, as a sentence with its fix, why llama.cpp cannot run these counts; empty if it can.
+
+    Both counts contain the `n_shared` experts that are one shared expert in the file, in a graph that has such.
+    """
+    refusals = []
+    limit = max_experts_used(size) + n_shared
+    if n_expert < 1:
+        refusals.append(f"{n_expert} experts: a layer needs at least 1.")
+    if n_expert - n_shared > MAX_EXPERTS:
+        refusals.append(
+            f"{n_expert} experts: llama.cpp loads at most {MAX_EXPERTS} per layer (older builds 60 to 512) and aborts "
+            f"above. Make {MAX_EXPERTS} or fewer."
+        )
+    if n_expert_used < 1:
+        refusals.append(f"{n_expert_used} experts per token: at least 1 must run.")
+    elif n_expert_used <= n_shared:
+        refusals.append(
+            f"{n_expert_used} experts per token: the {n_shared} shared ones always run, and at least one more must. "
+            f"Use {n_shared + 1} or more."
+        )
+    if n_expert_used > n_expert >= 1:
+        refusals.append(f"{n_expert_used} experts per token: there are only {n_expert}. Use {n_expert} or fewer.")
+    if n_expert_used > limit:
+        refusals.append(
+            f"{n_expert_used} experts per token: llama.cpp can run {limit} in this model of {size.n_layer} layers and "
+            f"{size.n_tensor} tensors. Its graph has room for about {POOL_PER_TENSOR} nodes per tensor and each used "
+            f"expert costs {NODES_PER_EXPERT} per layer; above the limit the process aborts. Use {limit} or fewer."
+        )
+    return refusals
+
+
+def expert_count_warnings(n_expert_used: int, size: Size, n_shared: int = 0) -> list[str]:
+    """Return a sentence per common setting, other than the default, under which llama.cpp would abort.
+
+    The counts are those of `check_expert_counts`.
+    """
+    limits = {
+        setting.name: max_experts_used(size, setting) + n_shared for setting in (SEPARATE_STREAMS, QUANTIZED_CACHE)
+    }
+    return [
+        f"{n_expert_used} experts per token: with {name} llama.cpp can run {limit} in this model and aborts above. "
+        f"Use {limit} or fewer if you run it that way."
+        for name, limit in limits.items()
+        if n_expert_used > limit
+    ]
+
+
+def _hash_size(pool: int) -> int:
+    """Slots of the scheduler's table; beyond the listed primes (16384 tensors) no slot is promised past the pool."""
+    return next((size for size in HASH_SIZES if size >= pool), pool)

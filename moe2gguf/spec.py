@@ -82,7 +82,9 @@ class Dimensions(NamedTuple):
     n_head_kv: int
     d_head: int
     n_vocab: int
-    n_expert: int
+    n_expert: int  # those that a router chooses from
+    d_expert: int = 0
+    d_shared: int = 0  # width of a shared expert beside them
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Slicing:
 
     grain         contiguous slices keep so many neighbors together, the block of a quantized source
     scale_tensor  the amplification stands in a tensor of its own (`ffn_down_exps.scale`), not in the weights
+    target        the graph that the file is for: a name of `moe2gguf.limits.GRAPHS`
+    in_shared     so many of the experts, the first, are one wide shared expert in the file; 0 where the graph has none
     """
 
     n_expert: int
@@ -153,6 +157,28 @@ class Slicing:
     align: int = 1
     grain: int = 1
     scale_tensor: bool = False
+    target: str = "mixtral"
+    in_shared: int = 0
+
+    @property
+    def n_routed(self) -> int:
+        """Experts that the router of the file chooses from."""
+        return self.n_expert - self.in_shared
+
+    @property
+    def n_routed_used(self) -> int:
+        """How many of them it chooses."""
+        return self.n_expert_used - self.in_shared
+
+    @property
+    def n_fitted(self) -> int:
+        """The number of used experts that groups and router are fitted to.
+
+        Where one file serves every count and all are used by default, it is what the file is good for below.
+        """
+        if self.in_shared and self.n_expert_used == self.n_expert:
+            return self.in_shared + max(1, (self.n_expert * 5 // 8) - self.in_shared)
+        return self.n_expert_used
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moe2gguf.limits import (
     QUANTIZED_CACHE,
     SEPARATE_STREAMS,
     Setting,
+    Size,
     check_expert_counts,
     expert_count_warnings,
     max_experts_used,
@@ -73,7 +74,7 @@ class Shape:
         return self.n_layer * (10 + len(self.biases) + self.n_scale) + 2 + (not self.tied) + self.rope_freqs
 
     def limit(self, setting: Setting = DEFAULT) -> int:
-        return max_experts_used(n_layer=self.n_layer, n_tensor=self.n_tensor, n_scale=self.n_scale, setting=setting)
+        return max_experts_used(Size(self.n_layer, self.n_tensor, self.n_scale), setting)
 
 
 PLAIN = Shape(16)  # the pool binds
@@ -168,20 +169,20 @@ def test_limits_over_depth() -> None:
 
 def test_limit_never_exceeds_what_a_layer_may_hold() -> None:
     """Many unused tensors enlarge the pool, but never the limit beyond MAX_EXPERTS; an overfull graph gives 0."""
-    assert max_experts_used(n_layer=1, n_tensor=100_000) == MAX_EXPERTS
-    assert max_experts_used(n_layer=100, n_tensor=103) == 0
+    assert max_experts_used(Size(1, 100_000)) == MAX_EXPERTS
+    assert max_experts_used(Size(100, 103)) == 0
 
 
 def test_sound_counts_are_accepted() -> None:
     """No refusal from 1 of 1 expert up to 16 of 16, nor for many experts of which few run."""
     accepted = [(1, 1), (3, 2), (8, 8), (16, 16), (60, 4), (1024, 1)]
-    refusals = [check_expert_counts(n, k, n_layer=30, n_tensor=302) for n, k in accepted]
+    refusals = [check_expert_counts(n, k, Size(30, 302)) for n, k in accepted]
     assert refusals == [[]] * len(accepted)
 
 
 def test_used_above_the_limit_is_refused_with_the_reason_and_the_fix() -> None:
     """The refusal names the number, the limit, why, and the way out."""
-    assert check_expert_counts(32, 32, n_layer=30, n_tensor=302) == [
+    assert check_expert_counts(32, 32, Size(30, 302)) == [
         "32 experts per token: llama.cpp can run 16 in this model of 30 layers and 302 tensors. Its graph has room for "
         "about 8 nodes per tensor and each used expert costs 2 per layer; above the limit the process aborts. "
         "Use 16 or fewer."
@@ -206,17 +207,17 @@ def test_used_above_the_limit_is_refused_with_the_reason_and_the_fix() -> None:
 )
 def test_impossible_counts_are_refused(n_expert: int, n_expert_used: int, sentences: list[str]) -> None:
     """Each impossible count has its own sentence."""
-    assert check_expert_counts(n_expert, n_expert_used, n_layer=30, n_tensor=302) == sentences
+    assert check_expert_counts(n_expert, n_expert_used, Size(30, 302)) == sentences
 
 
 def test_all_refusals_come_at_once() -> None:
     """Too many experts, more used than there are, and over the graph's limit are three sentences."""
-    assert len(check_expert_counts(2000, 3000, n_layer=30, n_tensor=302)) == 3
+    assert len(check_expert_counts(2000, 3000, Size(30, 302))) == 3
 
 
 def test_warnings_name_the_settings_that_would_abort() -> None:
     """8 of 8 is free of warnings at 30 layers; 16 is warned about for separate caches and for a quantized cache."""
-    assert expert_count_warnings(8, n_layer=30, n_tensor=302) == []
-    warnings = expert_count_warnings(16, n_layer=30, n_tensor=302)
+    assert expert_count_warnings(8, Size(30, 302)) == []
+    warnings = expert_count_warnings(16, Size(30, 302))
     assert [SEPARATE_STREAMS.name in warnings[0], QUANTIZED_CACHE.name in warnings[1]] == [True, True]
     assert ["Use 15" in warnings[0], "Use 11" in warnings[1]] == [True, True]

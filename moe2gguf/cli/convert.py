@@ -34,12 +34,13 @@ from moe2gguf.cli.options import (
     type_rules,
 )
 from moe2gguf.experts import methods
+from moe2gguf.limits import GRAPHS
 
 if TYPE_CHECKING:
     from moe2gguf.recipes.options import Options
     from moe2gguf.recipes.plan import Plan
 
-OF_EXPERTS = ("--experts", "--used", "--align", "--expert-scale")
+OF_EXPERTS = ("--target", "--experts", "--used", "--align", "--expert-scale")
 OF_METHOD = ("--preset", "--group", "--shared", "--router", "--refit", "--amplify")
 OF_CALIBRATION = ("--calibration", "--save-calibration", "--load-calibration", "--calibration-tokens")
 OF_CALIBRATING = ("--calibration-memory", "--torch-device", "--seed")
@@ -56,7 +57,18 @@ NO_EFFECT = (
 @cloup.argument("out", type=OUT, required=False, help="The GGUF file to write.")
 @option_group(
     "What to make",
-    option("-e", "--experts", type=int, help="Experts per layer; a Mixtral model keeps its own.  [default: 8]"),
+    option(
+        "--target",
+        type=click.Choice([*GRAPHS]),
+        help="mixtral: runs everywhere, right at one count of experts. glm4moe: one file for every count, llama.cpp of "
+        "August 2025 or later. deepseek: the same for older ones.  [default: mixtral]",
+    ),
+    option(
+        "-e",
+        "--experts",
+        type=int,
+        help="Experts per layer, shared ones included; a Mixtral model keeps its own.  [default: 8, glm4moe 16]",
+    ),
     option("-k", "--used", type=int, help="Experts used per token.  [default: all, which is exactly the dense model]"),
     option("--dense", is_flag=True, help="Write the ordinary dense file, the reference for comparisons."),
     option(

@@ -76,7 +76,7 @@ def _print_active(console: Console, plan: Plan) -> None:
     """Bytes per token and the bandwidth bound at each count."""
     console.print()
     table = display.make_table("experts used", "bytes per token", "speed-up, at most", numbers=slice(None))
-    for k in range(1, plan.n_expert + 1):
+    for k in range(plan.in_shared + 1, plan.n_expert + 1):
         mark = " (file)" if k == plan.n_expert_used else ""
         table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
     console.print(table)
@@ -144,7 +144,7 @@ def print_layers(reports: Sequence[LayerReport]) -> None:
             _format_share(report.energy_oracle),
             _format_share(report.hit_rate),
             f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
-            f"{report.constant_min:.2f}",
+            "" if report.constant_min is None else f"{report.constant_min:.2f}",
             _format_share(report.refit_error),
         )
     console.print(table)
@@ -169,6 +169,8 @@ def _print_energy(done: Conversion) -> None:
     table = display.make_table(*columns, numbers=slice(None))
     for k, values in enumerate(zip(*(layer.energy_by_used for layer in done.layers), strict=True), 1):
         mean = sum(values) / len(values)
+        if k <= plan.in_shared:
+            continue
         mark = " (file)" if k == plan.n_expert_used else ""
         table.add_row(
             f"{k} of {plan.n_expert}{mark}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"

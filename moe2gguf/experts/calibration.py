@@ -139,7 +139,7 @@ def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer
     layer = slicer(block.mlp, LayerInputs(x_dense, output, x_sliced, target), slicing, statistics)
     for part in chunks(len(dense)):
         dense[part] = dense[part] + output[part]
-        sliced[part] = sliced[part] + layer(x_sliced[part], slicing.n_expert_used).cpu()
+        sliced[part] = sliced[part] + layer(x_sliced[part], slicing.n_fitted).cpu()
     return layer
 
 

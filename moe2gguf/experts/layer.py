@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.experts.slicing import Order, contiguous_order, zero_router
+from moe2gguf.experts.slicing import Order, contiguous_order, plain_scale, zero_router
+from moe2gguf.spec import Slicing
 
 _OLDER_NAMES = {"always_on": "n_shared", "always_on_rate": "shared_rate"}
 """Figures that an older version called otherwise."""
@@ -33,14 +34,15 @@ class LayerReport:
     refit_error     share of the squared error on held-out tokens that the refit leaves
     refit_strength  ridge of the refit, relative to the mean diagonal; None where no ridge helped
 
-    The three after `energy_by_used` are None where nothing is routed, the last two where nothing was refitted.
+    constant_min is None where the graph has a shared expert of its own, the three behind it where nothing is routed,
+    the last two where nothing was refitted.
     """
 
     n_shared: int
     load: list[float]
-    constant_min: float
     shared_rate: float
     energy_by_used: list[float]
+    constant_min: float | None = None
     energy_kept: float | None = None
     energy_oracle: float | None = None
     hit_rate: float | None = None
@@ -80,6 +82,7 @@ class LayerExperts:
     order   (n_expert, d_expert): neuron numbers, see `moe2gguf.experts.slicing`
     router  (n_expert, d_model) float32
     scale   (n_expert,) float32, multiplies each expert's down projection
+    bias    (n_expert,) float32, added to the router's probabilities when experts are chosen, in a graph that does that
     down    (d_model, d_ff) float32 in place of the checkpoint's down projection, or None
     report  what calibration found, or None where there was none
     """
@@ -89,22 +92,26 @@ class LayerExperts:
     scale: NDArray[np.float32]
     down: NDArray[np.float32] | None = None
     report: LayerReport | None = None
+    bias: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @classmethod
-    def plain(cls, d_ff: int, d_model: int, n_expert: int, align: int, scale: float, grain: int = 1) -> LayerExperts:
-        """Make the experts of the preset `exact`: contiguous slices of whole `grain`s, a zero router, one `scale`."""
-        order = contiguous_order(d_ff, n_expert, align, grain)
-        return cls(order, zero_router(n_expert, d_model), np.full(n_expert, scale, np.float32))
+    def plain(cls, d_ff: int, d_model: int, slicing: Slicing) -> LayerExperts:
+        """Make the experts of the preset `exact`: contiguous slices of whole grains, a zero router, one scale."""
+        n = slicing.n_expert
+        order = contiguous_order(d_ff, n, slicing.align, slicing.grain)
+        return cls(order, zero_router(n, d_model), plain_scale(slicing), bias=np.zeros(n, np.float32))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays by the names that files have for them, without `down` where it is None."""
+        """Return the arrays by the names that files have for them, without those that are left out."""
         found: dict[str, NDArray[Any]] = {"order": self.order, "router": self.router, "amplification": self.scale}
+        found |= {"bias": self.bias} if self.bias.size else {}
         return found if self.down is None else found | {"down": self.down}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], report: LayerReport | None) -> LayerExperts:
         """Make the experts with these `arrays`, named as by `arrays()`."""
-        return cls(arrays["order"], arrays["router"], arrays["amplification"], arrays.get("down"), report)
+        bias = {"bias": arrays["bias"]} if "bias" in arrays else {}
+        return cls(arrays["order"], arrays["router"], arrays["amplification"], arrays.get("down"), report, **bias)
 
     def save(self, folder: Path, i: int) -> None:
         """Write `layer-I.npz`, by rename."""

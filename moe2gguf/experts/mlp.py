@@ -16,6 +16,7 @@ from torch import Tensor
 from moe2gguf.experts.hidden_states import Rows, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import PADDING
+from moe2gguf.limits import MIXTRAL, Graph
 
 Groups = list[Tensor]
 """For each expert the sorted numbers of its neurons."""
@@ -55,23 +56,70 @@ class LayerInputs:
 
 
 @dataclass(frozen=True)
+class Router:
+    """What llama.cpp computes to choose and to weigh experts.
+
+    rows       (n_expert, d_model)
+    bias       (n_expert,) added to the probabilities when experts are chosen
+    graph      the target graph
+    in_shared  the first so many experts are the graph's own shared expert: they run for every token, with weight 1
+    """
+
+    rows: Tensor
+    bias: Tensor
+    graph: Graph = MIXTRAL
+    in_shared: int = 0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return (n_token, n_expert) for inputs x (n_token, d_model)."""
+        return x @ self.rows.T
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Return (n_token, n_expert): of the softmax, or sigmoids; 1 for a shared expert of the graph's own."""
+        logits = self.logits(x)
+        routed = logits[:, self.in_shared :]
+        p = routed.sigmoid() if self.graph.gating == "sigmoid" else routed.softmax(-1)
+        return torch.cat([torch.ones_like(logits[:, : self.in_shared]), p], 1)
+
+    def rank(self, p: Tensor) -> Tensor:
+        """Return what experts are chosen by (n_token, n_expert), from their probabilities; always the shared ones."""
+        order = p + self.bias
+        order[:, : self.in_shared] = torch.inf
+        return order
+
+    def prefer(self, x: Tensor) -> Tensor:
+        """Return what experts are ordered by (n_token, n_expert) for inputs x (n_token, d_model)."""
+        return self.logits(x) if self.graph.gating == "renormalized" else self.rank(self.probabilities(x))
+
+    def weigh(self, x: Tensor, k: int) -> Tensor:
+        """Return (n_token, n_expert): the weight of each expert when k are used, zero where one does not run.
+
+        llama.cpp's graph: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2059-L2165
+        """
+        p = self.probabilities(x)
+        chosen = self.rank(p).topk(k, dim=-1).indices
+        top = p.gather(1, chosen)
+        if self.graph.gating == "renormalized":
+            top = top / top.sum(-1, keepdim=True)
+        else:
+            scale = self.graph.keys.get("expert_weights_scale", 1.0)
+            top = torch.where(chosen < self.in_shared, top, top * float(str(scale)))
+        return torch.zeros_like(p).scatter_(1, chosen, top)
+
+
+@dataclass(frozen=True)
 class SlicedLayer:
-    """The sliced MLP: its weights, `groups` of neurons, `router` (n_expert, d_model), output `scale` (n_expert,)."""
+    """The sliced MLP: its weights, `groups` of neurons, router, output `scale` (n_expert,)."""
 
     mlp: MLP
     groups: Groups
-    router: Tensor
+    router: Router
     scale: Tensor
     report: LayerReport | None = None
 
     def expert_weights(self, x: Tensor, k: int) -> Tensor:
-        """Return (n_token, n_expert): renormalized top-k softmax times the scale, zero where an expert does not run.
-
-        llama.cpp's graph: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2148-L2162
-        """
-        p = (x @ self.router.T).softmax(-1)
-        top, chosen = p.topk(k, dim=-1)
-        return torch.zeros_like(p).scatter_(1, chosen, top / top.sum(-1, keepdim=True)) * self.scale
+        """Return (n_token, n_expert): the router's weight times the scale, zero where an expert does not run."""
+        return self.router.weigh(x, k) * self.scale
 
     def weighted_activations(self, x: Tensor, k: int) -> Tensor:
         """Return (n_token, d_ff): each neuron's activation times the weight of its expert."""
@@ -87,7 +135,9 @@ class SlicedLayer:
         for row, group in zip(order, self.groups, strict=True):
             row[: len(group)] = group.cpu().numpy()
         down = self.mlp.down.T.contiguous().cpu().numpy() if new_down else None
-        return LayerExperts(order, self.router.cpu().numpy(), self.scale.cpu().numpy(), down, self.report)
+        router, scale = self.router.rows.cpu().numpy(), self.scale.cpu().numpy()
+        bias = [self.router.bias.cpu().numpy()] if self.router.graph.has_selection_bias else []
+        return LayerExperts(order, router, scale, down, self.report, *bias)
 
 
 def experts_of_neurons(groups: Groups) -> Tensor:

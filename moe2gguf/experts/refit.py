@@ -31,11 +31,6 @@ BLOCKS = 8
 """Symmetric sums are computed in so many block rows, each from its diagonal on: nearly half of the work is saved."""
 
 
-def uniform_scale(n_expert: int, factor: float) -> Tensor:
-    """Return the scale (n_expert,) of `exact` (factor = n_expert) and `used` (factor = n_expert_used)."""
-    return torch.full((n_expert,), float(factor))
-
-
 def fit_scale(gram: Tensor, dot: Tensor, energy: float, k: int) -> Tensor:
     """Return the scale k * m * c (n_expert,) of `fitted`, for k experts used.
 

@@ -23,11 +23,16 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class RouterMoments:
-    """Sums over tokens: xx = X^T X (d_model, d_model), x1 = X^T 1 (d_model,), xt = X^T T (d_model, n) of targets T."""
+    """Sums over n_token tokens, of inputs X and targets T.
+
+    xx = X^T X (d_model, d_model), x1 = X^T 1 (d_model,), xt = X^T T (d_model, n), t1 = T^T 1 (n,)
+    """
 
     xx: Tensor
     x1: Tensor
     xt: Tensor
+    t1: Tensor
+    n_token: int
 
 
 def solve_ridge(xx: Tensor, xt: Tensor, strength: float = RIDGE) -> Tensor:
@@ -57,6 +62,30 @@ def expert_rows(moments: RouterMoments) -> Tensor:
     The intercept is implicit, because v . x is 1. The mean row is taken off, which the softmax does not see.
     """
     return center_rows(solve_ridge(moments.xx, moments.xt))
+
+
+def rows_and_bias(moments: RouterMoments) -> tuple[Tensor, Tensor]:
+    """Return centered rows (n, d_model) and biases (n,) that predict the targets, in a graph that has such biases."""
+    x, t, n = moments.x1.double() / moments.n_token, moments.t1.double() / moments.n_token, moments.n_token
+    xx, xt = moments.xx.double() - n * torch.outer(x, x), moments.xt.double() - n * torch.outer(x, t)
+    rows = center_rows(solve_ridge(xx, xt))
+    return rows.to(moments.xx.device), (t - t.mean()).float() - rows @ x.float()
+
+
+def order_by_sigmoid(rows: Tensor, bias: Tensor, n_shared: int, largest: float) -> tuple[Tensor, Tensor]:
+    """Return router rows (n_shared + n, d_model) and selection biases (n_shared + n,) that only order.
+
+    A small logit l has the sigmoid 1/2 + l/4, so a quarter of a logit's bias is what is added to the sigmoid.
+    `largest` is the largest |logit| on the calibration tokens.
+    """
+    size = EXACT_ROUTER_SIZE / max(largest, 1e-30)
+    zeros = torch.zeros(n_shared, rows.shape[1])
+    return torch.cat([zeros, rows * size]), torch.cat([zeros[:, 0], bias * (size / 4)])
+
+
+def order_by_softmax(rows: Tensor, n_shared: int, largest: float) -> Tensor:
+    """Return router rows (n_shared + n, d_model) for a softmax over the routed experts alone, which only order."""
+    return torch.cat([torch.zeros(n_shared, rows.shape[1]), rows * (EXACT_ROUTER_SIZE / max(largest, 1e-30))])
 
 
 def center_rows(rows: Tensor) -> Tensor:

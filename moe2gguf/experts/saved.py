@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from moe2gguf.errors import CalibrationError, OutputError, name_odd_file
 from moe2gguf.experts.layer import LayerExperts, LayerReport
-from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, PADDING, ROUTER_SIZE, expert_width
+from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, PADDING, ROUTER_SIZE, expert_width, plain_scale
+from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Method, Slicing
 
 FORMAT = "1"
@@ -39,7 +40,7 @@ _KINDS = {"str": (str,), "int": (int,), "int | None": (int, type(None)), "bool":
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What a calibration was made from, and how: see `moe2gguf.spec.Method` for the last six fields.
+    """What a calibration was made from, and how: see `moe2gguf.spec.Method` for six of the fields.
 
     checkpoint   digest of the checkpoint's embedding and layers
     text, label  SHA-256 of the calibration text, and what to call it
@@ -60,6 +61,7 @@ class CalibrationRecord:
     refit: bool
     amplify: str
     seed: int
+    target: str = "mixtral"
 
     @property
     def rescalable(self) -> bool:
@@ -83,6 +85,8 @@ class CalibrationRecord:
             raise ValueError("a count is out of range")
         if not 0 <= (record.n_shared or 0) <= record.n_expert_used <= record.n_expert <= record.d_ff:
             raise ValueError("the numbers of experts do not fit together")
+        if record.target not in GRAPHS:
+            raise ValueError(f"its target {record.target} is unknown")
         return record
 
     def method(self) -> Method:
@@ -134,6 +138,8 @@ def _shapes(record: CalibrationRecord) -> dict[str, tuple[type[np.generic], tupl
         "router": (np.float32, (n, record.d_model)),
         "amplification": (np.float32, (n,)),
     }
+    if GRAPHS[record.target].has_selection_bias:
+        shapes["bias"] = np.float32, (n,)
     if record.refit:
         shapes["down"] = np.float32, (record.d_model, record.d_ff)
     return shapes
@@ -180,15 +186,11 @@ class SavedCalibration:
 def _rescale(experts: LayerExperts, record: CalibrationRecord, slicing: Slicing) -> LayerExperts:
     """Return the experts for another count or mode, as `moe2gguf.experts.slice_layer` would with these groups."""
     amplify = slicing.method.amplify
-    if (record.amplify, record.n_expert_used) == (amplify, slicing.n_expert_used):
+    if slicing.in_shared or (record.amplify, record.n_expert_used) == (amplify, slicing.n_expert_used):
         return experts
     size = {"exact": EXACT_ROUTER_SIZE, "used": ROUTER_SIZE}
-    factor = slicing.n_expert if amplify == "exact" else slicing.n_expert_used
-    return replace(
-        experts,
-        router=experts.router * np.float32(size[amplify] / size[record.amplify]),
-        scale=np.full(slicing.n_expert, factor, np.float32),
-    )
+    router = experts.router * np.float32(size[amplify] / size[record.amplify])
+    return replace(experts, router=router, scale=plain_scale(slicing))
 
 
 def read_calibration(path: Path) -> SavedCalibration:

@@ -17,9 +17,10 @@ from moe2gguf.experts import refit, routing, stats
 from moe2gguf.experts.grouping import group_sizes, regroup_neurons, split_neurons
 from moe2gguf.experts.hidden_states import Rows, sample_rows
 from moe2gguf.experts.layer import LayerReport
-from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, SlicedLayer
-from moe2gguf.experts.slicing import default_n_shared
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer
+from moe2gguf.experts.slicing import default_n_shared, plain_scale
 from moe2gguf.experts.stats import ActivationStatistics
+from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Slicing
 
 HELD_OUT = 5
@@ -33,10 +34,10 @@ REGROUP_TOKENS = 8192
 
 
 class FittedRouter(NamedTuple):
-    """router (n_expert, d_model), constant direction v (d_model,), every expert's energy (n_token, n_expert)."""
+    """The router, the constant direction v (d_model,) if it needs one, every expert's energy (n_token, n_expert)."""
 
-    router: Tensor
-    v: Tensor
+    router: Router
+    v: Tensor | None
     energy: Tensor
 
 
@@ -47,9 +48,9 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Act
         CalibrationError: activations that are not finite, or a system that cannot be solved.
     """
     stats.require_finite(inputs)
-    n, k, n_shared = slicing.n_expert, slicing.n_expert_used, slicing.method.n_shared
+    n_shared = slicing.in_shared or slicing.method.n_shared
     if n_shared is None:
-        n_shared = default_n_shared(n, k)
+        n_shared = default_n_shared(slicing.n_expert, slicing.n_expert_used)
     try:
         groups = group_neurons(mlp, inputs.sliced, slicing, statistics, n_shared)
         return slice_groups(mlp, inputs, slicing, groups, n_shared)
@@ -75,7 +76,7 @@ def group_neurons(mlp: MLP, x: Rows, slicing: Slicing, statistics: ActivationSta
         few = sample_rows(x, REGROUP_TOKENS)
         for _ in range(REGROUP_ROUNDS):
             router = fit_router(mlp, few, groups, slicing, n_shared).router
-            kept = stats.energy_by_expert(mlp, few, router, slicing.n_expert_used)
+            kept = stats.energy_by_expert(mlp, few, router, slicing.n_fitted)
             groups = regroup_neurons(kept, sizes, n_shared, outliers)
     return groups
 
@@ -86,9 +87,10 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
     Raises:
         torch.linalg.LinAlgError: a system that cannot be solved.
     """
-    x, n, k = inputs.sliced, slicing.n_expert, slicing.n_expert_used
+    x, k = inputs.sliced, slicing.n_fitted
     router, v, energy = fit_router(mlp, x, groups, slicing, n_shared)
-    plain = SlicedLayer(mlp, groups, router, refit.uniform_scale(n, k))
+    used = replace(slicing, method=replace(slicing.method, amplify="used"))
+    plain = SlicedLayer(mlp, groups, router, torch.from_numpy(plain_scale(used)).to(energy.device))
     report = report_routing(plain, x, energy, v, n_shared, k)
     sliced = replace(plain, scale=_fit_scale(plain, inputs, slicing), report=report)
     return refit_down(sliced, inputs, k) if slicing.method.refit else sliced
@@ -96,31 +98,37 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
 
 def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> FittedRouter:
     """Fit the router of the method to the groups, on the inputs x (n_token, d_model)."""
+    graph, method = GRAPHS[slicing.target], slicing.method
     # The targets are the norms of the routed experts' outputs; the shared experts run anyway.
     energy = stats.expert_energies(mlp, x, groups)
     moments = stats.router_moments(x, energy[:, n_shared:].sqrt())
-    # v gives the shared experts their constant logits, the regression gives the routed ones theirs.
-    v = routing.constant_direction(moments)
-    if slicing.method.router == "zero" or n_shared == len(groups):
-        rows = torch.zeros(len(groups) - n_shared, len(v))
-    else:
-        rows = routing.expert_rows(moments)
-    # How far all rows are scaled down is decided by the largest logit that a token has.
+    # The regression gives the routed experts their logits; how far all are scaled down is decided by the largest one.
+    unrouted = method.router == "zero" or n_shared == len(groups)
+    rows, bias = torch.zeros(len(groups) - n_shared, len(moments.x1)), torch.zeros(len(groups))
+    if graph.has_selection_bias:
+        if not unrouted:
+            rows, shift = routing.rows_and_bias(moments)
+            rows, bias = routing.order_by_sigmoid(rows, shift, n_shared, stats.largest_logit(x, rows, shift))
+        return FittedRouter(Router(rows, bias, graph, slicing.in_shared), None, energy)
+    rows = rows if unrouted else routing.expert_rows(moments)
     largest = stats.largest_logit(x, rows)
-    return FittedRouter(routing.assemble_router(rows, v, n_shared, largest, slicing.method.amplify), v, energy)
+    if graph.has_shared:
+        rows = routing.order_by_softmax(rows, n_shared, largest)
+        return FittedRouter(Router(rows, bias, graph, slicing.in_shared), None, energy)
+    # Without a shared expert in the graph, the constant direction v gives those here their constant logits.
+    v = routing.constant_direction(moments)
+    return FittedRouter(Router(routing.assemble_router(rows, v, n_shared, largest, method.amplify), bias), v, energy)
 
 
 def _fit_scale(plain: SlicedLayer, inputs: LayerInputs, slicing: Slicing) -> Tensor:
     """Return the output scale (n_expert,) of the method; `plain` has the scale k."""
-    n, k, amplify, x = slicing.n_expert, slicing.n_expert_used, slicing.method.amplify, inputs.sliced
-    if amplify == "exact":
-        return refit.uniform_scale(n, n)
-    if amplify == "used":
-        return refit.uniform_scale(n, k)
+    k, amplify, x = slicing.n_expert_used, slicing.method.amplify, inputs.sliced
+    if slicing.in_shared or amplify in ("exact", "used"):
+        return torch.from_numpy(plain_scale(slicing)).to(plain.scale.device)
     if amplify == "any":
-        return refit.inverse_weights(stats.map_rows(x, lambda x: (x @ plain.router.T).softmax(-1)))
+        return refit.inverse_weights(stats.map_rows(x, plain.router.probabilities))
     agreement = stats.expert_agreement(plain, x, stats.token_weights(inputs.target), k)
-    return refit.fit_scale(*agreement, k).to(plain.router.device)
+    return refit.fit_scale(*agreement, k).to(plain.scale.device)
 
 
 def refit_down(sliced: SlicedLayer, inputs: LayerInputs, k: int) -> SlicedLayer:
@@ -134,19 +142,20 @@ def refit_down(sliced: SlicedLayer, inputs: LayerInputs, k: int) -> SlicedLayer:
     return replace(sliced, mlp=replace(sliced.mlp, down=sliced.mlp.down + delta), report=report)
 
 
-def report_routing(sliced: SlicedLayer, x: Rows, energy: Tensor, v: Tensor, n_shared: int, k: int) -> LayerReport:
+def report_routing(
+    sliced: SlicedLayer, x: Rows, energy: Tensor, v: Tensor | None, n_shared: int, k: int
+) -> LayerReport:
     """Report how much of the experts' energy (n_token, n_expert) the router's choices have at k experts used."""
     # What the router chooses: its order of the experts, and the first k of them.
     n = len(sliced.groups)
-    logits = stats.map_rows(x, lambda x: x @ sliced.router.T)
-    order = logits.argsort(dim=1, descending=True, stable=True)
+    order = stats.map_rows(x, sliced.router.prefer).argsort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(energy, dtype=torch.bool).scatter_(1, order[:, :k], True)
     first_held_out = len(x) - len(x) // HELD_OUT
     by_used = energy.gather(1, order).sum(0).cumsum(0)
     report = LayerReport(
         n_shared=n_shared,
         load=chosen.float().mean(0).tolist(),
-        constant_min=float(stats.map_rows(x, lambda x: x @ v)[first_held_out:].min()),
+        constant_min=None if v is None else float(stats.map_rows(x, lambda x: x @ v)[first_held_out:].min()),
         shared_rate=float(chosen[:, :n_shared].all(1).float().mean()),
         energy_by_used=(by_used / by_used[-1].clamp_min(1e-30)).tolist(),
     )

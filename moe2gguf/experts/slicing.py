@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moe2gguf.limits import GRAPHS
+from moe2gguf.spec import Slicing
+
 PADDING = -1
 
 ROUTER_SIZE = 1e-2
@@ -37,6 +40,11 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def default_in_shared(n_expert: int, n_expert_used: int) -> int:
+    """Return how many experts are one shared expert by default, in a graph that has such: a quarter, less than run."""
+    return max(1, min(n_expert // 4, n_expert_used - 1))
+
+
 def default_n_shared(n_expert: int, n_expert_used: int) -> int:
     """Return how many experts are shared by default: 8 of 12 used, 4 of 8, 2 of 4, where there are 16.
 
@@ -55,6 +63,20 @@ def contiguous_order(d_ff: int, n_expert: int, align: int = 1, grain: int = 1) -
     for row, groups in zip(order, np.array_split(np.arange(d_ff).reshape(-1, grain), n_expert), strict=True):
         row[: groups.size] = groups.reshape(-1)
     return order
+
+
+def plain_scale(slicing: Slicing) -> NDArray[np.float32]:
+    """Return the output scales (n_expert,) that undo the graph's weights.
+
+    Where these depend on the number of used experts, they are undone for all experts with `exact`, for `n_expert_used`
+    of them else.
+    """
+    n, graph = slicing.n_expert, GRAPHS[slicing.target]
+    if graph.gating == "renormalized":
+        return np.full(n, n if slicing.method.amplify == "exact" else slicing.n_expert_used, np.float32)
+    scale = np.ones(n, np.float32)
+    scale[slicing.in_shared :] = 1 / graph.weight_of_expert(slicing.n_routed)
+    return scale
 
 
 def slice_rows(weight: Array, order: Order) -> Iterator[Array]:

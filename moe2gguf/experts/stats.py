@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.hidden_states import HiddenStates, Rows, chunks
-from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, SlicedLayer
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer
 from moe2gguf.experts.refit import Normal, add_gram, mirror
 from moe2gguf.experts.routing import RouterMoments
 
@@ -104,20 +104,20 @@ def expert_energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
     return energy.clamp_min_(0)
 
 
-def energy_by_expert(mlp: MLP, x: Rows, router: Tensor, k: int) -> Tensor:
+def energy_by_expert(mlp: MLP, x: Rows, router: Router, k: int) -> Tensor:
     """Return (d_ff, n_expert): the energy a neuron keeps in each expert, the sum of a_i^2 over the expert's tokens."""
     size = mlp.down.square().sum(1)
-    kept = torch.zeros(len(size), len(router))
+    kept = torch.zeros(len(size), len(router.rows))
     for part in chunks(len(x)):
         rows = x[part]
-        chosen = (rows @ router.T).topk(k, dim=-1).indices
-        runs = torch.zeros(len(rows), len(router)).scatter_(1, chosen, 1.0)
+        chosen = router.prefer(rows).topk(k, dim=-1).indices
+        runs = torch.zeros(len(rows), len(router.rows)).scatter_(1, chosen, 1.0)
         kept.addmm_(mlp.activations(rows).square_().T, runs)
     return kept * size[:, None]
 
 
 def router_moments(x: Rows, targets: Tensor) -> RouterMoments:
-    """Sum X^T X, X^T 1 and X^T T of the inputs x (n_token, d_model) and the targets (n_token, n)."""
+    """Sum X^T X, X^T 1, X^T T and 1^T T of the inputs x (n_token, d_model) and the targets (n_token, n)."""
     d_model = x[slice(0, 1)].shape[1]
     xx, x1, xt = torch.zeros(d_model, d_model), torch.zeros(d_model), torch.zeros(d_model, targets.shape[1])
     for part in chunks(len(x)):
@@ -125,12 +125,12 @@ def router_moments(x: Rows, targets: Tensor) -> RouterMoments:
         xx.addmm_(rows.T, rows)
         x1 += rows.sum(0)
         xt.addmm_(rows.T, targets[part])
-    return RouterMoments(xx, x1, xt)
+    return RouterMoments(xx, x1, xt, targets.sum(0), len(x))
 
 
-def largest_logit(x: Rows, rows: Tensor) -> float:
-    """Return the largest |logit| that router `rows` (n, d_model) have on x; 0 without rows."""
-    return float(map_rows(x, lambda x: x @ rows.T).abs().max()) if len(rows) else 0.0
+def largest_logit(x: Rows, rows: Tensor, bias: Tensor | float = 0.0) -> float:
+    """Return the largest |logit| that router `rows` (n, d_model) and `bias` (n,) have on x; 0 without rows."""
+    return float(map_rows(x, lambda x: x @ rows.T + bias).abs().max()) if len(rows) else 0.0
 
 
 def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tuple[Tensor, Tensor, float]:

@@ -18,11 +18,12 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
-from moe2gguf.gguf.expected import check_architecture, llama_dimensions
+from moe2gguf.gguf.expected import check_architecture, read_dimensions
 from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment, shown
 from moe2gguf.gguf.metadata import yarn_attention
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
+from moe2gguf.limits import MIXTRAL
 from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
 
 ARCHITECTURES = {"llama": False, "qwen2": True}
@@ -81,12 +82,12 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
                 "converted, as llama.cpp computes others in another way"
             ]
         )
-    file = _renamed(_as_llama(file, architecture), name)
+    file = _renamed(replace_prefix(file, architecture, "llama"), name)
     if problems := _refusals(file):
         raise PlanError(problems)
     found = Findings()
     check_architecture(file, found)
-    dimensions = llama_dimensions(file, [])
+    dimensions = read_dimensions(file, MIXTRAL, [])
     if dimensions.d_head % 2:
         found.problems.append(f"heads of {dimensions.d_head}: the rotary embedding needs pairs")
     model = _model(file, dimensions, architecture, found.problems)
@@ -95,16 +96,15 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
     return DenseFile(file, model, ARCHITECTURES[architecture], tuple(found.notes))
 
 
-def _as_llama(file: GGUFFile, architecture: str) -> GGUFFile:
-    """The same file with the keys of arch `llama`."""
-    prefix = architecture + "."
+def replace_prefix(file: GGUFFile, old: str, new: str) -> GGUFFile:
+    """The same file with the keys of the architecture `new` in place of those of `old`."""
 
-    def key(name: str) -> str:
-        return "llama." + name.removeprefix(prefix) if name.startswith(prefix) else name
+    def rename(key: str) -> str:
+        return f"{new}." + key.removeprefix(f"{old}.") if key.startswith(f"{old}.") else key
 
-    metadata: dict[str, MetadataValue] = {key(name): value for name, value in file.metadata.items()}
-    kinds = {key(name): kind for name, kind in file.types.items()}
-    return replace(file, metadata={**metadata, "general.architecture": "llama"}, types=kinds)
+    metadata: dict[str, MetadataValue] = {rename(key): value for key, value in file.metadata.items()}
+    kinds = {rename(key): kind for key, kind in file.types.items()}
+    return replace(file, metadata={**metadata, "general.architecture": new}, types=kinds)
 
 
 def _renamed(file: GGUFFile, name: str | None) -> GGUFFile:
@@ -188,12 +188,12 @@ def _rope(file: GGUFFile, n_context: int, problems: list[str]) -> Rope:
 
 
 def carried_metadata(
-    dense: DenseFile, changes: Mapping[str, MetadataValue]
+    dense: DenseFile, changes: Mapping[str, MetadataValue], architecture: str
 ) -> tuple[dict[str, MetadataValue], dict[str, ValueType]]:
-    """The file's metadata in its order with `changes`, and how what is unchanged was stored."""
-    metadata = {**dense.file.metadata, **changes}
-    kept = {key: kind for key, kind in dense.file.types.items() if metadata[key] is dense.file.metadata[key]}
-    return metadata, kept
+    """The file's metadata in its order with `changes`, for `architecture`, and how what is unchanged was stored."""
+    file = replace_prefix(dense.file, "llama", architecture)
+    metadata = {**file.metadata, **changes}
+    return metadata, {key: kind for key, kind in file.types.items() if metadata[key] is file.metadata[key]}
 
 
 def largest_block(dense: DenseFile, d_expert: int, n_expert: int) -> int:

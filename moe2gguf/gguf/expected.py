@@ -1,4 +1,4 @@
-"""What a file's metadata promises: the keys llama.cpp reads for arch `llama`, and the tensors that must follow."""
+"""What a file's metadata promises: the keys llama.cpp reads for a target graph, and the tensors that must follow."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import list_names
+from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
-from moe2gguf.limits import GRAPHS, MAX_EXPERTS, Graph, GraphTensor, graph_sizes, max_experts_used
-from moe2gguf.spec import Dimensions
+from moe2gguf.limits import GRAPHS, MAX_EXPERTS, MIXTRAL, Graph, GraphTensor, Size, graph_sizes, max_experts_used
+from moe2gguf.spec import Dimensions, MetadataValue
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
 MOST = 2**31 - 1
@@ -23,18 +24,22 @@ Shape = tuple[int, ...]
 
 
 def check_architecture(file: GGUFFile, found: Findings) -> None:
-    """Compare the tensors of an arch `llama` file with its keys; another architecture is noted, not judged."""
+    """Compare the tensors of a file with its keys; an architecture that is no target graph is noted, not judged."""
     architecture = file.metadata.get("general.architecture")
     kind = file.metadata.get("general.type", "model")
     if architecture is None:
         found.problems.append("metadata 'general.architecture' is missing")
-    elif not isinstance(architecture, str):
+        return
+    if not isinstance(architecture, str):
         found.problems.append(f"metadata general.architecture: expected a STRING, found {_shown(architecture)}")
-    elif architecture != "llama" or kind != "model":
+        return
+    graph = find_graph(architecture) if kind == "model" else None
+    if graph is None or file.metadata.get(f"{architecture}.nextn_predict_layers", 0) != 0:
+        known = ", ".join(graph.architecture for graph in GRAPHS.values())
         words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
-        found.notes.append(f"{words}: shapes are only checked for llama models")
+        found.notes.append(f"{words}: shapes are only checked for plain models of {known}")
     else:
-        _check_llama(file, found)
+        _check_graph(file, graph, found)
 
 
 def _shown(value: object) -> str:
@@ -42,21 +47,23 @@ def _shown(value: object) -> str:
     return shown(value) if isinstance(value, str) else repr(value)[:80]
 
 
-def _check_llama(file: GGUFFile, found: Findings) -> None:
+def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
     before = len(found.problems)
-    dimensions = llama_dimensions(file, found.problems)
+    dimensions = read_dimensions(file, graph, found.problems)
     _check_vocabulary(file, found)
-    if len(found.problems) > before and 0 in dimensions[:-1]:
+    widths = dimensions[:7] + (dimensions[8:9] if dimensions.n_expert else ())
+    if len(found.problems) > before and 0 in widths:
         found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
         return
-    expected = graph_tensors(GRAPHS["mixtral"], dimensions, fused="blk.0.attn_qkv.weight" in file.tensors)
+    lead = file.metadata.get(f"{graph.architecture}.leading_dense_block_count", 0) if graph.has_shared else 0
+    n_dense = lead if isinstance(lead, int) and 0 < lead <= dimensions.n_layer else 0
+    expected = graph_tensors(graph, dimensions, fused="blk.0.attn_qkv.weight" in file.tensors, n_dense=n_dense)
     _check_tensor_set(file.tensors, expected, found.problems)
-    n_used = file.metadata.get("llama.expert_used_count")
-    n_scale = sum(re.fullmatch(r"blk\.0\.\w+_exps\.scale", name) is not None for name in file.tensors)
-    limit = max_experts_used(n_layer=dimensions.n_layer, n_tensor=len(file.tensors), n_scale=n_scale)
+    n_used = file.metadata.get(key := f"{graph.architecture}.expert_used_count")
+    limit = max_experts_used(Size.of(file.tensors, dimensions.n_layer, graph))
     if dimensions.n_expert and isinstance(n_used, int) and limit < n_used <= dimensions.n_expert:
         found.problems.append(
-            f"metadata llama.expert_used_count: llama.cpp can run {limit} experts per token in a file of this many "
+            f"metadata {key}: llama.cpp can run {limit} experts per token in a file of this many "
             f"layers and tensors, found {n_used}; it would abort"
         )
 
@@ -91,13 +98,17 @@ class ExpectedTensor(NamedTuple):
     f32: bool
 
 
-def graph_tensors(graph: Graph, m: Dimensions, *, fused: bool) -> dict[str, ExpectedTensor]:
-    """Every tensor that a file of this graph and size may have, by name; `fused`: q, k and v are one matrix."""
-    sizes, left_out = graph_sizes(m), {"dense" if m.n_expert else "experts", "split" if fused else "fused"}
-    found: dict[str, ExpectedTensor] = {}
+def graph_tensors(graph: Graph, m: Dimensions, *, fused: bool, n_dense: int = 0) -> dict[str, ExpectedTensor]:
+    """Every tensor that a file of this graph and size may have, by name.
+
+    `fused`: q, k and v are one matrix; the first `n_dense` layers are dense, whatever the others are.
+    """
+    sizes, found = graph_sizes(m), dict[str, ExpectedTensor]()
     for tensor in graph.tensors:
-        family = _tensor_family(tensor, tuple(sizes[name] for name in tensor.shape), tensor.when in left_out)
+        shape = tuple(sizes[name] for name in tensor.shape)
         for i in range(m.n_layer) if "{i}" in tensor.name else (0,):
+            absent = {"dense" if m.n_expert and i >= n_dense else "experts", "split" if fused else "fused"}
+            family = _tensor_family(tensor, shape, tensor.when in absent)
             found |= {tensor.name.format(i=i) + ending: one for ending, one in family.items()}
     return found
 
@@ -107,7 +118,7 @@ def _tensor_family(tensor: GraphTensor, shape: Shape, is_left_out: bool) -> dict
     bias = {".bias": ExpectedTensor(shape[:1], False, False)} if tensor.bias else {}
     if is_left_out:
         return bias if tensor.when == "split" else {}
-    family = {".weight": ExpectedTensor(shape, tensor.required, tensor.f32), **bias}
+    family = {f".{tensor.ending}": ExpectedTensor(shape, tensor.required, tensor.f32), **bias}
     if tensor.scales:
         scale = ExpectedTensor((shape[0] if len(shape) == 3 else 1,), False, True)
         family |= {".scale": scale, ".input_scale": scale}
@@ -144,74 +155,128 @@ def read_count(file: GGUFFile, key: str, problems: list[str], default: int | Non
 
 
 class _Keys:
-    """Reads `llama.*` the way llama.cpp does: a value of another type than it wants is a problem."""
+    """Reads a graph's keys the way llama.cpp does: a value of another type than it wants is a problem."""
 
-    def __init__(self, file: GGUFFile, problems: list[str]) -> None:
-        self.file, self.problems = file, problems
+    def __init__(self, file: GGUFFile, graph: Graph, problems: list[str]) -> None:
+        self.file, self.graph, self.problems = file, graph, problems
         self.n_layer = 0  # set as soon as it is known
+
+    def name(self, key: str) -> str:
+        """The whole key."""
+        return f"{self.graph.architecture}.{key}"
+
+    def value(self, key: str) -> MetadataValue | None:
+        """The value of a key, None where it is missing."""
+        return self.file.metadata.get(self.name(key))
 
     def count(self, key: str, default: int | None = None, limit: int = MOST) -> int:
         """As `read_count`."""
-        return read_count(self.file, f"llama.{key}", self.problems, default, limit)
+        return read_count(self.file, self.name(key), self.problems, default, limit)
 
     def alike(self, key: str, default: int | None = None) -> int:
         """A count, or an array that gives every layer the same one."""
-        value = self.file.metadata.get(f"llama.{key}")
+        value = self.value(key)
         if not isinstance(value, list):
             return self.count(key, default)
         if len(value) == self.n_layer and len(set(value)) == 1 and isinstance(value[0], int) and value[0] > 0:
             return value[0]
         self.problems.append(
-            f"metadata llama.{key}: {len(value)} values for {self.n_layer} layers, where llama.cpp uses one for all"
+            f"metadata {self.name(key)}: {len(value)} values for {self.n_layer} layers, where llama.cpp uses one"
         )
         return 0
 
 
-def llama_dimensions(file: GGUFFile, problems: list[str]) -> Dimensions:
+def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimensions:
     """The dimensions that the metadata promises; a 0 stands for one that is missing or wrong, and is listed."""
-    keys = _Keys(file, problems)
+    keys = _Keys(file, graph, problems)
     keys.n_layer = n_layer = keys.count("block_count", limit=MAX_LAYERS)
     keys.count("context_length")
     d_model, d_ff = keys.count("embedding_length"), keys.alike("feed_forward_length")
     n_head = keys.alike("attention.head_count")
     n_head_kv = keys.alike("attention.head_count_kv", n_head)
     if n_head_kv and n_head % n_head_kv:
-        problems.append(f"llama.attention.head_count {n_head} is not a multiple of head_count_kv {n_head_kv}")
+        problems.append(
+            f"{graph.architecture}.attention.head_count {n_head} is not a multiple of head_count_kv {n_head_kv}"
+        )
     share = d_model // n_head if n_head else 0
     d_head = keys.count("attention.key_length", share)
-    for key, default in {"attention.value_length": share, "rope.dimension_count": d_head}.items():
+    lengths = {"attention.value_length": share}
+    if graph is MIXTRAL or _is_ours(file):
+        lengths["rope.dimension_count"] = d_head
+    for key, default in lengths.items():
         if (other := keys.count(key, default)) not in (0, d_head):
-            problems.append(f"metadata llama.{key}: arch llama wants the length of a key, {d_head}, found {other}")
-    epsilon = file.metadata.get("llama.attention.layer_norm_rms_epsilon")
+            problems.append(f"metadata {keys.name(key)}: expected the length of a key, {d_head}, found {other}")
+    epsilon = keys.value(name := "attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        problems.append(f"metadata llama.attention.layer_norm_rms_epsilon: expected 0 to 1, found {_shown(epsilon)}")
-    scaling = file.metadata.get("llama.rope.scaling.type", "none")
-    if scaling not in ("none", "linear", "yarn", "longrope"):
-        problems.append(f"metadata llama.rope.scaling.type: llama.cpp does not know {_shown(scaling)} and would abort")
-    return Dimensions(
-        n_layer, d_model, d_ff, n_head, n_head_kv, d_head, _n_vocab(file, keys), _n_expert(file, keys, d_ff)
-    )
+        problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_shown(epsilon)}")
+    scaling = keys.value(name := "rope.scaling.type")
+    if scaling not in (None, "none", "linear", "yarn", "longrope"):
+        problems.append(f"metadata {keys.name(name)}: llama.cpp does not know {_shown(scaling)} and would abort")
+    n_expert = _n_expert(keys)
+    d_expert, d_shared = _expert_widths(keys, d_ff) if n_expert else (0, 0)
+    n_vocab = _n_vocab(file, keys)
+    return Dimensions(n_layer, d_model, d_ff, n_head, n_head_kv, d_head, n_vocab, n_expert, d_expert, d_shared)
 
 
-def _n_expert(file: GGUFFile, keys: _Keys, d_ff: int) -> int:
-    """The number of experts, 0 for a dense model; a used count that llama.cpp misreads or aborts at is a problem."""
+def _n_expert(keys: _Keys) -> int:
+    """Experts that the router chooses from, 0 for a dense model; a used count that aborts is a problem."""
     n_expert = keys.count("expert_count", 0, MAX_EXPERTS)
-    if isinstance(file.metadata.get("llama.expert_used_count"), list):
+    if isinstance(keys.value("expert_used_count"), list):
         keys.problems.append(
-            "metadata llama.expert_used_count: one count per layer, which llama.cpp only half follows; write one number"
+            f"metadata {keys.name('expert_used_count')}: one count per layer, which llama.cpp only half follows; "
+            "write one number"
         )
         return n_expert
     n_used = keys.count("expert_used_count", 0)
     if (n_used == 0) != (n_expert == 0) or n_used > n_expert:
         keys.problems.append(
-            f"metadata llama.expert_used_count: expected 1 to llama.expert_count ({n_expert}), found {n_used}; "
-            "llama.cpp would abort"
+            f"metadata {keys.name('expert_used_count')}: expected 1 to {keys.name('expert_count')} ({n_expert}), "
+            f"found {n_used}; llama.cpp would abort"
         )
-    for name, harmless in {**_UNREAD, "expert_feed_forward_length": (d_ff,)}.items():
-        value = file.metadata.get(f"llama.{name}")
-        if n_expert and value is not None and value not in harmless:
-            keys.problems.append(f"metadata llama.{name}: arch llama does not read it; {_shown(value)} has no effect")
     return n_expert
+
+
+def _expert_widths(keys: _Keys, d_ff: int) -> tuple[int, int]:
+    """The widths of an expert and of the shared expert; how the graph weighs experts must be said as it reads it."""
+    graph = keys.graph
+    if not graph.has_shared:
+        for name, harmless in {**_UNREAD, "expert_feed_forward_length": (d_ff,)}.items():
+            value = keys.value(name)
+            if value is not None and value not in harmless:
+                keys.problems.append(
+                    f"metadata {keys.name(name)}: arch {graph.architecture} does not read it; {_shown(value)} has no "
+                    "effect"
+                )
+        return d_ff, 0
+    _check_gating(keys)
+    d_expert = keys.count("expert_feed_forward_length")
+    return d_expert, keys.count("expert_shared_count") * d_expert
+
+
+def _check_gating(keys: _Keys) -> None:
+    """Every key that says how experts are weighed has its type, and a gating function that llama.cpp knows."""
+    kinds = {"expert_gating_func": Kind.UINT32, "expert_weights_norm": Kind.BOOL, "expert_weights_scale": Kind.FLOAT32}
+    for name, kind in kinds.items():
+        value = keys.value(name)
+        if value is not None and keys.file.types[keys.name(name)] != ValueType(kind):
+            keys.problems.append(
+                f"metadata {keys.name(name)}: expected a {kind.name}, found {keys.file.types[keys.name(name)]}"
+            )
+    if keys.value("expert_gating_func") not in (None, 0, *range(1, 5)):
+        keys.problems.append(
+            f"metadata {keys.name('expert_gating_func')}: llama.cpp knows 1 to 4, found "
+            f"{_shown(keys.value('expert_gating_func'))}; it would abort"
+        )
+    for name, value in keys.graph.keys.items() if _is_ours(keys.file) else ():
+        if keys.value(name) != value:
+            keys.problems.append(
+                f"metadata {keys.name(name)}: these experts are cut for {value!r}, found {_shown(keys.value(name))}"
+            )
+
+
+def _is_ours(file: GGUFFile) -> bool:
+    """Whether the experts of the file are slices of a dense MLP."""
+    return "moe2gguf.slicing.expert_count" in file.metadata
 
 
 def _n_vocab(file: GGUFFile, keys: _Keys) -> int:

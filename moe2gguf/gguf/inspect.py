@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe2gguf.gguf import types
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.file import BLOCK_SIZES, GGUFFile, TensorInfo
 from moe2gguf.gguf.layout import mean_bits_per_weight
 from moe2gguf.gguf.made_for import read_made_for
@@ -28,17 +29,19 @@ _NOT_A_TERMINAL = 100_000  # columns: nothing wraps in a file or a pipe
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a file.
+    """The experts of a file; `count` and `used` contain the shared ones.
 
     used      None where the file gives no single number
     d_expert  width of one, padding included
     note      why the file serves one count only; empty where it serves all
+    shared    how many of them are one wide expert beside those that the router chooses from
     """
 
     count: int
     used: int | None
     d_expert: int | None
     note: str = ""
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def inspect(path: str | Path) -> Inspection:
     file = read_model(path)
     tensors = list(file.tensors.values())
     architecture = _as(str, file.metadata.get("general.architecture"))
-    experts = _experts(file, architecture)
+    experts = _experts(file)
     n_parameters = sum(tensor.n_elements for tensor in tensors)
     return Inspection(
         path=file.path,
@@ -139,15 +142,14 @@ def _as(kind: type, value: MetadataValue | None) -> Any:
     return value if type(value) is kind else None
 
 
-def _experts(file: GGUFFile, architecture: str | None) -> Experts | None:
-    count = _as(int, file.metadata.get(f"{architecture}.expert_count"))
-    if not count:
+def _experts(file: GGUFFile) -> Experts | None:
+    counts = read_counts(file)
+    if not counts.n_expert:
         return None
     stacks = (t.shape for t in file.tensors.values() if t.name.endswith(".ffn_up_exps.weight") and len(t.shape) == 3)
     d_expert = next((shape[1] for shape in stacks), None)
-    made_for = read_made_for(file.metadata)
-    used = _as(int, file.metadata.get(f"{architecture}.expert_used_count"))
-    return Experts(count, used, d_expert, made_for.reason if made_for else "")
+    note = made_for.reason if (made_for := read_made_for(file.metadata)) else ""
+    return Experts(counts.n_expert, counts.n_used or None, d_expert, note, counts.n_shared)
 
 
 def _n_active(tensors: Sequence[TensorInfo], n_parameters: int, experts: Experts | None) -> int | None:
@@ -156,7 +158,7 @@ def _n_active(tensors: Sequence[TensorInfo], n_parameters: int, experts: Experts
     if experts.used is None or not 0 <= experts.used <= experts.count:
         return None
     in_experts = sum(tensor.n_elements for tensor in tensors if "_exps." in tensor.name)
-    return n_parameters - in_experts * (experts.count - experts.used) // experts.count
+    return n_parameters - in_experts * (experts.count - experts.used) // (experts.count - experts.shared)
 
 
 def _types(tensors: Sequence[TensorInfo]) -> tuple[TypeUse, ...]:
@@ -222,8 +224,9 @@ def _summary(it: Inspection) -> list[tuple[str, str]]:
     rows += [("width", f"{it.d_model:,}")] if it.d_model is not None else []
     if it.experts:
         used = "an unclear number" if it.experts.used is None else str(it.experts.used)
+        shared = f", {it.experts.shared} of these shared" if it.experts.shared else ""
         width = f", each {it.experts.d_expert:,} wide" if it.experts.d_expert else ""
-        rows.append(("experts", f"{it.experts.count}, of which a token uses {used}{width}"))
+        rows.append(("experts", f"{it.experts.count}, of which a token uses {used}{shared}{width}"))
         rows += [("", f"{it.experts.note}; more or fewer make it worse")] if it.experts.note else []
     rows.append(("parameters", f"{it.n_parameters:,}"))
     if it.experts and it.n_active is not None:

@@ -1,4 +1,4 @@
-"""Hyper-parameters and vocabulary -> the `general.*`, `llama.*`, `tokenizer.*` and `moe2gguf.*` keys of the file.
+"""Hyper-parameters and vocabulary -> the `general.*`, `tokenizer.*`, `moe2gguf.*` and the graph's own keys of the file.
 
 llama.cpp's reading side: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L1320-L1456 and
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L3-L37. Keys that arch `llama` does not honor
@@ -14,6 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
+from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing, Vocabulary
 
 SOURCE_DIGEST = "moe2gguf.source.sha256"
@@ -30,55 +31,68 @@ BIAS_NEURON = "moe2gguf.slicing.bias_neuron"
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
     """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""
+    architecture = GRAPHS[slicing.target].architecture if slicing else "llama"
     result: dict[str, MetadataValue] = {
-        "general.architecture": "llama",
+        "general.architecture": architecture,
         "general.type": "model",
         "general.quantization_version": int(GGML_QUANT_VERSION),
         "general.file_type": int(file_type),
-        "llama.block_count": model.n_layer,
-        "llama.context_length": model.n_context,
-        "llama.embedding_length": model.d_model,
-        "llama.feed_forward_length": model.d_ff,
-        "llama.attention.head_count": model.n_head,
-        "llama.attention.head_count_kv": model.n_head_kv,
-        "llama.attention.key_length": model.d_head,
-        "llama.attention.value_length": model.d_head,
-        "llama.attention.layer_norm_rms_epsilon": model.rms_epsilon,
-        "llama.vocab_size": model.n_vocab,
-        "llama.rope.dimension_count": model.d_head,
-        "llama.rope.freq_base": model.rope.theta,
-        **_rope_scaling(model.rope),
+        **{f"{architecture}.{key}": value for key, value in _describe_model(model).items()},
     }
     if slicing:
-        result |= expert_metadata(slicing)
+        result |= expert_metadata(model, slicing)
     elif model.n_expert:
         result |= {"llama.expert_count": model.n_expert, "llama.expert_used_count": model.n_expert_used}
     return result
 
 
-def expert_metadata(slicing: Slicing) -> dict[str, MetadataValue]:
-    """The keys in which a sliced model differs from the dense one."""
+def _describe_model(model: Model) -> dict[str, MetadataValue]:
+    """The keys behind the architecture's name that every graph reads."""
     return {
-        "llama.feed_forward_length": slicing.d_expert,
-        "llama.expert_count": slicing.n_expert,
-        "llama.expert_used_count": slicing.n_expert_used,
+        "block_count": model.n_layer,
+        "context_length": model.n_context,
+        "embedding_length": model.d_model,
+        "feed_forward_length": model.d_ff,
+        "attention.head_count": model.n_head,
+        "attention.head_count_kv": model.n_head_kv,
+        "attention.key_length": model.d_head,
+        "attention.value_length": model.d_head,
+        "attention.layer_norm_rms_epsilon": model.rms_epsilon,
+        "vocab_size": model.n_vocab,
+        "rope.dimension_count": model.d_head,
+        "rope.freq_base": model.rope.theta,
+        **_rope_scaling(model.rope),
     }
+
+
+def expert_metadata(model: Model, slicing: Slicing) -> dict[str, MetadataValue]:
+    """The keys in which a sliced model differs from the dense one."""
+    graph = GRAPHS[slicing.target]
+    counts: dict[str, MetadataValue] = {"expert_count": slicing.n_routed, "expert_used_count": slicing.n_routed_used}
+    if not graph.has_shared:
+        keys: dict[str, MetadataValue] = {"feed_forward_length": slicing.d_expert, **counts}
+    else:
+        keys = {
+            "feed_forward_length": model.d_ff,
+            **counts,
+            "expert_feed_forward_length": slicing.d_expert,
+            "expert_shared_count": slicing.in_shared,
+            **graph.keys,
+        }
+    return {f"{graph.architecture}.{key}": value for key, value in keys.items()}
 
 
 def _rope_scaling(rope: Rope) -> dict[str, MetadataValue]:
     """llama3 scaling has no keys: it is a tensor, see `rope_frequencies`."""
     if rope.kind not in ("linear", "yarn"):
         return {}
-    result: dict[str, MetadataValue] = {
-        "llama.rope.scaling.type": rope.kind,
-        "llama.rope.scaling.factor": rope.factor,
-    }
+    result: dict[str, MetadataValue] = {"rope.scaling.type": rope.kind, "rope.scaling.factor": rope.factor}
     if rope.original_context:
-        result["llama.rope.scaling.original_context_length"] = rope.original_context
+        result["rope.scaling.original_context_length"] = rope.original_context
     if rope.attention_factor is not None:
         # llama.cpp computes 1 + 0.1 ln(factor) itself and multiplies by this key; `yarn_attn_factor` is overwritten:
         # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-context.cpp#L177-L214
-        result["llama.rope.scaling.attn_factor"] = rope.attention_factor / yarn_attention(rope.factor)
+        result["rope.scaling.attn_factor"] = rope.attention_factor / yarn_attention(rope.factor)
     return result
 
 
@@ -126,8 +140,11 @@ def provenance(
             "moe2gguf.slicing.padding": slicing.n_expert * slicing.d_expert - model.d_ff,
             "moe2gguf.slicing.align": slicing.align,
             **({"moe2gguf.slicing.scale_tensor": True} if slicing.scale_tensor else {}),
+            **({"moe2gguf.slicing.target": slicing.target} if slicing.in_shared else {}),
         }
-        if slicing.method.amplify in ("exact", "used"):
+        if slicing.in_shared:
+            result["moe2gguf.slicing.amplification"] = 1 / GRAPHS[slicing.target].weight_of_expert(slicing.n_routed)
+        elif slicing.method.amplify in ("exact", "used"):
             count = slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used
             result["moe2gguf.slicing.amplification"] = float(count)
         if slicing.method.n_shared is not None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
-from moe2gguf.gguf.made_for import USED, USED_HERE, read_made_for
+from moe2gguf.gguf.made_for import USED_HERE, read_made_for
 from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
 from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 
@@ -19,30 +20,33 @@ from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 def set_used(path: str | Path, n_expert_used: int) -> None:
     """Make `n_expert_used` the number of experts that run per token when the program that runs the file says nothing.
 
-    Four bytes are overwritten, so the file is whole at every moment.
+    The count contains the shared experts. Four bytes are overwritten, so the file is whole at every moment.
 
     Raises:
-        GGUFError: not an expert file of arch `llama`, a count llama.cpp cannot run, or experts that were amplified or
+        GGUFError: not a file with experts, a count llama.cpp cannot run, or experts that were amplified or
             refitted for another count (the reason and the way out are named).
     """
     path = Path(path)
     file = read_gguf(path)
-    problems: list[str] = []
-    n_expert = read_count(file, "llama.expert_count", problems, 0, MAX_EXPERTS)
-    n_layer = read_count(file, "llama.block_count", problems, limit=MAX_LAYERS)
+    problems, architecture = list[str](), file.metadata.get("general.architecture")
+    read_count(file, f"{architecture}.expert_count", problems, 0, MAX_EXPERTS)
+    read_count(file, f"{architecture}.expert_shared_count", problems, 0, MAX_EXPERTS)
+    read_count(file, f"{architecture}.block_count", problems, limit=MAX_LAYERS)
     if problems:
         raise GGUFError(listing(path, problems))
-    if not n_expert or USED not in file.metadata:
-        raise GGUFError(f"{path}: has no experts; only a file with llama.expert_count has a count to change")
-    refusals = check_expert_counts(n_expert, n_expert_used, n_layer=n_layer, n_tensor=len(file.tensors))
+    counts, used_key = read_counts(file), f"{architecture}.expert_used_count"
+    if not counts.n_expert or not counts.n_used:
+        raise GGUFError(f"{path}: has no experts; only a file with an expert_count has a count to change")
+    refusals = check_expert_counts(counts.n_expert, n_expert_used, counts.size, counts.n_shared)
     if refusals:
         raise GGUFError(f"{path}: " + " ".join(refusals))
     _require_free(file, n_expert_used)
+    values = {USED_HERE: n_expert_used, used_key: n_expert_used - counts.n_shared}
     with path.open("r+b", buffering=0) as stream:
         header = stream.read(min(file.data_offset, MAX_HEADER))
-        for key in (USED_HERE, USED):
+        for key, value in values.items():
             if key in file.metadata:
-                os.pwrite(stream.fileno(), struct.pack("<I", n_expert_used), _value_offset(header, key, path))
+                os.pwrite(stream.fileno(), struct.pack("<I", value), _value_offset(header, key, path))
         os.fsync(stream.fileno())
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.counts import count_experts
 from moe2gguf.llama.devices import Setup, keep_experts_on_cpu, list_offload_devices
 from moe2gguf.llama.library import count_processors, import_llama, load_model, make_int_overrides, quote_last_lines
 
@@ -27,7 +28,10 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts from the metadata of a file, read without its weights; n_expert is 0 for a dense MLP."""
+    """Facts from the metadata of a file, read without its weights; n_expert is 0 for a dense MLP.
+
+    n_expert and n_expert_used contain the n_shared that are the graph's own shared expert.
+    """
 
     path: Path
     architecture: str
@@ -35,6 +39,7 @@ class Facts:
     n_expert_used: int
     n_vocab: int
     n_context_train: int
+    n_shared: int = 0
 
 
 def read_facts(path: Path) -> Facts:
@@ -68,13 +73,14 @@ def choose_expert_override(facts: Facts, requested: int | Literal["all"] | None)
         if requested not in (None, "all"):
             raise HarnessError(f"{name} is dense, it has no experts to choose from: leave n_expert_used out")
         return None
-    if not 1 <= facts.n_expert_used <= n:
+    if not facts.n_shared < facts.n_expert_used <= n:
         raise HarnessError(f"{name} says that {facts.n_expert_used} of {n} experts are used: convert it again")
     if requested is None:
         return None
     k = n if requested == "all" else int(requested)
-    if not 1 <= k <= n:
-        raise HarnessError(f"{name} has {n} experts, {k} cannot be used: choose 1 to {n}")
+    if not facts.n_shared < k <= n:
+        shared = f", {facts.n_shared} of them shared" if facts.n_shared else ""
+        raise HarnessError(f"{name} has {n} experts{shared}, {k} cannot be used: choose {facts.n_shared + 1} to {n}")
     return k
 
 
@@ -93,7 +99,8 @@ def open_model(path: Path, setup: Setup) -> Iterator[Llama]:
     params.use_extra_bufts = setup.repack
     k = choose_expert_override(facts, setup.n_expert_used)
     if k is not None:
-        params.kv_overrides = make_int_overrides(lib, {f"{facts.architecture}.expert_used_count": k})
+        key = f"{facts.architecture}.expert_used_count"
+        params.kv_overrides = make_int_overrides(lib, {key: k - facts.n_shared})
     placement = keep_experts_on_cpu(lib)  # must outlive the load
     if setup.experts_on_cpu:
         params.tensor_buft_overrides = ctypes.addressof(placement)
@@ -261,11 +268,13 @@ def _context_params(lib: ModuleType, setup: Setup, n_context: int) -> Any:
 
 def _facts(lib: ModuleType, model: int, path: Path) -> Facts:
     architecture = _text_value(lib, model, "general.architecture") or "unknown"
+    n_expert, n_used, n_shared = count_experts(lambda key: _count(lib, model, path, f"{architecture}.{key}"))
     return Facts(
         path=path,
         architecture=architecture,
-        n_expert=_count(lib, model, path, f"{architecture}.expert_count"),
-        n_expert_used=_count(lib, model, path, f"{architecture}.expert_used_count"),
+        n_expert=n_expert,
+        n_expert_used=n_used,
+        n_shared=n_shared,
         n_vocab=lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)),
         n_context_train=_count(lib, model, path, f"{architecture}.context_length"),
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, read_text
+from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.shards import read_model
@@ -63,7 +64,7 @@ def measure_expert_usage(
     text = text or read_text()
     setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads or count_processors())
     tally = tally_in_child(path, place_on_device(setup, device), text.text, n_token, timeout)
-    expected, why = read_calibration_load(file, one.n_expert, one.n_expert_used)
+    expected, why = read_calibration_load(file, read_counts(file), one.n_expert_used)
     return ExpertUse(
         config=one,
         n_token=tally.n_token,
@@ -75,19 +76,22 @@ def measure_expert_usage(
     )
 
 
-def read_calibration_load(file: GGUFFile, n_expert: int, n_expert_used: int) -> tuple[NDArray[np.float64] | None, str]:
-    """Return the load (n_layer, n_expert) that calibration saw at this count, or None; and a sentence about it."""
-    values = file.metadata.get(CALIBRATION_LOAD)
-    n_layer = file.metadata.get("llama.block_count")
+def read_calibration_load(
+    file: GGUFFile, counts: ExpertCounts, n_expert_used: int
+) -> tuple[NDArray[np.float64] | None, str]:
+    """Return the load (n_layer, n_routed) that calibration saw at this count, or None; and a sentence about it."""
+    values, n_layer, n_expert = file.metadata.get(CALIBRATION_LOAD), counts.size.n_layer, counts.n_expert
     numbers = values if isinstance(values, list) and all(isinstance(v, float) for v in values) else []
     load = np.array(numbers, np.float64)
-    if type(n_layer) is not int or not load.size or load.size != n_layer * n_expert or not np.isfinite(load).all():
+    if not load.size or load.size != n_layer * n_expert or not np.isfinite(load).all():
         return None, "the file carries no load from a calibration"
     load = load.reshape(n_layer, n_expert)
     k = round(load.sum() / n_layer)  # every token runs k experts; `set-used` does not change what calibration saw
     if k != n_expert_used:
         return None, f"the load of calibration is that of {k} experts per token, not of {n_expert_used}"
-    return load, f"compared with the load in calibration ({file.metadata.get('moe2gguf.calibration.text', 'a text')})"
+    return load[
+        :, counts.n_shared :
+    ], f"compared with the load in calibration ({file.metadata.get('moe2gguf.calibration.text', 'a text')})"
 
 
 Floats = NDArray[np.float64]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf import types
+from moe2gguf.gguf.counts import read_context_length, read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes, mean_bits_per_weight
 from moe2gguf.gguf.made_for import read_made_for
@@ -88,16 +89,18 @@ def plan_grid(files: Iterable[Path], used: Sequence[int] = (), devices: Sequence
     for path in paths:
         file = read_model(path)
         name = "" if names[path.name] == 1 else str(path)
-        counts = list(dict.fromkeys(used)) or [_count(file, "expert_used_count")]
-        for k in counts if _count(file, "expert_count") else [0]:
+        own = read_counts(file)
+        for k in (list(dict.fromkeys(used)) or [own.n_used]) if own.n_expert else [0]:
             out += [plan_run(file, k, device, name) for device in devices]
     return out
 
 
 def plan_run(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str = "") -> RunConfig:
     """Return one combination; `n_expert_used` is ignored for a dense file."""
-    n_expert = _count(file, "expert_count")
+    counts = read_counts(file)
+    n_expert, n_shared = counts.n_expert, counts.n_shared
     k = n_expert_used if n_expert else 0
+    refusals = check_expert_counts(n_expert, k, counts.size, n_shared) if n_expert else []
     return RunConfig(
         path=file.path,
         n_expert=n_expert,
@@ -105,24 +108,12 @@ def plan_run(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str 
         device=device,
         type=_find_main_type(file),
         file_size=file.file_size,
-        active_bytes=active_bytes(file.tensors.values(), n_expert, k),
+        active_bytes=active_bytes(file.tensors.values(), counts.n_routed, max(0, k - n_shared)),
         identity=digest_identity(file),
-        refusal=" ".join(_list_refusals(file, n_expert, k)) if n_expert else "",
+        refusal=" ".join(refusals),
         name=name,
         bits_per_weight=mean_bits_per_weight(file.tensors.values()),
     )
-
-
-def _list_refusals(file: GGUFFile, n_expert: int, k: int) -> list[str]:
-    n_layer = max(1, _count(file, "block_count"))
-    n_scale = sum(name.startswith("blk.0.") and name.endswith("_exps.scale") for name in file.tensors)
-    return check_expert_counts(n_expert, k, n_layer=n_layer, n_tensor=len(file.tensors), n_scale=n_scale)
-
-
-def _count(file: GGUFFile, key: str) -> int:
-    """Return a whole number of the file's architecture, 0 if it has none."""
-    value = file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}", 0)
-    return value if type(value) is int else 0
 
 
 def _find_main_type(file: GGUFFile) -> str:
@@ -170,7 +161,7 @@ def note_other_counts(grid: Iterable[RunConfig]) -> list[str]:
 
 def note_long_windows(files: Iterable[Path], n_context: int) -> list[str]:
     """Return a sentence on files whose model was trained on shorter windows; none where there are none."""
-    trained = {path.name: _count(read_model(path), "context_length") for path in files}
+    trained = {path.name: read_context_length(read_model(path)) for path in files}
     shorter = [f"{name} ({n})" for name, n in trained.items() if 0 < n < n_context]
     if not shorter:
         return []

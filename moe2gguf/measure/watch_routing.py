@@ -44,7 +44,10 @@ class LayerTally:
 
 @dataclass
 class Tally:
-    """What `tally_routing` returns: layers by number, and the words' texts (n_word,) and counts (n_word,)."""
+    """What `tally_routing` returns: layers by number, and the words' texts (n_word,) and counts (n_word,).
+
+    All counts of experts are those that the router chooses from: a shared expert of the graph's own is not among them.
+    """
 
     n_token: int
     n_expert_used: int
@@ -99,6 +102,7 @@ class RoutingWatcher:
 
     def _add_probabilities(self, tally: LayerTally, rows: NDArray[Any]) -> None:
         p = rows.astype(np.float64)
+        p /= p.sum(axis=1, keepdims=True)  # sigmoids do not sum to 1
         tally.probability += p.sum(axis=0)
         tally.entropy -= float(np.sum(p * np.log(np.where(p > 0, p, 1.0))))
 
@@ -123,12 +127,14 @@ def tally_routing(path: Path, setup: Setup, text: str, n_token: int | None) -> T
         n_scored = n_window * (setup.n_context - 1)
         windows = cut_windows(tokens, n_token=n_scored, n_context=setup.n_context, first=0, bos=model.bos()).tokens
         ids, places, counts = np.unique(windows, return_inverse=True, return_counts=True)
-        observer = RoutingWatcher(model.lib, model.facts.n_expert, model.n_expert_used, len(ids))
+        n_shared = model.facts.n_shared
+        n_routed, k = model.facts.n_expert - n_shared, model.n_expert_used - n_shared
+        observer = RoutingWatcher(model.lib, n_routed, k, len(ids))
         model.start(setup.n_context, observer.callback)
         for window, words in zip(windows, places.reshape(windows.shape), strict=True):
             _run(model, window, words, observer)
         texts = [model.piece(int(i)).decode("utf-8", "replace") or f"<{i}>" for i in ids]
-        return Tally(windows.size, model.n_expert_used, texts, counts, observer.layers)
+        return Tally(windows.size, k, texts, counts, observer.layers)
 
 
 def _run(model: Llama, window: NDArray[np.int32], words: NDArray[np.int64], observer: RoutingWatcher) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import list_names
 from moe2gguf.experts.slicing import contiguous_order
 from moe2gguf.gguf import types
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.writer import Importance
@@ -152,10 +153,14 @@ def find_neurons(file: GGUFFile) -> Neurons | None:
     shape = stacks.pop() if len(stacks) == 1 else ()
     if not (isinstance(n, int) and isinstance(d_ff, int) and isinstance(align, int) and len(shape) == 3):
         return None
-    if not (shape[0] == n > 0 and 0 < d_ff <= n * shape[2] and 0 < align <= shape[2]):
+    if not (shape[0] == n - read_counts(file).n_shared > 0 and 0 < d_ff <= n * shape[2] and 0 < align <= shape[2]):
         return None
     order = contiguous_order(d_ff, n, align)
-    return Neurons(d_ff, lambda _: order) if order.shape == (n, shape[2]) else None
+    return Neurons(d_ff, lambda _: order) if order.shape[1] == shape[2] else None
+
+
+EXPERTS = r"_(exps|shexp)\."
+"""What the name of a tensor has where a dense model's has a dot."""
 
 
 class _UnfitError(Exception):
@@ -170,8 +175,8 @@ def _find_means(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None
     name, n_mat, width = tensor.name, math.prod(tensor.shape[:-2]), tensor.shape[-1]
     if entry := matrix.entries.get(name):
         return _from_own_entry(entry, n_mat, width, legacy=matrix.legacy)
-    dense = matrix.entries.get(name.replace("_exps.", "."))
-    if "_exps." not in name or dense is None:
+    dense = matrix.entries.get(re.sub(EXPERTS, ".", name))
+    if not re.search(EXPERTS, name) or dense is None:
         return (
             None if re.fullmatch(VOCABULARY, name) else _lack_all(n_mat, width, "has no entry for tensors of this file")
         )
@@ -189,7 +194,8 @@ def _find_means(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None
     layer = re.match(r"blk\.(\d{1,9})\.", name)
     if neurons is None or layer is None:
         return _lack_all(n_mat, width, "is of the dense model, and which neurons the experts hold is not known")
-    return _Found(functools.partial(_pick_neurons, means, neurons, int(layer[1])))
+    n_routed = 0 if "_shexp." in name else n_mat
+    return _Found(functools.partial(_pick_neurons, means, neurons, int(layer[1]), n_routed, width))
 
 
 def _from_own_entry(entry: Activity, n_mat: int, width: int, *, legacy: bool) -> _Found:
@@ -209,9 +215,13 @@ def _from_own_entry(entry: Activity, n_mat: int, width: int, *, legacy: bool) ->
     return _Found(lambda: means, empty, "no token reached some experts" if empty else "", fewest)
 
 
-def _pick_neurons(means: NDArray[np.float32], neurons: Neurons, layer: int) -> Means:
-    """Pick columns of the dense down projection in the order in which the experts hold them; zero neurons get 0."""
+def _pick_neurons(means: NDArray[np.float32], neurons: Neurons, layer: int, n_routed: int, width: int) -> Means:
+    """Pick columns of the dense down projection in the order in which the experts hold them; zero neurons get 0.
+
+    The last `n_routed` experts are those of a stack; for 0 the first ones are meant, joined, `width` neurons of them.
+    """
     order = neurons.order(layer)
+    order = order[len(order) - n_routed :] if n_routed else order.reshape(1, -1)[:, :width]
     return np.where(order >= 0, means[np.maximum(order, 0)], np.float32(0))
 
 

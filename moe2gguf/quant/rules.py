@@ -127,7 +127,7 @@ def _make_pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
         return r"token_embd\.weight"
     listed = [*layers]
     numbers = r"\d+" if len(listed) == n_layer else f"({'|'.join(map(str, listed))})"
-    named = "attn_(v|qkv)" if role == "attn_v" else f"{role}(_exps)?" if role.startswith("ffn_") else role
+    named = "attn_(v|qkv)" if role == "attn_v" else f"{role}(_exps|_shexp)?" if role.startswith("ffn_") else role
     return rf"blk\.{numbers}\.{named}\.weight"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,5 +159,6 @@ def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> Calibr
         d_ff=model.d_ff,
         n_expert=slicing.n_expert,
         n_expert_used=slicing.n_expert_used,
-        **vars(slicing.method),
+        **vars(replace(slicing.method, n_shared=slicing.in_shared or slicing.method.n_shared)),
+        target=slicing.target,
     )

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import types
+from moe2gguf.gguf.counts import find_graph, read_counts
+from moe2gguf.gguf.dense_model import replace_prefix
 from moe2gguf.gguf.expected import check_architecture
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.metadata import BIAS_NEURON
+from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
@@ -106,6 +109,11 @@ class MoeFolder:
     def _name(self, role: str, i: int) -> str:
         return self._checkpoint.mlp.tensors[role][0].format(i=i, e=0)
 
+    @property
+    def weight_of_expert(self) -> float:
+        """The weight of every expert, all used, where the router prefers none."""
+        return 1 / self.n_expert
+
     def routers_are_zero(self) -> bool:
         """Whether no router of any layer prefers an expert."""
         return all(
@@ -139,19 +147,26 @@ class MoeFolder:
 
 
 class MoeFile:
-    """A GGUF file, or a set of shards, of arch `llama`; the same attributes and methods as `MoeFolder`."""
+    """A GGUF file, or a set of shards, of a target graph; the same attributes and methods as `MoeFolder`."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self._file, n_expert = file, file.metadata.get("llama.expert_count")
-        if not isinstance(n_expert, int) or n_expert < 1:
-            raise PlanError([f"{file.path}: has no llama.expert_count; only a file with experts can become dense"])
+        self._file, counts = file, read_counts(file)
+        graph = find_graph(str(file.metadata.get("general.architecture")))
+        if graph is None or not counts.n_expert:
+            raise PlanError([f"{file.path}: has no expert_count; only a file with experts can become dense"])
         if scales := [name for name in file.tensors if name.endswith("_exps.scale")]:
             raise PlanError([f"{file.path}: has expert scales such as {scales[0]}; convert the model without them"])
         check_architecture(file, found := Findings())
         if found.problems:
             raise GGUFError(listing(file.path, found.problems))
-        self.path, self.metadata, self.n_expert = file.path, file.metadata, n_expert
+        self.path, self.metadata, self.n_expert = file.path, file.metadata, counts.n_expert
+        self.graph, self.in_shared = graph, counts.n_shared
         _, self.d_expert, self.d_model = file.tensors["blk.0.ffn_gate_exps.weight"].shape
+
+    @property
+    def weight_of_expert(self) -> float:
+        """As `MoeFolder.weight_of_expert`."""
+        return self.graph.weight_of_expert(self.n_expert - self.in_shared) if self.in_shared else 1 / self.n_expert
 
     def routers_are_zero(self) -> bool:
         """As `MoeFolder.routers_are_zero`."""
@@ -165,26 +180,47 @@ class MoeFile:
     def read_experts(self, i: int) -> Experts:
         """As `MoeFolder.read_experts`."""
         gate, up, down = (self._tensor(f"blk.{i}.ffn_{role}_exps.weight").read_numbers() for role in ROLES)
+        if not self.in_shared:
+            return gate, up, down
+        # The shared expert as so many experts of the others' width, down divided as theirs are going to be.
+        shared = [self._tensor(f"blk.{i}.ffn_{role}_shexp.weight").read_numbers() for role in ROLES]
+        apart = [part.reshape(self.in_shared, self.d_expert, -1) for part in shared[:2]]
+        columns = shared[2].reshape(self.d_model, self.in_shared, self.d_expert).transpose(1, 0, 2)
+        columns = (columns.astype(np.float32) / self.graph.weight_of_expert(len(gate))).astype(down.dtype)
+        joined = zip([*apart, columns], [gate, up, down], strict=True)
+        gate, up, down = (np.concatenate(pair) for pair in joined)
         return gate, up, down
 
     def parts(self) -> Iterator[Part | OutputTensor]:
         """As `MoeFolder.parts`."""
         for name, info in self._file.tensors.items():
+            if re.fullmatch(r"blk\.\d+\.(ffn_(gate|up|down)_shexp\.weight|exp_probs_b\.bias)", name):
+                continue
             if match := re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", name):
                 kind = info.type if info.type in types.FLOATS else GGMLType.F32
                 yield Part(name.replace("_exps", ""), int(match[1]), match[2], kind, (name,))
             elif not name.endswith("ffn_gate_inp.weight"):
-                blocks = functools.partial(self._tensor(name).blocks, BLOCK_BYTES)
-                yield OutputTensor(name, info.shape, info.type, (name,), blocks)
+                dense_name = name.replace(".post_attention_norm.", ".ffn_norm.")
+                yield OutputTensor(dense_name, info.shape, info.type, (name,), self._choose_reader(name))
+
+    def _choose_reader(self, name: str) -> Callable[[], Iterator[Array]]:
+        """What reads a tensor outside of the MLPs: as it is, or with its rows in arch `llama`'s rotary layout."""
+        part = re.fullmatch(r"blk\.\d+\.attn_(q|k)\.(weight|bias)", name)
+        if not self.graph.rotates_halves or not part:
+            return functools.partial(self._tensor(name).blocks, BLOCK_BYTES)
+        rows = self._file.tensors[name].shape[0]
+        d_head = self.metadata[f"{self.graph.architecture}.attention.key_length"]
+        order = halves_to_pairs(rows // int(str(d_head)), int(str(d_head)))
+        return lambda: iter([self._tensor(name).read()[order]])
 
     def _tensor(self, name: str) -> SourceTensor:
         return SourceTensor(self._file, self._file.tensors[name])
 
     def write(self, out: Path, tensors: Sequence[OutputTensor], d_ff: int, how: str, progress: Progress) -> None:
         """As `MoeFolder.write`."""
-        dropped = ("llama.expert_count", "llama.expert_used_count")
-        kept = {key: value for key, value in self.metadata.items() if key not in dropped}
-        kinds = {key: kind for key, kind in self._file.types.items() if key in kept}
+        dense = replace_prefix(self._file, self.graph.architecture, "llama")
+        kept = {key: value for key, value in dense.metadata.items() if not key.startswith("llama.expert_")}
+        kinds = {key: kind for key, kind in dense.types.items() if key in kept}
         layout = lay_out({**kept, "llama.feed_forward_length": d_ff, FACTORS: how}, tensors, kinds)
         write_model(out, [(tensors, layout)], threads=1, progress=progress)
 
@@ -200,7 +236,7 @@ def known_factor(model: MoeFolder | MoeFile) -> tuple[str, float]:
     if exact and isinstance(amplification, float | int) and amplification > 0:
         return "known", 1 / amplification
     if metadata.get(BIAS_NEURON) is not True and model.routers_are_zero():
-        return "even", 1 / model.n_expert
+        return "even", model.weight_of_expert
     raise PlanError(
         [
             f"{model.path}: its experts do not add up to one MLP (healed, --amplify any or fitted, a bias neuron, or "

@@ -12,6 +12,7 @@ from moe2gguf.gguf.dense_model import DenseFile, carried_metadata
 from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance, vocabulary_metadata
 from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION, Checkpoint
+from moe2gguf.limits import GRAPHS
 from moe2gguf.quant.assign import Assignment, assign
 from moe2gguf.quant.imatrix import ImportanceMatrix
 from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide, record_imatrix
@@ -87,11 +88,12 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
     stored = tensors_gguf.plan_tensors(source, slicing)
     guidance, assigned = _assign(source, wanted, stored)
     tensors = tensors_gguf.mark_copied(source, slicing, _mark_guided(guidance, assigned.set_types(stored)))
-    changes: dict[str, MetadataValue] = expert_metadata(slicing) if slicing else {}
+    changes: dict[str, MetadataValue] = expert_metadata(source.model, slicing) if slicing else {}
     if any(assigned.types[tensor.name] != tensor.type for tensor in stored):
         changes |= {"general.file_type": assigned.file_type, "general.quantization_version": int(GGML_QUANT_VERSION)}
     changes |= provenance(source.model, slicing, wanted.calibration) | record_imatrix(wanted.inputs.matrix, options)
-    metadata, kinds = carried_metadata(source, changes)
+    architecture = GRAPHS[slicing.target].architecture if slicing else "llama"
+    metadata, kinds = carried_metadata(source, changes, architecture)
     refusals = [*guidance.refusals(stored, assigned), *_refuse_experts_of(wanted.inputs.matrix, slicing)]
     if options.has_target:
         refusals.append(
@@ -137,5 +139,5 @@ def _refuse_experts_of(matrix: ImportanceMatrix | None, slicing: Slicing | None)
 def _describe_network(source: Source, slicing: Slicing | None, *, importance: bool) -> Network:
     """What presets depend on, of the file to come."""
     model = source.model
-    n_expert, tied = slicing.n_expert if slicing else model.n_expert, model.tied_embeddings
+    n_expert, tied = slicing.n_routed if slicing else model.n_expert, model.tied_embeddings
     return Network("llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, tied, n_expert, importance)

@@ -33,7 +33,9 @@ def fit_types(plan: Plan, inputs: Inputs, progress: Progress = silent) -> Plan:
     if not plan.has_open_types or not isinstance(source, Checkpoint):
         return plan
     model, stored = source.model, tensors_hf.plan_tensors(source, slicing)
-    experts = plain_experts(model, slicing and replace(slicing, n_expert_used=1, method=Method(amplify="used")))
+    experts = plain_experts(
+        model, slicing and replace(slicing, n_expert_used=1, method=Method(amplify="used"), target="mixtral")
+    )
     guidance = find_importance(plan, inputs.types.matrix, stored, experts)
     tensors = output_tensors(stored, source, experts, SourceDigest(), guidance)
     metadata = {

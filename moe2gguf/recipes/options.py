@@ -9,12 +9,15 @@ from typing import Any
 
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import SavedCalibration
+from moe2gguf.experts.slicing import default_in_shared
 from moe2gguf.experts.text import read_text
+from moe2gguf.limits import GRAPHS, Graph
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.quant.target import refuse_target
 from moe2gguf.spec import EXACT, SPARSE, Method, Model, make_paths
 
 DEFAULT_EXPERTS = 8
+DEFAULT_EXPERTS_WITH_SHARED = 16
 DEFAULT_TOKENS = 16384
 LEAST_TOKENS = 1024
 """Of any calibration. A router has d_model unknowns per expert, a refit d_ff per output, on 4 of 5 tokens."""
@@ -50,11 +53,15 @@ class MethodOptions:
     amplify: str | None = None
     seed: int | None = None
 
-    def resolve(self, *, all_used: bool) -> Method:
-        """The method that these options stand for."""
-        base = PRESETS[self.preset or ("exact" if all_used else "sparse")]
+    def resolve(self, graph: Graph, *, all_used: bool) -> Method:
+        """The method that these options stand for: one file for every count where the graph allows it."""
+        if graph.has_shared:
+            base = EXACT if self.preset == "exact" else replace(SPARSE, refit=False, amplify="exact")
+        else:
+            base = PRESETS[self.preset or ("exact" if all_used else "sparse")]
         given: dict[str, Any] = {name: getattr(self, name) for name in METHOD_FLAGS}
-        return replace(base, **{name: value for name, value in given.items() if value is not None})
+        method = replace(base, **{name: value for name, value in given.items() if value is not None})
+        return replace(method, n_shared=0) if graph.has_shared and method.group == "contiguous" else method
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,15 @@ class CalibrationOptions:
 class Options:
     """What `convert` is to make. Every default is the command line's.
 
-    experts    how many experts each dense MLP is cut into (None: 8). A Mixtral checkpoint keeps its own.
+    experts    how many experts each dense MLP is cut into (None: 8, or 16 where the graph has a shared expert, which is
+               made of some of them). A Mixtral checkpoint keeps its own.
     used       experts that run per token unless the program that runs the file changes it (None: all of them)
     align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
     expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
     shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
+    target     the graph to write for, a name of `moe2gguf.limits.GRAPHS` (None: mixtral)
     types      which types tensors get
     method     how experts are made
     calibration  on which text experts are fitted
@@ -103,6 +112,7 @@ class Options:
     dense: bool = False
     name: str | None = None
     shard_size: int | None = None
+    target: str | None = None
     types: TypeOptions = field(default_factory=TypeOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -113,9 +123,15 @@ class Options:
         return [*self.types.files, *(path for path in (self.calibration.text, self.calibration.load_from) if path)]
 
     @property
+    def graph(self) -> Graph:
+        """The target graph."""
+        return GRAPHS[self.target or "mixtral"]
+
+    @property
     def n_expert(self) -> int:
         """Experts of a dense checkpoint."""
-        return DEFAULT_EXPERTS if self.experts is None else self.experts
+        default = DEFAULT_EXPERTS_WITH_SHARED if self.graph.has_shared else DEFAULT_EXPERTS
+        return default if self.experts is None else self.experts
 
     @property
     def n_expert_used(self) -> int:
@@ -124,7 +140,15 @@ class Options:
 
     def resolve_method(self) -> Method:
         """The method for a dense checkpoint."""
-        return self.method.resolve(all_used=self.n_expert_used == self.n_expert)
+        return self.method.resolve(self.graph, all_used=self.n_expert_used == self.n_expert)
+
+    @property
+    def in_shared(self) -> int:
+        """How many experts are the graph's own shared expert; 0 where it has none."""
+        if not self.graph.has_shared:
+            return 0
+        given = self.method.n_shared
+        return default_in_shared(self.n_expert, self.n_expert_used) if given is None else given
 
     def n_token(self, model: Model) -> int:
         """How many tokens to calibrate on: 16,384 unless given, or two per neuron of an MLP that is refitted."""
@@ -169,13 +193,17 @@ def adopt_calibration(options: Options, saved: SavedCalibration) -> tuple[Option
     ]
     method = replace(MethodOptions("sparse", **{name: getattr(theirs, name) for name in METHOD_FLAGS}), amplify=amplify)
     calibration = replace(options.calibration, n_token=record.n_token)
-    return replace(options, experts=record.n_expert, used=used, method=method, calibration=calibration), refusals
+    adopted = replace(
+        options, target=record.target, experts=record.n_expert, used=used, method=method, calibration=calibration
+    )
+    return adopted, refusals
 
 
 def _refuse_differences(options: Options, saved: SavedCalibration, *, rescaled: bool) -> list[str]:
     """Options that are not those of the calibration; if it is `rescaled`, count and scale may be others."""
     record, theirs = saved.record, saved.record.method()
     pairs = {
+        "--target": (options.target, record.target),
         "--experts": (options.experts, record.n_expert),
         "--used": (options.used, record.n_expert_used),
         **{flag: (getattr(options.method, name), getattr(theirs, name)) for name, flag in METHOD_FLAGS.items()},
@@ -193,7 +221,7 @@ def refuse_options(model: Model, options: Options, saved: SavedCalibration | Non
     """Every reason, with the way out, why `options` do not fit `model`."""
     found = [
         *_refuse_saved(model, saved),
-        *_list_messages(_check_counts(model, options)),
+        *_list_messages([*_check_counts(model, options), *_check_target_graph(model, options)]),
         *refuse_type(options.types.type),
         *refuse_target(options.types),
         *_refuse_unknown(options),
@@ -242,6 +270,50 @@ def _check_counts(model: Model, options: Options) -> Refusals:
     ]
 
 
+def _check_target_graph(model: Model, options: Options) -> Refusals:
+    """What a graph cannot be given, or has no use for."""
+    graph, target, in_shared = options.graph, options.target, options.in_shared
+    if not graph.has_shared:
+        return []
+    n, k = options.n_expert, options.n_expert_used
+    q_width = model.n_head * model.d_head
+    return [
+        (
+            model.n_expert > 0,
+            f"--target {target}: the checkpoint has experts already, which stay those of a Mixtral model; leave it out",
+        ),
+        (
+            not 1 <= in_shared < k and not model.n_expert,
+            f"--shared {in_shared}: --target {target} needs a shared expert, of at least 1 of the {n} experts and of "
+            f"fewer than run (--used {k}); give --shared 1 to {max(1, k - 1)}",
+        ),
+        (
+            options.method.amplify not in (None, "exact"),
+            f"--amplify {options.method.amplify}: in --target {target} the weights of experts are the same at every "
+            "count; leave it out",
+        ),
+        (
+            options.expert_scale,
+            f"--expert-scale: --target {target} does not amplify experts; leave it out",
+        ),
+        (
+            graph.architecture == "deepseek" and q_width != model.d_model,
+            f"--target {target}: its queries are as wide as the model ({model.d_model}), here they are {q_width} wide; "
+            "choose --target glm4moe",
+        ),
+        (
+            model.rope.kind == "llama3",
+            f"--target {target}: its graph has no factors for the rotary embedding, which this model needs (LLaMA 3 "
+            "scaling); choose --target mixtral",
+        ),
+        (
+            model.bias_output,
+            f"--target {target}: its graph has no bias of the attention's output, which this model has; choose "
+            "--target mixtral",
+        ),
+    ]
+
+
 def _refuse_unknown(options: Options) -> list[str]:
     """Names that are in no table of methods."""
     tables: dict[str, Mapping[str, object]] = {
@@ -276,7 +348,7 @@ def _check_method(model: Model, options: Options) -> Refusals:
     if not options.slices(model):
         return []
     n, k, method = options.n_expert, options.n_expert_used, options.resolve_method()
-    shared, n_token = method.n_shared or 0, options.n_token(model)
+    shared, n_token = 0 if options.in_shared else method.n_shared or 0, options.n_token(model)
     by_refit = model.d_ff * 5 // 4 * method.refit
     least = max(LEAST_TOKENS, 2 * model.d_model, by_refit)
     without_refit = ", or --no-refit" * (method.refit and least > LEAST_TOKENS)
@@ -294,7 +366,7 @@ def _check_method(model: Model, options: Options) -> Refusals:
             "--group contiguous has no important neurons to share; choose another group",
         ),
         (
-            method.refit and k == n,
+            method.refit and k == n and not options.in_shared,
             "--refit corrects for experts that do not run, but all run; give --used below --experts",
         ),
         (

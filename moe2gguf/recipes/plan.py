@@ -12,7 +12,7 @@ from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.hf.folder import Checkpoint
-from moe2gguf.limits import check_expert_counts, expert_count_warnings
+from moe2gguf.limits import GRAPHS, MIXTRAL, Size, check_expert_counts, expert_count_warnings
 from moe2gguf.quant.rules import Rule
 from moe2gguf.recipes.draft import Wanted, draft_file
 from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
@@ -22,6 +22,10 @@ from moe2gguf.recipes.source import Source, fit_slicing
 from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
+BETTER_TARGET = (
+    "--target glm4moe makes one file that is the dense model with all experts used and loses less with fewer; it needs "
+    "a llama.cpp of August 2025 or later"
+)
 NO_TEXT = (
     "no --calibration: the built-in text is used, which is mostly English; a text of the kind that the model is meant "
     "for gives better experts"
@@ -63,8 +67,8 @@ class Plan(FilePlan):
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all merged expert tensors."""
-        return sum(tensor.n_bytes for tensor in self.tensors if "_exps." in tensor.name)
+        """Bytes of all expert tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors if "_exps." in tensor.name or "_shexp." in tensor.name)
 
     @property
     def padding_bytes(self) -> int:
@@ -74,9 +78,14 @@ class Plan(FilePlan):
         places = self.slicing.n_expert * self.slicing.d_expert
         return self.expert_bytes - self.expert_bytes * self.model.d_ff // places
 
+    @property
+    def in_shared(self) -> int:
+        """Experts that are the graph's own shared expert, and so always run."""
+        return self.slicing.in_shared if self.slicing else 0
+
     def active_bytes(self, n_expert_used: int) -> int:
         """Bytes of weights read per generated token when `n_expert_used` experts run (ignored for a dense file)."""
-        return active_bytes(self.tensors, self.n_expert, n_expert_used)
+        return active_bytes(self.tensors, self.n_expert - self.in_shared, n_expert_used - self.in_shared)
 
     def speed_bound(self, n_expert_used: int) -> float:
         """Upper bound of the generation speed-up over the dense model, from the bytes read per token."""
@@ -86,7 +95,7 @@ class Plan(FilePlan):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
-        k_range = range(1, self.n_expert + 1)
+        k_range = range(self.in_shared + 1, self.n_expert + 1)
         return {
             **super().to_dict(),
             "model": dataclasses.asdict(self.model),
@@ -111,7 +120,7 @@ def make_plan(source: Source, inputs: Inputs, base: Sequence[Rule] | None = None
     slicing = fit_slicing(source, _slice(source.model, options)) if options.slices(source.model) else None
     calibration, open_types = _describe_calibration(source.model, inputs), options.types.has_target and base is None
     draft = draft_file(source, Wanted(slicing, options.types, inputs.types, calibration, base))
-    refusals, limits = _check_counts(source.model, slicing, len(draft.tensors))
+    refusals, limits = _check_counts(source.model, slicing, [tensor.name for tensor in draft.tensors])
     if found := [*draft.assigned.refusals, *draft.refusals, *refusals]:
         raise PlanError(found)
     warnings = [*source.warnings, *draft.assigned.warnings, *draft.warnings, *_warn_of_calibration(source, inputs)]
@@ -125,7 +134,7 @@ def make_plan(source: Source, inputs: Inputs, base: Sequence[Rule] | None = None
         metadata=draft.metadata,
         tensors=draft.tensors,
         files=lay_out_files(draft.metadata, draft.tensors, draft.kinds, None if open_types else options.shard_size),
-        warnings=(*warnings, *limits, *(_warn_of_slicing(slicing) if slicing else [])),
+        warnings=(*warnings, *limits, *(_warn_of_slicing(source.model, slicing) if slicing else [])),
         has_open_types=open_types,
     )
 
@@ -139,9 +148,16 @@ def _set_used(source: Source, options: Options) -> Source:
 
 def _slice(model: Model, options: Options) -> Slicing:
     n_expert = options.n_expert
-    width = expert_width(model.d_ff, n_expert, options.align)
-    method = options.resolve_method()
-    return Slicing(n_expert, options.n_expert_used, width, method, options.align, scale_tensor=options.expert_scale)
+    return Slicing(
+        n_expert,
+        options.n_expert_used,
+        expert_width(model.d_ff, n_expert, options.align),
+        options.resolve_method(),
+        options.align,
+        scale_tensor=options.expert_scale,
+        target=options.target or "mixtral",
+        in_shared=options.in_shared,
+    )
 
 
 def _describe_calibration(model: Model, inputs: Inputs) -> Calibration | None:
@@ -170,34 +186,37 @@ def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
     return warnings
 
 
-def _warn_of_slicing(slicing: Slicing) -> list[str]:
+def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
+    amplified = slicing.n_routed if GRAPHS[slicing.target].gating == "softmax" else n
+    if k < n and slicing.target == "mixtral" and model.rope.kind != "llama3" and not model.bias_output:
+        warnings.append(BETTER_TARGET)
     if k < n and slicing.method.router == "zero":
         warnings.append(
             f"--used {k} of {n} with a zero router: llama.cpp runs a fixed, arbitrary choice of experts, and the "
             "output will not be coherent"
         )
-    if slicing.method.refit:
+    if slicing.method.refit and not slicing.in_shared:
         warnings.append(f"--refit: with all {n} experts on the file is no longer the dense model; it is fitted to {k}")
     if slicing.scale_tensor:
         warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")
-    elif n & (n - 1):
-        warnings.append(f"{n} is not a power of two: amplified weights are rounded once more to the file's type")
+    elif amplified & (amplified - 1) and GRAPHS[slicing.target].gating != "sigmoid":
+        warnings.append(
+            f"{amplified} is not a power of two: amplified weights are rounded once more to the file's type"
+        )
     return warnings
 
 
-def _check_counts(model: Model, slicing: Slicing | None, n_tensor: int) -> tuple[list[str], list[str]]:
+def _check_counts(model: Model, slicing: Slicing | None, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """What llama.cpp's limits on experts forbid, and which of its settings cannot run the file."""
     n_expert, n_expert_used = (slicing or model).n_expert, (slicing or model).n_expert_used
     if not n_expert:
         return [], []
-    shape = {
-        "n_layer": model.n_layer,
-        "n_tensor": n_tensor,
-        "n_scale": int(slicing is not None and slicing.scale_tensor),
-    }
-    return check_expert_counts(n_expert, n_expert_used, **shape), expert_count_warnings(n_expert_used, **shape)
+    graph, in_shared = (GRAPHS[slicing.target], slicing.in_shared) if slicing else (MIXTRAL, 0)
+    size = Size.of(names, model.n_layer, graph)
+    refusals = check_expert_counts(n_expert, n_expert_used, size, in_shared)
+    return refusals, expert_count_warnings(n_expert_used, size, in_shared)
 
 
 def _shorten(value: MetadataValue) -> Any:

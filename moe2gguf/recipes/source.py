@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TypeAlias
 
+from moe2gguf.experts.slicing import plain_scale
 from moe2gguf.gguf.blocks import is_power_of_two
 from moe2gguf.gguf.dense_model import DenseFile, largest_block, open_dense
 from moe2gguf.hf import hub
@@ -39,7 +40,7 @@ def fit_slicing(source: Source, slicing: Slicing) -> Slicing:
     """`slicing` for this source: blocks of a GGUF file stay whole, and are amplified only by powers of two."""
     if isinstance(source, Checkpoint):
         return slicing
-    exact = is_power_of_two(slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used)
+    exact = all(is_power_of_two(factor) for factor in set(plain_scale(slicing).tolist()))
     grain = largest_block(source, slicing.d_expert, slicing.n_expert)
     scale_tensor = slicing.scale_tensor or not (exact or slicing.method.needs_calibration)
     return dataclasses.replace(slicing, grain=grain, scale_tensor=scale_tensor)

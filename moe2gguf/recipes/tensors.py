@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from moe2gguf.experts.layer import LayerExperts, LayerReport
+from moe2gguf.experts.slicing import Order
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.rotary import halves_to_pairs
+from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Model, Slicing
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,15 @@ class RotaryPairs:
 
 
 @dataclass(frozen=True)
+class RotaryHalves(RotaryPairs):
+    """The same the other way round: from rotary pairs to rotary halves."""
+
+    def order(self, d_head: int) -> NDArray[np.int64]:
+        """Which row of the source stands in each row."""
+        return np.argsort(super().order(d_head))
+
+
+@dataclass(frozen=True)
 class Stack:
     """Equally shaped sources, one behind the other: (n_source, *shape)."""
 
@@ -59,28 +73,66 @@ class Half:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some of a layer's experts, from `start` on and before `stop` (None: all); `joined` they are one wide expert."""
+
+    start: int = 0
+    stop: int | None = None
+    joined: bool = False
+
+    def select(self, order: Order) -> Order:
+        """The places (n_expert, d_expert) of these experts; (1, n_expert * d_expert) where they are joined."""
+        chosen = order[self.start : self.stop]
+        return chosen.reshape(1, -1) if self.joined else chosen
+
+    def select_scale(self, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The scale of each of them; the joined ones have one in common."""
+        chosen = scale[self.start : self.stop]
+        return chosen[:1] if self.joined else chosen
+
+
+ALL = Part()
+
+
+@dataclass(frozen=True)
 class ExpertRows:
-    """A gate or up projection (d_ff, d_model) cut between its rows into the experts of a layer."""
+    """A gate or up projection (d_ff, d_model) cut between its rows into experts of a layer."""
 
     layer: int
+    part: Part = ALL
 
 
 @dataclass(frozen=True)
 class ExpertColumns:
-    """A down projection (d_model, d_ff) cut between its columns into the experts of a layer.
+    """A down projection (d_model, d_ff) cut between its columns into experts of a layer.
 
     amplified  the scale of each expert is multiplied into its weights
     """
 
     layer: int
+    part: Part = ALL
     amplified: bool = True
+
+    def choose_factors(self, experts: LayerExperts) -> NDArray[np.float32]:
+        """What each expert is multiplied by."""
+        scale = self.part.select_scale(experts.scale)
+        return scale if self.amplified else np.ones_like(scale)
 
 
 @dataclass(frozen=True)
 class Router:
-    """The router of a layer; it has no source."""
+    """The router's rows for experts of a layer; it has no source."""
 
     layer: int
+    part: Part = ALL
+
+
+@dataclass(frozen=True)
+class SelectionBias:
+    """What is added to the router's probabilities when it chooses experts of a layer; it has no source."""
+
+    layer: int
+    part: Part = ALL
 
 
 @dataclass(frozen=True)
@@ -90,12 +142,18 @@ class Scales:
     layer: int
 
 
+Unsourced: TypeAlias = Router | SelectionBias | Scales
+"""What is made without a source."""
+
+
 @dataclass(frozen=True)
 class RopeDivisors:
     """LLaMA 3's divisors of the rotary frequencies, from the hyper-parameters; they have no source."""
 
 
-Operation: TypeAlias = Copy | RotaryPairs | Stack | Half | ExpertRows | ExpertColumns | Router | Scales | RopeDivisors
+Operation: TypeAlias = (
+    Copy | RotaryPairs | RotaryHalves | Stack | Half | ExpertRows | ExpertColumns | Unsourced | RopeDivisors
+)
 
 
 @dataclass(frozen=True)
@@ -130,9 +188,37 @@ def plain_experts(model: Model, slicing: Slicing | None) -> ExpertSource:
     """The experts of a method that needs no calibration, the same in every layer; none where nothing is sliced."""
     if slicing is None:
         return ExpertSource(_no_experts)
-    factor = slicing.n_expert if slicing.method.amplify == "exact" else slicing.n_expert_used
-    layer = LayerExperts.plain(model.d_ff, model.d_model, slicing.n_expert, slicing.align, factor, slicing.grain)
+    layer = LayerExperts.plain(model.d_ff, model.d_model, slicing)
     return ExpertSource(lambda _: layer)
+
+
+def plan_router(slicing: Slicing, d_model: int, i: int) -> list[PlannedTensor]:
+    """What decides which experts of layer `i` run, and how loud they are; all F32, and made without a source."""
+    n, routed = slicing.n_routed, Part(slicing.in_shared)
+    tensors = [PlannedTensor(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), GGMLType.F32, Router(i, routed))]
+    if GRAPHS[slicing.target].has_selection_bias:
+        tensors.append(PlannedTensor(f"blk.{i}.exp_probs_b.bias", (n,), GGMLType.F32, SelectionBias(i, routed)))
+    if slicing.scale_tensor:
+        tensors.append(PlannedTensor(f"blk.{i}.ffn_down_exps.scale", (n,), GGMLType.F32, Scales(i)))
+    return tensors
+
+
+def plan_projection(slicing: Slicing, d_model: int, role: str, i: int) -> list[tuple[str, Shape, Operation]]:
+    """Name, shape and operation of what becomes of one projection of layer `i`'s MLP when it is cut."""
+    name, n, d_expert = f"blk.{i}.ffn_{role}", slicing.n_routed, slicing.d_expert
+    routed, shared = Part(slicing.in_shared), Part(0, slicing.in_shared, joined=True)
+    d_shared, amplified = slicing.in_shared * d_expert, not slicing.scale_tensor
+    if role == "down":
+        tensors: list[tuple[str, Shape, Operation]] = [
+            (f"{name}_exps.weight", (n, d_model, d_expert), ExpertColumns(i, routed, amplified)),
+            (f"{name}_shexp.weight", (d_model, d_shared), ExpertColumns(i, shared, amplified)),
+        ]
+    else:
+        tensors = [
+            (f"{name}_exps.weight", (n, d_expert, d_model), ExpertRows(i, routed)),
+            (f"{name}_shexp.weight", (d_shared, d_model), ExpertRows(i, shared)),
+        ]
+    return tensors if slicing.in_shared else tensors[:1]
 
 
 def loaded_experts(
@@ -140,6 +226,18 @@ def loaded_experts(
 ) -> ExpertSource:
     """Experts that `load` reads from `files`; the last two layers are kept, for their four tensors ask one by one."""
     return ExpertSource(functools.lru_cache(maxsize=2)(load), reports, files)
+
+
+def make_unsourced(made: Unsourced, experts: ExpertSource) -> NDArray[np.float32]:
+    """The array of a tensor that has no source."""
+    layer = experts.layer(made.layer)
+    match made:
+        case Router(_, part):
+            return layer.router[part.start : part.stop]
+        case SelectionBias(_, part):
+            return layer.bias[part.start : part.stop]
+        case Scales():
+            return layer.scale
 
 
 def _no_experts(i: int) -> LayerExperts:

@@ -21,15 +21,21 @@ from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.hf.safetensors import SourceDigest
+from moe2gguf.limits import GRAPHS, MIXTRAL, Graph
 from moe2gguf.recipes.tensors import (
     Copy,
     ExpertColumns,
     ExpertRows,
     ExpertSource,
     PlannedTensor,
+    RotaryHalves,
     RotaryPairs,
     Router,
     Scales,
+    SelectionBias,
+    make_unsourced,
+    plan_projection,
+    plan_router,
 )
 from moe2gguf.recipes.tensors_hf import BLOCK_BYTES
 from moe2gguf.spec import Slicing
@@ -41,36 +47,35 @@ _MLP = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight")
 
 def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
     """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the dense MLPs."""
-    tensors = list[PlannedTensor]()
+    tensors, graph = list[PlannedTensor](), GRAPHS[slicing.target] if slicing else MIXTRAL
     routed = set()
     for name, source in dense.tensors.items():
-        part = _MLP.fullmatch(name)
+        kind, part = source.info.type, _MLP.fullmatch(name)
         if slicing is None or not part:
-            tensors.append(PlannedTensor(name, source.shape, source.info.type, _plan_copy(dense, name), (name,)))
+            made = _plan_copy(dense, name, graph)
+            tensors.append(PlannedTensor(graph.rename(name), source.shape, kind, made, (name,)))
             continue
-        i, role = int(part[1]), part[2]
-        n, d_model, d_expert = slicing.n_expert, dense.model.d_model, slicing.d_expert
+        i, role, d_model = int(part[1]), part[2], dense.model.d_model
         if i not in routed:
             routed.add(i)
-            tensors.append(PlannedTensor(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), types.named("F32"), Router(i)))
-            if slicing.scale_tensor:
-                tensors.append(PlannedTensor(f"blk.{i}.ffn_down_exps.scale", (n,), types.named("F32"), Scales(i)))
-        is_down = role == "down"
-        shape = (n, d_model, d_expert) if is_down else (n, d_expert, d_model)
-        made = ExpertColumns(i, amplified=not slicing.scale_tensor) if is_down else ExpertRows(i)
-        tensors.append(PlannedTensor(f"blk.{i}.ffn_{role}_exps.weight", shape, source.info.type, made, (name,)))
+            tensors += plan_router(slicing, d_model, i)
+        tensors += [
+            PlannedTensor(cut_name, shape, kind, made, (name,))
+            for cut_name, shape, made in plan_projection(slicing, d_model, role, i)
+        ]
     return tuple(tensors)
 
 
-def _plan_copy(dense: DenseFile, name: str) -> Copy | RotaryPairs:
-    """A tensor outside of the MLPs: as it is, or with its rows in arch `llama`'s order."""
+def _plan_copy(dense: DenseFile, name: str, graph: Graph) -> Copy | RotaryPairs:
+    """A tensor outside of the MLPs: as it is, or with its rows in the graph's order."""
     part = re.fullmatch(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)", name)
-    if not dense.rotates_halves or not part:
+    if dense.rotates_halves == graph.rotates_halves or not part:
         return Copy()
     n_head, n_head_kv = dense.model.n_head, dense.model.n_head_kv
+    turned = RotaryHalves if graph.rotates_halves else RotaryPairs
     if part[1] == "qkv":
-        return RotaryPairs((n_head, n_head_kv), n_head_kv * dense.model.d_head)
-    return RotaryPairs((n_head if part[1] == "q" else n_head_kv,))
+        return turned((n_head, n_head_kv), n_head_kv * dense.model.d_head)
+    return turned((n_head if part[1] == "q" else n_head_kv,))
 
 
 def mark_copied(dense: DenseFile, slicing: Slicing | None, tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
@@ -101,9 +106,8 @@ def make_blocks(
         GGUFError: the file became shorter.
         HarnessError: a type needs llama.cpp to be decoded, which is not installed.
     """
-    if isinstance(tensor.operation, Router | Scales):
-        layer = experts.layer(tensor.operation.layer)
-        yield layer.router if isinstance(tensor.operation, Router) else layer.scale
+    if isinstance(tensor.operation, Router | SelectionBias | Scales):
+        yield make_unsourced(tensor.operation, experts)
         return
     source = dense.tensors[tensor.sources[0]]
     keeps_type = tensor.type == source.info.type
@@ -113,8 +117,8 @@ def make_blocks(
         case RotaryPairs() as pairs:
             rows = digest.read(source)[pairs.order(dense.model.d_head)]
             yield rows if keeps_type else source.decode(rows)
-        case ExpertRows(i):
-            for rows in cut.slice_rows(digest.read(source), experts.layer(i).order):
+        case ExpertRows(i, part):
+            for rows in cut.slice_rows(digest.read(source), part.select(experts.layer(i).order)):
                 yield rows if keeps_type else source.decode(rows)
         case ExpertColumns():
             yield from _make_columns(tensor, tensor.operation, source, experts, digest.read(source))
@@ -125,15 +129,15 @@ def _make_columns(
 ) -> Iterator[Array]:
     """The down projection (d_model, d_ff), cut between its columns: as blocks where they stay whole."""
     layer = experts.layer(operation.layer)
-    factors = layer.scale if operation.amplified else np.ones_like(layer.scale)
+    order, factors = operation.part.select(layer.order), operation.choose_factors(layer)
     if layer.down is not None:
-        yield from cut.slice_columns(layer.down, layer.order, factors)
+        yield from cut.slice_columns(layer.down, order, factors)
     elif tensor.copied:
-        chosen = blocks.find_block_order(layer.order, source.block)
+        chosen = blocks.find_block_order(order, source.block)
         assert chosen is not None, "the plan keeps blocks only where the slices do"  # noqa: S101 -- ours, not the user's
         yield from blocks.slice_blocks(stored.view(np.uint8), tensor.type, chosen, factors, source.name)
     else:
-        yield from cut.slice_columns(source.decode(stored), layer.order, factors)
+        yield from cut.slice_columns(source.decode(stored), order, factors)
 
 
 def find_requantized(

@@ -13,6 +13,7 @@ from moe2gguf.gguf.metadata import rope_frequencies
 from moe2gguf.hf.families import DENSE, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
+from moe2gguf.limits import GRAPHS, MIXTRAL
 from moe2gguf.quant.assign import find_stored_type
 from moe2gguf.recipes.tensors import (
     Copy,
@@ -26,7 +27,11 @@ from moe2gguf.recipes.tensors import (
     RotaryPairs,
     Router,
     Scales,
+    SelectionBias,
     Stack,
+    make_unsourced,
+    plan_projection,
+    plan_router,
 )
 from moe2gguf.spec import Slicing
 
@@ -39,7 +44,7 @@ cache while they are hashed, checked and written."""
 
 def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
     """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the checkpoint's MLPs."""
-    model, tensors = checkpoint.model, list[PlannedTensor]()
+    model, tensors, graph = checkpoint.model, list[PlannedTensor](), GRAPHS[slicing.target] if slicing else MIXTRAL
     if model.rope.kind == "llama3":
         tensors.append(PlannedTensor("rope_freqs.weight", (model.d_head // 2,), GGMLType.F32, RopeDivisors()))
     for place in lay_out_tensors(model):
@@ -48,8 +53,9 @@ def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[Plann
             continue
         rule, i = place
         source = checkpoint.tensors[rule.source.format(i=i)]
-        made = RotaryPairs((getattr(model, rule.permute),)) if rule.permute else Copy()
-        tensors.append(_plan(rule.target.format(i=i), source.shape, made, [source]))
+        pairs = rule.permute and not graph.rotates_halves
+        made = RotaryPairs((getattr(model, rule.permute),)) if pairs else Copy()
+        tensors.append(_plan(graph.rename(rule.target).format(i=i), source.shape, made, [source]))
     return tuple(tensors)
 
 
@@ -64,20 +70,12 @@ def _plan_mlp(checkpoint: Checkpoint, slicing: Slicing | None, i: int) -> list[P
 
 
 def plan_sliced_mlp(checkpoint: Checkpoint, slicing: Slicing, i: int) -> list[PlannedTensor]:
-    """One MLP, cut into experts: router, scales if they are a tensor, gate, up, down."""
-    n, d_model, d_expert = slicing.n_expert, checkpoint.model.d_model, slicing.d_expert
-    tensors = [PlannedTensor(f"blk.{i}.ffn_gate_inp.weight", (n, d_model), GGMLType.F32, Router(i))]
-    if slicing.scale_tensor:
-        tensors.append(PlannedTensor(f"blk.{i}.ffn_down_exps.scale", (n,), GGMLType.F32, Scales(i)))
-    down = ExpertColumns(i, amplified=not slicing.scale_tensor)
-    parts: list[tuple[str, tuple[int, int], Operation]] = [
-        ("gate", (d_expert, d_model), ExpertRows(i)),
-        ("up", (d_expert, d_model), ExpertRows(i)),
-        ("down", (d_model, d_expert), down),
-    ]
-    return tensors + [
-        _plan(f"blk.{i}.ffn_{role}_exps.weight", (n, *shape), made, _find_sources(checkpoint, role, i))
-        for role, shape, made in parts
+    """One MLP, cut into experts: the router, then gate, up, down, each with the shared expert's where there is one."""
+    d_model = checkpoint.model.d_model
+    return plan_router(slicing, d_model, i) + [
+        _plan(name, shape, made, _find_sources(checkpoint, role, i))
+        for role in ("gate", "up", "down")
+        for name, shape, made in plan_projection(slicing, d_model, role, i)
     ]
 
 
@@ -134,16 +132,16 @@ def make_blocks(
         case Half(which):
             for expert in digest.blocks(sources[0], sources[0].n_bytes // tensor.shape[0]):
                 yield np.split(expert, 2, axis=1)[which]
-        case ExpertRows(i):
-            yield from cut.slice_rows(digest.read(sources[0]), experts.layer(i).order)
-        case ExpertColumns(i, amplified):
+        case ExpertRows(i, part):
+            yield from cut.slice_rows(digest.read(sources[0]), part.select(experts.layer(i).order))
+        case ExpertColumns(i, part):
             layer, stored = experts.layer(i), digest.read(sources[0])
-            factors = layer.scale if amplified else np.ones_like(layer.scale)
-            yield from cut.slice_columns(stored if layer.down is None else layer.down, layer.order, factors)
-        case Router(i):
-            yield experts.layer(i).router
-        case Scales(i):
-            yield experts.layer(i).scale
+            factors = tensor.operation.choose_factors(layer)
+            yield from cut.slice_columns(
+                stored if layer.down is None else layer.down, part.select(layer.order), factors
+            )
+        case Router() | SelectionBias() | Scales() as made:
+            yield make_unsourced(made, experts)
         case RopeDivisors():
             yield rope_frequencies(checkpoint.model.rope, checkpoint.model.d_head)
 

@@ -12,6 +12,7 @@ import pytest
 from command import Done, moe2gguf
 
 from moe2gguf.errors import Moe2GgufError
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.measure.expert_usage import read_calibration_load
 from moe2gguf.measure.grid import note_long_windows, plan_grid
@@ -80,7 +81,7 @@ def measure(file: Path) -> Done:
     try:
         for one in plan_grid([file]):
             if not one.refusal:
-                read_calibration_load(read_model(file), one.n_expert, one.n_expert_used)
+                read_calibration_load(whole := read_model(file), read_counts(whole), one.n_expert_used)
         note_long_windows([file], 16)
     except Moe2GgufError as error:
         return Done(1, "", f"moe2gguf: {error}")

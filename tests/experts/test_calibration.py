@@ -209,7 +209,7 @@ def test_a_layers_file_is_read_back(tmp_path: Path) -> None:
     """With and without a corrected down projection."""
     rng = np.random.default_rng(0)
     for down in (None, rng.standard_normal((4, 6)).astype(np.float32)):
-        report = LayerReport(1, [1.0, 0.5], 0.9, 1.0, [0.6, 1.0], hit_rate=0.5)
+        report = LayerReport(1, [1.0, 0.5], 1.0, [0.6, 1.0], 0.9, hit_rate=0.5)
         layer = LayerExperts(
             np.arange(6).reshape(2, 3), np.ones((2, 4), np.float32), np.ones(2, np.float32), down, report
         )

@@ -20,6 +20,7 @@ from moe2gguf.cli import cli
 from moe2gguf.cli.tables_expert_usage import print_experts as show
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.llama.child import run_in_child
@@ -178,7 +179,7 @@ def test_a_load_that_is_not_one_is_left_alone(moe: Path, value: object) -> None:
     """Missing, too short, or not numbers: nothing is compared."""
     file = read_gguf(moe)
     file.metadata[CALIBRATION_LOAD] = value  # type: ignore[assignment]
-    assert (None, "the file carries no load from a calibration") == read_calibration_load(file, N, K)
+    assert (None, "the file carries no load from a calibration") == read_calibration_load(file, read_counts(file), K)
 
 
 def test_files_that_cannot_be_watched_say_why(moe: Path, tmp_path: Path) -> None:

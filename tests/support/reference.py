@@ -1,9 +1,10 @@
-"""The whole graph of architecture `llama`, dense or MoE, in plain numpy float64: a textbook of what llama.cpp computes.
+"""The graphs of `llama`, `glm4moe` and `deepseek` in plain numpy float64, dense or with experts: llama.cpp's textbook.
 
 It shares no code with the package and reads the file with the gguf package, so it is an independent oracle for both.
 Shapes use the glossary of `moe2gguf.spec`; arrays are in numpy order, so a matrix is (rows out, columns in).
 The source it follows:
-https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L98 (the graph),
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L98 (the graph), glm4-moe.cpp and deepseek.cpp
+beside it,
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2007 (the experts),
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-cpu/ops.cpp#L6180 (rope and yarn).
 """
@@ -28,7 +29,8 @@ YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0  # architecture `llama` reads neither
 def reference_logits(path: str | Path, tokens: Sequence[int], n_expert_used: int | None = None) -> Array:
     """Return the logits (n_token, n_vocab) of `tokens` at positions 0, 1, 2, ...
 
-    `n_expert_used` replaces the file's own count, like llama.cpp's `--override-kv llama.expert_used_count`.
+    `n_expert_used` replaces the file's own count, like llama.cpp's `--override-kv llama.expert_used_count`: a shared
+    expert is not counted.
     """
     return _run(_Model(path), tokens, n_expert_used)
 
@@ -50,7 +52,8 @@ def _run(model: _Model, tokens: Sequence[int], n_expert_used: int | None) -> Arr
     for i in range(model.key("block_count")):
         block = f"blk.{i}."
         x = x + _attention(model, block, _rms_norm(model, x, block + "attn_norm.weight"), rotation)
-        x = x + _mlp(model, block, _rms_norm(model, x, block + "ffn_norm.weight"), k)
+        norm = "ffn_norm" if block + "ffn_norm.weight" in model else "post_attention_norm"
+        x = x + _mlp(model, block, _rms_norm(model, x, f"{block}{norm}.weight"), k)
     head = "output.weight" if "output.weight" in model else "token_embd.weight"
     return _rms_norm(model, x, "output_norm.weight") @ model[head].T
 
@@ -65,11 +68,15 @@ class _Model:
         self.routed: list[tuple[Array, NDArray[np.int64]]] = []
 
     def key(self, name: str, default: Any = None) -> Any:
-        """Return `llama.<name>`, or the default; a key without default must be there."""
-        value = self._metadata.get("llama." + name, default)
+        """Return `ARCHITECTURE.<name>`, or the default; a key without default must be there."""
+        value = self._metadata.get(f"{self.architecture}.{name}", default)
         if value is None:
-            raise KeyError("llama." + name)
+            raise KeyError(name)
         return value
+
+    @property
+    def architecture(self) -> str:
+        return str(self._metadata["general.architecture"])
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -102,7 +109,10 @@ def _attention(model: _Model, block: str, x: Array, rotation: NDArray[np.complex
         model.linear(block + name, x).reshape(n_token, heads, model.d_head)
         for name, heads in (("attn_q", n_head), ("attn_k", n_head_kv), ("attn_v", n_head_kv))
     )
-    q, k = _rotate(q, rotation), _rotate(k, rotation)
+    if block + "attn_q_norm.weight" in model:
+        q, k = (_rms_norm(model, x, f"{block}attn_{name}_norm.weight") for x, name in ((q, "q"), (k, "k")))
+    rotate = _rotate_halves if model.architecture in ("glm4moe", "qwen3") else _rotate
+    q, k = rotate(q, rotation), rotate(k, rotation)
     k, v = (np.repeat(part, n_head // n_head_kv, axis=1) for part in (k, v))
     scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(model.d_head)
     scores[:, ~np.tri(n_token, dtype=bool)] = -np.inf
@@ -111,16 +121,25 @@ def _attention(model: _Model, block: str, x: Array, rotation: NDArray[np.complex
 
 
 def _mlp(model: _Model, block: str, x: Array, n_expert_used: int) -> Array:
-    """SwiGLU, or its mixture: softmax over all experts, the k likeliest, renormalized, weighted sum."""
+    """SwiGLU, or its mixture: the router's probabilities, the k likeliest, their weights, the weighted sum."""
     if block + "ffn_gate_inp.weight" not in model:
         return _swiglu(x, *(model[f"{block}ffn_{name}.weight"] for name in ("gate", "up", "down")))
-    probabilities = _softmax(x @ model[block + "ffn_gate_inp.weight"].T)  # (n_token, n_expert)
-    chosen = np.argsort(-probabilities, axis=1, kind="stable")[:, :n_expert_used]  # ties: the lower index first
+    logits = x @ model[block + "ffn_gate_inp.weight"].T  # (n_token, n_expert)
+    is_sigmoid = model.architecture == "glm4moe" and model.key("expert_gating_func", 2) == 2
+    probabilities = 1 / (1 + np.exp(-logits)) if is_sigmoid else _softmax(logits)
+    preferred = probabilities
+    if block + "exp_probs_b.bias" in model:
+        preferred = probabilities + model[block + "exp_probs_b.bias"]
+    chosen = np.argsort(-preferred, axis=1, kind="stable")[:, :n_expert_used]  # ties: the lower index
     model.routed.append((probabilities, chosen))
     weights = np.take_along_axis(probabilities, chosen, axis=1)
-    weights /= np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_WEIGHT_SUM)
+    if model.architecture == "llama" or model.key("expert_weights_norm", False):
+        weights /= np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_WEIGHT_SUM)
+    weights *= model.key("expert_weights_scale", 1.0) or 1.0
     gate, up, down = (_experts(model, f"{block}ffn_{name}_exps") for name in ("gate", "up", "down"))
     y = np.zeros_like(x)
+    if block + "ffn_up_shexp.weight" in model:
+        y += _swiglu(x, *(model[f"{block}ffn_{name}_shexp.weight"] for name in ("gate", "up", "down")))
     for expert in range(len(gate)):
         token, rank = np.nonzero(chosen == expert)
         y[token] += weights[token, rank, None] * _swiglu(x[token], gate[expert], up[expert], down[expert])
@@ -147,6 +166,13 @@ def _rotate(x: Array, rotation: NDArray[np.complex128]) -> Array:
     """Turn each interleaved pair (x[2j], x[2j + 1]) of every head (n_token, heads, d_head) by its angle."""
     pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * rotation[:, None, :]
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+
+def _rotate_halves(x: Array, rotation: NDArray[np.complex128]) -> Array:
+    """The same with element j and j + d_head / 2 for a pair."""
+    first, second = np.split(x, 2, axis=-1)
+    pairs = (first + 1j * second) * rotation[:, None, :]
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
 def _rope_rotation(model: _Model, n_token: int) -> NDArray[np.complex128]:

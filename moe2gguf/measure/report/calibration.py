@@ -60,11 +60,14 @@ def draw_figures(layers: Sequence[LayerReport], n_expert_used: int) -> list[Figu
     router = [_draw_layers("The router against the best choice", layers, shares, "share", good)] if has_router else []
     constant = "The constant direction on held-out tokens"
     even = "Good is near 1: below 0.5 the experts that are always on can lose to others for some token."
+    has_constant = all(layer.constant_min is not None for layer in layers)
+    lines = [("min", "constant_min")]
+    direction = [_draw_layers(constant, layers, lines, "smallest v·x", even)] if has_constant else []
     return [
         _draw_load(layers),
         _draw_energy(layers, n_expert_used),
         *router,
-        _draw_layers(constant, layers, [("min", "constant_min")], "smallest v·x", even),
+        *direction,
     ]
 
 

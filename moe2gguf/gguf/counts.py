@@ -1,0 +1,68 @@
+"""How many experts a file has and uses, in the words of this project: a shared expert counts with the others.
+
+A graph with a shared expert of its own keeps that apart: `expert_count` and `expert_used_count` are then those that the
+router chooses from, and the shared expert is as wide as `expert_shared_count` of them. Here, as in every option, all
+count: of 16 experts, 4 of which are shared, 8 run per token if the router chooses 4 of 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.limits import GRAPHS, MIXTRAL, Graph, Size
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """The counts of a file; 0 for what it does not say.
+
+    n_expert  experts per layer
+    n_used    experts that run per token
+    n_shared  those of both that are the graph's own shared expert
+    size      what the room for experts depends on
+    """
+
+    n_expert: int
+    n_used: int
+    n_shared: int
+    size: Size
+
+    @property
+    def n_routed(self) -> int:
+        """Experts that the router chooses from."""
+        return self.n_expert - self.n_shared
+
+
+def read_counts(file: GGUFFile) -> ExpertCounts:
+    """The counts of a file of any architecture; a value that is no whole number counts as 0."""
+    graph = find_graph(str(file.metadata.get("general.architecture"))) or MIXTRAL
+    n_expert, n_used, n_shared = count_experts(partial(_read_count, file))
+    return ExpertCounts(n_expert, n_used, n_shared, Size.of(file.tensors, _read_count(file, "block_count"), graph))
+
+
+def read_context_length(file: GGUFFile) -> int:
+    """The tokens that the model was trained for; 0 if the file does not say it."""
+    return _read_count(file, "context_length")
+
+
+def _read_count(file: GGUFFile, key: str) -> int:
+    value = file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}", 0)
+    return value if type(value) is int else 0
+
+
+def count_experts(read: Callable[[str], int]) -> tuple[int, int, int]:
+    """Experts, used experts, and those of both that are shared, from the keys behind the architecture's name."""
+    n_routed, n_used = read("expert_count"), read("expert_used_count")
+    if not n_routed:
+        return 0, 0, 0
+    d_expert, d_shared = read("expert_feed_forward_length"), read("expert_shared_feed_forward_length")
+    n_shared = read("expert_shared_count") or (d_shared // d_expert if d_expert > 0 else 0)
+    return n_routed + n_shared, n_used + n_shared if n_used else 0, n_shared
+
+
+def find_graph(architecture: str) -> Graph | None:
+    """The target graph of an architecture, if it is one."""
+    return next((graph for graph in GRAPHS.values() if graph.architecture == architecture), None)

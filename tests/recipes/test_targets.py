@@ -1,0 +1,191 @@
+"""Files for graphs with a shared expert of their own: transformers' logits with all experts, plain sums below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+from flat_options import flat_options
+from gguf_edit import edit_keys
+from llama_logits import llama_logits_at
+from reference import reference_logits
+
+from moe2gguf import convert
+from moe2gguf.errors import GGUFError, PlanError
+from moe2gguf.experts.text import Text
+from moe2gguf.gguf.counts import read_counts
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.set_used import set_used
+from moe2gguf.gguf.verify import verify
+from moe2gguf.measure.expert_usage import measure_expert_usage
+from moe2gguf.recipes.densify import densify
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
+TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
+TARGETS = ["glm4moe", "deepseek"]
+FAMILIES = ["llama", "llama-tied", "llama-mqa", "yarn-rope", "mistral", "qwen2", "qwen2-tied"]
+N, SHARED = 6, 2
+"""Of six experts two are shared, so that four are routed: a power of two, by which `deepseek` amplifies exactly."""
+
+
+def calibrated(target: str, folder: Path, out: Path, **options: Any) -> Path:
+    """A file whose router chooses: calibrated on a text of this module."""
+    text = out.with_suffix(".txt")
+    text.write_text(TEXT)
+    chosen = flat_options(N, target=target, n_shared=SHARED, text=text, n_token=1024, **options)
+    return convert(folder, out, chosen, force=True).path
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    """A graph with a shared expert."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make(tmp_path_factory.mktemp("checkpoint"), "llama")
+
+
+@pytest.fixture(scope="module")
+def routed(target: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated file of each target."""
+    return calibrated(target, folder, tmp_path_factory.mktemp("routed") / "moe.gguf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_experts_are_the_dense_model(family: str, target: str, tmp_path: Path) -> None:
+    """llama.cpp's logits are those of transformers, and a prefix of the experts is what numpy says."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    file = convert(source, tmp_path / "moe.gguf", flat_options(N, target=target, n_shared=SHARED, preset="exact")).path
+
+    ours, fewer = llama_logits_at(file, TOKENS, [N, SHARED + 1])
+
+    assert np.abs(ours - checkpoints.torch_logits(source, TOKENS)).max() < 1e-4
+    assert np.abs(ours - reference_logits(file, TOKENS)).max() < 1e-4
+    assert np.abs(fewer - ours).max() > 1e-2
+
+
+def test_every_count_is_what_numpy_says(routed: Path) -> None:
+    """The router chooses by its own bias, and the weights do not depend on the count."""
+    counts = range(SHARED + 1, N + 1)
+    for k, ours in zip(counts, llama_logits_at(routed, TOKENS, list(counts)), strict=True):
+        assert np.abs(ours - reference_logits(routed, TOKENS, k - SHARED)).max() < 2e-4, k
+
+
+def test_a_calibrated_file_is_the_dense_model_with_all_experts(routed: Path, folder: Path) -> None:
+    """Up to what the smallness of the router leaves."""
+    (ours,) = llama_logits_at(routed, TOKENS, [N])
+    dense = checkpoints.torch_logits(folder, TOKENS)
+    assert np.abs(ours - dense).max() < 2e-2 * np.abs(dense).max()
+
+
+def test_the_file_is_sound_and_says_what_it_is(routed: Path, target: str) -> None:
+    """Counts are the router's in the file, and contain the shared expert here."""
+    metadata = {name: field.contents() for name, field in gguf.GGUFReader(routed).fields.items()}
+    counts = read_counts(read_gguf(routed))
+
+    assert verify(routed).problems == ()
+    assert metadata["general.architecture"] == target
+    assert (metadata[f"{target}.expert_count"], metadata[f"{target}.expert_used_count"]) == (N - SHARED, N - SHARED)
+    assert (metadata[f"{target}.expert_shared_count"], metadata[f"{target}.expert_feed_forward_length"]) == (SHARED, 16)
+    assert (counts.n_expert, counts.n_used, counts.n_shared) == (N, N, SHARED)
+
+
+def test_the_routers_choices_are_counted(routed: Path) -> None:
+    """Every routed expert runs for half of the tokens on average where two of four are chosen."""
+    use = measure_expert_usage(routed, used=SHARED + 2, text=Text(TEXT, "fox"), n_token=256, n_context=64)
+    loads = np.array([layer.load for layer in use.layers])
+    assert loads.shape == (3, N - SHARED)
+    assert np.allclose(loads.sum(1), 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_gguf_file_gives_the_same_model(family: str, target: str, tmp_path: Path) -> None:
+    """From the dense file as from the folder."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    dense = convert(source, tmp_path / "dense.gguf", flat_options(dense=True)).path
+    options = flat_options(N, target=target, n_shared=SHARED, preset="exact")
+    files = [convert(one, tmp_path / f"{one.stem}-moe.gguf", options).path for one in (dense, source)]
+    first, second = ({t.name: t.data for t in gguf.GGUFReader(file).tensors} for file in files)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_densify_gives_the_dense_model_back(routed: Path, folder: Path, tmp_path: Path) -> None:
+    """A calibrated file too: the experts were only sorted."""
+    densify(routed, tmp_path / "dense.gguf")
+    (ours,) = llama_logits_at(tmp_path / "dense.gguf", TOKENS, [None])
+    assert np.abs(ours - checkpoints.torch_logits(folder, TOKENS)).max() < 1e-4
+
+
+def test_set_used_writes_the_routers_count(target: str, folder: Path, tmp_path: Path) -> None:
+    """4 experts are 2 shared and 2 routed; fewer than one routed expert is refused."""
+    file = convert(folder, tmp_path / "moe.gguf", flat_options(N, target=target, n_shared=SHARED, preset="exact")).path
+    set_used(file, 4)
+    assert gguf.GGUFReader(file).fields[f"{target}.expert_used_count"].contents() == 2
+    with pytest.raises(GGUFError, match="2 shared ones always run"):
+        set_used(file, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("expert_shared_count", 0, "expert_shared_count: expected 1"),
+        ("expert_feed_forward_length", None, "expert_feed_forward_length is missing"),
+        ("expert_gating_func", 1, "these experts are cut for 2, found 1"),
+        ("expert_gating_func", 9, "llama.cpp knows 1 to 4"),
+        ("expert_weights_scale", 1.0, "these experts are cut for 2.0, found 1.0"),
+        ("expert_weights_norm", True, "these experts are cut for False, found True"),
+        ("expert_used_count", 40, "expected 1 to glm4moe.expert_count"),
+        ("leading_dense_block_count", 1, "ffn_gate.weight"),
+    ],
+)
+def test_verify_finds_what_llama_cpp_would_compute_wrongly(
+    key: str, value: object, problem: str, folder: Path, tmp_path: Path
+) -> None:
+    """Each would load and compute garbage, or end the process."""
+    options = flat_options(N, target="glm4moe", n_shared=SHARED, preset="exact")
+    file = convert(folder, tmp_path / "moe.gguf", options).path
+    broken = edit_keys(file, tmp_path / "broken.gguf", {f"glm4moe.{key}": value})
+    assert problem in "\n".join(verify(broken).problems)
+
+
+def test_verify_misses_the_selection_bias(folder: Path, tmp_path: Path) -> None:
+    """Without it llama.cpp does not load the file."""
+    options = flat_options(N, target="glm4moe", n_shared=SHARED, preset="exact")
+    file = convert(folder, tmp_path / "moe.gguf", options).path
+    broken = edit_keys(file, tmp_path / "broken.gguf", {}, drop=["blk.1.exp_probs_b.bias"])
+    assert "blk.1.exp_probs_b.bias" in "\n".join(verify(broken).problems)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llama3-rope", {}, "no factors for the rotary embedding"),
+        ("llama-bias", {}, "no bias of the attention's output"),
+        ("llama", {"amplify": "used"}, "the same at every count"),
+        ("llama", {"expert_scale": True}, "does not amplify experts"),
+        ("llama", {"n_shared": 0}, "needs a shared expert"),
+        ("llama", {"n_shared": 4, "used": 4}, "--shared 4"),
+    ],
+)
+def test_what_a_graph_cannot_be_given_is_refused(
+    family: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """One message with the way out."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    with pytest.raises(PlanError, match=message):
+        convert(source, tmp_path / "moe.gguf", flat_options(N, target="glm4moe", **options))
+    assert not (tmp_path / "moe.gguf").exists()
+
+
+def test_deepseek_needs_queries_as_wide_as_the_model(tmp_path: Path) -> None:
+    """llama.cpp would refuse the file."""
+    source = checkpoints.make(tmp_path / "hf", "llama-head-dim")
+    with pytest.raises(PlanError, match="choose --target glm4moe"):
+        convert(source, tmp_path / "moe.gguf", flat_options(N, target="deepseek"))
