@@ -33,7 +33,7 @@ from the source, neither does a GPU, apart from weights it duplicates, for which
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from moe2gguf.spec import Dimensions, MetadataValue, Model
@@ -237,6 +237,22 @@ GRAPHS = {
 """
 
 MIXTRAL = GRAPHS["mixtral"]
+
+DENSE_GRAPHS = {
+    "llama": MIXTRAL,
+    "qwen2": replace(MIXTRAL, architecture="qwen2", rotates_halves=True),
+    "qwen3": replace(MIXTRAL, architecture="qwen3", tensors=(*MIXTRAL.tensors, *_HEAD_NORMS), rotates_halves=True),
+}
+"""The graphs of dense files, by architecture; qwen2 and qwen3 have no experts.
+
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/qwen2.cpp and
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/qwen3.cpp
+"""
+
+
+def find_dense_graph(model: Model) -> Graph:
+    """The graph that computes `model` as it is."""
+    return DENSE_GRAPHS["qwen3" if model.head_norms else "llama"]
 
 
 def graph_sizes(m: Model | Dimensions) -> dict[str, int]:

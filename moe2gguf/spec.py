@@ -61,6 +61,7 @@ class Model:
     tied_embeddings: bool
     bias_qkv: bool = False
     bias_output: bool = False
+    head_norms: bool = False  # queries and keys are normalized head by head
     n_expert: int = 0  # 0: a dense MLP
     n_expert_used: int = 0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from moe2gguf.gguf.file import GGUFFile
-from moe2gguf.limits import GRAPHS, MIXTRAL, Graph, Size
+from moe2gguf.limits import DENSE_GRAPHS, GRAPHS, MIXTRAL, Graph, Size
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,6 @@ def count_experts(read: Callable[[str], int]) -> tuple[int, int, int]:
 
 
 def find_graph(architecture: str) -> Graph | None:
-    """The target graph of an architecture, if it is one."""
-    return next((graph for graph in GRAPHS.values() if graph.architecture == architecture), None)
+    """The graph of an architecture, if it is one of those that are written or read here."""
+    targets = (graph for graph in GRAPHS.values() if graph.architecture == architecture)
+    return DENSE_GRAPHS.get(architecture) or next(targets, None)

@@ -1,8 +1,8 @@
 """A dense GGUF file as the model that a conversion starts from.
 
 Arch `llama` is taken as it is. Arch `qwen2` computes the same but for the rotary layout, in which element j of a head
-is rotated with j + d_head / 2 instead of its neighbor; whole rows of q and k change places, so that arch `llama`'s
-layout results: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L3052-L3117
+is rotated with j + d_head / 2 instead of its neighbor, and arch `qwen3` normalizes queries and keys besides; whole rows
+of q and k change places where the target's layout is another: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L3052-L3117
 """
 
 from __future__ import annotations
@@ -23,11 +23,8 @@ from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment, 
 from moe2gguf.gguf.metadata import yarn_attention
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.limits import MIXTRAL
+from moe2gguf.limits import DENSE_GRAPHS, MIXTRAL
 from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
-
-ARCHITECTURES = {"llama": False, "qwen2": True}
-"""The architectures that arch `llama` can compute, and whether they rotate halves of a head instead of pairs."""
 
 _MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)")
 
@@ -36,7 +33,7 @@ _MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)
 class DenseFile:
     """A dense GGUF file (or set of shards) whose description is complete; no tensor has been read.
 
-    `file` has the keys and names of arch `llama`; `rotates_halves` where q and k still have arch `qwen2`'s rows.
+    `file` has the keys and names of arch `llama`; `rotates_halves` where q and k have the rows of arch `qwen2`.
     """
 
     file: GGUFFile
@@ -74,26 +71,26 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
     """
     file = read_model(path)
     architecture = file.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in DENSE_GRAPHS:
         what = shown(architecture) if isinstance(architecture, str) else "none"
         raise PlanError(
             [
-                f"{path}: its architecture is {what}; of GGUF files, those of {' and '.join(ARCHITECTURES)} can be "
+                f"{path}: its architecture is {what}; of GGUF files, those of {', '.join(DENSE_GRAPHS)} can be "
                 "converted, as llama.cpp computes others in another way"
             ]
         )
+    found, graph = Findings(), DENSE_GRAPHS[architecture]
+    check_architecture(file, found)
     file = _renamed(replace_prefix(file, architecture, "llama"), name)
     if problems := _refusals(file):
         raise PlanError(problems)
-    found = Findings()
-    check_architecture(file, found)
     dimensions = read_dimensions(file, MIXTRAL, [])
     if dimensions.d_head % 2:
         found.problems.append(f"heads of {dimensions.d_head}: the rotary embedding needs pairs")
     model = _model(file, dimensions, architecture, found.problems)
     if found.problems:
         raise PlanError([f"{path}: {problem}" for problem in found.problems])
-    return DenseFile(file, model, ARCHITECTURES[architecture], tuple(found.notes))
+    return DenseFile(file, model, graph.rotates_halves, tuple(found.notes))
 
 
 def replace_prefix(file: GGUFFile, old: str, new: str) -> GGUFFile:
@@ -154,6 +151,7 @@ def _model(file: GGUFFile, it: Dimensions, architecture: str, problems: list[str
         tied_embeddings="output.weight" not in file.tensors,
         bias_qkv=biased("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias"),
         bias_output=biased("attn_output.bias"),
+        head_norms=biased("attn_q_norm.weight"),
     )
 
 

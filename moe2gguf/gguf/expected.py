@@ -12,7 +12,16 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import list_names
 from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
-from moe2gguf.limits import GRAPHS, MAX_EXPERTS, MIXTRAL, Graph, GraphTensor, Size, graph_sizes, max_experts_used
+from moe2gguf.limits import (
+    DENSE_GRAPHS,
+    GRAPHS,
+    MAX_EXPERTS,
+    Graph,
+    GraphTensor,
+    Size,
+    graph_sizes,
+    max_experts_used,
+)
 from moe2gguf.spec import Dimensions, MetadataValue
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
@@ -35,7 +44,7 @@ def check_architecture(file: GGUFFile, found: Findings) -> None:
         return
     graph = find_graph(architecture) if kind == "model" else None
     if graph is None or file.metadata.get(f"{architecture}.nextn_predict_layers", 0) != 0:
-        known = ", ".join(graph.architecture for graph in GRAPHS.values())
+        known = ", ".join(dict.fromkeys([*DENSE_GRAPHS, *GRAPHS]))
         words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
         found.notes.append(f"{words}: shapes are only checked for plain models of {known}")
     else:
@@ -201,7 +210,7 @@ def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimens
     share = d_model // n_head if n_head else 0
     d_head = keys.count("attention.key_length", share)
     lengths = {"attention.value_length": share}
-    if graph is MIXTRAL or _is_ours(file):
+    if graph in DENSE_GRAPHS.values() or _is_ours(file):
         lengths["rope.dimension_count"] = d_head
     for key, default in lengths.items():
         if (other := keys.count(key, default)) not in (0, d_head):

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.limits import GRAPHS
+from moe2gguf.limits import GRAPHS, find_dense_graph
 from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing, Vocabulary
 
 SOURCE_DIGEST = "moe2gguf.source.sha256"
@@ -31,7 +31,8 @@ BIAS_NEURON = "moe2gguf.slicing.bias_neuron"
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
     """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""
-    architecture = GRAPHS[slicing.target].architecture if slicing else "llama"
+    graph = GRAPHS[slicing.target] if slicing else find_dense_graph(model)
+    architecture = graph.architecture
     result: dict[str, MetadataValue] = {
         "general.architecture": architecture,
         "general.type": "model",

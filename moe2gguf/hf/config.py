@@ -108,8 +108,8 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
     _refuse(config)
     d_model, n_head = config.integer("hidden_size"), config.integer("num_attention_heads")
     n_head_kv = config.integer("num_key_value_heads", n_head)
-    d_head = config.integer("head_dim", max(d_model // n_head, 1))
-    if not config.has("head_dim") and d_model % n_head:
+    d_head = config.integer("head_dim", family.d_head or max(d_model // n_head, 1))
+    if not config.has("head_dim") and not family.d_head and d_model % n_head:
         problems.append(f"config.json: hidden_size {d_model} is not a multiple of num_attention_heads {n_head}")
     if n_head % n_head_kv:
         problems.append(

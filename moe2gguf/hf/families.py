@@ -3,7 +3,7 @@
 A family says which tensors a checkpoint must hold, under which names and shapes, and where each goes in the GGUF file.
 Adding a family means adding a row to `FAMILIES`; an architecture that cannot be written gets a row in `REFUSED`.
 
-Targets and their shapes are those of the graph `mixtral` in `moe2gguf.limits`.
+Targets and their shapes are those of the graph `qwen3` in `moe2gguf.limits`, which has every tensor of these families.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from moe2gguf.limits import GRAPHS, graph_sizes
+from moe2gguf.limits import DENSE_GRAPHS, MIXTRAL, graph_sizes
 from moe2gguf.spec import Model
 
 
@@ -31,7 +31,7 @@ class Rule:
     @property
     def shape(self) -> tuple[str, ...]:
         """Names of its dimensions, the same in both files."""
-        return GRAPHS["mixtral"].shape_of(self.target)
+        return DENSE_GRAPHS["qwen3"].shape_of(self.target)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Family:
     mlp: tuple[MLP, ...]
     config_flags: tuple[tuple[str, str], ...] = ()  # (field of Model, key of config.json), default false
     always: tuple[str, ...] = ()  # fields of Model that are always true
+    d_head: int | None = None  # the same for head_dim; None: the width divided by the heads
     rope_theta: float = 10000.0  # the class default in transformers, used where config.json has no rope_theta
 
 
@@ -61,8 +62,10 @@ BASE: tuple[Rule, ...] = (
     Rule("blk.{i}.attn_norm.weight", _LAYER + "input_layernorm.weight"),
     Rule("blk.{i}.attn_q.weight", _LAYER + "self_attn.q_proj.weight", permute="n_head"),
     Rule("blk.{i}.attn_q.bias", _LAYER + "self_attn.q_proj.bias", permute="n_head", when="bias_qkv"),
+    Rule("blk.{i}.attn_q_norm.weight", _LAYER + "self_attn.q_norm.weight", when="head_norms"),
     Rule("blk.{i}.attn_k.weight", _LAYER + "self_attn.k_proj.weight", permute="n_head_kv"),
     Rule("blk.{i}.attn_k.bias", _LAYER + "self_attn.k_proj.bias", permute="n_head_kv", when="bias_qkv"),
+    Rule("blk.{i}.attn_k_norm.weight", _LAYER + "self_attn.k_norm.weight", when="head_norms"),
     Rule("blk.{i}.attn_v.weight", _LAYER + "self_attn.v_proj.weight"),
     Rule("blk.{i}.attn_v.bias", _LAYER + "self_attn.v_proj.bias", when="bias_qkv"),
     Rule("blk.{i}.attn_output.weight", _LAYER + "self_attn.o_proj.weight"),
@@ -75,7 +78,7 @@ BASE: tuple[Rule, ...] = (
 
 DENSE = MLP(
     {
-        role: (_LAYER + f"mlp.{role}_proj.weight", GRAPHS["mixtral"].shape_of(f"blk.{{i}}.ffn_{role}.weight"))
+        role: (_LAYER + f"mlp.{role}_proj.weight", MIXTRAL.shape_of(f"blk.{{i}}.ffn_{role}.weight"))
         for role in ("gate", "up", "down")
     }
 )
@@ -110,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("MistralForCausalLM", (DENSE,)),
         Family("Qwen2ForCausalLM", (DENSE,), always=("bias_qkv",)),
+        Family("Qwen3ForCausalLM", (DENSE,), always=("head_norms",), d_head=128),
         Family("MixtralForCausalLM", (MIXTRAL_PER_EXPERT, MIXTRAL_FUSED), rope_theta=1e6),
     )
 }
@@ -117,7 +121,6 @@ FAMILIES: dict[str, Family] = {
 _QK_NORM = "its attention normalizes queries and keys, which llama.cpp's arch `llama` has no tensors for"
 
 REFUSED: dict[str, str] = {
-    "Qwen3ForCausalLM": _QK_NORM,
     "Qwen3MoeForCausalLM": _QK_NORM,
     "OlmoForCausalLM": "its layer norms have no weights and it may clip q/k/v",
     "Olmo2ForCausalLM": _QK_NORM,

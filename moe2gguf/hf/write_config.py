@@ -20,8 +20,8 @@ https://github.com/pytorch/pytorch/blob/2295ac79eeea7cd69460598a018ea14eaef34f5c
 def describe_config(model: Model) -> dict[str, Any]:
     """config.json of `model`, under the class that has its tensors, whatever class it came from.
 
-    Mixtral where there are experts, Qwen2 where q, k and v alone have biases, else LLaMA, which computes what Mistral
-    does.
+    Mixtral where there are experts, Qwen3 where heads are normalized, Qwen2 where q, k and v alone have biases, else
+    LLaMA, which computes what Mistral does.
     """
     return {
         **_describe_class(model),
@@ -47,6 +47,8 @@ def _describe_class(model: Model) -> dict[str, Any]:
     if model.n_expert:
         counts = {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_used}
         return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **counts}
+    if model.head_norms:
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     if model.bias_qkv and not model.bias_output:
         return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     biases = {"attention_bias": model.bias_output, "mlp_bias": False}

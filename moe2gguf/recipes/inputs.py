@@ -5,7 +5,7 @@ They are read before a plan is made, so that `make_plan` reads nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe2gguf.errors import PlanError, advise_install
 from moe2gguf.experts.saved import SavedCalibration, read_calibration
@@ -62,6 +62,8 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     """
     saved: SavedCalibration | None = None
     refusals: list[str] = []
+    if source.model.head_norms and not (options.target or options.dense):
+        options = replace(options, target="glm4moe")  # `mixtral` has no norms of heads
     if options.calibration.load_from:
         saved = read_calibration(options.calibration.load_from)
         options, refusals = adopt_calibration(options, saved)

@@ -99,7 +99,8 @@ class Options:
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
     shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
-    target     the graph to write for, a name of `moe2gguf.limits.GRAPHS` (None: mixtral)
+    target     the graph to write for, a name of `moe2gguf.limits.GRAPHS` (None: mixtral, or glm4moe for models
+               that only it can carry)
     types      which types tensors get
     method     how experts are made
     calibration  on which text experts are fitted
@@ -273,11 +274,17 @@ def _check_counts(model: Model, options: Options) -> Refusals:
 def _check_target_graph(model: Model, options: Options) -> Refusals:
     """What a graph cannot be given, or has no use for."""
     graph, target, in_shared = options.graph, options.target, options.in_shared
+    unnormalized = (
+        model.head_norms and graph.architecture in ("llama", "deepseek") and options.slices(model),
+        f"--target {target}: its graph does not normalize queries and keys, which this model needs; choose --target "
+        "glm4moe",
+    )
     if not graph.has_shared:
-        return []
+        return [unnormalized]
     n, k = options.n_expert, options.n_expert_used
     q_width = model.n_head * model.d_head
     return [
+        unnormalized,
         (
             model.n_expert > 0,
             f"--target {target}: the checkpoint has experts already, which stay those of a Mixtral model; leave it out",

@@ -13,7 +13,7 @@ from moe2gguf.gguf.metadata import rope_frequencies
 from moe2gguf.hf.families import DENSE, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.limits import GRAPHS, MIXTRAL
+from moe2gguf.limits import GRAPHS, find_dense_graph
 from moe2gguf.quant.assign import find_stored_type
 from moe2gguf.recipes.tensors import (
     Copy,
@@ -44,7 +44,8 @@ cache while they are hashed, checked and written."""
 
 def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
     """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the checkpoint's MLPs."""
-    model, tensors, graph = checkpoint.model, list[PlannedTensor](), GRAPHS[slicing.target] if slicing else MIXTRAL
+    model, tensors = checkpoint.model, list[PlannedTensor]()
+    graph = GRAPHS[slicing.target] if slicing else find_dense_graph(model)
     if model.rope.kind == "llama3":
         tensors.append(PlannedTensor("rope_freqs.weight", (model.d_head // 2,), GGMLType.F32, RopeDivisors()))
     for place in lay_out_tensors(model):

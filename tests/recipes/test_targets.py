@@ -27,7 +27,7 @@ from moe2gguf.recipes.densify import densify
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
 TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
 TARGETS = ["glm4moe", "deepseek"]
-FAMILIES = ["llama", "llama-tied", "llama-mqa", "yarn-rope", "mistral", "qwen2", "qwen2-tied"]
+FAMILIES = ["llama", "llama-tied", "llama-mqa", "yarn-rope", "mistral", "qwen2", "qwen2-tied", "qwen3"]
 N, SHARED = 6, 2
 """Of six experts two are shared, so that four are routed: a power of two, by which `deepseek` amplifies exactly."""
 
@@ -60,6 +60,8 @@ def routed(target: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_experts_are_the_dense_model(family: str, target: str, tmp_path: Path) -> None:
     """llama.cpp's logits are those of transformers, and a prefix of the experts is what numpy says."""
+    if (family, target) == ("qwen3", "deepseek"):
+        pytest.skip("deepseek does not normalize heads, and says so")
     source = checkpoints.make(tmp_path / "hf", family)
     file = convert(source, tmp_path / "moe.gguf", flat_options(N, target=target, n_shared=SHARED, preset="exact")).path
 
