@@ -178,8 +178,20 @@ class Slicing:
         Where one file serves every count and all are used by default, it is what the file is good for below.
         """
         if self.in_shared and self.n_expert_used == self.n_expert:
-            return self.in_shared + max(1, (self.n_expert * 5 // 8) - self.in_shared)
+            return max(self.in_shared + 1, self.n_expert * 5 // 8)
         return self.n_expert_used
+
+    @property
+    def refit_counts(self) -> tuple[int, ...]:
+        """The numbers of used experts that one refit serves, in rising order.
+
+        Where the weights of experts depend on the number it is the one number of the file; else all experts, three
+        quarters and half of them, and the file's own.
+        """
+        n, s = self.n_expert, self.in_shared
+        if not s:
+            return (self.n_fitted,)
+        return tuple(sorted({max(s + 1, n // 2), max(s + 1, n * 3 // 4), n, self.n_expert_used}))
 
 
 @dataclass(frozen=True)

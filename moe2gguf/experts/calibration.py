@@ -23,7 +23,7 @@ from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.forward import Block, Layers, choose_device
 from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, allocate, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
-from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer
+from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer, Stream
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.stats import ActivationStatistics, collect_statistics
 from moe2gguf.experts.text import Text
@@ -66,11 +66,16 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class _States:
-    """Hidden states (n_token, d_model) of the dense and of the sliced model, and the dense MLP's output."""
+    """Hidden states (n_token, d_model) of the dense model, its MLP's output, and the sliced model's by used experts."""
 
     dense: HiddenStates
-    sliced: HiddenStates
     output: HiddenStates
+    sliced: dict[int, HiddenStates]
+
+    @property
+    def moving(self) -> list[HiddenStates]:
+        """What moves through the layers."""
+        return [self.dense, *self.sliced.values()]
 
 
 def calibrate(
@@ -101,10 +106,12 @@ def calibrate(
             first = _find_first_layer(job)
             advance(first * ids.size)
             with tempfile.TemporaryDirectory(prefix="unfinished-states-", dir=work) as spill:
-                names = ("dense", "sliced", "output")
-                states = _States(*allocate(names, ids.size, layers.d_model, settings.memory, Path(spill)))
+                counts = slicing.refit_counts if slicing.method.refit else (slicing.n_fitted,)
+                names = ("dense", "output", *(f"sliced-{k}" for k in counts))
+                dense, output, *rest = allocate(names, ids.size, layers.d_model, settings.memory, Path(spill))
+                states = _States(dense, output, dict(zip(counts, rest, strict=True)))
                 _fill_states(states, work, first, layers, ids)
-                for i, block in layers.attend_blocks((states.dense, states.sliced), settings.n_context, first):
+                for i, block in layers.attend_blocks(states.moving, settings.n_context, first):
                     layer = _slice_block(block, states, slicing, slicer or slice_layer)
                     layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
                     _save_states(job, i, states)
@@ -132,15 +139,23 @@ def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSetti
 
 def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
     """Slice one block, whose attention is added already, and add what both MLPs give to the hidden states."""
-    dense, sliced, output = states.dense, states.sliced, states.output
-    x_dense, x_sliced = block.mlp_input(dense), block.mlp_input(sliced)
-    target = LazyRows(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
+    dense, output = states.dense, states.output
+    x_dense = block.mlp_input(dense)
     statistics = collect_statistics(block.mlp, x_dense, output)
-    layer = slicer(block.mlp, LayerInputs(x_dense, output, x_sliced, target), slicing, statistics)
+    streams = [_make_stream(block, states, k) for k in states.sliced]
+    layer = slicer(block.mlp, LayerInputs(x_dense, output, tuple(streams)), slicing, statistics)
     for part in chunks(len(dense)):
         dense[part] = dense[part] + output[part]
-        sliced[part] = sliced[part] + layer(x_sliced[part], slicing.n_fitted).cpu()
+        for stream, sliced in zip(streams, states.sliced.values(), strict=True):
+            sliced[part] = sliced[part] + layer(stream.x[part], stream.k).cpu()
     return layer
+
+
+def _make_stream(block: Block, states: _States, k: int) -> Stream:
+    """What the layer sees with k experts used before it; it should bring that to the dense model's residual stream."""
+    dense, output, sliced = states.dense, states.output, states.sliced[k]
+    target = LazyRows(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
+    return Stream(k, block.mlp_input(sliced), target)
 
 
 def _find_first_layer(job: Job) -> int:
@@ -159,11 +174,12 @@ def _fill_states(states: _States, work: Path, first: int, layers: Layers, ids: N
     """Fill the hidden states that layer `first` starts from: with the embedding, or with what was saved."""
     if first == 0:
         layers.embed(ids, states.dense)
-        for part in chunks(ids.size):
-            states.sliced[part] = states.dense[part]
+        for sliced in states.sliced.values():
+            for part in chunks(ids.size):
+                sliced[part] = states.dense[part]
         return
     with (work / f"state-{first - 1}.f32").open("rb") as file:
-        for rows in (states.dense, states.sliced):
+        for rows in states.moving:
             for part in chunks(ids.size):
                 shape = part.stop - part.start, layers.d_model
                 values = np.fromfile(file, np.float32, shape[0] * shape[1])
@@ -176,7 +192,7 @@ def _save_states(job: Job, i: int, states: _States) -> None:
     """Save what layer `i` + 1 starts from: with it layer `i` is finished."""
     facts = {"layer": checksum_path(job.folder / f"layer-{i}.npz", flush=True)}
     with job.save(f"state-{i}.f32", facts) as path, path.open("wb") as file:
-        for rows in (states.dense, states.sliced):
+        for rows in states.moving:
             for part in chunks(len(rows)):
                 file.write(rows[part].contiguous().numpy().data)
     job.drop(f"state-{i - 1}.f32")

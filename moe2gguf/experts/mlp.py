@@ -40,19 +40,34 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """What the layer sees in the model whose earlier layers are sliced already, k experts used.
+
+    x       (n_token, d_model): the MLP's input
+    target  (n_token, d_model): what the sliced MLP should add to that model's residual stream
+    """
+
+    k: int
+    x: Rows
+    target: Rows
+
+
+@dataclass(frozen=True)
 class LayerInputs:
     """What the layer sees on the calibration text, (n_token, d_model) each; read piece by piece.
 
-    dense   the MLP's input in the dense model
-    output  what the dense MLP makes of it
-    sliced  the MLP's input in the model whose earlier layers are sliced already
-    target  what the sliced MLP should add to that model's residual stream
+    dense    the MLP's input in the dense model
+    output   what the dense MLP makes of it
+    streams  what it sees where earlier layers are sliced, at each count that is fitted
     """
 
     dense: Rows
     output: Rows
-    sliced: Rows
-    target: Rows
+    streams: tuple[Stream, ...]
+
+    def stream(self, k: int) -> Stream:
+        """The stream whose count is closest to k."""
+        return min(self.streams, key=lambda stream: abs(stream.k - k))
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Router:
     """
 
     rows: Tensor
-    bias: Tensor
+    bias: Tensor | float = 0.0
     graph: Graph = MIXTRAL
     in_shared: int = 0
 
@@ -136,7 +151,7 @@ class SlicedLayer:
             row[: len(group)] = group.cpu().numpy()
         down = self.mlp.down.T.contiguous().cpu().numpy() if new_down else None
         router, scale = self.router.rows.cpu().numpy(), self.scale.cpu().numpy()
-        bias = [self.router.bias.cpu().numpy()] if self.router.graph.has_selection_bias else []
+        bias = [self.router.bias.cpu().numpy()] if isinstance(self.router.bias, Tensor) else []
         return LayerExperts(order, router, scale, down, self.report, *bias)
 
 

@@ -6,6 +6,8 @@ projections. Each step sums what it needs over the tokens (`moe2gguf.experts.sta
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,7 +54,7 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Act
     if n_shared is None:
         n_shared = default_n_shared(slicing.n_expert, slicing.n_expert_used)
     try:
-        groups = group_neurons(mlp, inputs.sliced, slicing, statistics, n_shared)
+        groups = group_neurons(mlp, inputs.stream(slicing.n_fitted).x, slicing, statistics, n_shared)
         return slice_groups(mlp, inputs, slicing, groups, n_shared)
     except torch.linalg.LinAlgError as error:
         raise CalibrationError(
@@ -87,13 +89,13 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
     Raises:
         torch.linalg.LinAlgError: a system that cannot be solved.
     """
-    x, k = inputs.sliced, slicing.n_fitted
+    x, k = inputs.stream(slicing.n_fitted).x, slicing.n_fitted
     router, v, energy = fit_router(mlp, x, groups, slicing, n_shared)
     used = replace(slicing, method=replace(slicing.method, amplify="used"))
     plain = SlicedLayer(mlp, groups, router, torch.from_numpy(plain_scale(used)).to(energy.device))
     report = report_routing(plain, x, energy, v, n_shared, k)
     sliced = replace(plain, scale=_fit_scale(plain, inputs, slicing), report=report)
-    return refit_down(sliced, inputs, k) if slicing.method.refit else sliced
+    return refit_down(sliced, inputs) if slicing.method.refit else sliced
 
 
 def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> FittedRouter:
@@ -104,8 +106,9 @@ def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: in
     moments = stats.router_moments(x, energy[:, n_shared:].sqrt())
     # The regression gives the routed experts their logits; how far all are scaled down is decided by the largest one.
     unrouted = method.router == "zero" or n_shared == len(groups)
-    rows, bias = torch.zeros(len(groups) - n_shared, len(moments.x1)), torch.zeros(len(groups))
+    rows = torch.zeros(len(groups) - n_shared, len(moments.x1))
     if graph.has_selection_bias:
+        bias = torch.zeros(len(groups))
         if not unrouted:
             rows, shift = routing.rows_and_bias(moments)
             rows, bias = routing.order_by_sigmoid(rows, shift, n_shared, stats.largest_logit(x, rows, shift))
@@ -114,29 +117,36 @@ def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: in
     largest = stats.largest_logit(x, rows)
     if graph.has_shared:
         rows = routing.order_by_softmax(rows, n_shared, largest)
-        return FittedRouter(Router(rows, bias, graph, slicing.in_shared), None, energy)
+        return FittedRouter(Router(rows, graph=graph, in_shared=slicing.in_shared), None, energy)
     # Without a shared expert in the graph, the constant direction v gives those here their constant logits.
     v = routing.constant_direction(moments)
-    return FittedRouter(Router(routing.assemble_router(rows, v, n_shared, largest, method.amplify), bias), v, energy)
+    return FittedRouter(Router(routing.assemble_router(rows, v, n_shared, largest, method.amplify)), v, energy)
 
 
 def _fit_scale(plain: SlicedLayer, inputs: LayerInputs, slicing: Slicing) -> Tensor:
     """Return the output scale (n_expert,) of the method; `plain` has the scale k."""
-    k, amplify, x = slicing.n_expert_used, slicing.method.amplify, inputs.sliced
+    k, amplify, stream = slicing.n_expert_used, slicing.method.amplify, inputs.stream(slicing.n_expert_used)
     if slicing.in_shared or amplify in ("exact", "used"):
         return torch.from_numpy(plain_scale(slicing)).to(plain.scale.device)
     if amplify == "any":
-        return refit.inverse_weights(stats.map_rows(x, plain.router.probabilities))
-    agreement = stats.expert_agreement(plain, x, stats.token_weights(inputs.target), k)
+        return refit.inverse_weights(stats.map_rows(stream.x, plain.router.probabilities))
+    agreement = stats.expert_agreement(plain, stream.x, stats.token_weights(stream.target), k)
     return refit.fit_scale(*agreement, k).to(plain.scale.device)
 
 
-def refit_down(sliced: SlicedLayer, inputs: LayerInputs, k: int) -> SlicedLayer:
-    """Refit the down projection for k experts used; the report gets the share of the error that is left."""
-    weight = stats.token_weights(inputs.target)
-    n_train = len(inputs.sliced) - len(inputs.sliced) // HELD_OUT
-    spans = range(n_train), range(n_train, len(inputs.sliced))
-    train, held_out = (stats.normal_equations(sliced, inputs, weight, k, span) for span in spans)
+def refit_down(sliced: SlicedLayer, inputs: LayerInputs) -> SlicedLayer:
+    """Refit the down projection for the counts of all streams; the report gets the share of the error that is left."""
+    weights = [stats.token_weights(stream.target) for stream in inputs.streams]
+    n_train = len(inputs.dense) - len(inputs.dense) // HELD_OUT
+    spans = range(n_train), range(n_train, len(inputs.dense))
+    # One set of weights serves all counts: what it misses is summed over them, each counting alike.
+    train, held_out = (
+        functools.reduce(
+            operator.add,
+            (stats.normal_equations(sliced, *one, span) for one in zip(inputs.streams, weights, strict=True)),
+        )
+        for span in spans
+    )
     delta, strength, error = refit.refit(train, held_out)
     report = sliced.report and replace(sliced.report, refit_error=error, refit_strength=strength if error < 1 else None)
     return replace(sliced, mlp=replace(sliced.mlp, down=sliced.mlp.down + delta), report=report)

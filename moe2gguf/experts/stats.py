@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.hidden_states import HiddenStates, Rows, chunks
-from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer, Stream
 from moe2gguf.experts.refit import Normal, add_gram, mirror
 from moe2gguf.experts.routing import RouterMoments
 
@@ -82,7 +82,7 @@ def require_finite(inputs: LayerInputs) -> None:
     Raises:
         CalibrationError: there are some.
     """
-    for rows in (inputs.dense, inputs.sliced, inputs.target):
+    for rows in (inputs.dense, *(rows for stream in inputs.streams for rows in (stream.x, stream.target))):
         if not all(bool(rows[part].isfinite().all()) for part in chunks(len(rows))):
             raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
 
@@ -152,11 +152,11 @@ def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tup
     return gram.cpu().double(), dot.cpu().double(), energy
 
 
-def normal_equations(layer: SlicedLayer, inputs: LayerInputs, weight: Tensor, k: int, span: range) -> Normal:
+def normal_equations(layer: SlicedLayer, stream: Stream, weight: Tensor, span: range) -> Normal:
     """Sum the normal equations of what the down projection still misses, given what runs, over the tokens of `span`."""
     normal = Normal.empty(*layer.mlp.down.shape)
     for part in chunks(len(span)):
         tokens = slice(span.start + part.start, span.start + part.stop)
-        h = layer.weighted_activations(inputs.sliced[tokens], k)
-        normal.add(h, inputs.target[tokens] - h @ layer.mlp.down, weight[tokens])
+        h = layer.weighted_activations(stream.x[tokens], stream.k)
+        normal.add(h, stream.target[tokens] - h @ layer.mlp.down, weight[tokens])
     return normal.finished()

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe2gguf.experts import grouping, refit, routing
+from moe2gguf.experts import grouping, routing
 from moe2gguf.experts.grouping import balanced_assign, group_sizes
 from moe2gguf.experts.hidden_states import Rows, chunks
 from moe2gguf.experts.layer import LayerReport
-from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, SlicedLayer
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer
 from moe2gguf.experts.slice_layer import slice_groups
 from moe2gguf.experts.stats import ActivationStatistics, largest_logit, router_moments
 from moe2gguf.spec import Slicing
@@ -89,7 +89,7 @@ def cmoe(
     groups, neurons = cmoe_split(mlp, inputs.dense, slicing.n_expert, n_shared)
     score = MLP(unit(mlp.gate[neurons]), unit(mlp.up[neurons]), mlp.down[neurons])
     zero = torch.zeros(slicing.n_expert, mlp.gate.shape[1])
-    return CMoE(mlp, groups, zero, refit.uniform_scale(slicing.n_expert, 1), score_mlp=score)
+    return CMoE(mlp, groups, Router(zero), torch.ones(slicing.n_expert), score_mlp=score)
 
 
 def expert_weaver(
@@ -106,7 +106,7 @@ def expert_weaver(
     n_shared = min(weaver_count(mlp, inputs.dense, n, n_context), k)
     groups, _ = cmoe_split(mlp, inputs.dense, n, n_shared)
     router = mean_router(mlp, inputs.dense, groups, n_shared)
-    return SlicedLayer(mlp, groups, router, refit.uniform_scale(n, k), _no_report(n, n_shared))
+    return SlicedLayer(mlp, groups, Router(router), torch.full((n,), float(k)), _no_report(n, n_shared))
 
 
 def random_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
@@ -126,8 +126,8 @@ def emoe(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Activation
     n, k = slicing.n_expert, slicing.n_expert_used
     label = grouping.cluster(unit(mlp.gate) @ unit(mlp.gate).T, group_sizes(len(mlp.gate), n), slicing.method.seed)
     groups = [(label == e).nonzero()[:, 0] for e in range(n)]
-    router = mean_router(mlp, inputs.sliced, groups, 0)
-    return SlicedLayer(mlp, groups, router, refit.uniform_scale(n, k), _no_report(n, 0))
+    router = mean_router(mlp, inputs.streams[0].x, groups, 0)
+    return SlicedLayer(mlp, groups, Router(router), torch.full((n,), float(k)), _no_report(n, 0))
 
 
 def gate_mean(gate: Tensor, groups: Groups) -> Tensor:
@@ -152,7 +152,7 @@ def weaver_count(mlp: MLP, x: Rows, n_expert: int, n_context: int) -> int:
 
 
 def _no_report(n_expert: int, n_shared: int) -> LayerReport:
-    return LayerReport(n_shared, [0.0] * n_expert, 0.0, 0.0, [0.0] * n_expert)
+    return LayerReport(n_shared, [0.0] * n_expert, 0.0, [0.0] * n_expert)
 
 
 @dataclass(frozen=True)

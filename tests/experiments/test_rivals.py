@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe2gguf.experts.mlp import MLP, LayerInputs
+from moe2gguf.experts.mlp import MLP, LayerInputs, Stream
 from moe2gguf.spec import Method, Slicing
 
 D_MODEL, D_FF, N, K = 12, 48, 8, 4
@@ -25,7 +25,7 @@ def test_every_rival_slices_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = MLP(*(torch.randn(D_FF, D_MODEL, generator=generator) for _ in range(3)))
     x = torch.randn(640, D_MODEL, generator=generator)
     x[:, 0] = 2.0
-    inputs = LayerInputs(x, mlp(x), x, mlp(x))
+    inputs = LayerInputs(x, mlp(x), (Stream(K, x, mlp(x)),))
     slicing = Slicing(N, K, D_FF // N, Method(router="least-squares", amplify="used"))
     slicers: list[Any] = [
         functools.partial(rivals.cmoe, n_shared=2),

@@ -9,7 +9,7 @@ import torch
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
-from moe2gguf.experts.mlp import MLP, LayerInputs
+from moe2gguf.experts.mlp import MLP, LayerInputs, Stream
 from moe2gguf.experts.refit import fit_scale
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.slicing import default_n_shared
@@ -28,7 +28,7 @@ def layer(seed: Any = 0, n_token: Any = 1500) -> Any:
     x = topics[torch.randint(10, (n_token,), generator=g)] * 0.4 + 0.3 * torch.randn(n_token, D_MODEL, generator=g)
     x[:, 0] = 1.0
     y = mlp(x)
-    return mlp, LayerInputs(x, y, x, y)
+    return mlp, LayerInputs(x, y, (Stream(K, x, y),))
 
 
 def slice_by(mlp: Any, inputs: Any, slicing: Any) -> Any:
@@ -43,7 +43,7 @@ def slicing(**recipe: Any) -> Any:
 
 def error(sliced: Any, inputs: Any, k: Any = K) -> Any:
     """Share of the dense output's energy that is missing."""
-    return float((sliced(inputs.sliced, k) - inputs.output).square().sum() / inputs.output.square().sum())
+    return float((sliced(inputs.streams[0].x, k) - inputs.output).square().sum() / inputs.output.square().sum())
 
 
 @pytest.mark.parametrize(("group", "router"), list(itertools.product(GROUPS, ROUTERS)))
@@ -54,7 +54,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group: Any, router: Any) ->
 
     sliced = slice_by(mlp, inputs, slicing(group=group, router=router, n_shared=shared, amplify="exact"))
 
-    torch.testing.assert_close(inputs.output, sliced(inputs.sliced, N), rtol=0.1, atol=0.06)
+    torch.testing.assert_close(inputs.output, sliced(inputs.streams[0].x, N), rtol=0.1, atol=0.06)
     assert error(sliced, inputs, N) < 1e-3
 
 
@@ -64,7 +64,7 @@ def test_always_on_experts_always_run() -> None:
     sliced = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="used"))
 
     for k in (3, 4, 7):
-        assert (sliced.expert_weights(inputs.sliced, k)[:, :2] > 0).all()
+        assert (sliced.expert_weights(inputs.streams[0].x, k)[:, :2] > 0).all()
     assert 2.0 == sliced.report.n_shared
     assert [1.0, 1.0] == sliced.report.load[:2]
 
@@ -118,19 +118,19 @@ def test_fitted_amplification_is_the_least_squares_constant_of_each_expert() -> 
     mlp, inputs = layer()
     sliced = slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=2, amplify="fitted"))
 
-    h, runs = mlp.activations(inputs.sliced), sliced.expert_weights(inputs.sliced, K) > 0
+    h, runs = mlp.activations(inputs.streams[0].x), sliced.expert_weights(inputs.streams[0].x, K) > 0
     outputs = torch.stack([h[:, g] @ mlp.down[g] * runs[:, e, None] for e, g in enumerate(sliced.groups)], 2)
     found = torch.linalg.lstsq(outputs.flatten(0, 1), inputs.output.flatten()[:, None]).solution[:, 0]
     louder = sliced.scale / (K * found)
     torch.testing.assert_close(louder.mean().expand(N), louder, rtol=0.01, atol=0)
     assert sliced.scale.std() > 0.01 * K
     assert 1.01 < louder.mean()
-    energy = sliced(inputs.sliced, K).square().sum() / inputs.output.square().sum()
+    energy = sliced(inputs.streams[0].x, K).square().sum() / inputs.output.square().sum()
     torch.testing.assert_close(torch.tensor(1.0), energy, rtol=0.01, atol=0)
     plain = replace(sliced, scale=torch.full((N,), float(K)))
-    weight = torch.ones(len(inputs.sliced)).index_fill_(0, torch.arange(700), 0.0)
-    ignored = fit_scale(*expert_agreement(plain, inputs.sliced, weight, K), K)
-    without = fit_scale(*expert_agreement(plain, inputs.sliced[700:], weight[700:], K), K)
+    weight = torch.ones(len(inputs.streams[0].x)).index_fill_(0, torch.arange(700), 0.0)
+    ignored = fit_scale(*expert_agreement(plain, inputs.streams[0].x, weight, K), K)
+    without = fit_scale(*expert_agreement(plain, inputs.streams[0].x[700:], weight[700:], K), K)
     torch.testing.assert_close(without, ignored)
 
 
@@ -148,11 +148,11 @@ def test_amplifications(amplify: Any) -> None:
     elif amplify == "used":
         assert {float(K)} == set(sliced.scale.tolist())
     elif amplify == "fitted":
-        ours = sliced(inputs.sliced, K)
+        ours = sliced(inputs.streams[0].x, K)
         quieter = float((ours * inputs.output).sum() / ours.square().sum())
         assert error(replace(sliced, scale=quieter * sliced.scale), inputs) <= error(used, inputs) + 1e-6
     else:
-        assert (sliced.expert_weights(inputs.sliced, N).mean(0) - 1).abs().max() < 0.02
+        assert (sliced.expert_weights(inputs.streams[0].x, N).mean(0) - 1).abs().max() < 0.02
         assert error(sliced, inputs, N) < 1e-3
         exact = slice_by(mlp, inputs, slicing(amplify="exact", **recipe))
         assert error(sliced, inputs) < 0.2 * error(exact, inputs)
@@ -172,7 +172,9 @@ def test_outlier_neurons_are_always_on() -> None:
     mlp = MLP(gate, up, down)
     y = mlp(x)
 
-    sliced = slice_by(mlp, LayerInputs(x, y, x, y), slicing(group="activations", router="least-squares", n_shared=1))
+    sliced = slice_by(
+        mlp, LayerInputs(x, y, (Stream(K, x, y),)), slicing(group="activations", router="least-squares", n_shared=1)
+    )
 
     a = mlp.activations(x).abs() * down.norm(dim=1)
     assert int((a.square().mean(0) > a[:, 77].square().mean()).sum()) >= 10  # its mean alone would not put it there
@@ -182,7 +184,7 @@ def test_outlier_neurons_are_always_on() -> None:
 def test_activations_that_are_not_finite() -> None:
     """An error, not a file of NaN."""
     mlp, inputs = layer()
-    inputs.sliced[3, 3] = float("nan")
+    inputs.streams[0].x[3, 3] = float("nan")
 
     with pytest.raises(CalibrationError, match="not finite"):
         slice_by(mlp, inputs, slicing(group="activations", router="least-squares", n_shared=1))

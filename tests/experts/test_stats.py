@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe2gguf.experts import stats
-from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer
+from moe2gguf.experts.mlp import MLP, Router, SlicedLayer, Stream
 
 D_MODEL, D_FF, N_TOKEN = 6, 10, 70
 GROUPS = [torch.arange(0, 4), torch.arange(4, 7), torch.arange(7, 10)]
@@ -77,14 +77,14 @@ def test_normal_equations_count_the_tokens_of_their_span() -> None:
     """sum w h h^T and sum w h y^T, y being what the target has beyond the layer's own output."""
     mlp, x = make_layer()
     generator = torch.Generator().manual_seed(6)
-    layer = SlicedLayer(mlp, GROUPS, torch.randn(3, D_MODEL, generator=generator), torch.full((3,), 2.0))
+    layer = SlicedLayer(mlp, GROUPS, Router(torch.randn(3, D_MODEL, generator=generator)), torch.full((3,), 2.0))
     target, weight = mlp(x), torch.rand(N_TOKEN, generator=generator)
 
-    found = stats.normal_equations(layer, LayerInputs(x, target, x, target), weight, 2, range(10, 60))
+    found = stats.normal_equations(layer, Stream(2, x, target), weight, range(10, 60))
 
     hh, hy = torch.zeros(D_FF, D_FF), torch.zeros(D_FF, D_MODEL)
     for i in range(10, 60):
-        p = (layer.router @ x[i]).softmax(0)
+        p = (layer.router.rows @ x[i]).softmax(0)
         top, chosen = p.topk(2)
         by_expert = torch.zeros(3).index_put_((chosen,), 2.0 * top / top.sum())
         runs = torch.cat([by_expert[e].expand(len(group)) for e, group in enumerate(GROUPS)])
