@@ -114,7 +114,6 @@ NO_EFFECT = (
         help="Type of the weights: auto (as stored), f32, f16, bf16, q8_0, q4_k_m, iq4_xs or another of llama.cpp.",
     ),
     *type_rules,
-    option("--align", type=int, default=1, help="Pad each expert with zeros to a multiple of 32 or 256 columns."),
 )
 @option_group("Output", shard_size_option, force_option, resume_option, threads_option, json_option)
 @option_group(
@@ -140,6 +139,7 @@ NO_EFFECT = (
         help="Scale expert outputs for: all experts (exact), --used (used), --used with a fitted factor per expert "
         "(fitted), or any count (any).",
     ),
+    option("--align", type=int, default=1, help="Pad each expert with zeros to a multiple of 32 or 256 columns."),
     option(
         "--expert-scale",
         is_flag=True,

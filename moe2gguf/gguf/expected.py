@@ -190,7 +190,8 @@ class _Keys:
         if len(value) == self.n_layer and len(set(value)) == 1 and isinstance(value[0], int) and value[0] > 0:
             return value[0]
         self.problems.append(
-            f"metadata {self.name(key)}: {len(value)} values for {self.n_layer} layers, where llama.cpp uses one"
+            f"metadata {self.name(key)}: {len(value)} values for {self.n_layer} layers, where llama.cpp uses one for "
+            "all"
         )
         return 0
 
@@ -214,7 +215,8 @@ def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimens
         lengths["rope.dimension_count"] = d_head
     for key, default in lengths.items():
         if (other := keys.count(key, default)) not in (0, d_head):
-            problems.append(f"metadata {keys.name(key)}: expected the length of a key, {d_head}, found {other}")
+            wanted = f"arch {graph.architecture} wants the length of a key, {d_head}"
+            problems.append(f"metadata {keys.name(key)}: {wanted}, found {other}")
     epsilon = keys.value(name := "attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_shown(epsilon)}")

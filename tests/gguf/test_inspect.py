@@ -124,7 +124,7 @@ def test_the_record_survives_json(inspected: Any) -> None:
     assert record == it.to_dict()
     assert record["provenance"] == {"moe2gguf.odd": "nan"}
     assert record["name"] == "\\xff\x1b[2J"
-    assert record["experts"] == {"count": 4, "used": 2, "d_expert": 24, "note": ""}
+    assert record["experts"] == {"count": 4, "used": 2, "d_expert": 24, "note": "", "shared": 0}
     assert record["tensors"][0] == {
         "name": "token_embd.weight",
         "shape": [10, 16],

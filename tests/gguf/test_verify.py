@@ -397,8 +397,8 @@ def test_a_file_of_metadata_is_no_model(check: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("general.architecture", "qwen3", "only checked for llama models"),
-        ("general.type", "adapter", "only checked for llama models"),
+        ("general.architecture", "gemma3", "only checked for plain models of llama"),
+        ("general.type", "adapter", "only checked for plain models of llama"),
     ],
 )
 def test_other_files_are_checked_as_far_as_we_know_them(check: Any, key: str, value: str, words: str) -> None:

@@ -246,7 +246,7 @@ def test_a_preset_is_a_list_of_rules() -> None:
     assert [
         (r"output\.weight", "Q6_K"),
         (layers + r"\.attn_(v|qkv)\.weight", "Q6_K"),
-        (layers + r"\.ffn_down(_exps)?\.weight", "Q6_K"),
+        (layers + r"\.ffn_down(_exps|_shexp)?\.weight", "Q6_K"),
         (".*", "Q4_K"),
     ] == [(rule.pattern, rule.type.name) for rule in rules]
 
