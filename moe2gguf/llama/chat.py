@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.counts import read_context_length, read_counts
 from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.generate import Generation, Session, Speed, Turn, make_setup
@@ -47,10 +48,9 @@ class Chat:
         if self._template is None and not raw:
             raise HarnessError(f"{path}: has no chat template, it is no chat model: use `moe2gguf run`, or --raw")
         self._made_for = read_made_for(file.metadata)
-        architecture = file.metadata.get("general.architecture")
-        numbers = (file.metadata.get(f"{architecture}.{key}") for key in _COUNTS)
-        self.n_expert, self.n_expert_used, trained = (one if isinstance(one, int) else 0 for one in numbers)
-        self._n_context = min(n_context, trained or n_context)
+        counts = read_counts(file)
+        self.n_expert, self.n_expert_used, self._n_shared = counts.n_expert, counts.n_used, counts.n_shared
+        self._n_context = min(n_context, read_context_length(file) or n_context)
         self._options = (device, threads)
         self._turn = (n_token, temperature, seed)
         Turn("", *self._turn)
@@ -80,10 +80,13 @@ class Chat:
         return Generation(self._say([*self._messages, {"role": "user", "content": text}]), self._session)
 
     def use(self, n_expert_used: int) -> None:
-        """Go on with another number of experts per token. Raises HarnessError where the file cannot."""
-        if not 1 <= n_expert_used <= self.n_expert:
+        """Go on with another number of experts per token, shared ones included.
+
+        Raises HarnessError where the file cannot.
+        """
+        if not self._n_shared < n_expert_used <= self.n_expert:
             raise HarnessError(
-                f"{self._path.name} has {self.n_expert} experts: choose 1 to {self.n_expert}"
+                f"{self._path.name} has {self.n_expert} experts: choose {self._n_shared + 1} to {self.n_expert}"
                 if self.n_expert
                 else f"{self._path.name} is dense: it has no experts to choose from"
             )
@@ -114,6 +117,3 @@ class Chat:
         if generation.speed is None:
             raise RuntimeError("an answer that has ended has its speed")
         return generation.speed
-
-
-_COUNTS = ("expert_count", "expert_used_count", "context_length")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.llama.templates import ChatTemplate, Message, read_template, special_token
@@ -26,9 +27,9 @@ class Way:
 def list_ways(file: GGUFFile) -> list[Way]:
     """Return what to type for every program that serves such a file."""
     path, name = shlex.quote(str(file.path)), shlex.quote(file.path.stem)
-    key, counts = _used_key(file), list_counts(file)
-    other = f" --override-kv {key}=int:{counts[-1]}" if len(counts) > 1 else ""
-    in_python = f" --kv_overrides {key}=int:{counts[-1]}" if len(counts) > 1 else ""
+    counts = list_counts(file)
+    override = _override(file, counts[-1]) if len(counts) > 1 else ""
+    other, in_python = (f" {option} {override}" if override else "" for option in ("--override-kv", "--kv_overrides"))
     folder = f"~/.lmstudio/models/local/{name}"
     return [
         Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "tried with llama.cpp 7e4c0a9"),
@@ -61,11 +62,14 @@ def list_ways(file: GGUFFile) -> list[Way]:
 
 
 def list_counts(file: GGUFFile) -> list[int]:
-    """Return the numbers of experts that are worth serving: the file's own, and where it serves others, fewer."""
-    n, used = (_number(file, key) for key in ("expert_count", "expert_used_count"))
+    """Return the numbers of experts that are worth serving, shared ones included: the file's own and, where it serves
+    others, fewer.
+    """
+    counts = read_counts(file)
+    n, used, least = counts.n_expert, counts.n_used, counts.n_shared
     if not n or read_made_for(file.metadata):
         return [used] if n else []
-    return sorted({used, *(k for k in (3 * n // 4, n // 2) if 0 < k < used)}, reverse=True)
+    return sorted({used, *(k for k in (3 * n // 4, n // 2) if least < k < used)}, reverse=True)
 
 
 def make_presets(file: GGUFFile) -> str:
@@ -79,7 +83,7 @@ def make_presets(file: GGUFFile) -> str:
     counts = list_counts(file)
     if not counts:
         raise HarnessError(f"{path}: is dense, it has no counts to choose from: give it to llama-server -m")
-    sections = [f"[{path.stem}-{k}]\nmodel = {path}\noverride-kv = {_used_key(file)}=int:{k}\n" for k in counts]
+    sections = [f"[{path.stem}-{k}]\nmodel = {path}\noverride-kv = {_override(file, k)}\n" for k in counts]
     return "\n".join(["version = 1\n", *sections])
 
 
@@ -180,10 +184,7 @@ def _adds_bos(file: GGUFFile) -> bool:
     return file.metadata.get("tokenizer.ggml.add_bos_token", spm) is True
 
 
-def _used_key(file: GGUFFile) -> str:
-    return f"{file.metadata.get('general.architecture')}.expert_used_count"
-
-
-def _number(file: GGUFFile, key: str) -> int:
-    value = file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}")
-    return value if isinstance(value, int) else 0
+def _override(file: GGUFFile, n_expert_used: int) -> str:
+    """The key of the used count and its value, which does not contain the graph's own shared expert."""
+    key = f"{file.metadata.get('general.architecture')}.expert_used_count"
+    return f"{key}=int:{n_expert_used - read_counts(file).n_shared}"

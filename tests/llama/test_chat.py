@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
+import checkpoints
 import pytest
 import tiny_gguf
+from flat_options import flat_options
 from tiny_gguf import EOS, FIRST_BYTE
 
+from moe2gguf import convert
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.llama.chat import Chat
 from moe2gguf.llama.generate import generate
+from moe2gguf.llama.serving import make_presets
+from moe2gguf.llama.templates import read_template
 
 STORY = "é中🙂"
 LETTERS = tiny_gguf.vocabulary()[0].index("a")
@@ -95,6 +102,26 @@ def test_the_number_of_experts_changes_in_mid_talk(sliced: Path) -> None:
         assert "with 4 it answers worse" in talk.note
     with Chat(sliced, threads=1, n_token=12, n_expert_used=4) as talk:
         assert "".join(talk.say("the man")) == four
+
+
+def test_a_graph_with_a_shared_expert_counts_it_too(tmp_path: Path) -> None:
+    """As every option does: of six experts, two of them shared, three to six can be used; presets say one to four."""
+    options = flat_options(6, target="glm4moe", n_shared=2, preset="exact")
+    path = convert(checkpoints.make(tmp_path / "hf"), tmp_path / "moe.gguf", options).path
+    prompt = "Hello world"
+    with Chat(path, threads=1, n_token=8) as talk:
+        assert (talk.n_expert, talk.n_expert_used, talk.note) == (6, 6, "")
+        talk.use(3)
+        said = "".join(talk.say(prompt))
+        with pytest.raises(HarnessError, match=r"moe\.gguf has 6 experts: choose 3 to 6"):
+            talk.use(2)
+    template = read_template(read_gguf(path))
+    assert template is not None
+    whole = template.render([{"role": "user", "content": prompt}])
+    template.close()
+    assert said == "".join(generate(path, whole, n_token=8, n_expert_used=3, threads=1))
+    counts = re.findall(r"glm4moe\.expert_used_count=int:(\d)", make_presets(read_gguf(path)))
+    assert ["4", "2", "1"] == counts
 
 
 def test_what_cannot_be_is_refused(story: Path, sliced: Path, tmp_path: Path) -> None:

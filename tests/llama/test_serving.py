@@ -33,6 +33,7 @@ VICUNA = (
 )
 NUMBERED = "{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}"
+SHORT = "{% if messages | length > 1 %}{{ 'We talk. ' }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
 HALF = "{% for m in messages %}{{ '{{' + m.content }}{% endfor %}"
 
 TALK = [
@@ -87,7 +88,7 @@ def test_a_template_that_puts_words_around_messages_is_carried(text: str, tmp_pa
     template.close()
 
 
-@pytest.mark.parametrize("text", [NUMBERED, NO_SYSTEM, HALF, "{% for"])
+@pytest.mark.parametrize("text", [NUMBERED, NO_SYSTEM, SHORT, HALF, "{% for"])
 def test_another_template_is_left_to_ollama(text: str, tmp_path: Path) -> None:
     """One that does more, refuses, fails, or would be read as Ollama's own language."""
     modelfile, carried = make_modelfile(file_with(tmp_path / "a.gguf", text))
