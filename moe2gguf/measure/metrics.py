@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,20 +100,25 @@ def score_block(
 
     KL sums p_base * (ln p_base - ln p_other) over the entries with ln p_base > `tail`; -inf takes them all.
     """
-    return score_chunks(lambda part: FullReference(base[part], targets[part], tail), other, targets)
+
+    def describe(part: slice) -> ReferenceChunk:
+        chunk = LogitsChunk.of(base[part])
+        return ReferenceChunk(chunk.nll(targets[part]), top_ids(base[part], 5), partial(_diverge, chunk, tail))
+
+    return score_chunks(describe, other, targets)
 
 
 def score_chunks(
-    reference: Callable[[slice], ReferenceChunk], other: NDArray[np.float32], targets: NDArray[np.int32]
+    describe: Callable[[slice], ReferenceChunk], other: NDArray[np.float32], targets: NDArray[np.int32]
 ) -> TokenScores:
     """Score a block of tokens, as many at a time as the processor's cache holds.
 
-    `other` are logits (n_token, n_vocab), `targets` (n_token,) token ids; `reference` gives that of a part of them.
+    `other` are logits (n_token, n_vocab), `targets` (n_token,) token ids; `describe` gives the reference of a part.
     """
     step = max(1, CHUNK_ENTRIES // other.shape[1])
     chunks = [slice(i, i + step) for i in range(0, len(other), step)]
     with np.errstate(all="ignore"):  # bad numbers are counted, not warned about
-        return join_scores(_score_chunk(reference(chunk), other[chunk], targets[chunk]) for chunk in chunks)
+        return join_scores(_score_chunk(describe(chunk), other[chunk], targets[chunk]) for chunk in chunks)
 
 
 def join_scores(parts: Iterable[TokenScores]) -> TokenScores:
@@ -163,8 +169,8 @@ def _summarize(scores: TokenScores, n: int) -> Summary:
 
 
 @dataclass(frozen=True)
-class OtherChunk:
-    """The other model's logits of a chunk of tokens, and their softmax before it is divided by its sum.
+class LogitsChunk:
+    """A model's logits of a chunk of tokens, and their softmax before it is divided by its sum.
 
     logits   (n_token, n_vocab) float32
     lse      (n_token,): ln sum exp of them
@@ -177,9 +183,18 @@ class OtherChunk:
     weights: Floats
     total: Floats
 
+    @classmethod
+    def of(cls, logits: NDArray[np.float32]) -> LogitsChunk:
+        """Return the chunk with these logits."""
+        return cls(logits, *log_sum_exp(logits.astype(np.float64)))
 
-@dataclass(frozen=True)
-class Divergence:
+    def nll(self, targets: NDArray[np.int32]) -> Floats:
+        """Return the negative log-likelihood of `targets` (n_token,), the tokens that follow: nats, (n_token,)."""
+        chosen: NDArray[np.float32] = self.logits[np.arange(len(targets)), targets]
+        return self.lse - chosen.astype(np.float64)
+
+
+class Divergence(NamedTuple):
     """How far a chunk is from its reference: the fields of `TokenScores` that need more than likelihoods and ranks."""
 
     kl: Floats
@@ -188,33 +203,27 @@ class Divergence:
     n_bad: NDArray[np.int64]
 
 
-class ReferenceChunk(Protocol):
-    """The reference of a chunk of tokens, in full (`FullReference`) or in part (`top_logits.TopReference`)."""
+class ReferenceChunk(NamedTuple):
+    """The reference of a chunk of tokens, whether all of its logits are known or some.
 
-    @property
-    def nll(self) -> Floats:
-        """Negative log-likelihood of the token that follows, nats, (n_token,)."""
+    nll       negative log-likelihood of the token that follows, nats, (n_token,)
+    top_ids   ids of the five most likely tokens, (n_token, at most 5), most likely first
+    diverge   how far another model is: exactly, or within bounds
+    """
 
-    @property
-    def top_ids(self) -> NDArray[Any]:
-        """Ids of the five most likely tokens, (n_token, at most 5), most likely first."""
-
-    def divergence(self, other: OtherChunk) -> Divergence:
-        """Return how far the other model is."""
+    nll: Floats
+    top_ids: NDArray[Any]
+    diverge: Callable[[LogitsChunk], Divergence]
 
 
-def _score_chunk(reference: ReferenceChunk, other: NDArray[np.float32], targets: NDArray[np.int32]) -> TokenScores:
-    # Likelihoods: nll = ln sum exp(logits) - logit of the token that follows, in float64.
-    wide = other.astype(np.float64)
-    chosen = wide[np.arange(len(wide)), targets]
-    lse, weights, total = log_sum_exp(wide)  # overwrites `wide`
-    nll, nll_base = lse - chosen, reference.nll
-
-    # Distributions: the divergence, exactly or within bounds, as the kind of reference allows.
-    found = reference.divergence(OtherChunk(other, lse, weights, total))
+def _score_chunk(reference: ReferenceChunk, logits: NDArray[np.float32], targets: NDArray[np.int32]) -> TokenScores:
+    # Likelihoods, and the divergence of the distributions.
+    other = LogitsChunk.of(logits)
+    nll, nll_base = other.nll(targets), reference.nll
+    found = reference.diverge(other)
 
     # Ranks: the order among NaN and infinite logits means nothing, so such tokens get NaN.
-    top, top_base = top_ids(other, 5), reference.top_ids
+    top, top_base = top_ids(logits, 5), reference.top_ids
     same_top = (top_base[:, 0] == top[:, 0]).astype(np.float64)
     top5_overlap = (top_base[:, :, None] == top[:, None, :]).any(axis=2).mean(axis=1)
     same_top[found.n_bad > 0] = np.nan
@@ -232,38 +241,21 @@ def _score_chunk(reference: ReferenceChunk, other: NDArray[np.float32], targets:
     )
 
 
-class FullReference:
-    """All logits of the reference for a chunk of tokens: `logits` (n_token, n_vocab), `targets` (n_token,)."""
+def _diverge(base: LogitsChunk, tail: float, other: LogitsChunk) -> Divergence:
+    """Return the exact KL divergence, with p the reference and q the other model, over the entries above the tail.
 
-    def __init__(self, logits: NDArray[np.float32], targets: NDArray[np.int32], tail: float) -> None:
-        self.logits = logits
-        self.tail = tail
-        wide = logits.astype(np.float64)
-        chosen = wide[np.arange(len(wide)), targets]
-        self._lse, self._weights, self._total = log_sum_exp(wide)  # weights / total = p_base
-        self.nll = self._lse - chosen
-
-    @property
-    def top_ids(self) -> NDArray[np.intp]:
-        """Ids of the five most likely tokens, (n_token, at most 5)."""
-        return top_ids(self.logits, 5)
-
-    def divergence(self, other: OtherChunk) -> Divergence:
-        """Return the exact KL divergence, with p the reference and q the other model, over the entries above the tail.
-
-        sum p (ln p - ln q) = sum p (b - o) - (lse_b - lse_o) sum p, where b and o are the logits.
-        """
-        difference = np.subtract(self.logits, other.logits, dtype=np.float64)
-        # Entries below the tail are left out of both sums, as llama.cpp does.
-        p = self._weights
-        if self.tail > -np.inf:
-            p *= self.logits > (self._lse + self.tail)[:, None]
-        kl = (np.einsum("ij,ij->i", p, difference) - (self._lse - other.lse) * p.sum(axis=1)) / self._total
-        # A NaN or infinity anywhere in either model makes the largest difference one: only such rows are counted.
-        np.abs(difference, out=difference)
-        max_difference = difference.max(axis=1)
-        n_bad = _count_bad(self.logits, other.logits, max_difference)
-        return Divergence(kl, np.zeros(len(kl)), max_difference, n_bad)
+    sum p (ln p - ln q) = sum p (b - o) - (lse_b - lse_o) sum p, where b and o are the logits.
+    """
+    difference = np.subtract(base.logits, other.logits, dtype=np.float64)
+    # Entries below the tail are left out of both sums, as llama.cpp does.
+    p = base.weights
+    if tail > -np.inf:
+        p *= base.logits > (base.lse + tail)[:, None]
+    kl = (np.einsum("ij,ij->i", p, difference) - (base.lse - other.lse) * p.sum(axis=1)) / base.total
+    # A NaN or infinity anywhere in either model makes the largest difference one: only such rows are counted.
+    np.abs(difference, out=difference)
+    max_difference = difference.max(axis=1)
+    return Divergence(kl, np.zeros(len(kl)), max_difference, _count_bad(base.logits, other.logits, max_difference))
 
 
 def log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:

@@ -12,12 +12,14 @@ left out of P and of the sums, as in llama.cpp's own definition, so where all en
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.measure import metrics
-from moe2gguf.measure.metrics import CHUNK_ENTRIES, Divergence, Floats, OtherChunk, TokenScores
+from moe2gguf.measure.metrics import CHUNK_ENTRIES, Divergence, Floats, LogitsChunk, ReferenceChunk, TokenScores
 
 Rows = NDArray[np.void]
 """Structured array (n_token,) of `row_type`."""
@@ -81,7 +83,12 @@ def score_block(
 
     The largest logit difference is over the kept entries only. `tail` is the one the rows were made with.
     """
-    return metrics.score_chunks(lambda part: TopReference(rows[part], tail), other, targets)
+
+    def describe(part: slice) -> ReferenceChunk:
+        chunk = rows[part]
+        return ReferenceChunk(np.array(chunk["nll"]), chunk["ids"][:, :5], partial(_diverge, chunk, tail))
+
+    return metrics.score_chunks(describe, other, targets)
 
 
 def _keep_chunk(logits: NDArray[np.float32], targets: NDArray[np.int32], tail: float, rows: Rows) -> None:
@@ -107,39 +114,21 @@ def _keep_chunk(logits: NDArray[np.float32], targets: NDArray[np.int32], tail: f
     rows["rest_plogp"] = np.einsum("ij,ij->i", p, np.where(p > 0, log_p, 0.0))
 
 
-class TopReference:
-    """The records of the reference for a chunk of tokens."""
-
-    def __init__(self, rows: Rows, tail: float) -> None:
-        self.rows = rows
-        self.tail = tail
-
-    @property
-    def nll(self) -> Floats:
-        """Negative log-likelihood of the token that follows, nats, (n_token,)."""
-        return np.array(self.rows["nll"])
-
-    @property
-    def top_ids(self) -> NDArray[np.int32]:
-        """Ids of the five most likely tokens, or of as many as are kept, (n_token, at most 5)."""
-        ids: NDArray[np.int32] = self.rows["ids"][:, :5]
-        return ids
-
-    def divergence(self, other: OtherChunk) -> Divergence:
-        """Return the KL divergence's lower bound and the slack to its upper one; differences of kept entries only."""
-        ids = self.rows["ids"]
-        # Q, the other model's mass of what is not kept; not 1 - sum of the kept, which has no digits where Q is small.
-        np.put_along_axis(other.weights, ids, 0.0, axis=1)
-        other_rest = other.weights.sum(axis=1) / other.total
-        # The kept entries, exactly.
-        q = np.take_along_axis(other.logits, ids, axis=1).astype(np.float64)
-        base = self.rows["logits"].astype(np.float64)
-        log_p, log_q = base - self.rows["lse"][:, None], q - other.lse[:, None]
-        kl = np.sum(np.exp(log_p) * (log_p - log_q) * (log_p > self.tail), axis=1)
-        # The rest, between its bounds.
-        low, high = _bound_rest(self.rows, other_rest, other.logits.min(axis=1) - other.lse)
-        n_bad = self.rows["n_bad"] + np.sum(~np.isfinite(other.logits), axis=1)
-        return Divergence(kl + low, high - low, np.abs(base - q).max(axis=1), n_bad)
+def _diverge(base: Rows, tail: float, other: LogitsChunk) -> Divergence:
+    """Return the KL divergence's lower bound and the slack to its upper one; differences of kept entries only."""
+    ids = base["ids"]
+    # Q, the other model's mass of what is not kept; not 1 - sum of the kept, which has no digits where Q is small.
+    np.put_along_axis(other.weights, ids, 0.0, axis=1)
+    other_rest = other.weights.sum(axis=1) / other.total
+    # The kept entries, exactly.
+    q = np.take_along_axis(other.logits, ids, axis=1).astype(np.float64)
+    b = base["logits"].astype(np.float64)
+    log_p, log_q = b - base["lse"][:, None], q - other.lse[:, None]
+    kl = np.sum(np.exp(log_p) * (log_p - log_q) * (log_p > tail), axis=1)
+    # The rest, between its bounds.
+    low, high = _bound_rest(base, other_rest, other.logits.min(axis=1) - other.lse)
+    n_bad = base["n_bad"] + np.sum(~np.isfinite(other.logits), axis=1)
+    return Divergence(kl + low, high - low, np.abs(b - q).max(axis=1), n_bad)
 
 
 def _bound_rest(rows: Rows, other_rest: Floats, log_q_min: Floats) -> tuple[Floats, Floats]:
