@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 from cloup import option
 
-from moe2gguf.cli.command import ContinuedOutput, Input, Output, allow_replacing
+from moe2gguf.cli.command import Input, Output, allow_replacing
 from moe2gguf.errors import PlanError
 from moe2gguf.llama.devices import DEVICES
 
@@ -23,7 +23,6 @@ FOLDER = Input(exists=True, file_okay=False, path_type=Path)
 ANY = Input(path_type=Path)
 MODEL = Input(exists=True, path_type=Path)
 OUT = Output(path_type=Path)
-JOURNAL = ContinuedOutput(path_type=Path)
 
 T = TypeVar("T")
 

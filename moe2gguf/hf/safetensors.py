@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import struct
 from collections import Counter
@@ -309,8 +308,3 @@ def digest_source(tensors: Mapping[str, Readable]) -> str:
 
 def _view_bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
-
-
-def n_elements(shape: tuple[int, ...]) -> int:
-    """Return the number of elements of a tensor of this shape."""
-    return math.prod(shape)
