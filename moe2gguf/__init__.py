@@ -13,12 +13,14 @@ from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.verify import Verification, verify
 from moe2gguf.llama.chat import Chat
 from moe2gguf.llama.generate import Generation, generate
+from moe2gguf.llama.serving import Way, list_ways
 from moe2gguf.measure.bench import Bench, Timing, bench
 from moe2gguf.measure.check import Check, compare_with_dense
 from moe2gguf.measure.compare import CompareSettings
 from moe2gguf.measure.expert_usage import ExpertUse, measure_expert_usage
 from moe2gguf.measure.imatrix import Collection, collect_imatrix
 from moe2gguf.measure.on_the_fly import compare_types as compare
+from moe2gguf.measure.publish import Publication, PublishSettings, publish
 from moe2gguf.measure.results import Comparison
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert, plan_conversion
@@ -49,10 +51,13 @@ __all__ = [
     "Moe2GgufError",
     "Options",
     "Plan",
+    "Publication",
+    "PublishSettings",
     "Quantization",
     "Timing",
     "TypeOptions",
     "Verification",
+    "Way",
     "bench",
     "collect_imatrix",
     "compare",
@@ -62,9 +67,11 @@ __all__ = [
     "generate",
     "heal",
     "inspect",
+    "list_ways",
     "measure_expert_usage",
     "plan_conversion",
     "plan_quantization",
+    "publish",
     "quantize",
     "read_gguf",
     "set_used",

@@ -21,6 +21,7 @@ FUNCTIONS = {
     "expert-usage": "measure_expert_usage",
     "imatrix": "collect_imatrix",
     "run": "generate",
+    "serve-help": "list_ways",
     "set-used": "set_used",
 }
 """Commands whose function has another name."""

@@ -25,6 +25,7 @@ from moe2gguf.cli.expert_usage import expert_usage
 from moe2gguf.cli.heal import heal
 from moe2gguf.cli.imatrix import imatrix
 from moe2gguf.cli.inspect import inspect
+from moe2gguf.cli.publish import publish
 from moe2gguf.cli.quantize import quantize
 from moe2gguf.cli.run import run
 from moe2gguf.cli.serve_help import serve_help
@@ -80,6 +81,7 @@ cli.section("Running", run, chat, serve_help)
 cli.section("Looking", inspect, verify, expert_usage)
 cli.section("Measuring", compare, bench)
 cli.section("Preparing", imatrix)
+cli.section("Sharing", publish)
 cli.section("Your shell", completion)
 
 

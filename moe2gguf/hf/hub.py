@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moe2gguf.errors import CheckpointError
+from moe2gguf.errors import CheckpointError, OutputError
 from moe2gguf.hf.companions import OTHER_FILES, TEMPLATES, TOKENIZER_FILES
 from moe2gguf.hf.paths import Origin, find_origin
 from moe2gguf.hf.safetensors import INDEX, SINGLE, StoredTensor, list_shards
@@ -115,3 +115,26 @@ def explained(repository: str) -> Iterator[None]:
             f"hf download {repository} --local-dir {name}"
         )
         raise CheckpointError(f"{repository}: {words}") from error
+
+
+def upload_folder(folder: Path, repository: str, *, private: bool) -> str:
+    """Send the files of `folder` to `repository` on the Hub, which is made if it is new, and return its page.
+
+    An interrupted call that is repeated sends only the files that did not arrive.
+
+    Raises:
+        OutputError: the Hub cannot be reached, or does not let this user write there.
+    """
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    try:
+        url = str(api.create_repo(repository, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["*.partial/*"])
+    except (errors.HfHubHTTPError.__mro__[1], OSError, RuntimeError) as error:  # RuntimeError: of a large file
+        reason = f"{error.__cause__ or error}".splitlines()[0]
+        raise OutputError(
+            f"{repository}: cannot be written on the Hub ({reason:.200}); log in as one who may: hf auth login. "
+            f"{folder} is complete: repeat the command, or type: hf upload {repository} {folder}"
+        ) from error
+    return url

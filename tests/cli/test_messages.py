@@ -45,7 +45,12 @@ def foreign_options(command: str, text: str) -> set[str]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """By name: folders and files of every kind that a command may be given."""
     root = tmp_path_factory.mktemp("inputs")
-    made: Folder = {"NOWHERE": root / "nowhere", "OUT": root / "out.gguf", "TEXT": root / "text.txt"}
+    made: Folder = {
+        "NOWHERE": root / "nowhere",
+        "OUT": root / "out.gguf",
+        "FOLDER": root / "folder",
+        "TEXT": root / "text.txt",
+    }
     made["TEXT"].write_text("too short")
     made["MODEL"] = checkpoints.make(root / "model")
     made["MIXTRAL"] = checkpoints.write(
@@ -139,6 +144,10 @@ expert-usage SLICED --text TEXT
 imatrix SLICED OUT
 imatrix SLICED OUT --text TEXT
 imatrix SLICED OUT --text TEXT --used 9
+publish MODEL FOLDER --types q9,q8_0 --used 9,8
+publish MODEL FOLDER --upload x
+publish NOWHERE FOLDER
+publish DENSE HF
 verify TEXT
 verify SLICED --check TEXT
 inspect TEXT
@@ -161,7 +170,7 @@ def test_a_refusal_names_only_options_of_its_command(inputs: Folder, command: st
 def test_every_option_in_the_package_exists() -> None:
     """No sentence of any module names an option that no command has."""
     known = set().union(ELSEWHERE, *map(options_of, cli.commands))
-    others = {"command.py", "page.py"}  # the hints for other programs' options, and variables of CSS
+    others = {"command.py", "serving.py", "page.py"}  # options of other programs, and variables of CSS
     paths = [path for path in Path(moe2gguf_package.__file__).parent.rglob("*.py") if path.name not in others]
     nodes = [(path.name, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     texts = [(name, one.value) for name, one in nodes if isinstance(one, ast.Constant) and isinstance(one.value, str)]

@@ -41,7 +41,8 @@ def arguments(command: str, values: dict[str, Path], folder: Path) -> list[str]:
             value = REQUIRED.get(long) or _made(folder / str(parameter.name), parameter)
         if value is not None:
             words += [str(value)] if isinstance(parameter, click.Argument) else [long, str(value)]
-    return [*words, "--force"]
+    can_force = any("--force" in one.opts for one in cli.commands[command].params)
+    return [*words, *(["--force"] if can_force else [])]
 
 
 def _made(path: Path, parameter: click.Parameter) -> Path:

@@ -42,7 +42,12 @@ class Hub:
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path, *, offline: bool = False) -> None:
         """Make this the Hub of this process, with a cache of its own: what its environment would have set at start."""
-        changes = {"ENDPOINT": self.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": offline}
+        changes = {
+            "ENDPOINT": self.url,
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": offline,
+            "HF_HUB_DISABLE_XET": True,
+        }
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in {**changes, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)

@@ -1,0 +1,148 @@
+"""The command publish: a folder of measured files with a model card, and its way to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import cloup
+from cloup import option, option_group
+
+from moe2gguf.cli import tables as display
+from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
+from moe2gguf.cli.options import (
+    ANY,
+    FILE,
+    NONE,
+    context_option,
+    emit,
+    json_option,
+    number,
+    resume_option,
+    text_option,
+    threads_option,
+    whole_numbers,
+    words,
+)
+
+if TYPE_CHECKING:
+    from moe2gguf.measure.publish import Publication
+    from moe2gguf.recipes.plan import Plan
+
+
+@cloup.command(cls=Command, no_effect=[NoEffect(("--private",), without=("--upload",))])
+@cloup.argument("model", type=ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
+@cloup.argument("folder", type=ContinuedOutput(path_type=Path), help="The folder to make.")
+@option_group(
+    "What to publish",
+    option(
+        "--types", callback=words, default="q8_0,q4_k_m", show_default=True, metavar="T,T", help="Types of the files."
+    ),
+    option(
+        "-k",
+        "--used",
+        callback=whole_numbers,
+        metavar="K,K",
+        help="Experts used per token, a file each.  [default: all]",
+    ),
+    option("-e", "--experts", type=int, help="Experts per layer.  [default: 8]"),
+    option("--name", help="Name of the model in metadata and file names."),
+    option("--calibration", type=FILE, help="Text to fit the experts to.  [default: a built-in mix of eight genres]"),
+    option("--imatrix", type=FILE, help="Importance matrix of the dense model, for the types."),
+)
+@option_group(
+    "How to measure",
+    text_option,
+    number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all."),
+    context_option,
+    option("--speed", is_flag=True, help="Also measure the speed."),
+    threads_option,
+)
+@option_group(
+    "Where to",
+    option("--upload", metavar="OWNER/NAME", help="Send the folder to this repository on the Hugging Face Hub."),
+    option("--private", is_flag=True, help="Make a new repository private."),
+    resume_option,
+    json_option,
+)
+def publish(
+    model: Path,
+    folder: Path,
+    types: list[str],
+    used: list[int],
+    experts: int | None,
+    name: str | None,
+    calibration: Path | None,
+    imatrix: Path | None,
+    text: Path | None,
+    tokens: int,
+    n_context: int,
+    speed: bool,
+    threads: int | None,
+    upload: str | None,
+    private: bool,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Make a folder of measured files with a model card.
+
+    FOLDER gets a GGUF file for every type and count, and a README.md with what each of them loses, how it was made and
+    how to run it. The dense model in the same types is measured beside them. An interrupted run goes on where it was.
+
+    \b
+    Example:
+      moe2gguf publish SmolLM2-135M-Instruct published --experts 16 --used 16,12 --types q8_0,q4_k_m
+      moe2gguf publish HuggingFaceTB/SmolLM2-135M-Instruct published --experts 16 --used 12 --upload me/smollm2-moe
+    """
+    from moe2gguf.cli.tables_compare import row_done
+    from moe2gguf.measure.bench import Timing
+    from moe2gguf.measure.compare import make_settings
+    from moe2gguf.measure.publish import PublishSettings
+    from moe2gguf.measure.publish import publish as make
+    from moe2gguf.quant.rules import TypeOptions
+    from moe2gguf.recipes.options import CalibrationOptions, Options
+
+    if upload and upload.count("/") != 1:
+        raise click.UsageError(f"--upload {upload}: a repository is OWNER/NAME")
+    options = Options(
+        experts, name=name, types=TypeOptions(imatrix=imatrix), calibration=CalibrationOptions(text=calibration)
+    )
+    quality = make_settings(text, tokens or None, n_context=n_context, threads=threads, resume=resume)
+    timing = Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None
+    done = make(
+        model,
+        folder,
+        PublishSettings(tuple(types), tuple(used), options, quality, timing),
+        upload=upload,
+        private=private,
+        resume=resume,
+        progress=display.progress,
+        on_plan=warn_once(),
+        on_row=row_done,
+    )
+    emit(done.to_dict(), as_json, lambda: _print(done))
+    if not upload:
+        display.next_steps(["hf", "upload", "OWNER/NAME", done.folder])
+
+
+def warn_once() -> Callable[[Plan], None]:
+    """What shows the warnings of plans, but those of an earlier one."""
+    seen: set[str] = set()
+
+    def show(plan: Plan) -> None:
+        display.warnings([line for line in plan.warnings if line not in seen])
+        seen.update(plan.warnings)
+
+    return show
+
+
+def _print(done: Publication) -> None:
+    """What was measured, and where the files are."""
+    from moe2gguf.cli.tables_compare import comparison
+
+    comparison(done.found)
+    display.out().print(f"made {done.folder}: {len(done.files)} GGUF files and README.md", markup=False)
+    if done.url:
+        display.out().print(f"sent to {done.url}", markup=False)

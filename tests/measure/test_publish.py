@@ -1,0 +1,147 @@
+"""moe2gguf.measure.publish: measured files and a card, from a tiny model, and their way to a Hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from command import moe2gguf
+from hub_server import Hub, serve_hub
+from huggingface_hub import ModelCard
+
+from moe2gguf import CalibrationOptions, CompareSettings, Options, Publication, PublishSettings, convert, publish
+from moe2gguf.errors import OutputError, PlanError
+from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.hf.hub import upload_folder
+
+CARD = """---
+license: apache-2.0
+language: [en]
+model_name: Tiny Chat
+base_model: org/Tiny-Base
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose experts fit blocks of 32."""
+    folder = tmp_path_factory.mktemp("publish") / "model"
+    checkpoints.make(folder, hidden_size=32, intermediate_size=256, num_hidden_layers=2)
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+def settings(folder: Path, *used: int) -> PublishSettings:
+    """Two types at every count, measured on a little text."""
+    quality = CompareSettings(n_token=64, n_context=32, journal=folder / "rows.jsonl")
+    return PublishSettings(("q8_0", "q4_0"), used, Options(4, calibration=CalibrationOptions(n_token=2048)), quality)
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Publication:
+    """The folder, with files for 4 and 2 of 4 experts."""
+    folder = tmp_path_factory.mktemp("made")
+    return publish(model, folder / "out", settings(folder, 4, 2))
+
+
+def test_every_type_and_count_is_a_file(made: Publication) -> None:
+    """With its digest; nothing else is left but the card and the picture."""
+    names = [f"Tiny-Chat-{k}of4-{kind}.gguf" for k in (4, 2) for kind in ("Q8_0", "Q4_0")]
+
+    assert names == [one.name for one in made.files]
+    assert {*names, "README.md", "quality.png"} == {path.name for path in made.folder.iterdir()}
+    assert ["out", "rows.jsonl"] == sorted(path.name for path in made.folder.parent.iterdir())
+    for one in made.files:
+        data = (made.folder / one.name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (one.n_byte, one.sha256)
+    assert [4, 4, 2, 2] == [read_gguf(made.folder / name).metadata["llama.expert_used_count"] for name in names]
+
+
+def test_the_card_is_what_the_hub_reads(made: Publication) -> None:
+    """Licence, base model and language of the source; figures, digests and commands of every file."""
+    card = ModelCard.load(made.folder / "README.md")
+
+    assert ("apache-2.0", "org/Tiny-Base", ["en"]) == (card.data.license, card.data.base_model, card.data.language)
+    assert {"gguf", "moe2gguf"} <= set(card.data.tags)
+    for one in made.files:
+        assert f"| `{one.sha256}` |" in card.text
+        assert f"moe2gguf convert Tiny-Chat {one.name} --experts 4 --used" in card.text
+    rows = [line for line in card.text.splitlines() if " MB | " in line]
+    assert [8, 8, 8, 8, 8, 8] == [line.count("|") for line in rows]
+    assert ["4 of 4", "4 of 4", "2 of 4", "2 of 4", "dense", "dense"] == [line.split(" | ")[2] for line in rows]
+    assert "![Quality of the files beside the dense model](quality.png)" in card.text
+    exact = next(row for row in made.found.rows if row.config.path.name == made.files[0].name)
+    assert f"| {exact.quality.summary.perplexity:.3f} |" in rows[0]  # type: ignore[union-attr]
+
+
+def test_an_interrupted_call_goes_on(model: Path, made: Publication, tmp_path: Path, monkeypatch: Any) -> None:
+    """What is finished is not made again, and the result is that of an undisturbed call."""
+    calls: list[str] = []
+
+    def stop(model: Path, out: Path, *arguments: Any, **more: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(out.name)
+        return convert(model, out, *arguments, **more)
+
+    monkeypatch.setattr("moe2gguf.measure.publish.convert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        publish(model, tmp_path / "out", settings(tmp_path, 4, 2))
+    first = list(calls)
+    calls[:] = ["resumed"] * 10
+
+    done = publish(model, tmp_path / "out", settings(tmp_path, 4, 2))
+
+    assert first == [one.name for one in made.files[:3]]
+    assert [made.files[3].name, "dense.gguf", "dense-Q8_0.gguf", "dense-Q4_0.gguf"] == calls[10:]
+    assert [one.sha256 for one in made.files] == [one.sha256 for one in done.files]
+
+
+def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path: Path) -> None:
+    """Every reason at once; a folder with other files is left alone."""
+    with pytest.raises(PlanError) as caught:
+        publish(model, tmp_path / "out", PublishSettings(("q9", "q8_0"), (9, 4), Options(4)))
+    assert 4 == len(caught.value.refusals)
+    assert [] == list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(OutputError, match="out: exists"):
+        publish(model, tmp_path / "out", settings(tmp_path))
+    assert "precious" == (tmp_path / "out" / "mine").read_text()
+
+
+def test_the_command_sends_the_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a Hub that has none of it, then to one that fails in the middle: the next call sends only the rest."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    words = ["publish", model, tmp_path / "out", "-e", 4, "--types", "q8_0", "--tokens", 64, "--context", 32]
+    with serve_hub() as gone:
+        gone.use(monkeypatch, tmp_path / "hub")
+    failed = moe2gguf(*words, "--upload", "me/tiny")
+    assert 1 == failed.returncode
+    assert f"hf upload me/tiny {tmp_path / 'out'}" in failed.stderr
+
+    with serve_hub() as hub:
+        hub.use(monkeypatch, tmp_path / "hub")
+        done = moe2gguf(*words, "--upload", "me/tiny")
+
+        assert 0 == done.returncode, done.stderr
+        assert f"sent to {hub.url}/me/tiny" in done.stdout
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert files == hub.repositories["me/tiny"]
+        assert 1 == sum(line.startswith("PUT") for line in hub.log)
+        _send_again(hub, tmp_path / "out")
+
+
+def _send_again(hub: Hub, folder: Path) -> None:
+    """The large files that arrived are not sent a second time."""
+    hub.log.clear()
+    shutil.copy(folder / "README.md", folder / "LICENSE.md")
+    assert upload_folder(folder, "me/tiny", private=False)
+    assert not any(line.startswith("PUT") for line in hub.log)
+    assert "LICENSE.md" in hub.repositories["me/tiny"]
