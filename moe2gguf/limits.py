@@ -250,8 +250,10 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/qwen3.cpp
 """
 
 
-def find_dense_graph(model: Model) -> Graph:
+def find_graph_of(model: Model) -> Graph:
     """The graph that computes `model` as it is."""
+    if model.n_shared:
+        return GRAPHS["glm4moe"]
     return DENSE_GRAPHS["qwen3" if model.head_norms else "llama"]
 
 
@@ -261,7 +263,8 @@ def graph_sizes(m: Model | Dimensions) -> dict[str, int]:
     In the graph `mixtral` a checkpoint's `d_ff` is that of one expert where there are experts.
     """
     d_q, d_kv = m.n_head * m.d_head, m.n_head_kv * m.d_head
-    d_expert, d_shared = (m.d_expert, m.d_shared) if isinstance(m, Dimensions) else (m.d_ff, 0)
+    d_expert = m.d_expert or m.d_ff
+    d_shared = m.d_shared if isinstance(m, Dimensions) else m.n_shared * d_expert
     return {
         "n_vocab": m.n_vocab,
         "d_model": m.d_model,

@@ -62,8 +62,10 @@ class Model:
     bias_qkv: bool = False
     bias_output: bool = False
     head_norms: bool = False  # queries and keys are normalized head by head
-    n_expert: int = 0  # 0: a dense MLP
+    n_expert: int = 0  # those that a router chooses from; 0: a dense MLP
     n_expert_used: int = 0
+    d_expert: int = 0  # width of an expert where that is not d_ff
+    n_shared: int = 0  # a shared expert as wide as so many of them is beside them
 
 
 def make_paths(record: object, *names: str) -> None:

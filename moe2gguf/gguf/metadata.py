@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.limits import GRAPHS, find_dense_graph
+from moe2gguf.limits import GRAPHS, Graph, find_graph_of
 from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing, Vocabulary
 
 SOURCE_DIGEST = "moe2gguf.source.sha256"
@@ -31,7 +31,7 @@ BIAS_NEURON = "moe2gguf.slicing.bias_neuron"
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
     """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""
-    graph = GRAPHS[slicing.target] if slicing else find_dense_graph(model)
+    graph = GRAPHS[slicing.target] if slicing else find_graph_of(model)
     architecture = graph.architecture
     result: dict[str, MetadataValue] = {
         "general.architecture": architecture,
@@ -42,6 +42,8 @@ def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dic
     }
     if slicing:
         result |= expert_metadata(model, slicing)
+    elif model.n_shared:
+        result |= _describe_shared(graph, model, model.n_shared, model.d_expert, model.n_expert, model.n_expert_used)
     elif model.n_expert:
         result |= {"llama.expert_count": model.n_expert, "llama.expert_used_count": model.n_expert_used}
     return result
@@ -68,18 +70,25 @@ def _describe_model(model: Model) -> dict[str, MetadataValue]:
 
 def expert_metadata(model: Model, slicing: Slicing) -> dict[str, MetadataValue]:
     """The keys in which a sliced model differs from the dense one."""
-    graph = GRAPHS[slicing.target]
-    counts: dict[str, MetadataValue] = {"expert_count": slicing.n_routed, "expert_used_count": slicing.n_routed_used}
-    if not graph.has_shared:
-        keys: dict[str, MetadataValue] = {"feed_forward_length": slicing.d_expert, **counts}
-    else:
-        keys = {
-            "feed_forward_length": model.d_ff,
-            **counts,
-            "expert_feed_forward_length": slicing.d_expert,
-            "expert_shared_count": slicing.in_shared,
-            **graph.keys,
-        }
+    graph, n, k = GRAPHS[slicing.target], slicing.n_routed, slicing.n_routed_used
+    if graph.has_shared:
+        return _describe_shared(graph, model, slicing.in_shared, slicing.d_expert, n, k)
+    keys = {"feed_forward_length": slicing.d_expert, "expert_count": n, "expert_used_count": k}
+    return {f"{graph.architecture}.{key}": value for key, value in keys.items()}
+
+
+def _describe_shared(
+    graph: Graph, model: Model, n_shared: int, d_expert: int, n_routed: int, n_used: int
+) -> dict[str, MetadataValue]:
+    """The keys of a graph with a shared expert of its own."""
+    keys: dict[str, MetadataValue] = {
+        "feed_forward_length": model.d_ff,
+        "expert_count": n_routed,
+        "expert_used_count": n_used,
+        "expert_feed_forward_length": d_expert,
+        "expert_shared_count": n_shared,
+        **graph.keys,
+    }
     return {f"{graph.architecture}.{key}": value for key, value in keys.items()}
 
 

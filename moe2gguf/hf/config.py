@@ -9,6 +9,7 @@ from typing import Any
 
 from moe2gguf.hf.families import FAMILIES, REFUSED, Family
 from moe2gguf.hf.json_file import is_number
+from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Metadata, Model, Rope
 
 _LARGEST = 2**31 - 1  # GGUF stores these as 32-bit counts, and llama.cpp reads them into int
@@ -17,6 +18,10 @@ _MOST = {"num_hidden_layers": 512, "num_local_experts": 1024, "vocab_size": 1 <<
 """Bounds on what multiplies: llama.cpp's LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
 (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11-L12), and 60 times the largest vocabulary
 in use, so that a hostile number costs no memory."""
+
+
+COUNTS = {"n_expert": "num_local_experts", "n_expert_used": "num_experts_per_tok"}
+"""Fields of `Model` and their keys, where there are experts."""
 
 
 class Config:
@@ -117,13 +122,15 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         )
     if d_head % 2:
         problems.append(f"config.json: head_dim {d_head} is odd; the rotary embedding needs pairs")
-    experts = "router" in family.mlp[0].tensors
+    shared = read_shared(config) if "shared_up" in family.mlp[0].tensors else {}
+    experts = "router" in family.mlp[0].tensors and not shared
     if experts and config.has("num_experts"):  # transformers reads it as another name of num_local_experts
         n_expert = values.setdefault("num_local_experts", values["num_experts"])
         if n_expert != values["num_experts"]:
             problems.append(
                 f"config.json: num_local_experts is {n_expert!r} and num_experts {values['num_experts']!r}; remove one"
             )
+    counts: dict[str, Any] = {name: config.integer(key) for name, key in COUNTS.items()} if experts else shared
     flags = {field: config.flag(key) for field, key in family.config_flags} | dict.fromkeys(family.always, True)
     n_context = config.integer("max_position_embeddings")
     _warn(config, n_context, warnings)
@@ -140,10 +147,32 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         rms_epsilon=config.number("rms_norm_eps"),
         rope=read_rope(config, family),
         tied_embeddings=config.flag("tie_word_embeddings"),
-        n_expert=config.integer("num_local_experts") if experts else 0,
-        n_expert_used=config.integer("num_experts_per_tok") if experts else 0,
+        **counts,
         **flags,
     )
+
+
+def read_shared(config: Config) -> dict[str, int]:
+    """The experts of a `Glm4MoeForCausalLM` that moe2gguf wrote; another one, such as GLM-4.5, is a problem."""
+    ours = GRAPHS["glm4moe"].keys
+    wanted = {
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": ours["expert_weights_norm"],
+        "routed_scaling_factor": ours["expert_weights_scale"],
+        "n_group": 1,
+        "partial_rotary_factor": 1.0,
+    }
+    if other := {key: config.values.get(key) for key, value in wanted.items() if config.values.get(key) != value}:
+        config.problems.append(
+            f"config.json: Glm4MoeForCausalLM is taken as moe2gguf writes it, and here {next(iter(other))} is "
+            f"{next(iter(other.values()))!r}; for GLM-4.5 and its kin use llama.cpp's own converter"
+        )
+    keys = COUNTS | {
+        "n_expert": "n_routed_experts",
+        "d_expert": "moe_intermediate_size",
+        "n_shared": "n_shared_experts",
+    }
+    return {name: config.integer(key) for name, key in keys.items()}
 
 
 def _refuse(config: Config) -> None:
@@ -157,7 +186,8 @@ def _refuse(config: Config) -> None:
     partial = values.get("partial_rotary_factor", 1.0)
     if partial not in (1, None):
         problems.append(f"config.json: partial_rotary_factor is {partial!r}; arch `llama` rotates whole heads")
-    if config.flag("use_qk_norm") or config.flag("qk_layernorm"):
+    is_glm = values.get("architectures") == ["Glm4MoeForCausalLM"]
+    if (config.flag("use_qk_norm") and not is_glm) or config.flag("qk_layernorm"):
         problems.append("config.json: q/k norms are on; llama.cpp's arch `llama` has no tensors for them")
 
 

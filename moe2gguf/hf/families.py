@@ -102,6 +102,24 @@ MIXTRAL_FUSED = MLP(
     }
 )
 
+_SHARED = _LAYER + "mlp.shared_experts."
+
+GLM4_PER_EXPERT = MLP(
+    {
+        "router": (_LAYER + "mlp.gate.weight", ("n_expert", "d_model")),
+        "bias": (_LAYER + "mlp.gate.e_score_correction_bias", ("n_expert",)),
+        "gate": (_LAYER + "mlp.experts.{e}.gate_proj.weight", ("d_expert", "d_model")),
+        "up": (_LAYER + "mlp.experts.{e}.up_proj.weight", ("d_expert", "d_model")),
+        "down": (_LAYER + "mlp.experts.{e}.down_proj.weight", ("d_model", "d_expert")),
+        "shared_gate": (_SHARED + "gate_proj.weight", ("d_shared", "d_model")),
+        "shared_up": (_SHARED + "up_proj.weight", ("d_shared", "d_model")),
+        "shared_down": (_SHARED + "down_proj.weight", ("d_model", "d_shared")),
+    }
+)
+
+FOLDER_FORMS = {"mixtral": MIXTRAL_PER_EXPERT, "glm4moe": GLM4_PER_EXPERT}
+"""The targets that transformers has a class for, and how that names the tensors of an MLP with experts."""
+
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
@@ -115,6 +133,12 @@ FAMILIES: dict[str, Family] = {
         Family("Qwen2ForCausalLM", (DENSE,), always=("bias_qkv",)),
         Family("Qwen3ForCausalLM", (DENSE,), always=("head_norms",), d_head=128),
         Family("MixtralForCausalLM", (MIXTRAL_PER_EXPERT, MIXTRAL_FUSED), rope_theta=1e6),
+        # only such as moe2gguf writes: see `moe2gguf.hf.config.read_shared`
+        Family(
+            "Glm4MoeForCausalLM",
+            (GLM4_PER_EXPERT,),
+            config_flags=(("bias_qkv", "attention_bias"), ("head_norms", "use_qk_norm")),
+        ),
     )
 }
 

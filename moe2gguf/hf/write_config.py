@@ -6,9 +6,11 @@ by vLLM.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from moe2gguf.spec import Model, Rope
+from moe2gguf.limits import GRAPHS
+from moe2gguf.spec import Model, Rope, Slicing
 
 GROUPED_ROW_BYTES = 16
 """transformers' default way to compute experts (`grouped_mm`) wants the rows of every matrix to be a multiple of this.
@@ -39,6 +41,31 @@ def describe_config(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": model.tied_embeddings,
         "vocab_size": model.n_vocab,
         "use_cache": True,
+    }
+
+
+def describe_glm4_config(model: Model, slicing: Slicing) -> dict[str, Any]:
+    """config.json of the dense `model`, sliced for the graph `glm4moe`, which `Glm4MoeForCausalLM` computes too.
+
+    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/configuration_glm4_moe.py
+    """
+    return {
+        **describe_config(replace(model, bias_qkv=False, head_norms=False)),
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "attention_bias": model.bias_qkv,
+        "use_qk_norm": model.head_norms,
+        "partial_rotary_factor": 1.0,
+        "moe_intermediate_size": slicing.d_expert,
+        "n_routed_experts": slicing.n_routed,
+        "n_shared_experts": slicing.in_shared,
+        "num_experts_per_tok": slicing.n_routed_used,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": GRAPHS["glm4moe"].keys["expert_weights_scale"],
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
     }
 
 

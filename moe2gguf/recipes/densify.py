@@ -28,6 +28,7 @@ from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
 from moe2gguf.hf.families import DENSE, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import DTYPES
+from moe2gguf.hf.write_config import describe_config
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import copy_tensor, make_config
 from moe2gguf.recipes.tensors_hf import expert_stacks
@@ -101,6 +102,8 @@ class MoeFolder:
         self._checkpoint, model = checkpoint, checkpoint.model
         if not model.n_expert:
             raise PlanError([f"{checkpoint.folder}: is dense already"])
+        if model.n_shared:
+            raise PlanError([f"{checkpoint.folder}: a folder with a shared expert; convert it, and densify the file"])
         self.path, self.metadata = checkpoint.folder, checkpoint.provenance
         self.n_expert, self.d_expert, self.d_model = model.n_expert, model.d_ff, model.d_model
         role = "gate" if "gate" in checkpoint.mlp.tensors else "gate_up"
@@ -142,7 +145,7 @@ class MoeFolder:
     def write(self, out: Path, tensors: Sequence[OutputTensor], d_ff: int, how: str, progress: Progress) -> None:
         """Write the dense model of d_ff neurons per layer."""
         dense = replace(self._checkpoint.model, d_ff=d_ff, n_expert=0, n_expert_used=0)
-        config = make_config(self._checkpoint, dense, {**self.metadata, FACTORS: how})
+        config = make_config(self._checkpoint, describe_config(dense), {**self.metadata, FACTORS: how})
         write_hf_folder(out, tensors, self.path, lambda: {"config.json": config}, progress=progress)
 
 

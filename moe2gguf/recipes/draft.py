@@ -12,7 +12,7 @@ from moe2gguf.gguf.dense_model import DenseFile, carried_metadata
 from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance, vocabulary_metadata
 from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION, Checkpoint
-from moe2gguf.limits import GRAPHS, find_dense_graph
+from moe2gguf.limits import GRAPHS, find_graph_of
 from moe2gguf.quant.assign import Assignment, assign
 from moe2gguf.quant.imatrix import ImportanceMatrix
 from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide, record_imatrix
@@ -92,7 +92,7 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
     if any(assigned.types[tensor.name] != tensor.type for tensor in stored):
         changes |= {"general.file_type": assigned.file_type, "general.quantization_version": int(GGML_QUANT_VERSION)}
     changes |= provenance(source.model, slicing, wanted.calibration) | record_imatrix(wanted.inputs.matrix, options)
-    graph = GRAPHS[slicing.target] if slicing else find_dense_graph(source.model)
+    graph = GRAPHS[slicing.target] if slicing else find_graph_of(source.model)
     metadata, kinds = carried_metadata(source, changes, graph.architecture)
     refusals = [*guidance.refusals(stored, assigned), *_refuse_experts_of(wanted.inputs.matrix, slicing)]
     if options.has_target:

@@ -124,6 +124,7 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
     sizes = ("n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings")
     checks = [
         (not ours.n_expert, f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"),
+        (ours.n_shared, f"{sliced.folder}: is for --target glm4moe, and only MixtralForCausalLM folders are trained"),
         (theirs.n_expert, f"{dense.folder}: has experts; the teacher is the dense model the student was cut from"),
         *(
             (a != b, f"{size} is {a} in the student, {b} in the teacher")

@@ -26,12 +26,13 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.gguf.writer import OutputTensor
-from moe2gguf.hf.families import DENSE, MIXTRAL_PER_EXPERT, MLPPlace, lay_out_tensors
+from moe2gguf.hf.families import DENSE, FOLDER_FORMS, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
 from moe2gguf.hf.paths import inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config
+from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config, describe_glm4_config
+from moe2gguf.limits import MIXTRAL
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
@@ -42,7 +43,7 @@ from moe2gguf.recipes.outputs import output_tensors
 from moe2gguf.recipes.plan import Plan, make_plan
 from moe2gguf.recipes.source import open_source
 from moe2gguf.recipes.tensors import ExpertSource
-from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, plan_sliced_mlp
+from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, ROLES, plan_sliced_mlp
 from moe2gguf.recipes.write_folder import MARK, check_folder_target, to_json, write_hf_folder
 from moe2gguf.spec import Metadata, MetadataValue, Model, Slicing
 
@@ -62,6 +63,14 @@ FRONT_MATTER = {
 
 LAYER_FIGURES = ("n_shared", "shared_rate", "energy_kept", "energy_oracle", "hit_rate", "refit_error")
 """Columns of a card's table of layers; see `moe2gguf.experts.layer.LayerReport`."""
+
+WEIGHTS_NOTE = {
+    "mixtral": "The weights are those of the dense model but for the down projections, which carry the experts' "
+    "amplification, and the routers. `moe2gguf convert` makes a GGUF file of this folder.",
+    "glm4moe": "The shared expert counts among them. With all experts the model is the dense one, up to a refit; "
+    "`num_experts_per_tok` in config.json, without the shared ones, may be any number. `moe2gguf convert` makes a GGUF "
+    "file of this folder.",
+}
 
 CHANGED_BY = {"router": ("router",), "gate": ("experts", "lora"), "up": ("experts", "lora")}
 CHANGED_BY |= {"gate_up": CHANGED_BY["gate"], "down": ("down", "experts", "lora")}
@@ -102,7 +111,7 @@ def write_folder(
     work = out.with_name(out.name + ".calibration")
     experts = find_experts(plan, inputs, work, progress, resume=resume)
     digest = SourceDigest()
-    tensors = mixtral_tensors(plan, source, plan.slicing, experts, digest)
+    tensors = folder_tensors(plan, source, plan.slicing, experts, digest)
     make_texts = functools.partial(_describe_sliced, plan, source, plan.slicing, digest, experts.reports)
     write_hf_folder(out, tensors, source.folder, make_texts, progress=progress)
     if plan.calibration and not plan.saved:
@@ -111,8 +120,9 @@ def write_folder(
 
 
 def folder_refusals(plan: Plan) -> list[str]:
-    """Every reason why the class `MixtralForCausalLM` cannot hold what `plan` describes."""
+    """Every reason why the target's class in transformers cannot hold what `plan` describes."""
     model, options, kind = plan.model, plan.options, plan.options.types.type
+    graph = options.graph
     what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
     is_folder = isinstance(plan.source, Checkpoint)
     is_float = kind.lower() in ("auto", "f32", "f16", "bf16")
@@ -131,9 +141,13 @@ def folder_refusals(plan: Plan) -> list[str]:
             "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out",
         ),
         (
-            model.bias_qkv or model.bias_output,
+            graph.hf_class is None,
+            f"--format hf: transformers has no class for --target {options.target}; choose --target glm4moe",
+        ),
+        (
+            graph is MIXTRAL and (model.bias_qkv or model.bias_output),
             f"--format hf: {model.architecture} has attention biases, and transformers' MixtralForCausalLM has none; "
-            "write a GGUF file instead, whose graph has them",
+            "choose --target glm4moe, or write a GGUF file instead, whose graphs have them",
         ),
         (
             not is_float,
@@ -154,7 +168,7 @@ def _find_short_rows(plan: Plan) -> list[str]:
     kind = types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.named(chosen)
     size = types.FLOATS[kind].itemsize
     step, slicing, d_model = GROUPED_ROW_BYTES // size, plan.slicing, plan.model.d_model
-    needs = f"transformers' MixtralForCausalLM computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
+    needs = f"transformers' {plan.options.graph.hf_class} computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
     if d_model % step:
         return [f"--format hf: rows of {d_model} numbers have {d_model * size} bytes, and {needs}; write a GGUF file"]
     if slicing and slicing.d_expert % step:
@@ -164,12 +178,12 @@ def _find_short_rows(plan: Plan) -> list[str]:
     return []
 
 
-def mixtral_tensors(
+def folder_tensors(
     plan: Plan, checkpoint: Checkpoint, slicing: Slicing, experts: ExpertSource, digest: SourceDigest
 ) -> tuple[OutputTensor, ...]:
-    """Every tensor of the folder, under its Mixtral name, experts one by one; sources are hashed as they are read."""
+    """Every tensor of the folder under its name there, experts one by one; sources are hashed as they are read."""
     chosen = plan.options.types.type
-    kind = None if chosen.lower() == "auto" else types.named(chosen)
+    kind, names = None if chosen.lower() == "auto" else types.named(chosen), FOLDER_FORMS[slicing.target].tensors
     tensors = []
     for place in lay_out_tensors(checkpoint.model):
         if not isinstance(place, MLPPlace):
@@ -178,11 +192,13 @@ def mixtral_tensors(
             continue
         i = place.i
         planned = plan_sliced_mlp(checkpoint, slicing, i)
-        router, *stacks = output_tensors(planned, checkpoint, experts, digest, Guidance())
-        name = MIXTRAL_PER_EXPERT.tensors["router"][0].format(i=i)
-        tensors.append(OutputTensor(name, router.shape, router.type, (), router.blocks))
-        for role, stack in zip(("gate", "up", "down"), stacks, strict=True):
-            tensors += _split_stack(stack, MIXTRAL_PER_EXPERT.tensors[role][0], i, kind)
+        for one in output_tensors(planned, checkpoint, experts, digest, Guidance()):
+            name = names[ROLES[one.name.split(".")[2]]][0]
+            if "{e}" in name:
+                tensors += _split_stack(one, name, i, kind)
+            else:
+                chosen_type = kind if kind is not None and one.sources else one.type
+                tensors.append(OutputTensor(name.format(i=i), one.shape, chosen_type, one.sources, one.blocks))
     return tuple(tensors)
 
 
@@ -228,33 +244,38 @@ def _describe_sliced(
     if reports:
         provenance[CALIBRATION_LOAD] = [share for report in reports for share in report.load]
     provenance[SOURCE_DIGEST] = digest.hexdigest(checkpoint.tensors)
-    n, k = slicing.n_expert, slicing.n_expert_used
-    sliced = replace(checkpoint.model, d_ff=slicing.d_expert, n_expert=n, n_expert_used=k)
     return {
-        "config.json": make_config(checkpoint, sliced, provenance),
+        "config.json": make_config(checkpoint, _describe_class(checkpoint.model, slicing), provenance),
         "README.md": sliced_card(plan.metadata, slicing, provenance, reports),
     }
 
 
-def make_config(checkpoint: Checkpoint, model: Model, provenance: Metadata) -> str:
-    """config.json of `model`, which was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
+def _describe_class(model: Model, slicing: Slicing) -> dict[str, Any]:
+    """config.json of `model`, sliced, in the words of the target's class."""
+    if slicing.in_shared:
+        return describe_glm4_config(model, slicing)
+    n, k = slicing.n_expert, slicing.n_expert_used
+    return describe_config(replace(model, d_ff=slicing.d_expert, n_expert=n, n_expert_used=k))
+
+
+def make_config(checkpoint: Checkpoint, described: Mapping[str, Any], provenance: Metadata) -> str:
+    """config.json of a model that was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
     source = read_json(inside(checkpoint.folder, "config.json"))
     kept = {key: source[key] for key in KEPT if source.get(key) is not None}
-    return to_json({**describe_config(model), **kept, MARK: dict(provenance)})
+    return to_json({**described, **kept, MARK: dict(provenance)})
 
 
 def sliced_card(metadata: Metadata, slicing: Slicing, provenance: Metadata, reports: Sequence[LayerReport]) -> str:
     """README.md: what the model is, how it was made, what calibration found. `metadata` has the `general.*` keys."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {key: value for key, source in FRONT_MATTER.items() if (value := metadata.get(f"general.{source}"))}
-    front["tags"] = ["moe2gguf", "mixtral", "moe"]
+    front["tags"] = ["moe2gguf", slicing.target, "moe"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += [
         f"# {metadata.get('general.name', 'A sliced model')}",
         "",
         f"Every MLP of the dense model is cut into {slicing.n_expert} experts, of which {slicing.n_expert_used} run "
-        "per token. The weights are those of the dense model but for the down projections, which carry the experts' "
-        "amplification, and the routers. `moe2gguf convert` makes a GGUF file of this folder.",
+        f"per token. {WEIGHTS_NOTE[slicing.target]}",
         "",
         *_provenance_table("how it was made", "moe2gguf.", provenance),
     ]

@@ -62,7 +62,7 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     """
     saved: SavedCalibration | None = None
     refusals: list[str] = []
-    if source.model.head_norms and not (options.target or options.dense):
+    if source.model.head_norms and options.slices(source.model) and not options.target:
         options = replace(options, target="glm4moe")  # `mixtral` has no norms of heads
     if options.calibration.load_from:
         saved = read_calibration(options.calibration.load_from)

@@ -249,7 +249,8 @@ def _refuse_saved(model: Model, saved: SavedCalibration | None) -> list[str]:
 
 
 def _check_counts(model: Model, options: Options) -> Refusals:
-    n, used, has_experts = model.n_expert or options.n_expert, options.used, model.n_expert > 0
+    has_experts, used = model.n_expert > 0, options.used
+    n = model.n_expert + model.n_shared if has_experts else options.n_expert
     return [
         (
             has_experts and options.experts not in (None, n),

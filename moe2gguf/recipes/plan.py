@@ -12,7 +12,7 @@ from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.hf.folder import Checkpoint
-from moe2gguf.limits import GRAPHS, MIXTRAL, Size, check_expert_counts, expert_count_warnings
+from moe2gguf.limits import GRAPHS, Size, check_expert_counts, expert_count_warnings, find_graph_of
 from moe2gguf.quant.rules import Rule
 from moe2gguf.recipes.draft import Wanted, draft_file
 from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
@@ -58,12 +58,12 @@ class Plan(FilePlan):
     @property
     def n_expert(self) -> int:
         """Experts per layer in the file; 0 for a dense file."""
-        return self.slicing.n_expert if self.slicing else self.model.n_expert
+        return self.slicing.n_expert if self.slicing else self.model.n_expert + self.model.n_shared
 
     @property
     def n_expert_used(self) -> int:
         """Experts that run per token unless the user says otherwise; 0 for a dense file."""
-        return self.slicing.n_expert_used if self.slicing else self.model.n_expert_used
+        return self.slicing.n_expert_used if self.slicing else self.model.n_expert_used + self.model.n_shared
 
     @property
     def expert_bytes(self) -> int:
@@ -81,7 +81,7 @@ class Plan(FilePlan):
     @property
     def in_shared(self) -> int:
         """Experts that are the graph's own shared expert, and so always run."""
-        return self.slicing.in_shared if self.slicing else 0
+        return self.slicing.in_shared if self.slicing else self.model.n_shared
 
     def active_bytes(self, n_expert_used: int) -> int:
         """Bytes of weights read per generated token when `n_expert_used` experts run (ignored for a dense file)."""
@@ -143,7 +143,8 @@ def _set_used(source: Source, options: Options) -> Source:
     """A checkpoint that has experts already, with the user's count of those that run."""
     if not (isinstance(source, Checkpoint) and source.model.n_expert and options.used):
         return source
-    return dataclasses.replace(source, model=dataclasses.replace(source.model, n_expert_used=options.used))
+    n_used = options.used - source.model.n_shared
+    return dataclasses.replace(source, model=dataclasses.replace(source.model, n_expert_used=n_used))
 
 
 def _slice(model: Model, options: Options) -> Slicing:
@@ -210,10 +211,16 @@ def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
 
 def _check_counts(model: Model, slicing: Slicing | None, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """What llama.cpp's limits on experts forbid, and which of its settings cannot run the file."""
-    n_expert, n_expert_used = (slicing or model).n_expert, (slicing or model).n_expert_used
-    if not n_expert:
+    if not (slicing or model).n_expert:
         return [], []
-    graph, in_shared = (GRAPHS[slicing.target], slicing.in_shared) if slicing else (MIXTRAL, 0)
+    graph, in_shared = (
+        (GRAPHS[slicing.target], slicing.in_shared) if slicing else (find_graph_of(model), model.n_shared)
+    )
+    # A checkpoint's own counts are those of its router.
+    n_expert, n_expert_used = (
+        count + (0 if slicing else in_shared)
+        for count in ((slicing or model).n_expert, (slicing or model).n_expert_used)
+    )
     size = Size.of(names, model.n_layer, graph)
     refusals = check_expert_counts(n_expert, n_expert_used, size, in_shared)
     return refusals, expert_count_warnings(n_expert_used, size, in_shared)

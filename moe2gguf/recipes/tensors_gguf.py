@@ -21,7 +21,7 @@ from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.hf.safetensors import SourceDigest
-from moe2gguf.limits import GRAPHS, Graph, find_dense_graph
+from moe2gguf.limits import GRAPHS, Graph, find_graph_of
 from moe2gguf.recipes.tensors import (
     Copy,
     ExpertColumns,
@@ -48,7 +48,7 @@ _MLP = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight")
 def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
     """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the dense MLPs."""
     tensors = list[PlannedTensor]()
-    graph = GRAPHS[slicing.target] if slicing else find_dense_graph(dense.model)
+    graph = GRAPHS[slicing.target] if slicing else find_graph_of(dense.model)
     routed = set()
     for name, source in dense.tensors.items():
         kind, part = source.info.type, _MLP.fullmatch(name)

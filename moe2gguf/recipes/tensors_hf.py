@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from moe2gguf.experts import slicing as cut
 from moe2gguf.gguf.metadata import rope_frequencies
-from moe2gguf.hf.families import DENSE, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
+from moe2gguf.hf.families import DENSE, GLM4_PER_EXPERT, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.limits import GRAPHS, find_dense_graph
+from moe2gguf.limits import GRAPHS, find_graph_of
 from moe2gguf.quant.assign import find_stored_type
 from moe2gguf.recipes.tensors import (
     Copy,
@@ -37,6 +37,14 @@ from moe2gguf.spec import Slicing
 
 Array = NDArray[np.generic]
 
+ROLES = {
+    "ffn_gate_inp": "router",
+    "exp_probs_b": "bias",
+    **{f"ffn_{role}_exps": role for role in ("gate", "up", "down")},
+    **{f"ffn_{role}_shexp": f"shared_{role}" for role in ("gate", "up", "down")},
+}
+"""What a tensor of an MLP is called in a GGUF file -> its role in a folder."""
+
 BLOCK_BYTES = 1 << 20
 """Row-wise tensors (the embedding, the output matrix) pass through memory in pieces of this size, which stay in the
 cache while they are hashed, checked and written."""
@@ -45,7 +53,7 @@ cache while they are hashed, checked and written."""
 def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
     """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the checkpoint's MLPs."""
     model, tensors = checkpoint.model, list[PlannedTensor]()
-    graph = GRAPHS[slicing.target] if slicing else find_dense_graph(model)
+    graph = GRAPHS[slicing.target] if slicing else find_graph_of(model)
     if model.rope.kind == "llama3":
         tensors.append(PlannedTensor("rope_freqs.weight", (model.d_head // 2,), GGMLType.F32, RopeDivisors()))
     for place in lay_out_tensors(model):
@@ -62,6 +70,8 @@ def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[Plann
 
 def _plan_mlp(checkpoint: Checkpoint, slicing: Slicing | None, i: int) -> list[PlannedTensor]:
     """The MLP of layer `i`: experts that are there already, the dense one, or one that is cut."""
+    if checkpoint.mlp is GLM4_PER_EXPERT:
+        return _plan_shared_and_routed(checkpoint, i)
     if checkpoint.mlp is not DENSE:
         return _plan_existing_experts(checkpoint, i)
     if slicing is not None:
@@ -99,6 +109,18 @@ def _plan_existing_experts(checkpoint: Checkpoint, i: int) -> list[PlannedTensor
             for role, source, made in parts
         ),
     ]
+
+
+def _plan_shared_and_routed(checkpoint: Checkpoint, i: int) -> list[PlannedTensor]:
+    """The router, the routed experts and the shared one of a folder for the graph `glm4moe`."""
+    tensors = []
+    for part, role in ROLES.items():
+        sources = _find_sources(checkpoint, role, i)
+        stacked = "{e}" in checkpoint.mlp.tensors[role][0]
+        shape = (len(sources), *sources[0].shape) if stacked else sources[0].shape
+        name = f"blk.{i}.{part}.{'bias' if role == 'bias' else 'weight'}"
+        tensors.append(_plan(name, shape, Stack() if stacked else Copy(), sources))
+    return tensors
 
 
 def _plan(name: str, shape: tuple[int, ...], made: Operation, sources: Sequence[StoredTensor]) -> PlannedTensor:

@@ -23,6 +23,7 @@ from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.verify import verify
 from moe2gguf.measure.expert_usage import measure_expert_usage
 from moe2gguf.recipes.densify import densify
+from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
 TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
@@ -114,6 +115,25 @@ def test_a_gguf_file_gives_the_same_model(family: str, target: str, tmp_path: Pa
     options = flat_options(N, target=target, n_shared=SHARED, preset="exact")
     files = [convert(one, tmp_path / f"{one.stem}-moe.gguf", options).path for one in (dense, source)]
     first, second = ({t.name: t.data for t in gguf.GGUFReader(file).tensors} for file in files)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_folder_form_computes_the_same(family: str, tmp_path: Path) -> None:
+    """transformers' own class gives the logits of the GGUF file, at every count, routers and biases included."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    file = calibrated("glm4moe", source, tmp_path / "moe.gguf")
+    text = tmp_path / "moe.txt"
+    options = flat_options(N, target="glm4moe", n_shared=SHARED, text=text, n_token=1024)
+    folder = write_folder(source, tmp_path / "glm", options).path
+    counts = [SHARED + 1, SHARED + 2, N]
+    for k, ours in zip(counts, llama_logits_at(file, TOKENS, counts), strict=True):
+        checkpoints.rewrite_config(folder, num_experts_per_tok=k - SHARED)
+        assert np.abs(ours - checkpoints.torch_logits(folder, TOKENS)).max() < 2e-4, k
+
+    again = convert(folder, tmp_path / "again.gguf").path
+    first, second = ({t.name: t.data for t in gguf.GGUFReader(one).tensors} for one in (file, again))
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
