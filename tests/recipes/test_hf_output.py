@@ -21,7 +21,7 @@ from moe2gguf.recipes import write_folder as shards
 from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 40)]
-HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen2", "llama-bias"))]
+HOLDABLE = [name for name in checkpoints.FAMILIES if not name.startswith(("qwen", "llama-bias"))]
 CALIBRATED = flat_options(experts=4, used=2, n_token=1024, refit=True, amplify="any")
 
 
