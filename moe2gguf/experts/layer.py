@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 from moe2gguf.experts.slicing import Order, contiguous_order, plain_scale, zero_router
 from moe2gguf.spec import Slicing
 
-_OLDER_NAMES = {"always_on": "n_shared", "always_on_rate": "shared_rate"}
-"""Figures that an older version called otherwise."""
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -63,8 +60,7 @@ class LayerReport:
         """
         if not isinstance(values, Mapping):
             raise TypeError("a layer's report is not an object")
-        named = {_OLDER_NAMES.get(name, name): value for name, value in values.items()}
-        known = {field.name: named[field.name] for field in fields(cls) if field.name in named}
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         for name, value in known.items():
             figures = value if isinstance(value, list) else [value]
             if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):

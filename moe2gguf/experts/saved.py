@@ -28,12 +28,6 @@ from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Method, Slicing
 
 FORMAT = "1"
-DELETED = "bias_neuron", "search"
-"""Options of an older version; a calibration made without them is like one of today."""
-
-RENAMED = {"always_on": "n_shared"}
-"""Fields that an older version called otherwise."""
-
 _DTYPES: dict[type[np.generic], str] = {np.int64: "I64", np.float32: "F32"}
 _KINDS = {"str": (str,), "int": (int,), "int | None": (int, type(None)), "bool": (bool,)}
 
@@ -70,13 +64,12 @@ class CalibrationRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CalibrationRecord:
-        """Make the record of the JSON in a file, of an older version too.
+        """Make the record of the JSON in a file.
 
         Raises:
             AttributeError, TypeError, ValueError: a field is missing or unknown, of another type, or out of range.
         """
-        named = {RENAMED.get(name, name): value for name, value in values.items()}
-        record = cls(**{name: value for name, value in named.items() if name not in DELETED or value is not False})
+        record = cls(**values)
         for field in fields(cls):
             if type(getattr(record, field.name)) not in _KINDS[str(field.type)]:
                 raise ValueError(f"{field.name} is of another type")

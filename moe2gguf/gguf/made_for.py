@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moe2gguf.gguf.metadata import BIAS_NEURON
 from moe2gguf.spec import MetadataValue
 
 USED = "llama.expert_used_count"
@@ -44,6 +43,4 @@ def read_made_for(metadata: Mapping[str, MetadataValue]) -> MadeFor | None:
         return MadeFor(count, f"the experts are amplified for {count} of them", others)
     if metadata.get("moe2gguf.slicing.refit") is True:
         return MadeFor(count, f"the experts are refitted for {count} of them", others)
-    if metadata.get(BIAS_NEURON) is True:
-        return MadeFor(count, f"bias neurons stand for what does not run at {count} experts", others)
     return None

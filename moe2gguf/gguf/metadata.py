@@ -25,9 +25,6 @@ CALIBRATION_LOAD = "moe2gguf.calibration.load"
 """Share of the calibration's tokens that ran each expert, (n_layer * n_expert,) layer after layer; zeros stand there
 until the experts are made."""
 
-BIAS_NEURON = "moe2gguf.slicing.bias_neuron"
-"""True where one neuron of every layer became a bias for the experts that do not run."""
-
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
     """The keys llama.cpp needs to run `model`, sliced or (slicing None) as it is."""

@@ -20,7 +20,6 @@ from moe2gguf.gguf.dense_model import replace_prefix
 from moe2gguf.gguf.expected import check_architecture
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.metadata import BIAS_NEURON
 from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
@@ -232,18 +231,18 @@ def known_factor(model: MoeFolder | MoeFile) -> tuple[str, float]:
     """(how it is known, the weight that the router gives every expert).
 
     Raises:
-        PlanError: the weight depends on the input, or a bias stands for a neuron: no dense model computes the same.
+        PlanError: the weight depends on the input: no dense model computes the same.
     """
     metadata, amplification = model.metadata, model.metadata.get("moe2gguf.slicing.amplification")
-    exact = metadata.get(BIAS_NEURON) is not True and not any(key.startswith("moe2gguf.heal.") for key in metadata)
-    if exact and isinstance(amplification, float | int) and amplification > 0:
+    is_healed = any(key.startswith("moe2gguf.heal.") for key in metadata)
+    if not is_healed and isinstance(amplification, float | int) and amplification > 0:
         return "known", 1 / amplification
-    if metadata.get(BIAS_NEURON) is not True and model.routers_are_zero():
+    if model.routers_are_zero():
         return "even", model.weight_of_expert
     raise PlanError(
         [
-            f"{model.path}: its experts do not add up to one MLP (healed, --amplify any or fitted, a bias neuron, or "
-            "made by another program), so no dense model computes the same; use the dense model it was made from"
+            f"{model.path}: its experts do not add up to one MLP (healed, --amplify any or fitted, or made by "
+            "another program), so no dense model computes the same; use the dense model it was made from"
         ]
     )
 

@@ -72,7 +72,7 @@ def sliced() -> g.LlamaFile:
         model.set(f"moe2gguf.slicing.{key}", "u32", count)
     model.set("moe2gguf.slicing.amplification", "f32", 2.0).set("moe2gguf.slicing.group", "str", "contiguous")
     model.set("moe2gguf.slicing.amplify", "str", "exact").set("moe2gguf.slicing.refit", "bool", 0)
-    model.set("moe2gguf.slicing.bias_neuron", "bool", 0).set_array("moe2gguf.calibration.load", "f32", [1.0, 1.0])
+    model.set_array("moe2gguf.calibration.load", "f32", [1.0, 1.0])
     return model
 
 

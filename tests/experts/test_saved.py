@@ -212,11 +212,10 @@ def _swap(header: Any) -> None:
         _job(d_ff=-1),
         _job(refit="yes"),
         _job(surplus=1),
-        _job(bias_neuron=True),
         _job(n_shared=99),
         _metadata(job="[" * 100000),
         _metadata(reports="[]"),
-        _metadata(reports='[{"always_on": 1}, {}, {}]'),
+        _metadata(reports='[{"n_shared": 1}, {}, {}]'),
         _metadata(format="2"),
         _swap,
         lambda header: header.pop("1.order"),
@@ -231,26 +230,6 @@ def test_damaged_and_hostile_files(folder: Any, kept: Any, tmp_path: Path, chang
         convert(folder, tmp_path / "y.gguf", flat_options(load_from=bad))
 
     assert ["bad"] == [path.name for path in tmp_path.iterdir()]
-
-
-def _older(header: Any) -> None:
-    """The names of an older version, and two options that are gone."""
-    metadata = header["__metadata__"]
-    record, reports = json.loads(metadata["job"]), json.loads(metadata["reports"])
-    record |= {"always_on": record.pop("n_shared"), "bias_neuron": False, "search": False}
-    for report in reports:
-        report |= {"always_on": float(report.pop("n_shared")), "always_on_rate": report.pop("shared_rate")}
-    metadata |= {"job": json.dumps(record), "reports": json.dumps(reports)}
-
-
-def test_a_file_of_an_older_version(folder: Any, kept: Any, tmp_path: Path) -> None:
-    """Where the options that are gone were off, the experts and the report are the same."""
-    old = changed(kept[1], tmp_path / "old", _older)
-
-    done = convert(folder, tmp_path / "y.gguf", flat_options(load_from=old))
-
-    assert kept[0].read_bytes() == (tmp_path / "y.gguf").read_bytes()
-    assert done.layers == convert(folder, tmp_path / "z.gguf", flat_options(load_from=kept[1])).layers
 
 
 def test_orders_that_are_no_permutation(folder: Any, kept: Any, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ USED: dict[str, MetadataValue] = {"llama.expert_used_count": 8}
     [
         ("moe2gguf.slicing.amplify", "used", "amplified for 8 of them"),
         ("moe2gguf.slicing.refit", True, "refitted for 8 of them"),
-        ("moe2gguf.slicing.bias_neuron", True, "stand for what does not run at 8 experts"),
     ],
 )
 def test_another_count_is_named_once_with_the_reason(key: str, value: MetadataValue, words: str) -> None:

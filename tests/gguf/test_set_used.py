@@ -13,7 +13,6 @@ from llama_logits import llama_logits, llama_logits_at
 from moe2gguf import convert, verify
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.set_used import set_used
-from moe2gguf.recipes import draft
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
 
@@ -59,23 +58,6 @@ def test_files_made_for_one_count_are_refused_with_the_reason(folder: Any, tmp_p
     with pytest.raises(GGUFError, match=r"amplified for 4 of them.*--used 6"):
         set_used(path, 6)
     set_used(path, 4)
-
-
-def test_a_bias_neuron_of_an_older_version_belongs_to_its_count(
-    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`any` alone serves every count; a bias for what 4 of 8 leave out does not, and verify still reads such a file."""
-    options = flat_options(experts=8, used=4, amplify="any", refit=False, n_token=2048)
-    set_used(convert(folder, tmp_path / "x.gguf", options).path, 6)
-    provenance = draft.provenance  # type: ignore[attr-defined]
-    monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
-    path = convert(folder, tmp_path / "y.gguf", options).path
-
-    assert () == verify(path).problems
-    with pytest.raises(
-        GGUFError, match=r"does not run at 4 experts, .*Convert again: `moe2gguf convert MODEL OUT --used 6`"
-    ):
-        set_used(path, 6)
 
 
 def test_a_dense_file_has_no_count(folder: Any, tmp_path: Path) -> None:

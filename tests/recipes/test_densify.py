@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from moe2gguf import TypeOptions, convert, quantize
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, PlanError
-from moe2gguf.recipes import draft
 from moe2gguf.recipes.densify import densify, join_experts
 from moe2gguf.recipes.hf_output import write_folder
 
@@ -152,18 +151,6 @@ def test_experts_weighed_by_the_input_are_refused(dense: Any, tmp_path: Path) ->
         with pytest.raises(PlanError, match=r"do not add up to one MLP .*; use the dense model it was made from"):
             densify(model, tmp_path / "back")
     assert ["sliced", "sliced.gguf"] == sorted(path.name for path in tmp_path.iterdir())
-
-
-def test_a_bias_neuron_of_an_older_version_is_refused(
-    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All experts together are not the dense model then; nothing in the metadata but this key tells."""
-    provenance = draft.provenance  # type: ignore[attr-defined]
-    monkeypatch.setattr(draft, "provenance", lambda *a: provenance(*a) | {"moe2gguf.slicing.bias_neuron": True})
-    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=4))
-
-    with pytest.raises(PlanError, match="a bias neuron"):
-        densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
 
 
 def test_even_experts_of_another_program_fold_back(dense: Any, tmp_path: Path) -> None:
