@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import CalibrationError, name_odd_file
 
 MAX_TEXT_BYTES = 1 << 30
+_PIECE = 1 << 16
 _BYTES_PER_TOKEN = 32
 _SPARE_TOKENS = 4096
 EMBEDDED = "moe2gguf texts 1"
@@ -69,7 +72,8 @@ def _read_bytes(path: Path, n_byte: int | None) -> tuple[bytes, bool]:
         if what := name_odd_file(path, pipes=True):
             raise CalibrationError(f"{path}: {what}")
         with path.open("rb") as file:
-            data = file.read((MAX_TEXT_BYTES if n_byte is None else n_byte) + 1)
+            pieces = iter(functools.partial(file.read, _PIECE), b"")  # as much memory as the text needs
+            data = b"".join(itertools.islice(pieces, (MAX_TEXT_BYTES if n_byte is None else n_byte) // _PIECE + 1))
     except OSError as error:
         raise CalibrationError(f"{path}: not readable as text ({error.strerror})") from error
     if n_byte is None and len(data) > MAX_TEXT_BYTES:

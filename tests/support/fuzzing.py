@@ -34,13 +34,23 @@ from hypothesis import strategies as st
 
 from moe2gguf import TypeOptions, inspect, plan_conversion, verify
 from moe2gguf.errors import ImportanceError, Moe2GgufError
+from moe2gguf.experts.layer import LayerExperts, LayerReport
+from moe2gguf.experts.saved import CalibrationRecord, read_calibration, save_calibration
+from moe2gguf.experts.text import read_text
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.types import named
+from moe2gguf.measure.expert_usage import read_calibration_load
+from moe2gguf.measure.grid import plan_grid
 from moe2gguf.quant.assign import Assignment
 from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
 from moe2gguf.quant.imatrix_match import find_neurons, guide
+from moe2gguf.quant.rules import read_type_rules
+from moe2gguf.recipes.densify import densify
 from moe2gguf.recipes.quantize import plan_quantization
+from moe2gguf.spec import Slicing
 
 ROOM = 512 << 20
 PATIENCE = 10.0
@@ -205,7 +215,7 @@ def mutated(files: Files, names: list[str], draw: Draw) -> Files:
     """The files with one or two of `names` edited; JSON as text or as values, a safetensors header too."""
     out = dict(files)
     for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
-        if name.endswith(".json") and draw(st.booleans()):
+        if name == "keys.json" or (name.endswith(".json") and draw(st.booleans())):
             out[name] = edited_json(out[name], draw)
         elif name.endswith(".safetensors") and draw(st.booleans()):
             size = struct.unpack("<Q", out[name][:8])[0]
@@ -236,6 +246,84 @@ def plan_and_show(path: Path) -> None:
 def merge_and_check(matrices: Sequence[ImportanceMatrix]) -> None:
     """One matrix of several."""
     require_sound_sums(merge(matrices))
+
+
+def sliced_keys() -> Files:
+    """A sliced model as its keys, [kind, value] each, in a file that is edited as values."""
+    counts = {"llama.block_count": 1, "llama.context_length": 64, "llama.embedding_length": 32}
+    counts |= {"llama.feed_forward_length": 32, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    counts |= {"llama.attention.key_length": 8, "llama.attention.value_length": 8, "llama.rope.dimension_count": 8}
+    counts |= {"llama.expert_count": 2, "llama.expert_used_count": 2, "llama.vocab_size": 10, "general.file_type": 1}
+    made = {"expert_count": 2, "expert_used_count": 2, "dense_feed_forward_length": 64, "align": 1}
+    counts |= {f"moe2gguf.slicing.{name}": count for name, count in made.items()}
+    keys: dict[str, list[Any]] = {name: ["u32", count] for name, count in counts.items()}
+    texts = {"general.architecture": "llama", "moe2gguf.slicing.group": "contiguous"}
+    texts |= {"moe2gguf.slicing.amplify": "exact", "tokenizer.ggml.model": "gpt2"}
+    keys |= {name: ["str", text] for name, text in texts.items()}
+    keys["llama.attention.layer_norm_rms_epsilon"] = ["f32", 1e-5]
+    keys["moe2gguf.slicing.amplification"] = ["f32", 2.0]
+    keys["moe2gguf.calibration.load"] = ["f32", [1.0, 1.0]]
+    keys["tokenizer.ggml.tokens"] = ["str", [f"t{i}" for i in range(10)]]
+    return {"keys.json": json.dumps(keys).encode()}
+
+
+def read_keys(folder: Path) -> None:
+    """Everything that computes with the keys of a file with experts; keys that no file can hold are left out."""
+    keys = []
+    for name, pair in json.loads((folder / "keys.json").read_text()).items():
+        with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error):
+            kind, value = pair
+            keys.append(g.array(name, kind, value) if isinstance(value, list) else g.key(name, kind, value))
+    path, out = folder / "model.gguf", folder / "dense.gguf"
+    path.write_bytes(g.gguf(keys, [*g.LlamaFile(n_expert=2, n_layer=1, d_model=32, d_ff=32).tensors.values()]))
+    read_gguf_file(folder)
+    allowed(lambda: densify(path, out, force=True))
+    allowed(lambda: measure(path))
+    allowed(lambda: set_used(path, 1))
+
+
+def measure(path: Path) -> None:
+    """What `compare` and `expert-usage` read of a file."""
+    for one in plan_grid([path]):
+        if not one.refusal:
+            read_calibration_load(file := read_model(path), read_counts(file), one.n_expert_used)
+
+
+def calibration(folder: Path) -> Files:
+    """A saved calibration of two layers, and the texts that commands read beside a model."""
+    record = CalibrationRecord("0" * 64, "0" * 64, "text", 64, 2, 8, 12, 4, 2, "routed", 1, "zero", True, "used", 0)
+    report = LayerReport(1, [1.0, 0.5, 0.25, 0.25], 1.0, [0.25, 0.5, 0.75, 1.0], 0.9)
+    layer = LayerExperts(
+        order=np.arange(12).reshape(4, 3),
+        scale=np.full(4, 2, np.float32),
+        router=np.zeros((4, 8), np.float32),
+        down=np.zeros((8, 12), np.float32),
+        report=report,
+    )
+    save_calibration(folder / "kept.safetensors", record, lambda _: layer)
+    rules = {"rules": [{"pattern": "blk.*", "type": "q8_0"}]}
+    files = {path.name: path.read_bytes() for path in folder.glob("kept.*")}
+    files |= {"text.jsonl": b'{"text": "one"}\n{"text": "two"}\n', "text.txt": "weiß\n".encode()}
+    return files | {"rules.json": json.dumps(rules).encode(), "rules.toml": b'[[rules]]\npattern="x"\ntype="q8_0"\n'}
+
+
+def read_beside(folder: Path) -> None:
+    """A saved calibration with all its layers, and the texts, whole and in part."""
+    allowed(lambda: read_whole_calibration(folder / "kept.safetensors"))
+    for name in ("text.jsonl", "text.txt"):
+        allowed(lambda name=name: read_text(folder / name))  # type: ignore[misc]
+        allowed(lambda name=name: read_text(folder / name, 8))  # type: ignore[misc]
+    for name in ("rules.json", "rules.toml"):
+        allowed(lambda name=name: read_type_rules(folder / name))  # type: ignore[misc]
+
+
+def read_whole_calibration(path: Path) -> None:
+    """Every layer, for experts as wide as they are."""
+    saved = read_calibration(path)
+    record = saved.record
+    slicing = Slicing(record.n_expert, record.n_expert_used, -(-record.d_ff // record.n_expert))
+    for i in range(record.n_layer):
+        saved.layer(i, slicing)
 
 
 def read_shard_set(folder: Path) -> None:
@@ -313,6 +401,8 @@ def targets(scratch: Path) -> dict[str, Callable[[], Target]]:
     return {
         "gguf": lambda: ({"model.gguf": gguf_model()}, ["model.gguf"], read_gguf_file),
         "shards": lambda: (gguf_shards(), list(gguf_shards()), read_shard_set),
+        "keys": lambda: (sliced_keys(), ["keys.json"], read_keys),
+        "calibration": lambda: (files := calibration(scratch), list(files), read_beside),
         "imatrix": lambda: (files := matrices(scratch), list(files), read_matrices),
         "weights": lambda: folder(bpe, r".*\.safetensors|.*index\.json|config\.json|README\.md"),
         "tokenizer": lambda: folder(bpe, r"token.*|special.*|added.*|generation.*|chat.*"),
@@ -340,7 +430,7 @@ def guard(folder: Path) -> None:
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes) and arguments[0]:
             path = os.path.abspath(os.fsdecode(arguments[0]))
-            if not path.startswith(inside):
+            if not f"{path}{os.sep}".startswith(inside):
                 raise AssertionError(f"opened {path!r}, which is outside the model's folder")
 
     sys.addaudithook(watch)
