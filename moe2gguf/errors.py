@@ -35,7 +35,7 @@ class PlanError(Moe2GgufError):
     """
 
     def __init__(self, refusals: Sequence[str], way: str = "") -> None:
-        self.refusals = tuple(refusals)
+        self.refusals = tuple(dict.fromkeys(refusals))  # two readers may find the same
         head = "1 problem" if len(self.refusals) == 1 else f"{len(self.refusals)} problems"
         super().__init__(
             "\n".join([f"cannot go on, {head}:", *(f"  - {line}" for line in self.refusals), *([way] if way else [])])

@@ -29,6 +29,8 @@ def check_outputs(
     Raises:
         OutputError: naming the output; links and hard links to an input count as the input.
     """
+    for name, out in outputs.items():
+        _require_name(name, out)
     read = {identity: file for path in inputs for file in _files(path) for identity in _identities(file)}
     for name, out in outputs.items():
         if found := _find_input(out, read):
@@ -42,6 +44,17 @@ def check_outputs(
     for (name, out), (other_name, other) in combinations(outputs.items(), 2):
         if {*_identities(out)} & {*_identities(other)}:
             raise OutputError(f"{name} and {other_name}: are the same file; choose two names")
+
+
+def _require_name(name: str, out: Path) -> None:
+    """Raise OutputError where no file can have the name, or that of an unfinished one."""
+    if not out.name:
+        raise OutputError(f"{name}: is a folder; choose another name")
+    try:
+        for ending in _UNFINISHED:
+            out.with_name(out.name + ending).exists()
+    except OSError as error:
+        raise OutputError(f"{name}: cannot be written ({error.strerror}); choose another name") from error
 
 
 def _find_input(out: Path, read: Mapping[object, Path]) -> Path | None:

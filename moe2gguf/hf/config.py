@@ -31,6 +31,7 @@ class Config:
         self.values = values
         self.problems = problems
         self.where = where
+        self.has_counts = True  # until one is missing or wrong
 
     def has(self, key: str) -> bool:
         """Return whether `key` is present and not null."""
@@ -43,6 +44,7 @@ class Config:
             return default
         most = _MOST.get(key, _LARGEST)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            self.has_counts = False
             return int(self._wrong(key, f"an integer from 1 to {most:,}", 1))
         return value
 
@@ -81,7 +83,18 @@ def read_family(values: Mapping[str, Any], problems: list[str]) -> Family | None
         reason = REFUSED.get(name, "moe2gguf does not know it")
         problems.append(f"config.json: {name} is not supported: {reason}. Supported: {', '.join(FAMILIES)}")
         return None
+    kind = str(values.get("model_type")).replace("_", "")
+    if kind != _name_type(name) and kind in {_name_type(other) for other in (*FAMILIES, *REFUSED)}:
+        problems.append(
+            f"config.json: architectures is {name}, but model_type, which counts in transformers, is "
+            f"{values['model_type']!r}; change the wrong one"
+        )
     return FAMILIES[name]
+
+
+def _name_type(architecture: str) -> str:
+    """Return the `model_type` of an architecture without underscores: that of Qwen2ForCausalLM is qwen2."""
+    return architecture.removesuffix("ForCausalLM").lower()
 
 
 _PROVENANCE = re.compile(r"moe2gguf(\.[a-z0-9_]{1,40}){1,4}")
@@ -106,8 +119,11 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def read_model(values: Mapping[str, Any], family: Family, problems: list[str], warnings: list[str]) -> Model:
-    """Hyper-parameters of `family` from config.json. Appends every refusal to `problems`, every note to `warnings`."""
+def read_model(values: Mapping[str, Any], family: Family, problems: list[str], warnings: list[str]) -> Model | None:
+    """Hyper-parameters of `family` from config.json. Appends every refusal to `problems`, every note to `warnings`.
+
+    None where a size is missing or wrong: whatever was compared with the model would be another problem of that.
+    """
     values = dict(values)
     config = Config(values, problems)
     _refuse(config)
@@ -134,7 +150,7 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
     flags = {field: config.flag(key) for field, key in family.config_flags} | dict.fromkeys(family.always, True)
     n_context = config.integer("max_position_embeddings")
     _warn(config, n_context, warnings)
-    return Model(
+    model = Model(
         architecture=family.architecture,
         n_layer=config.integer("num_hidden_layers"),
         d_model=d_model,
@@ -150,6 +166,7 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         **counts,
         **flags,
     )
+    return model if config.has_counts else None
 
 
 def read_shared(config: Config) -> dict[str, int]:

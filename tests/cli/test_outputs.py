@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from moe2gguf.cli import cli
 from moe2gguf.cli.command import ContinuedOutput, Input, Output
+from moe2gguf.errors import OutputError
 
 REQUIRED = {"--used-range": "2..4", "--prompt": "x", "type": "q8_0", "count": "2"}
 """What commands need besides files."""
@@ -98,6 +99,16 @@ def test_an_existing_file_is_replaced_only_with_force(command: str, output: str,
     assert refused != isinstance(parameter.type, ContinuedOutput)
     assert "old" == (tmp_path / "old.svg").read_text()
     assert done.exit_code
+
+
+@pytest.mark.parametrize("name", [".", "", "/", "x" * 250 + ".gguf", "x" * 300])
+@pytest.mark.parametrize(("command", "output"), sorted({(command, output) for command, output, _ in pairs()}))
+def test_a_name_that_no_file_can_have_is_refused(command: str, output: str, name: str, tmp_path: Path) -> None:
+    """The folder itself, and names that are too long, with `.partial` at the latest."""
+    done = run(arguments(command, {output: Path(name)}, tmp_path))
+
+    assert isinstance(done.exception, OutputError)
+    assert "choose another name" in str(done.exception)
 
 
 def test_two_outputs_are_two_files(tmp_path: Path) -> None:

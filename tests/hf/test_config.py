@@ -50,6 +50,18 @@ def test_a_sound_config_has_no_problems() -> None:
     assert (False, False, False) == (model.tied_embeddings, model.bias_qkv, model.bias_output)
 
 
+@pytest.mark.parametrize("kind", [None, "llama", "smollm", 5])
+def test_a_model_type_that_transformers_would_not_take_for_another_is_let_be(kind: object) -> None:
+    """Its own, none, and one of nobody's."""
+    assert [] == read(model_type=kind)[1]
+
+
+def test_without_its_sizes_there_is_no_model() -> None:
+    """Nothing is compared with sizes that are not there."""
+    assert read(hidden_size="64")[0] is None
+    assert read(rms_norm_eps="tiny")[0] is not None
+
+
 def test_all_problems_come_at_once() -> None:
     """Three faults, three messages, each naming the key and what was expected."""
     _, problems, _ = read(hidden_act="gelu", mlp_bias=True, rms_norm_eps="tiny", vocab_size=None)
@@ -66,6 +78,8 @@ def test_all_problems_come_at_once() -> None:
         ({"mlp_bias": True}, "no MLP biases"),
         ({"partial_rotary_factor": 0.5}, "whole heads"),
         ({"use_qk_norm": True}, "q/k norms"),
+        ({"model_type": "deepseek_v2"}, "model_type, which counts in transformers, is 'deepseek_v2'"),
+        ({"model_type": "qwen2"}, "model_type, which counts in transformers, is 'qwen2'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale"),
