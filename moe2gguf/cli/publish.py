@@ -26,6 +26,7 @@ from moe2gguf.cli.options import (
     whole_numbers,
     words,
 )
+from moe2gguf.limits import GRAPHS
 
 if TYPE_CHECKING:
     from moe2gguf.measure.publish import Publication
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
         "--used",
         callback=whole_numbers,
         metavar="K,K",
-        help="Experts used per token, a file each.  [default: all]",
+        help="Experts used per token.  [default: all]",
     ),
-    option("-e", "--experts", type=int, help="Experts per layer.  [default: 8]"),
+    option("-e", "--experts", type=int, help="Experts per layer.  [default: as convert]"),
+    option("--target", type=click.Choice([*GRAPHS]), help="Graph of llama.cpp to write for.  [default: mixtral]"),
     option("--name", help="Name of the model in metadata and file names."),
     option("--calibration", type=FILE, help="Text to fit the experts to.  [default: a built-in mix of eight genres]"),
     option("--imatrix", type=FILE, help="Importance matrix of the dense model, for the types."),
@@ -73,6 +75,7 @@ def publish(
     types: list[str],
     used: list[int],
     experts: int | None,
+    target: str | None,
     name: str | None,
     calibration: Path | None,
     imatrix: Path | None,
@@ -88,8 +91,9 @@ def publish(
 ) -> None:
     """Make a folder of measured files with a model card.
 
-    FOLDER gets a GGUF file for every type and count, and a README.md with what each of them loses, how it was made and
-    how to run it. The dense model in the same types is measured beside them. An interrupted run goes on where it was.
+    FOLDER gets a GGUF file for every type and count (or one for all counts, with --target glm4moe), and a README.md
+    with what each of them loses, how it was made and how to run it. The dense model in the same types is measured
+    beside them. An interrupted run goes on where it was.
 
     \b
     Example:
@@ -107,7 +111,11 @@ def publish(
     if upload and upload.count("/") != 1:
         raise click.UsageError(f"--upload {upload}: a repository is OWNER/NAME")
     options = Options(
-        experts, name=name, types=TypeOptions(imatrix=imatrix), calibration=CalibrationOptions(text=calibration)
+        experts,
+        name=name,
+        target=target,
+        types=TypeOptions(imatrix=imatrix),
+        calibration=CalibrationOptions(text=calibration),
     )
     quality = make_settings(text, tokens or None, n_context=n_context, threads=threads, resume=resume)
     timing = Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None

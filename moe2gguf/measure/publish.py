@@ -38,7 +38,8 @@ class PublishSettings:
     """What is published.
 
     types    of the files, as `convert --type` names them
-    used     numbers of experts per token, a file of each type for each; empty: all experts
+    used     numbers of experts per token; empty: all experts. A file of each type is made for each of them, or where
+             one file of the target graph serves every count, for the first of them and measured at all
     options  everything else about the conversions; a type that does not fit a tensor takes llama.cpp's substitute
     quality, timing  how the files are measured; without `timing` their speed is not
     """
@@ -48,6 +49,11 @@ class PublishSettings:
     options: Options = field(default_factory=Options)
     quality: CompareSettings = field(default_factory=CompareSettings)
     timing: Timing | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Those of `used` that files are made for."""
+        return self.used[:1] if self.options.graph.has_shared else self.used
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,9 @@ def publish(
 
         # Measure all of them, draw them, describe them, and send them.
         paths = [*(folder / one.name for one in variants), *(work / one.name for one in dense[1:])]
-        found = compare(paths, work / DENSE, settings=settings.quality, timing=settings.timing, on_row=on_row)
+        used = settings.used if settings.options.graph.has_shared else ()
+        quality, timing = settings.quality, settings.timing
+        found = compare(paths, work / DENSE, used=used, settings=quality, timing=timing, on_row=on_row)
         if not found.ok:
             reasons = [f"{row.config.label}: {row.reason}" for row in found.rows if row.reason]
             raise HarnessError("\n".join(["not every file could be measured:", *(f"  - {one}" for one in reasons)]))
@@ -147,7 +155,7 @@ def list_variants(source: Source, settings: PublishSettings, work: Path) -> list
     name = re.sub(r"[^\w.-]+", "-", str(metadata.get("general.name", "model")))
     n = source.model.n_expert or settings.options.n_expert
     found = []
-    for k in dict.fromkeys(settings.used or (n,)):
+    for k in dict.fromkeys(settings.counts or (n,)):
         chosen = replace(settings.options, used=k)
         calibrates = chosen.slices(source.model) and chosen.resolve_method().needs_calibration
         kept = work / f"{k}.calibration" if calibrates and not chosen.calibration.load_from else None
@@ -201,6 +209,8 @@ def _describe_file(path: Path, options: Options) -> CardFile:
 
 def _list_words(options: Options) -> Iterator[str]:
     """The options of `convert` that make the file again."""
+    if options.target is not None:
+        yield f"--target {options.target}"
     if options.experts is not None:
         yield f"--experts {options.experts}"
     yield f"--used {options.used}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ def test_the_card_is_what_the_hub_reads(made: Publication) -> None:
     assert "![Quality of the files beside the dense model](quality.png)" in card.text
     exact = next(row for row in made.found.rows if row.config.path.name == made.files[0].name)
     assert f"| {exact.quality.summary.perplexity:.3f} |" in rows[0]  # type: ignore[union-attr]
+
+
+def test_a_file_that_serves_every_count_is_made_once(model: Path, tmp_path: Path) -> None:
+    """In a graph with a shared expert: one file a type, measured at all counts."""
+    chosen = settings(tmp_path, 4, 3)
+    options = replace(chosen.options, target="glm4moe")
+
+    done = publish(model, tmp_path / "out", replace(chosen, options=options, types=("q8_0",)))
+
+    assert ["Tiny-Chat-4of4-Q8_0.gguf"] == [one.name for one in done.files]
+    assert [4, 3, 0] == [row.config.n_expert_used for row in done.found.rows]
+    assert "--target glm4moe --experts 4 --used 4" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_interrupted_call_goes_on(model: Path, made: Publication, tmp_path: Path, monkeypatch: Any) -> None:

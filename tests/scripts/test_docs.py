@@ -19,6 +19,7 @@ ELSEWHERE = {
     "llama.cpp": {"--cpu-moe", "--n-gpu-layers", "--override-kv", "--port", "--kl-divergence", "--models-preset"},
     "llama-cpp-python": {"--kv"},  # --kv_overrides
     "dask": {"--nthreads"},
+    "docker": {"--rm"},
     "mypy": {"--strict"},
     "scripts/bench": {"--long", "--only", "--repeats", "--vocabulary", "--windows"},
     "scripts/check": {"--coverage", "--fast"},
