@@ -102,7 +102,9 @@ def _ask() -> str | None:
     except EOFError:
         click.echo()
         return None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if type(interrupt) is not KeyboardInterrupt:  # a polite kill
+            raise
         click.echo("\n/exit or Ctrl-D ends the conversation")
         return ""
 

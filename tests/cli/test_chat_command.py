@@ -137,6 +137,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(terminal: Terminal) -> None:
     assert 0 == terminal.process.wait(timeout=60)
 
 
+def test_a_polite_kill_ends_the_talk(terminal: Terminal) -> None:
+    """Ctrl-C at the prompt does not, but the system may."""
+    terminal.wait_for("> ")
+    terminal.process.terminate()
+    assert 143 == terminal.process.wait(timeout=60)
+
+
 def test_run_uses_the_template_of_a_chat_model(tmp_path: Path, model: Path) -> None:
     """The answer alone; --raw, or a file without a template, goes on with the text."""
     spoken = moe2gguf("run", model, "a", "--threads", 1)

@@ -80,6 +80,8 @@ def test_the_comparison_opens_draws_and_sorts(browser: Any, found: Comparison, t
     for i in range(n):
         assert page.locator(f"#figure{i} .main-svg").count() > 0, i
     assert 3 == page.locator("#figure0 .scatterlayer .point").count()
+    ticks = [page.locator(f"#figure{i} .xtick text").all_text_contents() for i in (1, 2)]
+    assert [["2", "4", "8"], ["1", "2", "3", "4"]] == ticks
     titles = [head.inner_text() for head in page.locator("#rows th").all()]
     k, kl = titles.index("k"), titles.index("KL mean")
     page.locator("#rows th").nth(k).click()
@@ -106,6 +108,8 @@ def test_a_phone_shows_it_in_both_schemes(
     light, dark = sorted((back, text), key=lambda color: -int(color[4:].split(",")[0]))
     assert (back == light) == (scheme == "light")
     assert light != dark
+    tools = page.evaluate("getComputedStyle(document.querySelector('.modebar-group')).backgroundColor")
+    assert "rgba(0, 0, 0, 0)" == tools
     assert [] == problems
 
 
