@@ -203,7 +203,7 @@ def print_inspection(inspection: Inspection, console: Console, *, tensors: bool 
     Whatever the file holds, only printable characters reach the console. Nothing is cut off in a file or a pipe;
     a terminal folds what is too wide.
     """
-    _print(console, "", ("", ""), _summary(inspection))
+    _print(console, "", ("", ""), _summarize(inspection))
     rows = [(row.key, row.type, _value_text(row)) for row in inspection.metadata]
     _print(console, "Metadata", ("key", "type", "value"), rows)
     uses = [(use.type, f"{use.n_tensors:,}", f"{use.n_parameters:,}", f"{use.n_bytes:,}") for use in inspection.types]
@@ -216,24 +216,27 @@ def print_inspection(inspection: Inspection, console: Console, *, tensors: bool 
         _print(console, "Tensors", ("name", "shape", "type", "bytes", "bits per weight"), lines)
 
 
-def _summary(it: Inspection) -> list[tuple[str, str]]:
+def _summarize(it: Inspection) -> list[tuple[str, str]]:
     rows = [("file", str(it.path)), ("size", f"{it.file_size:,} bytes"), ("GGUF version", str(it.version))]
     rows += [("architecture", _short(it.architecture or "not given")), ("name", _short(it.name or "not given"))]
     rows += [("file type", it.file_type)] if it.file_type else []
     rows += [("layers", f"{it.n_layer:,}")] if it.n_layer is not None else []
     rows += [("width", f"{it.d_model:,}")] if it.d_model is not None else []
-    if it.experts:
-        used = "an unclear number" if it.experts.used is None else str(it.experts.used)
-        shared = f", {it.experts.shared} of these shared" if it.experts.shared else ""
-        width = f", each {it.experts.d_expert:,} wide" if it.experts.d_expert else ""
-        rows.append(("experts", f"{it.experts.count}, of which a token uses {used}{shared}{width}"))
-        rows += [("", f"{it.experts.note}; more or fewer make it worse")] if it.experts.note else []
+    rows += _summarize_experts(it.experts) if it.experts else []
     rows.append(("parameters", f"{it.n_parameters:,}"))
     if it.experts and it.n_active is not None:
         rows.append(("active per token", f"{it.n_active:,} ({it.n_active / max(it.n_parameters, 1):.1%})"))
     if it.bits_per_weight is not None:
         rows.append(("bits per weight", f"{it.bits_per_weight:.3f}"))
     return rows
+
+
+def _summarize_experts(experts: Experts) -> list[tuple[str, str]]:
+    used = "an unclear number" if experts.used is None else str(experts.used)
+    shared = f", {experts.shared} of these shared" if experts.shared else ""
+    width = f", each {experts.d_expert:,} wide" if experts.d_expert else ""
+    note = [("", f"{experts.note}; more or fewer make it worse")] if experts.note else []
+    return [("experts", f"{experts.count}, of which a token uses {used}{shared}{width}"), *note]
 
 
 def _value_text(row: MetadataRow) -> str:

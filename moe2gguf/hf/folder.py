@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,8 +79,7 @@ def open_checkpoint(
     warnings = [*_name_links(folder), *_name_adapter(folder)]
     family = config.read_family(values, problems)
     model = config.read_model(values, family, problems, warnings) if family else None
-    tied = model is not None and model.tied_embeddings
-    is_derived = lambda name: is_ignored(name) or (tied and name == HEAD)  # noqa: E731
+    is_derived = functools.partial(_is_derived, model)
     tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: headers or read_headers(folder, is_derived), problems)
     if model is None or family is None:
         raise PlanError(problems)
@@ -87,10 +87,10 @@ def open_checkpoint(
     if tensors is not None:
         model, tensors = _untie(model, tensors, warnings)
         mlp = _choose_layout(family, model, tensors)
-        causes = _find_cause(values, model, mlp, tensors, warnings)
         compared: list[str] = []
-        tensors = _compare(model, mlp, tensors, compared)
-        problems += causes or compared
+        needed = _compare(model, mlp, tensors, compared)
+        problems += _find_cause(values, model, mlp, tensors, warnings) or compared
+        tensors = needed
     vocabulary = _attempt(lambda: read_vocabulary(folder, model.n_vocab), problems)
     metadata = _attempt(lambda: card.read_card(folder, values, tensors or {}, name, warnings), problems)
     if problems or tensors is None or vocabulary is None or metadata is None:
@@ -98,6 +98,11 @@ def open_checkpoint(
     warnings += vocabulary.warnings
     made_by = {**config.read_provenance(values), **_describe_origin(folder)}
     return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
+
+
+def _is_derived(model: Model | None, name: str) -> bool:
+    """Return whether a tensor carries no numbers of its own: it is computed, or the head of tied embeddings."""
+    return is_ignored(name) or (model is not None and model.tied_embeddings and name == HEAD)
 
 
 def _describe_origin(folder: Path) -> Metadata:

@@ -176,10 +176,16 @@ def _find_means(matrix: ImportanceMatrix, tensor: Entry, neurons: Neurons | None
     if entry := matrix.entries.get(name):
         return _from_own_entry(entry, n_mat, width, legacy=matrix.legacy)
     dense = matrix.entries.get(re.sub(EXPERTS, ".", name))
-    if not re.search(EXPERTS, name) or dense is None:
-        return (
-            None if re.fullmatch(VOCABULARY, name) else _lack_all(n_mat, width, "has no entry for tensors of this file")
-        )
+    if re.search(EXPERTS, name) and dense:
+        return _from_dense_entry(dense, tensor, neurons)
+    if re.fullmatch(VOCABULARY, name):
+        return None
+    return _lack_all(n_mat, width, "has no entry for tensors of this file")
+
+
+def _from_dense_entry(dense: Activity, tensor: Entry, neurons: Neurons | None) -> _Found:
+    """From the entry of the dense tensor whose rows or columns the experts hold."""
+    name, n_mat, width = tensor.name, math.prod(tensor.shape[:-2]), tensor.shape[-1]
     is_down = "ffn_down" in name
     n_column = width if not is_down else dense.sums.size if neurons is None else neurons.d_ff
     if len(dense.counts) != 1 or dense.sums.size != n_column:

@@ -217,9 +217,10 @@ def read_type_rules(path: Path) -> list[tuple[str, str]]:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, TOML or JSON
         raise PlanError([f"{path}: cannot be read as type rules ({error})"]) from error
     rules = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
-    if not isinstance(rules, list) or not all(
-        isinstance(rule, dict) and set(rule) == {"pattern", "type"} and all(isinstance(v, str) for v in rule.values())
-        for rule in rules
-    ):
+    if not isinstance(rules, list) or not all(map(_is_rule, rules)):
         raise PlanError([f'{path}: must hold "rules", a list of tables with "pattern" and "type", and nothing else'])
     return [(rule["pattern"], rule["type"]) for rule in rules]
+
+
+def _is_rule(entry: object) -> bool:
+    return isinstance(entry, dict) and set(entry) == {"pattern", "type"} and {*map(type, entry.values())} == {str}
