@@ -26,6 +26,7 @@ import xxhash
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import kernels
 from moe2gguf.gguf.file import TensorType
+from moe2gguf.gguf.system import open_here, open_locked, read_at
 from moe2gguf.gguf.types import FLOATS
 
 MAX_BYTES = 64 << 20
@@ -36,7 +37,6 @@ PLAN = "plan"
 
 _JOURNAL = "job.jsonl"
 _BLOCK = 1 << 20
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -119,8 +119,8 @@ class Journal:
         line = "\n" + json.dumps(entry, ensure_ascii=False)  # a line that a kill has torn ends before this one
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
-            with open(os.open(self.path, flags, 0o666), "ab") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with open(open_here(self.path, flags), "ab") as file:
                 file.write(line.encode("utf-8", "surrogatepass"))
                 file.flush()
                 if durable:
@@ -152,7 +152,7 @@ class Job:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Job:
-        self._descriptor = _open_locked(self.folder)
+        self._descriptor = open_locked(self.folder)
         try:
             self._journal = self._continue_or_begin()
         except BaseException:
@@ -320,14 +320,14 @@ def checksum_range(descriptor: int, offset: int, n_bytes: int) -> str:
     found, buffer = xxhash.xxh3_128(), bytearray(_BLOCK)
     for at in range(offset, offset + n_bytes, _BLOCK):
         piece = memoryview(buffer)[: offset + n_bytes - at]
-        found.update(piece[: os.preadv(descriptor, [piece], at)])
+        found.update(piece[: read_at(descriptor, piece, at)])
     return found.hexdigest()
 
 
 def checksum_path(path: Path, *, flush: bool = False) -> str:
     """XXH3-128 of a file, or of the names and contents of all files in a folder; `flush`: they are on the disk then."""
     if not path.is_dir():
-        descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        descriptor = open_here(path, os.O_RDONLY)
         try:
             if flush:
                 os.fsync(descriptor)
@@ -339,51 +339,10 @@ def checksum_path(path: Path, *, flush: bool = False) -> str:
     return xxhash.xxh3_128("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _open_locked(folder: Path) -> int:
-    """A descriptor of the folder, made if there is none; no other process has the lock that it holds.
-
-    Raises:
-        OutputError: it cannot be made, or another process uses it.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_DIRECTORY", 0))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be created ({error.strerror}); remove what is in the way, or choose another place"
-        ) from error
-    try:
-        _lock(descriptor, folder)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """Take the lock of a folder; it is given back when the descriptor is closed or the process ends.
-
-    Raises:
-        OutputError: another process has the lock, or has just removed the folder.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes on one folder are the user's care
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"{folder}: another process is writing it; wait for it, or choose another name") from error
-    except OSError:  # a file system without locks
-        return
-    if not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-        raise OutputError(f"{folder}: another process has just finished there; repeat the command")
-
-
 def _read_lines(path: Path) -> Iterator[Any]:
     """What each line of a journal says; nothing where there is no file, and no line that is not JSON."""
     try:
-        with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as file:
+        with open(open_here(path, os.O_RDONLY), "rb") as file:
             lines = file.read(MAX_BYTES).splitlines()
     except FileNotFoundError:
         return

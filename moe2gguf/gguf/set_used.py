@@ -14,6 +14,7 @@ from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
 from moe2gguf.gguf.made_for import USED_HERE, read_made_for
 from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
+from moe2gguf.gguf.system import write_at
 from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 
 
@@ -46,7 +47,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
         header = stream.read(min(file.data_offset, MAX_HEADER))
         for key, value in values.items():
             if key in file.metadata:
-                os.pwrite(stream.fileno(), struct.pack("<I", value), _value_offset(header, key, path))
+                write_at(stream.fileno(), memoryview(struct.pack("<I", value)), _value_offset(header, key, path))
         os.fsync(stream.fileno())
 
 

@@ -29,6 +29,7 @@ from moe2gguf.gguf.layout import Entry, Layout
 from moe2gguf.gguf.outputs import check_outputs
 from moe2gguf.gguf.resume import Job, checksum_range, partial_path
 from moe2gguf.gguf.shards import list_shard_paths
+from moe2gguf.gguf.system import open_here, write_at
 from moe2gguf.gguf.verify import require_sound
 from moe2gguf.progress import Progress
 
@@ -213,7 +214,7 @@ def write_tensors(
         ThreadPoolExecutor(quantizers or threads) as kernels,
         ThreadPoolExecutor(threads) as pool,
     ):
-        _write_at(descriptor, memoryview(layout.header), 0)
+        write_at(descriptor, memoryview(layout.header), 0)
         advance(len(layout.header))
         writer = _Writer(descriptor, layout, advance, kernels, job, hashes)
         tasks = [pool.submit(writer.write, tensor) for tensor in tensors]
@@ -226,7 +227,7 @@ def write_tensors(
 
 def write_over(descriptor: int, data: bytes, offset: int) -> None:
     """Write `data` at `offset`, over a placeholder of the same length."""
-    _write_at(descriptor, memoryview(data), offset)
+    write_at(descriptor, memoryview(data), offset)
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ class _Writer:
             if self.stop.is_set():
                 return
             with _TURN:
-                _write_at(self.descriptor, data, position)
+                write_at(self.descriptor, data, position)
             checksum.update(data)
             position += len(data)
             self.advance(len(data))
@@ -373,16 +374,10 @@ def _encode_block(
     yield from kernels.map(lambda piece: types.encode(piece[0], kind, label, piece[1]), pieces)
 
 
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-
-
 @contextlib.contextmanager
 def _open_file(path: Path, size: int | None = None) -> Iterator[int]:
     """A descriptor of a file, new or begun, of `size` bytes (None: as it is)."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    descriptor = open_here(path, os.O_RDWR | os.O_CREAT)
     try:
         if size is not None:
             os.ftruncate(descriptor, size)

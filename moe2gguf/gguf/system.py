@@ -1,0 +1,89 @@
+"""What differs between operating systems: opening without following links, bytes at a place, locks of folders.
+
+Windows has no lock that a folder could hold, and no way to read or write at a place without moving the file's position:
+there two processes on one folder are the user's care, and threads take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+from moe2gguf.errors import OutputError
+
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_turn = threading.Lock()
+
+
+def open_here(path: Path, flags: int) -> int:
+    """A descriptor of the file, as bytes, for these flags of `os.open`. Raises OSError for a link, but on Windows."""
+    return os.open(path, flags | _FLAGS, 0o666)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` with the bytes from `offset` on, as far as there are any; how many there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    with _turn:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` from `offset` on."""
+    while data:
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, data, offset)
+        else:
+            with _turn:
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                count = os.write(descriptor, data)
+        data, offset = data[count:], offset + count
+
+
+def open_locked(folder: Path) -> int:
+    """A descriptor of the folder, made if there is none; no other process has the lock that it holds.
+
+    The lock is given back when the descriptor is closed or the process ends.
+
+    Raises:
+        OutputError: it cannot be made, or another process uses it.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        directory = getattr(os, "O_DIRECTORY", None)  # Windows opens no folder
+        place = Path(os.devnull) if directory is None else folder
+        descriptor = open_here(place, os.O_RDONLY | (directory or 0))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be created ({error.strerror}); remove what is in the way, or choose another place"
+        ) from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, descriptor)
+        _lock(descriptor, folder)
+        undo.pop_all()
+    return descriptor
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Take the lock of a folder, where there are locks.
+
+    Raises:
+        OutputError: another process has the lock, or has just removed the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder}: another process is writing it; wait for it, or choose another name") from error
+    except OSError:  # a file system without locks
+        return
+    if not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+        raise OutputError(f"{folder}: another process has just finished there; repeat the command")

@@ -1,0 +1,80 @@
+"""moe2gguf.gguf.system: the same bytes and the same refusals with what every operating system has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+from moe2gguf import Options, TypeOptions, convert, quantize, verify
+from moe2gguf.errors import OutputError
+from moe2gguf.gguf.system import open_here, open_locked, read_at, write_at
+
+UNIX = ("preadv", "pwrite", "O_DIRECTORY", "O_NOFOLLOW")
+"""What Windows does not have, of what is asked for at run time; and `fcntl`."""
+
+
+def without_unix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what Windows lacks."""
+    for name in UNIX:
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+
+
+@pytest.mark.parametrize("unix", [True, False])
+def test_threads_read_and_write_at_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unix: bool) -> None:
+    """Many at once on one descriptor; behind the end there is nothing."""
+    if not unix:
+        without_unix(monkeypatch)
+    parts = [bytes([i]) * 1000 for i in range(64)]
+    descriptor = open_here(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_at(descriptor, memoryview(parts[i]), 1000 * i), range(64)))
+
+        def read(i: int) -> bytes:
+            buffer = bytearray(1000)
+            assert 1000 == read_at(descriptor, memoryview(buffer), 1000 * i)
+            return bytes(buffer)
+
+        assert parts == list(pool.map(read, range(64)))
+    assert 0 == read_at(descriptor, memoryview(bytearray(10)), 64000)
+    os.close(descriptor)
+
+
+def test_a_folder_has_one_lock(tmp_path: Path) -> None:
+    """Another process is refused until the descriptor is closed; a link to a folder and a file in its place always."""
+    code = f"from moe2gguf.gguf.system import *; open_locked(Path({str(tmp_path / 'work')!r}))"
+    command = [sys.executable, "-c", code]
+    descriptor = open_locked(tmp_path / "work")
+
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    os.close(descriptor)
+
+    assert "another process is writing it" in refused.stderr
+    assert 0 == subprocess.run(command, check=False).returncode
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    (tmp_path / "file").write_text("mine")
+    for name in ("link", "file"):
+        with pytest.raises(OutputError, match="cannot be created"):
+            open_locked(tmp_path / name)
+
+
+def test_files_are_the_same_without_unix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted and quantized with what Windows has."""
+    model = checkpoints.make(tmp_path / "model", num_hidden_layers=1)
+    options = Options(experts=3, types=TypeOptions("f16"))
+    convert(model, tmp_path / "a.gguf", options)
+    quantize(tmp_path / "a.gguf", tmp_path / "a8.gguf", TypeOptions("q8_0"))
+
+    without_unix(monkeypatch)
+    convert(model, tmp_path / "b.gguf", options)
+    quantize(tmp_path / "b.gguf", tmp_path / "b8.gguf", TypeOptions("q8_0"))
+
+    assert not verify(tmp_path / "b8.gguf").problems
+    for one, other in (("a", "b"), ("a8", "b8")):
+        assert (tmp_path / f"{one}.gguf").read_bytes() == (tmp_path / f"{other}.gguf").read_bytes()
