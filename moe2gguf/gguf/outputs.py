@@ -35,12 +35,8 @@ def check_outputs(
     for name, out in outputs.items():
         if found := _find_input(out, read):
             raise OutputError(f"{name}: would replace {found}, which is read; choose another name")
-        if out.is_dir() or not out.exists():
-            continue
-        if not out.is_file():
-            raise OutputError(f"{name}: exists and is not a regular file; choose another name")
-        if not (force or name in may_exist):
-            raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
+        if out.exists() and not out.is_dir():
+            _require_replaceable(name, out, force=force or name in may_exist)
     for (name, out), (other_name, other) in combinations(outputs.items(), 2):
         if {*_identities(out)} & {*_identities(other)}:
             raise OutputError(f"{name} and {other_name}: are the same file; choose two names")
@@ -55,6 +51,14 @@ def _require_name(name: str, out: Path) -> None:
             out.with_name(out.name + ending).exists()
     except OSError as error:
         raise OutputError(f"{name}: cannot be written ({error.strerror}); choose another name") from error
+
+
+def _require_replaceable(name: str, out: Path, *, force: bool) -> None:
+    """Raise OutputError where what exists is no regular file, or may not be replaced."""
+    if not out.is_file():
+        raise OutputError(f"{name}: exists and is not a regular file; choose another name")
+    if not force:
+        raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
 
 
 def _find_input(out: Path, read: Mapping[object, Path]) -> Path | None:

@@ -28,7 +28,7 @@ class Config:
     """A JSON object read by type; what is missing or wrong is appended to `problems` and read as a default."""
 
     def __init__(self, values: Mapping[str, Any], problems: list[str], where: str = "config.json") -> None:
-        self.values = values
+        self.values = dict(values)
         self.problems = problems
         self.where = where
         self.has_counts = True  # until one is missing or wrong
@@ -124,7 +124,6 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
 
     None where a size is missing or wrong: whatever was compared with the model would be another problem of that.
     """
-    values = dict(values)
     config = Config(values, problems)
     _refuse(config)
     d_model, n_head = config.integer("hidden_size"), config.integer("num_attention_heads")
@@ -138,15 +137,7 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         )
     if d_head % 2:
         problems.append(f"config.json: head_dim {d_head} is odd; the rotary embedding needs pairs")
-    shared = read_shared(config) if "shared_up" in family.mlp[0].tensors else {}
-    experts = "router" in family.mlp[0].tensors and not shared
-    if experts and config.has("num_experts"):  # transformers reads it as another name of num_local_experts
-        n_expert = values.setdefault("num_local_experts", values["num_experts"])
-        if n_expert != values["num_experts"]:
-            problems.append(
-                f"config.json: num_local_experts is {n_expert!r} and num_experts {values['num_experts']!r}; remove one"
-            )
-    counts: dict[str, Any] = {name: config.integer(key) for name, key in COUNTS.items()} if experts else shared
+    counts: dict[str, Any] = _read_experts(config, family)
     flags = {field: config.flag(key) for field, key in family.config_flags} | dict.fromkeys(family.always, True)
     n_context = config.integer("max_position_embeddings")
     _warn(config, n_context, warnings)
@@ -167,6 +158,22 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         **flags,
     )
     return model if config.has_counts else None
+
+
+def _read_experts(config: Config, family: Family) -> dict[str, int]:
+    """Read the fields of Model that count and size the experts; none of a dense family."""
+    if "shared_up" in family.mlp[0].tensors:
+        return read_shared(config)
+    if "router" not in family.mlp[0].tensors:
+        return {}
+    if config.has("num_experts"):  # transformers reads it as another name of num_local_experts
+        other = config.values["num_experts"]
+        n_expert = config.values.setdefault("num_local_experts", other)
+        if n_expert != other:
+            config.problems.append(
+                f"config.json: num_local_experts is {n_expert!r} and num_experts {other!r}; remove one"
+            )
+    return {name: config.integer(key) for name, key in COUNTS.items()}
 
 
 def read_shared(config: Config) -> dict[str, int]:

@@ -68,12 +68,19 @@ def read_inputs(source: Source, options: Options) -> Inputs:
         saved = read_calibration(options.calibration.load_from)
         options, refusals = adopt_calibration(options, saved)
     refusals += refuse_options(source.model, options, saved)
-    calibrates = not refusals and options.slices(source.model) and options.resolve_method().needs_calibration
-    if calibrates and not saved and not isinstance(source, Checkpoint):
-        refusals += refuse_calibration(source)
-    if calibrates and not saved and (install := advise_install("torch", "transformers")):
-        refusals.append(f"experts are fitted to a text with torch and transformers: {install}; or take --preset exact")
+    slices = not refusals and options.slices(source.model)
+    calibrates = slices and options.resolve_method().needs_calibration and not saved
+    if calibrates:
+        refusals += _refuse_to_calibrate(source)
     if refusals:
         raise PlanError(refusals)
-    text = read_text(options.calibration.text) if calibrates and not saved else None
+    text = read_text(options.calibration.text) if calibrates else None
     return Inputs(options, read_type_inputs(options.types), text, saved)
+
+
+def _refuse_to_calibrate(source: Source) -> list[str]:
+    """Return why the source cannot be calibrated on a text here: what it is, and libraries that are missing."""
+    refusals = [] if isinstance(source, Checkpoint) else list(refuse_calibration(source))
+    if install := advise_install("torch", "transformers"):
+        refusals.append(f"experts are fitted to a text with torch and transformers: {install}; or take --preset exact")
+    return refusals
