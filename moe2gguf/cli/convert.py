@@ -179,9 +179,9 @@ def convert(
 ) -> None:
     """Convert a dense model into a GGUF file with experts.
 
-    MODEL is a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub, of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2 or
-    Mixtral in f32, f16 or bf16; or a GGUF file of architecture llama or qwen2, whose quantized blocks are copied
-    unchanged. OUT appears when it is complete and verified.
+    MODEL is a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub, of LLaMA, SmolLM2, TinyLlama, Mistral, Qwen2,
+    Qwen3 or Mixtral in f32, f16 or bf16; or a GGUF file of architecture llama, qwen2 or qwen3, whose quantized blocks
+    are copied unchanged. OUT appears when it is complete and verified.
 
     \b
     Example:
@@ -191,6 +191,7 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf --experts 16 --align 32 --type q8_0
       moe2gguf convert SmolLM2-135M-Instruct half.gguf --experts 16 --used 8 --calibration text.txt
       moe2gguf convert SmolLM2-135M-Instruct half --experts 16 --used 8 --format hf
+      moe2gguf convert Qwen3-0.6B every-count.gguf --target glm4moe
     """
     from moe2gguf.quant.rules import TypeOptions
     from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
