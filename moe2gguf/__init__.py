@@ -29,6 +29,7 @@ from moe2gguf.recipes.heal import Healing, HealText, heal
 from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
 from moe2gguf.recipes.plan import Plan
 from moe2gguf.recipes.quantize import Quantization, plan_quantization, quantize
+from moe2gguf.recipes.views import Views, write_views
 
 __all__ = [
     "Bench",
@@ -57,6 +58,7 @@ __all__ = [
     "Timing",
     "TypeOptions",
     "Verification",
+    "Views",
     "Way",
     "bench",
     "collect_imatrix",
@@ -76,4 +78,5 @@ __all__ = [
     "read_gguf",
     "set_used",
     "verify",
+    "write_views",
 ]

@@ -33,6 +33,7 @@ from moe2gguf.cli.set_used import set_used
 from moe2gguf.cli.streams import prepare_streams
 from moe2gguf.cli.tables import shorten
 from moe2gguf.cli.verify import verify
+from moe2gguf.cli.views import views
 from moe2gguf.errors import Moe2GgufError
 from moe2gguf.gguf.resume import Interrupted
 
@@ -76,7 +77,7 @@ def completion(shell: str) -> None:
         click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
 
 
-cli.section("Making", convert, quantize, densify, heal, set_used)
+cli.section("Making", convert, quantize, densify, heal, set_used, views)
 cli.section("Running", run, chat, serve_help)
 cli.section("Looking", inspect, verify, expert_usage)
 cli.section("Measuring", compare, bench)

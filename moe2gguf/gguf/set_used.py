@@ -41,7 +41,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
     refusals = check_expert_counts(counts.n_expert, n_expert_used, counts.size, counts.n_shared)
     if refusals:
         raise GGUFError(f"{path}: " + " ".join(refusals))
-    _require_free(file, n_expert_used)
+    require_free(file, n_expert_used)
     values = {USED_HERE: n_expert_used, used_key: n_expert_used - counts.n_shared}
     with path.open("r+b", buffering=0) as stream:
         header = stream.read(min(file.data_offset, MAX_HEADER))
@@ -51,7 +51,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
         os.fsync(stream.fileno())
 
 
-def _require_free(file: GGUFFile, n_expert_used: int) -> None:
+def require_free(file: GGUFFile, n_expert_used: int) -> None:
     """Raise GGUFError for a file whose weights serve another count alone."""
     made_for = read_made_for(file.metadata)
     if made_for and made_for.note(file.path.name, [n_expert_used]):

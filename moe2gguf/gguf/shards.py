@@ -191,6 +191,15 @@ def lay_out_shards(
     )
 
 
+def lay_out_apart(
+    metadata: Mapping[str, MetadataValue], tensors: Sequence[Entry], kinds: Mapping[str, ValueType]
+) -> tuple[Layout, Layout]:
+    """Lay out a file as two shards: the metadata alone, and the tensors alone, which is the same for other metadata."""
+    kinds, weights = {**kinds, **KINDS}, {key: metadata[key] for key in EVERYWHERE if key in metadata}
+    head = lay_out(_number_shard(metadata, 0, 2, len(tensors)), [], kinds)
+    return head, lay_out(_number_shard(weights, 1, 2, len(tensors)), tensors, kinds)
+
+
 def _describe_small_size(max_bytes: int, needs: Mapping[str, int]) -> str:
     """Return what needs a larger shard than `max_bytes`, and how large one must be."""
     largest = max(needs, key=lambda name: needs[name])

@@ -1,0 +1,134 @@
+"""The recipe of `moe2gguf views`: one set of weights under several names, one for each number of used experts.
+
+A view is a set of two shards as llama.cpp reads them. The first holds the metadata alone, with its own count; the
+second holds the tensors, and is one file on disk for all views, by links. So programs that offer every file as a model
+of its own offer each count, and one view can draft for another:
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model-loader.cpp#L595-L671
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import GGUFError, OutputError
+from moe2gguf.gguf.counts import ExpertCounts, read_counts
+from moe2gguf.gguf.file import GGUFFile
+from moe2gguf.gguf.layout import Layout
+from moe2gguf.gguf.made_for import USED_HERE
+from moe2gguf.gguf.set_used import require_free
+from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
+from moe2gguf.gguf.source_tensor import SourceTensor
+from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
+from moe2gguf.limits import check_expert_counts
+from moe2gguf.progress import Progress, silent
+from moe2gguf.spec import Metadata
+
+BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Views:
+    """What `write_views` did: the first shard of each view by its count, and whether the weights are one file."""
+
+    paths: dict[int, Path]
+    linked: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready values."""
+        return {"paths": {k: str(path) for k, path in self.paths.items()}, "linked": self.linked}
+
+
+def write_views(
+    source: str | Path, folder: str | Path, used: Sequence[int], *, force: bool = False, progress: Progress = silent
+) -> Views:
+    """Write a view of the file `source` into `folder` for every count of `used`: NAME-kK-00001-of-00002.gguf.
+
+    Args:
+        source: a GGUF file with experts, or a shard of one.
+        folder: where the views appear; it is made if it is not there.
+        used: experts used per token, shared ones included (none: as in the file).
+        force: replace views that are there.
+        progress: receives stages ("write", "verify") and the bytes done.
+
+    Raises:
+        GGUFError: the file has no experts, or cannot serve one of the counts; each is named.
+        OutputError: a view exists, or cannot be written.
+    """
+    file, folder = read_model(Path(source)), Path(folder)
+    counts = read_counts(file)
+    used = list(dict.fromkeys(used or [counts.n_used]))
+    _check_counts(file, counts, used)
+    targets = {k: list_shard_paths(folder / f"{_find_stem(file)}-k{k}", 2) for k in used}
+    _make_folder(folder)
+    for target in (path for pair in targets.values() for path in pair):
+        check_target(target, file.files, force=force)
+
+    # Write the first view as a set of two shards, then each other one as a header beside a link to its weights.
+    tensors = [_copy_tensor(file, name) for name in file.tensors]
+    layouts = {k: lay_out_apart(_change_count(file, counts, k), tensors, file.types) for k in used}
+    first, *others = used
+    stem = folder / f"{_find_stem(file)}-k{first}.gguf"
+    write_model(stem, [([], layouts[first][0]), (tensors, layouts[first][1])], progress=progress)
+    linked = [_add_view(layouts[k][0], targets[k], weights=targets[first][1]) for k in others]
+    return Views({k: pair[0] for k, pair in targets.items()}, all(linked))
+
+
+def _check_counts(file: GGUFFile, counts: ExpertCounts, used: Sequence[int]) -> None:
+    if not counts.n_expert:
+        raise GGUFError(f"{file.path}: has no experts; a view is of a number of them")
+    for k in used:
+        if refusals := check_expert_counts(counts.n_expert, k, counts.size, counts.n_shared):
+            raise GGUFError(f"{file.path}: " + " ".join(refusals))
+        require_free(file, k)
+
+
+def _find_stem(file: GGUFFile) -> str:
+    """The name of a file, or the common part of its shards' names."""
+    return file.path.name.removesuffix(".gguf").partition("-00001-of-")[0]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+
+
+def _copy_tensor(file: GGUFFile, name: str) -> OutputTensor:
+    info = file.tensors[name]
+    blocks = functools.partial(SourceTensor(file, info).blocks, BLOCK_BYTES)
+    return OutputTensor(name, info.shape, info.type, (name,), blocks, copied=True)
+
+
+def _change_count(file: GGUFFile, counts: ExpertCounts, k: int) -> Metadata:
+    """The metadata with another number of used experts, and a name that tells it."""
+    key = f"{file.metadata['general.architecture']}.expert_used_count"
+    changes = {key: k - counts.n_shared} | ({USED_HERE: k} if USED_HERE in file.metadata else {})
+    if isinstance(name := file.metadata.get("general.name"), str):
+        return {**file.metadata, **changes, "general.name": f"{name}, {k} of {counts.n_expert} experts"}
+    return {**file.metadata, **changes}
+
+
+def _add_view(layout: Layout, target: Sequence[Path], weights: Path) -> bool:
+    """Write one more view beside the first; whether its weights are a link, not a copy."""
+    head, tail = target
+    linked = True
+    try:
+        tail.unlink(missing_ok=True)
+        try:
+            os.link(weights, tail)
+        except OSError:  # another file system, or one without links
+            linked = False
+            shutil.copyfile(weights, tail)
+        partial = head.with_name(f".{head.name}.partial")
+        partial.write_bytes(layout.header)
+        partial.replace(head)
+    except OSError as error:
+        raise OutputError(f"{error.filename or head}: cannot be written: {error.strerror}") from error
+    return linked

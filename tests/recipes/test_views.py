@@ -1,0 +1,83 @@
+"""Views: one set of weights, several counts of used experts, each a model that llama.cpp loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import checkpoints
+import gguf
+import numpy as np
+import pytest
+from command import moe2gguf
+from flat_options import flat_options
+from llama_logits import llama_logits_at, llama_logits_of
+
+from moe2gguf import convert
+from moe2gguf.errors import GGUFError, OutputError
+from moe2gguf.gguf.verify import verify
+from moe2gguf.recipes.views import write_views
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 32)]
+COUNTS = [8, 6, 4]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("views")
+    source = checkpoints.make(folder / "hf", "llama")
+    options = flat_options(8, target="glm4moe", n_shared=2, preset="exact")
+    return convert(source, folder / "moe.gguf", options).path
+
+
+def test_every_view_is_the_file_at_its_count(file: Path, tmp_path: Path) -> None:
+    """Bit for bit llama.cpp's logits with an override, from weights that are one file on disk."""
+    views = write_views(file, tmp_path / "views", COUNTS)
+
+    ours = llama_logits_of([views.paths[k] for k in COUNTS], TOKENS)
+
+    for k, one, other in zip(COUNTS, ours, llama_logits_at(file, TOKENS, COUNTS), strict=True):
+        assert np.array_equal(one, other), k
+    weights = sorted((tmp_path / "views").glob("*-00002-of-00002.gguf"))
+    assert len(weights) == 3
+    assert len({os.stat(path).st_ino for path in weights}) == 1
+    assert views.linked
+    assert all(verify(path).problems == () for path in views.paths.values())
+    assert len(gguf.GGUFReader(views.paths[4]).tensors) == 0
+
+
+def test_views_are_copies_where_links_fail(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system without them."""
+
+    def fail(*_: object) -> None:
+        raise OSError(1, "no links")
+
+    monkeypatch.setattr(os, "link", fail)
+    views = write_views(file, tmp_path, [8, 4])
+    assert not views.linked
+    assert [p.stat().st_nlink for p in sorted(tmp_path.glob("*-00002-of-*"))] == [1, 1]
+    assert verify(views.paths[4]).problems == ()
+
+
+def test_what_cannot_be_a_view_is_refused(file: Path, tmp_path: Path) -> None:
+    """A count that cannot run, a file made for one count, a dense file; nothing is left."""
+    with pytest.raises(GGUFError, match="there are only 8"):
+        write_views(file, tmp_path / "a", [9])
+    source = file.parent / "hf"
+    dense = convert(source, tmp_path / "dense.gguf", flat_options(dense=True)).path
+    with pytest.raises(GGUFError, match="has no experts"):
+        write_views(dense, tmp_path / "a", [4])
+    one = convert(source, tmp_path / "one.gguf", flat_options(8, used=4, preset="exact", amplify="used")).path
+    with pytest.raises(GGUFError, match="amplified for 4 of them"):
+        write_views(one, tmp_path / "a", [4, 6])
+    assert not (tmp_path / "a").exists()
+
+
+def test_views_are_replaced_only_when_told(file: Path, tmp_path: Path) -> None:
+    """And the command says where they are."""
+    done = moe2gguf("views", file, tmp_path, "--used", "8,4")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [str(tmp_path / f"moe-k{k}-00001-of-00002.gguf") for k in (8, 4)]
+    with pytest.raises(OutputError, match="exists"):
+        write_views(file, tmp_path, [4])
+    write_views(file, tmp_path, [4], force=True)
