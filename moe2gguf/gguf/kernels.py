@@ -32,7 +32,7 @@ NEEDS_IMPORTANCE: tuple[TensorType, ...] = (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, G
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8059"""
 
 
-def installed() -> bool:
+def are_installed() -> bool:
     """Return whether the kernels can be called."""
     try:
         library()
@@ -43,7 +43,7 @@ def installed() -> bool:
 
 def build() -> str:
     """Return what tells this build of the library from others, which may round otherwise; "none" without one."""
-    return f"{Path(library()._name).stat().st_size:,} bytes" if installed() else "none"
+    return f"{Path(library()._name).stat().st_size:,} bytes" if are_installed() else "none"
 
 
 def require(kinds: Iterable[TensorType]) -> None:

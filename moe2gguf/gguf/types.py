@@ -126,7 +126,7 @@ def decode(rows: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
     Raises:
         HarnessError: the type needs llama.cpp, which is not installed or does not know it.
     """
-    if not kernels.installed() and isinstance(kind, GGMLType):
+    if not kernels.are_installed() and isinstance(kind, GGMLType):
         with contextlib.suppress(NotImplementedError):
             numbers: NDArray[np.float32] = gguf.quants.dequantize(rows, kind)
             return numbers
@@ -155,14 +155,14 @@ def require_kernels(kinds: Iterable[TensorType], *, importance: bool = False) ->
     The numpy versions of some kernels know nothing of an importance.
     """
     wanted = {kind for kind in kinds if kind in BLOCKS}
-    kernels.require(wanted if importance or kernels.installed() else wanted - NUMPY)
+    kernels.require(wanted if importance or kernels.are_installed() else wanted - NUMPY)
 
 
 def _quantize(
     rows: NDArray[np.float32], kind: TensorType, name: str, importance: NDArray[np.float32] | None
 ) -> NDArray[np.uint8]:
     """Quantize `rows` (..., width) by llama.cpp, or to the same bytes by the gguf package where that is missing."""
-    if kind in NUMPY and importance is None and not kernels.installed():
+    if kind in NUMPY and importance is None and not kernels.are_installed():
         blocks: NDArray[np.uint8] = gguf.quants.quantize(rows, kind)
         return blocks.reshape(-1)
     return kernels.quantize(rows, kind, name, importance)

@@ -18,7 +18,7 @@ import gguf
 import yaml
 
 from moe2gguf.hf.json_file import is_number, read_bytes, read_json
-from moe2gguf.hf.paths import find_origin, inside
+from moe2gguf.hf.paths import find_origin, resolve_inside
 from moe2gguf.hf.safetensors import StoredTensor
 from moe2gguf.spec import Metadata, MetadataValue
 
@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # no stubs
 
 def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
     """Read the YAML block at the head of README.md; {} where there is none, or (with a warning) none that is sound."""
-    path = inside(folder, "README.md")
+    path = resolve_inside(folder, "README.md")
     if not path.is_file():
         return {}
     text = read_bytes(path, max_bytes=_MAX_CARD_BYTES).decode("utf-8", errors="replace")
@@ -101,7 +101,7 @@ def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
 
 def _sampling(folder: Path) -> dict[str, MetadataValue]:
     """Recommended sampling settings from generation_config.json, under llama.cpp's `general.sampling.*` keys."""
-    path = inside(folder, "generation_config.json")
+    path = resolve_inside(folder, "generation_config.json")
     values = read_json(path) if path.is_file() else {}
     result: dict[str, MetadataValue] = {}
     for source, target in _SAMPLING.items():

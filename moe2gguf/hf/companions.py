@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import resolve_inside
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,10 +30,10 @@ def list_companions(folder: Path) -> Iterator[tuple[str, Path]]:
         CheckpointError: a folder on the way is elsewhere, or one of them is no file.
     """
     names = [*TOKENIZER_FILES, *OTHER_FILES]
-    if (extra := inside(folder, TEMPLATES)).is_dir():
+    if (extra := resolve_inside(folder, TEMPLATES)).is_dir():
         names += sorted(f"{TEMPLATES}/{path.name}" for path in extra.iterdir() if path.suffix == ".jinja")
     for name in names:
-        if (path := inside(folder, name)).is_file():
+        if (path := resolve_inside(folder, name)).is_file():
             yield name, path
 
 

@@ -15,7 +15,7 @@ from moe2gguf.errors import CheckpointError, PlanError, VocabularyError, list_na
 from moe2gguf.hf import card, config
 from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, is_ignored, list_expected_tensors
 from moe2gguf.hf.json_file import read_json
-from moe2gguf.hf.paths import find_origin, inside, links_out_of
+from moe2gguf.hf.paths import find_origin, links_out_of, resolve_inside
 from moe2gguf.hf.safetensors import ADAPTER, ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Metadata, Model, Vocabulary
@@ -74,7 +74,7 @@ def open_checkpoint(
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
-    values = read_json(inside(folder, "config.json"))
+    values = read_json(resolve_inside(folder, "config.json"))
     problems: list[str] = []
     warnings = [*_name_links(folder), *_name_adapter(folder)]
     family = config.read_family(values, problems)

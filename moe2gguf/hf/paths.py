@@ -31,7 +31,7 @@ def find_origin(folder: Path) -> Origin | None:
     return None
 
 
-def inside(folder: Path, relative_name: str) -> Path:
+def resolve_inside(folder: Path, relative_name: str) -> Path:
     """Return `folder / relative_name`, a file or folder that may be read as part of the checkpoint in `folder`.
 
     The name may have been written by a stranger, so it must not lead out of the folder. A link to a file is followed

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe2gguf.errors import CheckpointError, list_names
 from moe2gguf.hf.json_file import read_json
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import resolve_inside
 
 Array = NDArray[np.generic]
 Seen = Callable[[memoryview], object]
@@ -116,7 +116,7 @@ def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: Fal
         CheckpointError: no safetensors files, a missing or surplus shard, a second model, a name outside the folder, a
             broken header, a tensor that two shards hold, or an index that disagrees with the shards (all names listed).
     """
-    index = inside(folder, INDEX)
+    index = resolve_inside(folder, INDEX)
     files = _list_indexed_files(folder) if index.exists() else [_find_single_file(folder)]
     tensors: dict[str, StoredTensor] = {}
     twice = []
@@ -135,11 +135,11 @@ def read_headers(folder: Path, is_derived: Callable[[str], bool] = lambda _: Fal
 def _find_single_file(folder: Path) -> Path:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE in found:
-        return inside(folder, SINGLE)
+        return resolve_inside(folder, SINGLE)
     if found == ["adapter_model.safetensors"]:
         raise CheckpointError(f"{folder}: {ADAPTER}")
     if len(found) == 1 and not _SHARD.fullmatch(found[0]):
-        return inside(folder, found[0])
+        return resolve_inside(folder, found[0])
     if found:
         raise CheckpointError(f"{folder}: {len(found)} safetensors files but no {INDEX}; fetch the index too")
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
@@ -152,8 +152,12 @@ def _find_single_file(folder: Path) -> Path:
 
 def list_shards(folder: Path) -> list[Path]:
     """List the files that the index of `folder` names, whether they are there or not; none without an index."""
-    index = inside(folder, INDEX)
-    return [inside(folder, name) for name in sorted(set(_read_weight_map(index).values()))] if index.exists() else []
+    index = resolve_inside(folder, INDEX)
+    return (
+        [resolve_inside(folder, name) for name in sorted(set(_read_weight_map(index).values()))]
+        if index.exists()
+        else []
+    )
 
 
 def _list_indexed_files(folder: Path) -> list[Path]:
@@ -173,7 +177,7 @@ def _list_indexed_files(folder: Path) -> list[Path]:
 
 def _refuse_second_model(folder: Path, names: list[str], shards: list[Path]) -> None:
     """Refuse a model.safetensors beside the shards that `names` lists, unless it holds the same tensors."""
-    single = inside(folder, SINGLE)
+    single = resolve_inside(folder, SINGLE)
     if SINGLE in names or not single.exists():
         return
     tensors = {tensor.name: tensor for tensor in _read_header(single)}
@@ -201,7 +205,7 @@ def _compare_with_index(index: Path, tensors: Mapping[str, StoredTensor], is_der
     elsewhere = sorted(
         name
         for name, file in weight_map.items()
-        if name in tensors and tensors[name].file != inside(index.parent, file)
+        if name in tensors and tensors[name].file != resolve_inside(index.parent, file)
     )
     problems = [
         f"{what}: {list_names(names, MOST_NAMES)}"

@@ -29,7 +29,7 @@ from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.hf.families import DENSE, FOLDER_FORMS, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import resolve_inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config, describe_glm4_config
 from moe2gguf.limits import MIXTRAL
@@ -260,7 +260,7 @@ def _describe_class(model: Model, slicing: Slicing) -> dict[str, Any]:
 
 def make_config(checkpoint: Checkpoint, described: Mapping[str, Any], provenance: Metadata) -> str:
     """config.json of a model that was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
-    source = read_json(inside(checkpoint.folder, "config.json"))
+    source = read_json(resolve_inside(checkpoint.folder, "config.json"))
     kept = {key: source[key] for key in KEPT if source.get(key) is not None}
     return to_json({**described, **kept, MARK: dict(provenance)})
 
@@ -334,7 +334,7 @@ def write_healed(
     Raises:
         OutputError, CorruptWeightError: as in `moe2gguf.recipes.convert.convert`.
     """
-    config = read_json(inside(source.folder, "config.json"))
+    config = read_json(resolve_inside(source.folder, "config.json"))
     texts = {
         "config.json": to_json({**config, MARK: {**source.provenance, **provenance}}),
         "README.md": healed_card(source.folder, provenance, log),
@@ -374,7 +374,7 @@ def copy_tensor(source: StoredTensor) -> OutputTensor:
 
 def healed_card(folder: Path, provenance: Metadata, log: Sequence[LogLine]) -> str:
     """The source's model card, and below it how the model was healed and what the held-out text says."""
-    path = inside(folder, "README.md")
+    path = resolve_inside(folder, "README.md")
     before = read_bytes(path, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace") if path.is_file() else ""
     lines = ["", "## Healed", "", *_provenance_table("how", "moe2gguf.heal.", provenance)]
     if scores := [line for line in log if isinstance(line, ScoreLine)]:

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from moe2gguf.errors import CheckpointError
 from moe2gguf.hf.json_file import read_bytes
-from moe2gguf.hf.paths import inside, links_out_of
+from moe2gguf.hf.paths import links_out_of, resolve_inside
 
 
 @pytest.mark.parametrize("name", ["a.json", "sub/a.json", "./a.json", "sub//a.json", "..a", "a..b/c...", "missing/x"])
 def test_names_inside(tmp_path: Path, name: str) -> None:
     """An ordinary relative name is the folder's file, whether it exists or not."""
-    assert tmp_path / name == inside(tmp_path, name)
+    assert tmp_path / name == resolve_inside(tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_names_inside(tmp_path: Path, name: str) -> None:
 def test_names_outside(tmp_path: Path, name: str, says: str) -> None:
     """Every way to write a path out of the folder is refused with its reason."""
     with pytest.raises(CheckpointError, match=says):
-        inside(tmp_path, name)
+        resolve_inside(tmp_path, name)
 
 
 def test_links_to_files_are_followed(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     (model / "alias").symlink_to("real")
     (model / "out").symlink_to("../other/weights")
 
-    assert b"inside" == read_bytes(inside(model, "alias"), max_bytes=10)
-    assert b"outside" == read_bytes(inside(model, "out"), max_bytes=10)
+    assert b"inside" == read_bytes(resolve_inside(model, "alias"), max_bytes=10)
+    assert b"outside" == read_bytes(resolve_inside(model, "out"), max_bytes=10)
 
 
 def test_links_to_folders_stay_inside(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_links_to_folders_stay_inside(tmp_path: Path) -> None:
     (model / "near").symlink_to("real")
     (model / "far").symlink_to(other)
 
-    assert model / "near" / "a" == inside(model, "near/a")
+    assert model / "near" / "a" == resolve_inside(model, "near/a")
     for name in ("far", "far/secret", "far/not-yet-there"):
         with pytest.raises(CheckpointError, match="link to another folder"):
-            inside(model, name)
+            resolve_inside(model, name)
 
 
 @pytest.mark.parametrize("target", ["gone", "circle"])
@@ -76,7 +76,7 @@ def test_links_to_nothing(tmp_path: Path, target: str) -> None:
     (tmp_path / "circle").symlink_to(target)
 
     with pytest.raises(CheckpointError, match=f"is a link to {target}, where no file is"):
-        inside(tmp_path, "circle")
+        resolve_inside(tmp_path, "circle")
 
 
 def test_pipes_are_no_files(tmp_path: Path) -> None:
@@ -86,14 +86,14 @@ def test_pipes_are_no_files(tmp_path: Path) -> None:
 
     for name in ("pipe", "device"):
         with pytest.raises(CheckpointError, match="expected a file"):
-            inside(tmp_path, name)
+            resolve_inside(tmp_path, name)
 
 
 def test_folder_behind_a_link(tmp_path: Path) -> None:
     """The folder itself may be reached through a link."""
     (tmp_path / "model").mkdir()
     (tmp_path / "latest").symlink_to("model")
-    assert tmp_path / "latest" / "a" == inside(tmp_path / "latest", "a")
+    assert tmp_path / "latest" / "a" == resolve_inside(tmp_path / "latest", "a")
 
 
 def test_links_out_of_a_folder_are_listed(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_never_outside(tmp_path_factory: pytest.TempPathFactory, name: str) -> N
     """Whatever the name, the answer lies in the folder or is an error of ours."""
     folder = tmp_path_factory.getbasetemp()
     try:
-        path = inside(folder, name)
+        path = resolve_inside(folder, name)
     except CheckpointError:
         return
     assert path.resolve().is_relative_to(folder.resolve())
@@ -139,6 +139,6 @@ def test_never_outside(tmp_path_factory: pytest.TempPathFactory, name: str) -> N
 def test_names_too_long_for_the_system(tmp_path: Path, name: str) -> None:
     """A name that no file can have is refused like the others, in a short message."""
     with pytest.raises(CheckpointError, match="cannot follow the file name") as caught:
-        inside(tmp_path, name)
+        resolve_inside(tmp_path, name)
 
     assert len(str(caught.value)) < 600

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe2gguf.errors import CheckpointError, VocabularyError
 from moe2gguf.hf.json_file import read_bytes, read_json
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import resolve_inside
 
 MAX_TEMPLATE_BYTES = 4 * 1024 * 1024
 MAX_TEMPLATES = 64
@@ -30,7 +30,7 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
         VocabularyError: a template is no text, or two have the same name.
     """
     templates = _read_files(folder) or _read_entry(config.get("chat_template"), folder / "tokenizer_config.json")
-    path = inside(folder, "chat_template.json")
+    path = resolve_inside(folder, "chat_template.json")
     if not templates and path.exists():
         templates = _read_entry(read_json(path, max_bytes=MAX_TEMPLATE_BYTES).get("chat_template"), path)
     named: dict[str, str] = {}
@@ -45,13 +45,13 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
 def _read_files(folder: Path) -> list[tuple[str, str]]:
     """Return the templates that are files."""
     names = {"default": "chat_template.jinja"}
-    extra = inside(folder, _FOLDER)
+    extra = resolve_inside(folder, _FOLDER)
     if extra.is_dir():
         files = sorted(path.name for path in extra.iterdir() if path.suffix == ".jinja")
         if len(files) > MAX_TEMPLATES:
             raise VocabularyError(f"{extra}: {len(files)} chat templates; at most {MAX_TEMPLATES} are read")
         names |= {file.removesuffix(".jinja"): f"{_FOLDER}/{file}" for file in files}
-    paths = {name: inside(folder, file) for name, file in names.items()}
+    paths = {name: resolve_inside(folder, file) for name, file in names.items()}
     return [(name, _read_text(path)) for name, path in paths.items() if path.exists()]
 
 

@@ -25,7 +25,7 @@ from gguf import TokenType
 
 from moe2gguf.errors import CheckpointError, VocabularyError, list_names
 from moe2gguf.hf.json_file import read_json
-from moe2gguf.hf.paths import inside
+from moe2gguf.hf.paths import resolve_inside
 from moe2gguf.hf.tokenizer import added_tokens, pretokenizers
 from moe2gguf.hf.tokenizer.added_tokens import AddedToken
 from moe2gguf.hf.tokenizer.chat_templates import read_chat_templates
@@ -113,7 +113,7 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
 def _open(folder: Path) -> _Files:
     """Read the files; a tokenizer.model beside a byte-level tokenizer.json (Llama 3's tiktoken file) is not one."""
     config = _read_optional_json(folder, "tokenizer_config.json")
-    json_path, model_path = inside(folder, "tokenizer.json"), inside(folder, "tokenizer.model")
+    json_path, model_path = resolve_inside(folder, "tokenizer.json"), resolve_inside(folder, "tokenizer.model")
     tokenizer = read_tokenizer_json(json_path) if json_path.exists() else None
     wants_pieces = model_path.exists() and not (tokenizer and tokenizer.is_byte_level)
     pieces = read_sentencepiece(model_path) if wants_pieces else None
@@ -274,7 +274,7 @@ def _find_special(table: TokenTable, files: _Files, problems: list[str]) -> tupl
 
 def _read_optional_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON file that need not be there."""
-    path = inside(folder, name)
+    path = resolve_inside(folder, name)
     return read_json(path) if path.exists() else {}
 
 
