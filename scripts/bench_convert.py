@@ -11,6 +11,7 @@ One synthetic LLaMA-shaped bf16 checkpoint in shards; every leg writes its outpu
 The legs are interleaved over the repeats, each repeat starting with another leg; the figures are medians. Before a leg
 all weight files are read once (page cache warm for all) and free memory is touched; after it, outside its time,
 everything is flushed (sync) and its output removed. Time runs from process start to exit, so Python's start counts.
+Processor time is user and system time of all threads: unlike the seconds it says little of what else the machine does.
 Peak memory is the kernel's ru_maxrss, which counts memory-mapped pages of the checkpoint while they are mapped.
 """
 
@@ -135,6 +136,7 @@ def summarize(legs: Sequence[Leg], runs: dict[str, list[Run]]) -> list[dict[str,
             "name": leg.name,
             "seconds": seconds[leg.name],
             "all_seconds": [run.seconds for run in runs[leg.name]],
+            "processor_seconds": statistics.median(run.processor_seconds for run in runs[leg.name]),
             "peak_bytes": max(run.peak_bytes for run in runs[leg.name]),
             "over_cp": seconds[leg.name] / copy,
             "over_peer": seconds[leg.name] / seconds[leg.peer] if leg.peer else None,
@@ -151,6 +153,7 @@ def report(result: dict[str, Any]) -> str:
             f"{leg['seconds']:.2f}",
             f"{leg['over_cp']:.2f}",
             "" if leg["over_peer"] is None else f"{leg['over_peer']:.2f}",
+            f"{leg['processor_seconds']:.2f}",
             f"{leg['peak_bytes'] / 1e6:.0f}",
         ]
         for leg in result["legs"]
@@ -161,7 +164,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            table(["", "seconds", "over cp", "over peer", "peak MB"], rows),
+            table(["", "seconds", "over cp", "over peer", "processor s", "peak MB"], rows),
             "",
             f"{files['bytes'] / 1e9:.2f} GB in {files['files']} files; medians of {result['repeats']} interleaved "
             f"runs, page cache warm; {host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB.",

@@ -58,7 +58,7 @@ class StandardError(io.TextIOWrapper):
 
 
 def prepare_streams() -> None:
-    """Replace `sys.stdout` and `sys.stderr`.
+    """Replace `sys.stdout` and `sys.stderr`, and a `sys.stdin` that was closed by one without a line.
 
     Where a program is started without the descriptors 0 to 2, the next files it opens would get their numbers, and
     what llama.cpp prints would land in them: they are opened, standard output so that a write fails.
@@ -67,6 +67,8 @@ def prepare_streams() -> None:
     while descriptor < 3:
         descriptor = os.open(os.devnull, os.O_RDONLY)
     os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 -- nothing to read, as long as we run
     sys.stdout = StandardOutput(*_opened(sys.stdout, 1), "replace", line_buffering=os.isatty(1))
     sys.stderr = StandardError(*_opened(sys.stderr, 2), "backslashreplace", line_buffering=True)
 

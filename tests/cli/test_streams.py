@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import tiny_gguf
 
 from moe2gguf.cli.tables import shorten
 
@@ -70,6 +71,17 @@ def test_standard_error_that_is_full_changes_nothing(model: Path, tmp_path: Path
     command = ["bash", "-c", '"$@" 2>/dev/full', "bash", *PROGRAM, "convert", str(tmp_path / "nothing"), "out.gguf"]
 
     assert 1 == subprocess.run(command, check=False).returncode
+
+
+@pytest.mark.parametrize("redirection", ["</dev/null", "<&-"])
+def test_standard_input_that_is_closed_is_empty(redirection: str, tmp_path: Path) -> None:
+    """A chat ends at once."""
+    file = tiny_gguf.write_gguf(tmp_path / "m.gguf", tiny_gguf.dense_weights(n_layer=1))
+    command = ["bash", "-c", f'"$@" {redirection}', "bash", *PROGRAM, "chat", str(file), "--raw"]
+
+    done = subprocess.run(command, capture_output=True, check=False)
+
+    assert (0, b"") == (done.returncode, done.stdout.strip())
 
 
 def test_a_long_list_is_shortened_unless_all_is_wanted() -> None:
