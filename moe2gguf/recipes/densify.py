@@ -17,7 +17,7 @@ from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.counts import find_graph, read_counts
 from moe2gguf.gguf.dense_model import replace_prefix
-from moe2gguf.gguf.expected import check_architecture
+from moe2gguf.gguf.expected import check_architecture, read_dimensions
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.rotary import halves_to_pairs
@@ -211,8 +211,8 @@ class MoeFile:
         if not self.graph.rotates_halves or not part:
             return functools.partial(self._tensor(name).blocks, BLOCK_BYTES)
         rows = self._file.tensors[name].shape[0]
-        d_head = self.metadata[f"{self.graph.architecture}.attention.key_length"]
-        order = halves_to_pairs(rows // int(str(d_head)), int(str(d_head)))
+        d_head = read_dimensions(self._file, self.graph, []).d_head
+        order = halves_to_pairs(rows // d_head, d_head)
         return lambda: iter([self._tensor(name).read()[order]])
 
     def _tensor(self, name: str) -> SourceTensor:

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import checkpoints
 import gguf_bytes as g
 import imatrix_files
 import pytest
 from command import Done, moe2gguf
+from gguf import GGUFValueType
 
 from moe2gguf.errors import Moe2GgufError
 from moe2gguf.gguf.counts import read_counts
@@ -160,9 +162,41 @@ def test_the_sound_file_passes_every_command(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "key"), cases())
 def test_a_faulty_key_is_one_message(kind: str, key: str, tmp_path: Path) -> None:
     """Exit code 0, or 1 with one message that names file, key or option, and no half-written output."""
-    model, commands = FILES[kind]
     matrix(tmp_path)
-    file = tmp_path / "model.gguf"
+    check_faults(*FILES[kind], key, ("missing", *SCALARS, *ARRAYS), tmp_path / "model.gguf")
+
+
+def test_a_faulty_key_of_a_graph_with_a_shared_expert_is_one_message(tmp_path: Path) -> None:
+    """The same for the keys of glm4moe, with a few of the faults."""
+    folder = checkpoints.make(tmp_path / "hf", num_hidden_layers=2)
+    assert 0 == moe2gguf("convert", folder, tmp_path / "whole.gguf", "--target", "glm4moe", "--experts", 4).returncode
+    model = rebuilt(tmp_path / "whole.gguf")
+    commands = {name: run for name, run in SLICED.items() if name in ("verify", "densify", "set-used")}
+
+    for key in [key for key in model.keys if key.startswith("glm4moe.")]:
+        check_faults(model, commands, key, ("missing", "zero", "array of integers"), tmp_path / "model.gguf")
+
+
+def rebuilt(path: Path) -> g.LlamaFile:
+    """A file as keys and tensors that can be changed."""
+    file, model = read_model(path), g.LlamaFile()
+    short = {kind.name: name for name, kind in zip(g.KINDS, map(GGUFValueType, g.KINDS.values()), strict=True)}
+    model.keys.clear()
+    for key, kind in file.types.items():
+        value = file.metadata[key]
+        if kind.element is not None and isinstance(value, list):
+            model.set_array(key, short[kind.element.name], value)
+        else:
+            model.set(key, short[kind.type.name], value)
+    model.tensors = {
+        name: g.Tensor(name, tensor.shape, int(tensor.type), file.read_tensor(tensor).tobytes())
+        for name, tensor in file.tensors.items()
+    }
+    return model
+
+
+def check_faults(model: g.LlamaFile, commands: dict[str, Run], key: str, faults: Sequence[str], file: Path) -> None:
+    """Try the commands with every fault of a key."""
     for fault in ("missing", *SCALARS, *ARRAYS):
         file.write_bytes(faulty(model, key, fault))
         for name, run in commands.items():
@@ -178,6 +212,6 @@ def test_a_faulty_key_is_one_message(kind: str, key: str, tmp_path: Path) -> Non
                 assert 1 == words.count("moe2gguf: ") or name == "verify", (what, words)
                 assert any(name in words for name in ("model.gguf", "--imatrix", "type q8_0", key)), (what, words)
                 assert words.replace("\n", "").isprintable(), (what, words)
-            for path in tmp_path.glob("*out-*"):
+            for path in file.parent.glob("*out-*"):
                 assert not done.returncode or name == "set-used", (what, path)
                 path.unlink()
