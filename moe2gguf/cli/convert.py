@@ -266,7 +266,7 @@ def _write_file(
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     emit(result, as_json, lambda: tables_convert.print_conversion(done, checked))
-    run = ["moe2gguf", "run", done.path, "The capital of France is"]
+    run = display.suggest_running(done.path, done.plan.metadata)
     measure = ["moe2gguf", "compare", done.path, "--reference", "DENSE.gguf"]
     display.next_steps(run, *([measure] if done.plan.n_expert else []))
     if checked and not checked.ok:

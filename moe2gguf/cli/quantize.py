@@ -90,5 +90,5 @@ def quantize(
         on_plan=lambda plan: display.warnings(plan.warnings),
     )
     emit(done.to_dict(), as_json, lambda: tables_convert.print_quantization(done))
-    run = ["moe2gguf", "run", done.path, "The capital of France is"]
+    run = display.suggest_running(done.path, done.plan.metadata)
     display.next_steps(run, ["moe2gguf", "compare", done.path, "--reference", source])

@@ -28,10 +28,13 @@ from rich.table import Table
 from moe2gguf.llama.machine import describe_load
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moe2gguf.gguf.verify import Verification
     from moe2gguf.llama.generate import Generation
     from moe2gguf.measure.check import Check
     from moe2gguf.measure.imatrix import Collection
+    from moe2gguf.spec import Metadata
 
 PLAIN_WIDTH = 120
 VERBOSE = "moe2gguf.verbose"
@@ -134,6 +137,13 @@ def next_steps(*commands: Sequence[object]) -> None:
             console.print(words, shlex.join(map(str, command)), markup=False)
 
 
+def suggest_running(path: Path, metadata: Metadata) -> list[object]:
+    """The command that lets a file speak: chat where it has a chat template."""
+    if "tokenizer.chat_template" in metadata:
+        return ["moe2gguf", "chat", path]
+    return ["moe2gguf", "run", path, "The capital of France is"]
+
+
 def shorten(message: str, *, whole: bool) -> str:
     """An error's message with at most `MOST_LINES` of its list, unless the `whole` is wanted."""
     head, *items = message.splitlines()
@@ -159,8 +169,8 @@ def print_verification(found: Verification, checked: Check | None) -> None:
     """Sound or not, and why."""
     console = out()
     path = escape(str(found.path))
-    for problem in found.problems:
-        console.print(f"problem: {escape(problem)}")
+    for problem in cut_list(found.problems, whole=is_verbose()):
+        console.print(f"problem: {escape(problem.strip())}")
     for note in found.notes:
         console.print(f"note: {escape(note)}")
     verdict = "NOT SOUND" if found.problems else "sound"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import checkpoints
 import pytest
 import tiny_gguf
 
-from moe2gguf.cli.tables import shorten
+from moe2gguf.cli.tables import shorten, suggest_running
 
 PROGRAM = [sys.executable, "-c", "from moe2gguf.cli import main; main()"]
 
@@ -92,3 +93,10 @@ def test_a_long_list_is_shortened_unless_all_is_wanted() -> None:
     assert "problem 5" not in shorten(message, whole=False)
     assert message == shorten(message, whole=True)
     assert "\n".join(message.splitlines()[:7]) == shorten("\n".join(message.splitlines()[:7]), whole=False)
+
+
+def test_what_comes_next_is_a_command_that_runs() -> None:
+    """A chat where the file has a template, else a prompt to go on from; quoted for a shell."""
+    chat = suggest_running(Path("my moe.gguf"), {"tokenizer.chat_template": "{{ messages }}"})
+    assert "moe2gguf chat 'my moe.gguf'" == shlex.join(map(str, chat))
+    assert "moe2gguf run m.gguf 'The capital of France is'" == shlex.join(map(str, suggest_running(Path("m.gguf"), {})))

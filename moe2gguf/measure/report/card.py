@@ -107,7 +107,7 @@ def describe_files(
         "",
         "```sh",
         f"llama-server -m {first}",
-        f'moe2gguf run {first} -p "What is the capital of France?"',
+        f'moe2gguf run {first} "What is the capital of France?"',
         "```",
     ]
     yield from ["", "## Make them again", "", "```sh"]
