@@ -23,6 +23,7 @@ FUNCTIONS = {
     "run": "generate",
     "serve-help": "list_ways",
     "set-used": "set_used",
+    "views": "write_views",
 }
 """Commands whose function has another name."""
 

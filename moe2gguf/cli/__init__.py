@@ -31,7 +31,7 @@ from moe2gguf.cli.run import run
 from moe2gguf.cli.serve_help import serve_help
 from moe2gguf.cli.set_used import set_used
 from moe2gguf.cli.streams import prepare_streams
-from moe2gguf.cli.tables import shorten
+from moe2gguf.cli.tables import shorten, start_clock
 from moe2gguf.cli.verify import verify
 from moe2gguf.cli.views import views
 from moe2gguf.errors import Moe2GgufError
@@ -104,6 +104,7 @@ def main() -> NoReturn:
 
 def run_program(arguments: list[str]) -> int:
     """Run a command line: every expected error becomes one message on stderr; the exit code is returned."""
+    start_clock()
     try:
         cli(arguments, standalone_mode=False, prog_name="moe2gguf")
         sys.stdout.flush()

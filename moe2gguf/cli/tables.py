@@ -98,6 +98,11 @@ def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+def start_clock() -> None:
+    """A command begins: a log hears of it after `PULSE` seconds."""
+    _pulse.last = time.monotonic()
+
+
 def tell(line: str) -> None:
     """A line of progress on stderr; where that is no terminal, one every `PULSE` seconds, with the machine's load."""
     console = err()
