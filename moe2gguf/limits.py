@@ -219,7 +219,7 @@ GRAPHS = {
             *_SHARED_EXPERT,
         ),
         gating="softmax",
-        layer_nodes=49,
+        layer_nodes=48,
         since="December 2024",
         note="as glm4moe, for older programs",
     ),

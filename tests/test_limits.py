@@ -16,9 +16,11 @@ import pytest
 
 from moe2gguf.limits import (
     DEFAULT,
+    GRAPHS,
     MAX_EXPERTS,
     QUANTIZED_CACHE,
     SEPARATE_STREAMS,
+    Graph,
     Setting,
     Size,
     check_expert_counts,
@@ -68,23 +70,36 @@ class Shape:
     n_scale: int = 0
     tied: bool = False
     rope_freqs: bool = False
+    target: str = "mixtral"
+    n_norm: int = 0
+
+    @property
+    def graph(self) -> Graph:
+        return GRAPHS[self.target]
 
     @property
     def n_tensor(self) -> int:
-        return self.n_layer * (10 + len(self.biases) + self.n_scale) + 2 + (not self.tied) + self.rope_freqs
+        per_layer = self.graph.layer_tensors + len(self.biases) + self.n_scale + self.n_norm
+        return self.n_layer * per_layer + 2 + (not self.tied) + self.rope_freqs
 
     def limit(self, setting: Setting = DEFAULT) -> int:
-        return max_experts_used(Size(self.n_layer, self.n_tensor, self.n_scale), setting)
+        return max_experts_used(Size(self.n_layer, self.n_tensor, self.n_scale, self.n_norm, self.graph), setting)
 
 
 PLAIN = Shape(16)  # the pool binds
 HASHED = Shape(12)  # the hash table binds
 QWEN = Shape(24, biases=("attn_q", "attn_k", "attn_v"), tied=True)
 SCALED = Shape(14, n_scale=1, biases=("attn_q", "attn_k", "attn_v", "attn_output"), rope_freqs=True)
+GLM = Shape(16, target="glm4moe")
+GLM_TIED = Shape(30, tied=True, target="glm4moe")
+GLM_QWEN2 = Shape(24, biases=("attn_q", "attn_k", "attn_v"), tied=True, target="glm4moe")
+GLM_QWEN3 = Shape(28, tied=True, target="glm4moe", n_norm=2)
+DEEPSEEK = Shape(16, target="deepseek")
 
 
 def write_zeros(path: Path, shape: Shape, k: int) -> None:
-    """Write a GGUF of zeros with two heads of 64 and k experts, all used."""
+    """Write a GGUF of zeros with two heads of 64 and k experts, all used, and a shared one where the graph has it."""
+    architecture = shape.graph.architecture
     d_model, d_head, d_expert = 128, 64, 4
     tensors = {"token_embd.weight": (N_VOCAB, d_model), "output_norm.weight": (d_model,)}
     if not shape.tied:
@@ -98,10 +113,22 @@ def write_zeros(path: Path, shape: Shape, k: int) -> None:
         block |= {"attn_norm.weight": (d_model,), "ffn_norm.weight": (d_model,), "ffn_gate_inp.weight": (k, d_model)}
         block |= {f"ffn_{name}_exps.weight": (k, d_expert, d_model) for name in ("gate", "up")}
         block |= {"ffn_down_exps.weight": (k, d_model, d_expert)}
+        if shape.graph.has_shared:
+            block |= {f"ffn_{name}_shexp.weight": (d_expert, d_model) for name in ("gate", "up")}
+            block |= {"ffn_down_shexp.weight": (d_model, d_expert)}
+        if shape.target == "glm4moe":
+            block |= {"exp_probs_b.bias": (k,), "post_attention_norm.weight": block.pop("ffn_norm.weight")}
+        block |= {f"attn_{name}_norm.weight": (d_head,) for name in ("q", "k")[: shape.n_norm]}
         block |= {f"ffn_{name}_exps.scale": (k,) for name in ("down", "up", "gate")[: shape.n_scale]}
         tensors |= {f"blk.{i}.{name}": size for name, size in block.items()}
     assert len(tensors) == shape.n_tensor
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
+    if shape.graph.has_shared:
+        writer.add_expert_feed_forward_length(d_expert)
+        writer.add_expert_shared_count(1)
+        for key, value in shape.graph.keys.items():
+            kind = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+            writer.add_key_value(f"{architecture}.{key}", value, kind[type(value)])
     writer.add_block_count(shape.n_layer)
     writer.add_context_length(256)
     writer.add_embedding_length(d_model)
@@ -147,6 +174,11 @@ def run_llama(path: Path, run: dict[str, int]) -> str:
         (SCALED, DEFAULT, 32),
         (PLAIN, SEPARATE_STREAMS, 15),
         (HASHED, QUANTIZED_CACHE, 7),
+        (GLM, DEFAULT, 30),
+        (GLM_TIED, DEFAULT, 31),
+        (GLM_QWEN2, DEFAULT, 41),
+        (GLM_QWEN3, DEFAULT, 36),
+        (DEEPSEEK, DEFAULT, 28),
     ],
 )
 def test_llama_cpp_runs_the_limit_and_aborts_above(tmp_path: Path, shape: Shape, setting: Setting, limit: int) -> None:
