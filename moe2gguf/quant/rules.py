@@ -62,6 +62,11 @@ class TypeOptions:
         return [path for path in (self.type_rules, self.imatrix) if path]
 
     @property
+    def chooses(self) -> bool:
+        """Whether any tensor may get another type than it is stored in, or blocks need not stay whole."""
+        return self != TypeOptions(imatrix=self.imatrix, imatrix_repair=self.imatrix_repair, pure=self.pure)
+
+    @property
     def has_target(self) -> bool:
         """Whether types are to be chosen for a size."""
         return self.target_size is not None or self.target_bpw is not None

@@ -15,7 +15,7 @@ from moe2gguf.quant.imatrix import ImportanceMatrix, read_imatrix
 from moe2gguf.quant.rules import Rule, TypeOptions, read_own_rules
 from moe2gguf.recipes.gguf_as_hf import refuse_calibration
 from moe2gguf.recipes.options import Options, adopt_calibration, refuse_options
-from moe2gguf.recipes.source import Source
+from moe2gguf.recipes.source import Source, choose_counts
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Inputs:
     options  the user's, with what they left open taken from a saved calibration
     text     to calibrate on, where that is needed
     saved    a calibration to use instead
+    notes    what was chosen for the user, in sentences
     """
 
     options: Options
     types: TypeInputs
     text: Text | None = None
     saved: SavedCalibration | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_type_inputs(options: TypeOptions) -> TypeInputs:
@@ -67,6 +69,7 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     if options.calibration.load_from:
         saved = read_calibration(options.calibration.load_from)
         options, refusals = adopt_calibration(options, saved)
+    options, notes = choose_counts(source, options) if options.slices(source.model) else (options, [])
     refusals += refuse_options(source.model, options, saved)
     slices = not refusals and options.slices(source.model)
     calibrates = slices and options.resolve_method().needs_calibration and not saved
@@ -75,7 +78,7 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     if refusals:
         raise PlanError(refusals)
     text = read_text(options.calibration.text) if calibrates else None
-    return Inputs(options, read_type_inputs(options.types), text, saved)
+    return Inputs(options, read_type_inputs(options.types), text, saved, tuple(notes))
 
 
 def _refuse_to_calibrate(source: Source) -> list[str]:

@@ -123,7 +123,13 @@ def make_plan(source: Source, inputs: Inputs, base: Sequence[Rule] | None = None
     refusals, limits = _check_counts(source.model, slicing, [tensor.name for tensor in draft.tensors])
     if found := [*draft.assigned.refusals, *draft.refusals, *refusals]:
         raise PlanError(found)
-    warnings = [*source.warnings, *draft.assigned.warnings, *draft.warnings, *_warn_of_calibration(source, inputs)]
+    warnings = [
+        *source.warnings,
+        *inputs.notes,
+        *draft.assigned.warnings,
+        *draft.warnings,
+        *_warn_of_calibration(source, inputs),
+    ]
     return Plan(
         options=options,
         source=source,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TypeAlias
 
-from moe2gguf.experts.slicing import plain_scale
+from moe2gguf.experts.slicing import expert_width, plain_scale
 from moe2gguf.gguf.blocks import is_power_of_two
 from moe2gguf.gguf.dense_model import DenseFile, largest_block, open_dense
 from moe2gguf.hf import hub
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
+from moe2gguf.limits import Size, max_experts_used
+from moe2gguf.recipes.options import Options
 from moe2gguf.spec import Slicing
 
 Source: TypeAlias = Checkpoint | DenseFile
@@ -34,6 +37,35 @@ def open_source(path: Path, *, name: str | None = None, weights: bool = True) ->
         return open_checkpoint(path, name=name)
     folder = hub.fetch_model(model, weights=weights)
     return open_checkpoint(folder, name=name, headers=None if weights else hub.read_remote_headers(folder))
+
+
+def choose_counts(source: Source, options: Options) -> tuple[Options, list[str]]:
+    """The options with a number of experts that keeps the blocks of a quantized file whole, and a sentence about it.
+
+    Nothing changes where the user gave a number, a width or types, or where the default number divides the blocks. If
+    none divides them that llama.cpp can run, experts are padded to whole blocks.
+    """
+    if isinstance(source, Checkpoint) or options.experts is not None or options.align != 1 or options.types.chooses:
+        return options, []
+    downs = [tensor.block for name, tensor in source.tensors.items() if name.endswith(".ffn_down.weight")]
+    block, default, graph = max(downs, default=1), options.n_expert, options.graph
+    n_block, rest = divmod(source.model.d_ff, block)
+    if rest or n_block % default == 0:
+        return options, []
+    per_layer = graph.layer_tensors + 3 * source.model.bias_qkv
+    limit = max_experts_used(Size(source.model.n_layer, 2 + source.model.n_layer * per_layer, graph=graph))
+    whole = [n for n in range(2, min(limit, 4 * default) + 1) if n_block % n == 0]
+    if whole:
+        n = min(whole, key=lambda n: abs(math.log(n / default)))
+        others = [str(other) for other in whole if other != n]
+        also = f"; so do {', '.join(others)} (--experts)" if others else ""
+        return dataclasses.replace(options, experts=n), [f"{n} experts divide the {n_block} blocks of every MLP{also}"]
+    width = expert_width(source.model.d_ff, default, block)
+    price = default * width / source.model.d_ff - 1
+    note = (
+        f"{default} experts are padded to {width} neurons, whole blocks of {block}: {price:.0%} more bytes in the MLPs"
+    )
+    return dataclasses.replace(options, align=block), [note]
 
 
 def fit_slicing(source: Source, slicing: Slicing) -> Slicing:

@@ -184,7 +184,7 @@ def refuse_blocks(
 def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[PlannedTensor]) -> str:
     block = max(types.block_size(tensor.type) for tensor in again)
     n_block = dense.model.d_ff // block
-    whole = [n for n in range(2, 17) if n_block % n == 0]
+    whole = [n for n in range(2, 65) if n_block % n == 0]
     ways = [f"choose --experts {' or '.join(map(str, whole))}, which divide them evenly"] if whole else []
     if n_block >= slicing.n_expert:
         ways.append(f"pad the experts with --align {block}")

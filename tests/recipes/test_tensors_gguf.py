@@ -346,3 +346,27 @@ def test_equal_inputs_give_equal_bytes(dense: Any, tmp_path: Path) -> None:
         convert(dense("Q4_K_S"), tmp_path / name, flat_options(experts=N), threads=1 if name == "a.gguf" else 3)
 
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("d_ff", "options", "experts", "words"),
+    [
+        (7 * 256, {}, 7, "7 experts divide the 7 blocks"),
+        (6 * 256, {}, 6, "6 experts divide the 6 blocks of every MLP; so do 2, 3"),
+        (8 * 256, {}, 8, ""),
+        (7 * 256, {"target": "glm4moe", "preset": "exact"}, 7, "7 experts divide"),
+        (97 * 256, {}, 8, "8 experts are padded to 3328 neurons, whole blocks of 256: 7% more bytes"),
+    ],
+)
+def test_without_a_number_the_experts_keep_the_blocks_whole(
+    tmp_path: Any, d_ff: int, options: Any, experts: int, words: str
+) -> None:
+    """A newcomer's K-quant file converts at the first command, and the plan says what was chosen."""
+    source = tiny(tmp_path / "f32.gguf", d_ff=d_ff)
+    llama_quantize.quantize(source, tmp_path / "q4.gguf", gguf.LlamaFileType.MOSTLY_Q4_K_S, pure=True)
+
+    plan = plan_conversion(tmp_path / "q4.gguf", flat_options(**options))
+
+    assert plan.n_expert == experts
+    assert words in "\n".join(plan.warnings)
+    assert all(tensor.copied for tensor in plan.tensors if tensor.name.endswith("_exps.weight"))
