@@ -1,4 +1,4 @@
-"""What differs between operating systems: opening without following links, bytes at a place, locks of folders.
+"""What differs between systems: opening without following links, bytes at a place, second names, locks of folders.
 
 Windows has no lock that a folder could hold, and no way to read or write at a place without moving the file's position:
 there two processes on one folder are the user's care, and threads take turns.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 count = os.write(descriptor, data)
         data, offset = data[count:], offset + count
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Give a file a second name, in place of what is there; True for a link, False for a copy where links fail.
+
+    Raises OSError as `shutil.copyfile` does.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        return False
+    return True
 
 
 def open_locked(folder: Path) -> int:

@@ -9,8 +9,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model-loader.cpp#
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.set_used import require_free
 from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
+from moe2gguf.gguf.system import link_or_copy
 from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
 from moe2gguf.limits import check_expert_counts
 from moe2gguf.progress import Progress, silent
@@ -118,14 +117,8 @@ def _change_count(file: GGUFFile, counts: ExpertCounts, k: int) -> Metadata:
 def _add_view(layout: Layout, target: Sequence[Path], weights: Path) -> bool:
     """Write one more view beside the first; whether its weights are a link, not a copy."""
     head, tail = target
-    linked = True
     try:
-        tail.unlink(missing_ok=True)
-        try:
-            os.link(weights, tail)
-        except OSError:  # another file system, or one without links
-            linked = False
-            shutil.copyfile(weights, tail)
+        linked = link_or_copy(weights, tail)
         partial = head.with_name(f".{head.name}.partial")
         partial.write_bytes(layout.header)
         partial.replace(head)

@@ -13,7 +13,7 @@ import pytest
 
 from moe2gguf import Options, TypeOptions, convert, quantize, verify
 from moe2gguf.errors import OutputError
-from moe2gguf.gguf.system import open_here, open_locked, read_at, write_at
+from moe2gguf.gguf.system import link_or_copy, open_here, open_locked, read_at, write_at
 
 UNIX = ("preadv", "pwrite", "O_DIRECTORY", "O_NOFOLLOW")
 """What Windows does not have, of what is asked for at run time; and `fcntl`."""
@@ -44,6 +44,25 @@ def test_threads_read_and_write_at_places(tmp_path: Path, monkeypatch: pytest.Mo
         assert parts == list(pool.map(read, range(64)))
     assert 0 == read_at(descriptor, memoryview(bytearray(10)), 64000)
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_is_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """A copy where the file system has no links; what had the name is replaced, not written into."""
+
+    def fail(*_: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    os.symlink(tmp_path / "b", tmp_path / "c")
+
+    assert links is link_or_copy(tmp_path / "a", tmp_path / "c")
+
+    assert ("new", "old") == ((tmp_path / "c").read_text(), (tmp_path / "b").read_text())
+    assert links is (tmp_path / "a").samefile(tmp_path / "c")
 
 
 def test_a_folder_has_one_lock(tmp_path: Path) -> None:
