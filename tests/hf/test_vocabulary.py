@@ -435,6 +435,28 @@ def test_rules_of_added_tokens_that_llama_cpp_does_not_follow_are_named(
     assert bool(differing) == bool(named) == bool(vocabulary.warnings), (differing, vocabulary.warnings)
 
 
+@pytest.mark.parametrize(
+    "tokens", [("ab", "bcd"), ("bcd", "ab"), ("<a>", "<a><b>"), ("abcd", "ab", "bcd"), ("  ", "   "), ("ab", "bc")]
+)
+def test_added_tokens_that_overlap_are_named(tmp_path: Path, tokens: tuple[str, ...]) -> None:
+    """Of two that share characters llama.cpp takes the longest; a warning names the text where that matters."""
+    size = tiny.byte_level_bpe(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] += [{"id": size + i, "content": text, **flags} for i, text in enumerate(tokens)]
+    write(tmp_path / "tokenizer.json", content)
+    vocabulary = read_vocabulary(tmp_path, size + len(tokens))
+    write_vocabulary_file(tmp_path / "vocabulary.gguf", vocabulary_metadata(vocabulary))
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = [a + b[n:] for a in tokens for b in tokens for n in range(len(b)) if a.endswith(b[:n])]
+
+    with LlamaTokens(tmp_path / "vocabulary.gguf") as llama:
+        differing = {text for text in texts if own.encode(text).ids != llama.encode(text)}
+
+    named = {text for text in texts for warning in vocabulary.warnings if f" {text!r} (" in warning}
+    assert differing == named
+
+
 def test_flags_of_tokenizer_json_go_before_those_of_the_config(tmp_path: Path) -> None:
     """transformers takes the flags of tokenizer.json, and those of tokenizer_config.json only for other tokens."""
     size = tiny.byte_level_bpe(tmp_path)

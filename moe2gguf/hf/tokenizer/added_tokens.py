@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from gguf import TokenType
 from tokenizers.normalizers import Normalizer
 
 from moe2gguf.errors import VocabularyError
+
+_LONGEST, _MOST_PAIRS = 100, 10_000
 
 RULES = ("single_word", "lstrip", "rstrip", "normalized")
 """Flags by which the `tokenizers` package finds a token only between words, swallows the spaces before or behind it,
@@ -73,6 +76,32 @@ def list_unknown_rules(token: AddedToken, normalizer: Normalizer | None) -> list
     """
     changes = normalizer is not None and normalizer.normalize_str(token.content) != token.content
     return [rule for rule in RULES if rule in token.rules and (rule != "normalized" or changes)]
+
+
+def list_overlaps(tokens: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return (text, first, longest): texts of two tokens that share characters, and what is found in them.
+
+    The `tokenizers` package takes the token that begins first, llama.cpp the longest wherever it stands:
+    https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-vocab.cpp (`tokenizer_st_partition`). Runs of one
+    character, such as spaces, are cut alike by both. Nothing is said of absurdly long or absurdly many tokens.
+    """
+    known = {token for token in tokens if len(token) <= _LONGEST}
+    beginning: dict[str, list[str]] = {}
+    for token in sorted(known):
+        for n in range(1, len(token)):
+            beginning.setdefault(token[:n], []).append(token)
+    pairs = (
+        (first, longest, first + longest[n:])
+        for first in sorted(known)
+        for n in range(1, len(first))
+        for longest in beginning.get(first[-n:], ())
+        if len(longest) > len(first) and len({*first, *longest}) > 1
+    )
+    return [
+        (text, first, longest)
+        for first, longest, text in itertools.islice(pairs, _MOST_PAIRS)
+        if next(text[:n] for n in range(len(text), 0, -1) if text[:n] in known) == first
+    ]
 
 
 def read_decoder(config: Mapping[str, Any], where: str) -> list[AddedToken]:

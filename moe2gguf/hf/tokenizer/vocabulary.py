@@ -7,10 +7,10 @@ Three kinds of files are read, and the ids that llama.cpp gives are those of the
 * tokenizer.json alone, SentencePiece-style BPE -> "llama", scores derived from the merges (merge_scores.py).
 
 Known differences that no GGUF can express, the same as in files by llama.cpp's converter: llama.cpp does not
-normalize (NFC of Qwen2); it finds added tokens wherever they are spelled and keeps the spaces beside them (a warning
-names those for which this matters, see added_tokens.py); with a space prefix llama.cpp puts one before every stretch of
-text between special tokens, where a Metaspace of the scheme "first" puts one at the start only, and none before a text
-that starts with a space.
+normalize (NFC of Qwen2); it finds added tokens wherever they are spelled, of those that overlap the longest, and keeps
+the spaces beside them (a warning names those for which this matters, see added_tokens.py: there are no other rules);
+with a space prefix llama.cpp puts one before every stretch of text between special tokens, where a Metaspace of the
+scheme "first" puts one at the start only, and none before a text that starts with a space.
 """
 
 from __future__ import annotations
@@ -242,12 +242,16 @@ def _name_inexact_tokens(files: _Files) -> list[str]:
         for token in {token.content: token for token in listed}.values()
         if (reasons := added_tokens.list_unknown_rules(token, normalizer))
     ]
-    if not inexact:
-        return []
-    return [
-        "llama.cpp finds these added tokens wherever they are spelled and keeps the spaces beside them; "
-        f"the ids of such texts differ from the tokenizer's: {list_names(inexact, _SHOWN)}"
+    differ = "the ids of such texts differ from the tokenizer's"
+    overlaps = [
+        f"{text!r} ({longest!r}, not {first!r})"
+        for text, first, longest in added_tokens.list_overlaps(token.content for token in listed)
     ]
+    found = {
+        "llama.cpp finds these added tokens wherever they are spelled and keeps the spaces beside them": inexact,
+        "where added tokens overlap llama.cpp takes the longest, not the first": overlaps,
+    }
+    return [f"{what}; {differ}: {list_names(names, _SHOWN)}" for what, names in found.items() if names]
 
 
 def _find_special(table: TokenTable, files: _Files, problems: list[str]) -> tuple[dict[str, int], dict[str, bool]]:
