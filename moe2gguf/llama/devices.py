@@ -29,7 +29,7 @@ class Setup:
     n_threads      None: all processors this process may use
     n_gpu_layers   0: CPU only; negative: all layers
     rpc_servers    addresses (host:port) of llama.cpp RPC servers that take the place of this machine's GPUs
-    experts_on_cpu keep the expert tensors in the processor's memory, whatever `n_gpu_layers` is
+    on_cpu         weights that stay in the processor's memory, whatever `n_gpu_layers` is; see `PLACEMENTS`
     kv_type        element type of the key/value cache
     flash_attention, repack   llama.cpp's faster attention, and weights rearranged at load for the processor
     """
@@ -40,7 +40,7 @@ class Setup:
     n_threads: int | None = None
     n_gpu_layers: int = 0
     rpc_servers: tuple[str, ...] = ()
-    experts_on_cpu: bool = False
+    on_cpu: Literal["experts", "ffn"] | None = None
     kv_type: Literal["f32", "f16"] = "f32"
     flash_attention: bool = False
     repack: bool = False
@@ -49,7 +49,8 @@ class Setup:
 DEVICES: dict[str, dict[str, Any]] = {
     "cpu": {"n_gpu_layers": 0},
     "gpu": {"n_gpu_layers": -1},
-    "gpu:experts-on-cpu": {"n_gpu_layers": -1, "experts_on_cpu": True},
+    "gpu:experts-on-cpu": {"n_gpu_layers": -1, "on_cpu": "experts"},
+    "gpu:ffn-on-cpu": {"n_gpu_layers": -1, "on_cpu": "ffn"},
 }
 """Fields of `Setup` by name; `gpu` is whatever backend the installed llama.cpp has (CUDA, Metal, Vulkan).
 
@@ -124,10 +125,19 @@ class _Placement(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("memory", ctypes.c_void_p))
 
 
-def keep_experts_on_cpu(lib: ModuleType) -> Any:
-    """Return a C array of placement rules: expert tensors in the processor's memory, as llama.cpp's --cpu-moe does."""
+PLACEMENTS = {
+    None: [],
+    "experts": [rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"],
+    "ffn": [rb"\.ffn_(up|down|gate|gate_up)(_exps|_chexps|_shexp)?\.(weight|bias)"],
+}
+"""Names of tensors that stay in the processor's memory: the experts, as llama.cpp's --cpu-moe has it, or all MLPs."""
+
+
+def list_placements(lib: ModuleType, on_cpu: str | None) -> Any:
+    """Return a C array of placement rules for `Setup.on_cpu`, to outlive the load."""
     cpu_memory = declare(lib._lib, "ggml_backend_cpu_buffer_type").ggml_backend_cpu_buffer_type()
-    return (_Placement * 2)(_Placement(rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps", cpu_memory), _Placement(None, None))
+    rules = [_Placement(pattern, cpu_memory) for pattern in PLACEMENTS[on_cpu]]
+    return (_Placement * (len(rules) + 1))(*rules, _Placement(None, None))
 
 
 def _require_gpu(lib: ModuleType) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.counts import count_experts
-from moe2gguf.llama.devices import Setup, keep_experts_on_cpu, list_offload_devices
+from moe2gguf.llama.devices import Setup, list_offload_devices, list_placements
 from moe2gguf.llama.library import count_processors, import_llama, load_model, make_int_overrides, quote_last_lines
 
 Logits = NDArray[np.float32]
@@ -101,9 +101,8 @@ def open_model(path: Path, setup: Setup) -> Iterator[Llama]:
     if k is not None:
         key = f"{facts.architecture}.expert_used_count"
         params.kv_overrides = make_int_overrides(lib, {key: k - facts.n_shared})
-    placement = keep_experts_on_cpu(lib)  # must outlive the load
-    if setup.experts_on_cpu:
-        params.tensor_buft_overrides = ctypes.addressof(placement)
+    placements = list_placements(lib, setup.on_cpu)  # must outlive the load
+    params.tensor_buft_overrides = ctypes.addressof(placements)
     llama = Llama(lib, load_model(lib, path, params), setup, facts, facts.n_expert_used if k is None else k)
     try:
         if setup.n_context:

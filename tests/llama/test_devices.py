@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,25 +17,39 @@ from moe2gguf.cli.options import devices_from
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, choose_reference_device, name_rpc_device, place_on_device, require_devices
+from moe2gguf.llama.library import import_llama
 from moe2gguf.llama.model import open_model
 
 
-def logits_with_experts_on_cpu(path: Path, tokens: list[int]) -> np.ndarray:
-    with open_model(path, Setup(n_context=len(tokens), n_threads=1, experts_on_cpu=True)) as model:
-        return np.array(model.logits(np.array(tokens, np.int32)), np.float64)
+def place(path: Path, on_cpu: Literal["experts", "ffn"] | None, tokens: list[int]) -> tuple[np.ndarray, set[str]]:
+    """Logits with some weights kept on the CPU, and the tensors that llama.cpp says it placed by such a rule."""
+    lib, placed = import_llama(), set()
+
+    @lib.llama_log_callback
+    def keep_names(_level: int, line: bytes, _data: object) -> None:
+        if found := re.match(rb"tensor (\S+) .* buffer type overridden to CPU", line):
+            placed.add(found[1].decode())
+
+    lib.llama_log_set(keep_names, None)
+    with open_model(path, Setup(n_context=len(tokens), n_threads=1, on_cpu=on_cpu)) as model:
+        return np.array(model.logits(np.array(tokens, np.int32)), np.float64), placed
 
 
 def test_names_become_settings() -> None:
     """All layers or none; experts apart; everything else is left as it was."""
     setup = Setup(n_expert_used=3, n_context=99)
     assert setup == place_on_device(setup, "cpu")
-    gpu, split = place_on_device(setup, "gpu"), place_on_device(setup, "gpu:experts-on-cpu")
-    assert [(-1, False, 99), (-1, True, 99)] == [(s.n_gpu_layers, s.experts_on_cpu, s.n_context) for s in (gpu, split)]
+    placed = [place_on_device(setup, name) for name in ("gpu", "gpu:experts-on-cpu", "gpu:ffn-on-cpu")]
+    assert [(-1, None, 99), (-1, "experts", 99), (-1, "ffn", 99)] == [
+        (s.n_gpu_layers, s.on_cpu, s.n_context) for s in placed
+    ]
 
 
 def test_unknown_devices_are_all_named() -> None:
     """With the names that exist."""
-    with pytest.raises(HarnessError, match="no such device: tpu, npu; choose from cpu, gpu, gpu:experts-on-cpu"):
+    with pytest.raises(
+        HarnessError, match="no such device: tpu, npu; choose from cpu, gpu, gpu:experts-on-cpu, gpu:ffn-on-cpu"
+    ):
         require_devices(["cpu", "tpu", "npu"])
 
 
@@ -69,9 +85,26 @@ def test_missing_rpc_is_said_before_anything_runs() -> None:
             require_devices([name_rpc_device(["nowhere"])])
 
 
-def test_the_placement_of_experts_is_accepted(tmp_path: Path) -> None:
-    """llama.cpp loads a file with experts pinned to the processor's memory and computes the same logits."""
-    path = tiny_gguf.write_gguf(tmp_path / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))
+@pytest.mark.parametrize(
+    ("kind", "on_cpu", "expected"),
+    [
+        ("dense", "ffn", {"ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"}),
+        ("dense", "experts", set()),
+        ("moe", "ffn", {"ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"}),
+        ("moe", "experts", {"ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"}),
+        ("moe", None, set()),
+    ],
+)
+def test_what_stays_on_the_cpu(tmp_path: Path, kind: str, on_cpu: Any, expected: set[str]) -> None:
+    """llama.cpp's log names what the rule pins in every layer, no router or norm; the logits are the same."""
+    weights = tiny_gguf.dense_weights()
+    path = tiny_gguf.write_gguf(
+        tmp_path / "file.gguf", weights if kind == "dense" else tiny_gguf.sliced_weights(weights, 4)
+    )
     tokens = [1, 260, 270, 280, 290]
-    found = run_in_child(logits_with_experts_on_cpu, path, tokens)
+
+    found, placed = run_in_child(place, path, on_cpu, tokens)
+
     np.testing.assert_array_equal(llama_logits(path, tokens), found)
+    assert expected == {name.split(".", 2)[2] for name in placed}
+    assert len(placed) == len(expected) * len({name.split(".")[1] for name in placed})

@@ -59,7 +59,7 @@ class TestGpu:
 
     def test_rows_of_all_devices_agree(self, files: dict[str, Path], tmp_path: Path) -> None:
         """All layers there, all but the experts there, and none: the same model, k by k."""
-        devices = ["cpu", "gpu", "gpu:experts-on-cpu"]
+        devices = ["cpu", "gpu", "gpu:experts-on-cpu", "gpu:ffn-on-cpu"]
         found = compare([files["moe"]], files["dense"], used=[4, 2], devices=devices, settings=settings(tmp_path))
         check(found, devices, [4, 2])
 
