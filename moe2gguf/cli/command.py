@@ -14,6 +14,7 @@ import cloup
 from moe2gguf.cli.streams import StreamError
 from moe2gguf.cli.tables import VERBOSE, warnings
 from moe2gguf.gguf.outputs import check_outputs, is_written
+from moe2gguf.hf.hub import find_model_id
 
 FOREIGN = {
     "-m": "MODEL",
@@ -54,6 +55,18 @@ class NoEffect(NamedTuple):
 
 class Input(click.Path):
     """A file or folder that is read: no output may be the same file."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or an error that says how a model gets here from the Hugging Face Hub."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            model = find_model_id(Path(value))
+            if model is None:
+                raise
+            name = model.repository
+            hint = f"Is it on the Hugging Face Hub? hf download {name} --local-dir {Path(name).name}"
+            raise click.BadParameter(f"{error.message} {hint}", ctx, param) from error
 
 
 class Output(click.Path):

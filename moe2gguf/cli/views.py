@@ -18,7 +18,7 @@ from moe2gguf.cli.options import FILE, OUT, emit, force_option, json_option, use
 @force_option
 @json_option
 def views(file: Path, folder: Path, used: list[int], force: bool, as_json: bool) -> None:
-    """Offer one file under several names, one for each number of used experts.
+    """Offer one file as a model for each number of experts.
 
     Each view is a small file with its own count, beside a second file with the weights, which exists once on disk.
     Ollama, LM Studio and llama-server offer every view as a model of its own, and a view can draft for another one.

@@ -149,6 +149,11 @@ def test_run_streams_text(files: Any) -> None:
         (["convert", "MODEL", "out.gguf", "-e", "x"], 2, "not a valid integer"),
         (["convert", "MODEL", "out.gguf", "--frobnicate"], 2, "No such option"),
         (["verify", "nowhere"], 2, "does not exist"),
+        (
+            ["inspect", "owner/some-model"],
+            2,
+            "on the Hugging Face Hub? hf download owner/some-model --local-dir some-model",
+        ),
         (["inspect", "MODEL/config.json"], 1, "config.json"),
         (["frobnicate"], 2, "No such command"),
     ],
