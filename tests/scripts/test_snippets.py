@@ -6,6 +6,7 @@ stands in for the model of the pages, except in the tests marked `real`.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -101,12 +102,13 @@ def test_runs_on_a_tiny_model(
 def test_runs_on_the_real_model(pages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with SmolLM2-135M-Instruct, as scripts/smollm2 makes it; what two pages have in common, once."""
     smollm2_folder()  # skips the test where the model cannot be had
+    script, environment = [sys.executable, str(ROOT / "scripts" / "smollm2")], dict(os.environ)
     monkeypatch.chdir(tmp_path)
-    script = [sys.executable, str(ROOT / "scripts" / "smollm2")]
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))  # not the journal of another run
 
     done: list[list[str]] = []
     for page in pages:
-        run_page(page, lambda folder: subprocess.run([*script, str(folder)], check=True), done)
+        run_page(page, lambda folder: subprocess.run([*script, str(folder)], env=environment, check=True), done)
 
     assert (tmp_path / MODEL / "config.json").is_file()
 
