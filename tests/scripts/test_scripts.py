@@ -55,6 +55,20 @@ def test_help(path: str) -> None:
     assert answer.stdout.startswith("usage:")
 
 
+def test_the_demo_shows_texts_beside_each_other() -> None:
+    """Each under its title, folded, with its empty lines."""
+    shown = load("scripts/demo").in_columns({"all (16)": "one two three\n\n9 tokens/s", "half (8)": "four"}, 24)
+
+    assert shown.splitlines() == [
+        "all (16)    half (8)",
+        "----------  ----------",
+        "one two     four",
+        "three",
+        "",
+        "9 tokens/s",
+    ]
+
+
 class TestEnvironment:
     """Virtual environments that install themselves once."""
 
