@@ -135,6 +135,11 @@ class Method:
         """Whether text has to be run through the model."""
         return self != Method(amplify=self.amplify, seed=self.seed) or self.amplify in ("any", "fitted")
 
+    @property
+    def needs_target(self) -> bool:
+        """Whether something is fitted to what the dense model computes."""
+        return self.refit or self.amplify == "fitted"
+
 
 EXACT = Method()
 """Contiguous slices, a zero router: exactly the dense model with all experts on."""

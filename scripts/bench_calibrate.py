@@ -39,22 +39,23 @@ class Size:
     def operations(self) -> float:
         """Multiplications and additions, from the matrix products of one calibration with a refit.
 
-        Per token and layer, in units of d_model * d_ff: the dense MLP 3, energies 2, the refit's inputs 2, its missing
-        output and right-hand side 2, the sliced MLP 3; attention 8 d_model^2 (both models, four square projections);
-        both sums of d_ff x d_ff at 9/16 of the full product. Two rounds of regrouping see 8,192 to 16,383 of the
-        tokens: energies 2 and what every neuron keeps 2, each. Per layer: five factorizations, solutions and errors.
+        Per token and layer, in units of d_model * d_ff: the dense MLP 3, activations 2, the refit's missing output and
+        right-hand side 2, the sliced output 1; attention 8 d_model^2 (both models, four square projections); the sum
+        of d_ff x d_ff at 9/16 of the full product, energies at 1/n of it; twice these for the 8,192 to 16,383 tokens
+        that regrouping sees. Per layer: six factorizations, one solution and five of an eighth of the outputs.
         """
         wide, square = self.d_model * self.d_ff, self.d_ff**2
-        regrouping = 8 * wide * (self.n_token // max(self.n_token // 8192, 1))
-        per_token = 12 * wide + 8 * self.d_model**2 + 2 * 9 / 16 * square
-        per_layer = 5 / 3 * self.d_ff**3 + 14 * square * self.d_model
+        regrouping = 2 / N_EXPERT * square * (self.n_token // max(self.n_token // 8192, 1))
+        per_token = 8 * wide + 8 * self.d_model**2 + (9 / 16 + 1 / N_EXPERT) * square
+        per_layer = 2 * self.d_ff**3 + 4 * square * self.d_model
         return 2.0 * self.n_layer * (self.n_token * per_token + regrouping + per_layer)
 
     def memory(self) -> float:
-        """Bytes that are known to be needed: hidden states, one layer and its sums, in float32."""
+        """Bytes that are known to be needed: hidden states, one layer, its activations and its sums, in float32."""
         states = 3 * self.n_token * self.d_model
+        neurons = min(self.n_token * self.d_ff, 2**29)
         layer = 4 * self.d_model**2 + 2 * 3 * self.d_model * self.d_ff
-        return 4.0 * (states + layer + 5 * self.d_ff**2)
+        return 4.0 * (states + neurons + layer + 5 * self.d_ff**2)
 
 
 BASE = Size(4096, 2, 256, 1024)

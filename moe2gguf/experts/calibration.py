@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.forward import Block, Layers, choose_device
-from moe2gguf.experts.hidden_states import HiddenStates, LazyRows, allocate, chunks
+from moe2gguf.experts.hidden_states import HiddenStates, KeptRows, LazyRows, allocate, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer, Stream
 from moe2gguf.experts.slice_layer import slice_layer
-from moe2gguf.experts.stats import ActivationStatistics, collect_statistics
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.resume import Job, checksum_path, describe_record
 from moe2gguf.spec import Slicing
 
-Slicer = Callable[[MLP, LayerInputs, Slicing, ActivationStatistics], SlicedLayer]
+ACTIVATIONS = 2**31
+"""Bytes of a layer's activations that are kept, and of its inputs; the rest is computed each time it is read."""
+
+Slicer = Callable[[MLP, LayerInputs, Slicing], SlicedLayer]
 """Slices one layer, see `moe2gguf.experts.slice_layer.slice_layer`."""
 
 
@@ -66,10 +68,9 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class _States:
-    """Hidden states (n_token, d_model) of the dense model, its MLP's output, and the sliced model's by used experts."""
+    """Hidden states (n_token, d_model) of the dense model, if layers are fitted to it, and the sliced one by count."""
 
     dense: HiddenStates
-    output: HiddenStates
     sliced: dict[int, HiddenStates]
 
     @property
@@ -107,9 +108,10 @@ def calibrate(
             advance(first * ids.size)
             with tempfile.TemporaryDirectory(prefix="unfinished-states-", dir=work) as spill:
                 counts = slicing.refit_counts if slicing.method.refit else (slicing.n_fitted,)
-                names = ("dense", "output", *(f"sliced-{k}" for k in counts))
-                dense, output, *rest = allocate(names, ids.size, layers.d_model, settings.memory, Path(spill))
-                states = _States(dense, output, dict(zip(counts, rest, strict=True)))
+                n_token = {"dense": ids.size if slicing.method.needs_target else 0}
+                n_token |= {f"sliced-{k}": ids.size for k in counts}
+                dense, *rest = allocate(n_token, layers.d_model, settings.memory, Path(spill))
+                states = _States(dense, dict(zip(counts, rest, strict=True)))
                 _fill_states(states, work, first, layers, ids)
                 for i, block in layers.attend_blocks(states.moving, settings.n_context, first):
                     layer = _slice_block(block, states, slicing, slicer or slice_layer)
@@ -139,23 +141,23 @@ def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSetti
 
 def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
     """Slice one block, whose attention is added already, and add what both MLPs give to the hidden states."""
-    dense, output = states.dense, states.output
-    x_dense = block.mlp_input(dense)
-    statistics = collect_statistics(block.mlp, x_dense, output)
-    streams = [_make_stream(block, states, k) for k in states.sliced]
-    layer = slicer(block.mlp, LayerInputs(x_dense, output, tuple(streams)), slicing, statistics)
+    dense = states.dense
     for part in chunks(len(dense)):
-        dense[part] = dense[part] + output[part]
-        for stream, sliced in zip(streams, states.sliced.values(), strict=True):
-            sliced[part] = sliced[part] + layer(stream.x[part], stream.k).cpu()
+        dense[part] = dense[part] + block.mlp(block.mlp_input(dense)[part]).cpu()
+    streams = [_make_stream(block, states, k) for k in states.sliced]
+    layer = slicer(block.mlp, LayerInputs(tuple(streams)), slicing)
+    for stream, sliced in zip(streams, states.sliced.values(), strict=True):
+        for part in chunks(len(sliced)):
+            sliced[part] = sliced[part] + layer(stream.x[part], stream.k, stream.neurons[part]).cpu()
     return layer
 
 
 def _make_stream(block: Block, states: _States, k: int) -> Stream:
     """What the layer sees with k experts used before it; it should bring that to the dense model's residual stream."""
-    dense, output, sliced = states.dense, states.output, states.sliced[k]
-    target = LazyRows(len(dense), lambda part: (dense[part] + output[part] - sliced[part]).to(block.device))
-    return Stream(k, block.mlp_input(sliced), target)
+    dense, sliced, limit = states.dense, states.sliced[k], ACTIVATIONS // len(states.sliced)
+    target = LazyRows(len(dense), lambda part: (dense[part] - sliced[part]).to(block.device))
+    x = KeptRows(block.mlp_input(sliced), limit)
+    return Stream(k, x, KeptRows(LazyRows(len(x), lambda part: block.mlp.activations(x[part])), limit), target)
 
 
 def _find_first_layer(job: Job) -> int:
@@ -173,14 +175,15 @@ def _find_first_layer(job: Job) -> int:
 def _fill_states(states: _States, work: Path, first: int, layers: Layers, ids: NDArray[np.int64]) -> None:
     """Fill the hidden states that layer `first` starts from: with the embedding, or with what was saved."""
     if first == 0:
-        layers.embed(ids, states.dense)
-        for sliced in states.sliced.values():
-            for part in chunks(ids.size):
-                sliced[part] = states.dense[part]
+        embedded, *others = states.sliced.values()
+        layers.embed(ids, embedded)
+        for rows in (states.dense, *others):
+            for part in chunks(len(rows)):
+                rows[part] = embedded[part]
         return
     with (work / f"state-{first - 1}.f32").open("rb") as file:
         for rows in states.moving:
-            for part in chunks(ids.size):
+            for part in chunks(len(rows)):
                 shape = part.stop - part.start, layers.d_model
                 values = np.fromfile(file, np.float32, shape[0] * shape[1])
                 if values.size < shape[0] * shape[1]:

@@ -7,6 +7,7 @@ later one from the energy that each neuron would keep in each expert (`moe2gguf.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,10 +23,10 @@ def group_sizes(n_neuron: int, n_group: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(n_neuron), n_group)]
 
 
-def split_neurons(importance: Tensor, similarity: Tensor, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
-    """Give the most important neurons to the shared experts, and cluster the others by similarity.
+def split_neurons(importance: Tensor, fires: Tensor, sizes: Sequence[int], n_shared: int, seed: int) -> Groups:
+    """Give the most important neurons to the shared experts, and cluster the others by the tokens they fire for.
 
-    importance: (d_ff,); similarity: (d_ff, d_ff), symmetric; sizes: (n_expert,), the `n_shared` shared experts first.
+    importance: (d_ff,); fires: (n_token, d_ff), how much; sizes: (n_expert,), the `n_shared` shared experts first.
 
     Shared experts hold what matters for nearly every token: those of CMoE
     (https://arxiv.org/abs/2502.04416, section 4.1), with output energy for importance.
@@ -36,7 +37,7 @@ def split_neurons(importance: Tensor, similarity: Tensor, sizes: Sequence[int], 
     groups = list(shared.split(list(sizes[:n_shared]))) if n_shared else []
     if len(rest) == 0:
         return groups
-    label = cluster(similarity[rest][:, rest], sizes[n_shared:], seed)
+    label = cluster(fires[:, rest].T, sizes[n_shared:], seed)
     return groups + [rest[label == e] for e in range(len(sizes) - n_shared)]
 
 
@@ -65,75 +66,75 @@ def _groups_of(label: Tensor) -> Groups:
     return [(label == e).nonzero()[:, 0] for e in range(int(label.max()) + 1)]
 
 
-def cluster(similarity: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 30) -> Tensor:
-    """Cluster by balanced spherical kernel k-means: similarity (m, m) -> labels (m,), label e used sizes[e] times.
+def cluster(rows: Tensor, sizes: Sequence[int], seed: int, n_iter: int = 10) -> Tensor:
+    """Cluster by balanced spherical k-means: rows (m, d) -> labels (m,), label e used sizes[e] times.
 
     k-means++ seeding; then groups and cosine similarity to their means are updated in turn until nothing moves. With
-    gate rows' inner products this is the clustering of MoEfication (https://arxiv.org/abs/2110.01786, section 3.2)
-    and EMoE; with co-activation it is that of CMoE, on real contributions instead of 0/1 marks.
+    gate rows this is the clustering of MoEfication (https://arxiv.org/abs/2110.01786, section 3.2) and EMoE; with what
+    neurons give for each token it is that of CMoE, on real contributions instead of 0/1 marks.
     """
-    m, n = len(similarity), len(sizes)
+    n = len(sizes)
     if n == 1:
-        return torch.zeros(m, dtype=torch.long)
-    norm = similarity.diagonal().clamp_min(1e-20).sqrt()
-    kernel = similarity / norm[:, None] / norm[None]
-    label = balanced_assign(kernel[:, _choose_centers(kernel, n, seed)], sizes)
+        return torch.zeros(len(rows), dtype=torch.long)
+    unit = torch.nn.functional.normalize(rows, eps=1e-10)
+    label = balanced_assign(_similarity_to_centers(unit, n, seed), sizes)
     for _ in range(n_iter):
-        # The mean of a group is not computed, only inner products with it: of neuron i the sum of kernel[i] over the
-        # members, and the mean's own length from the same sums over the members' rows.
-        member = torch.nn.functional.one_hot(label, n).to(kernel.dtype)
-        closeness = kernel @ member
-        score = closeness / (member * closeness).sum(0).clamp_min(1e-12).sqrt()
-        new = balanced_assign(score, sizes)
+        means = torch.nn.functional.one_hot(label, n).to(unit.dtype).T @ unit
+        new = balanced_assign(unit @ torch.nn.functional.normalize(means).T, sizes)
         if torch.equal(new, label):
             break
         label = new
     return label
 
 
-def _choose_centers(kernel: Tensor, n: int, seed: int) -> list[int]:
-    """Choose n centers by k-means++: each next one is drawn far from those already chosen."""
+def _similarity_to_centers(unit: Tensor, n: int, seed: int) -> Tensor:
+    """Return (m, n): inner products of the unit rows (m, d) with n centers, each drawn far from those before it."""
     generator = torch.Generator("cpu").manual_seed(seed)  # on the processor, whatever the device: the same numbers
-    centers = [int(torch.randint(len(kernel), (1,), generator=generator, device="cpu"))]
-    closest = kernel[centers[0]].clone()
+    centers = [int(torch.randint(len(unit), (1,), generator=generator, device="cpu"))]
+    similarity = [unit @ unit[centers[0]]]
     for _ in range(n - 1):
-        far = (1 - closest).clamp_min(0) ** 2
+        far = (1 - torch.stack(similarity).amax(0)).clamp_min(0) ** 2
         far[centers] = 0
         if float(far.sum()) <= 0:  # all neurons alike: any that is left will do
             far = torch.ones_like(far)
             far[centers] = 0
         centers.append(int(torch.multinomial((far / far.sum()).cpu(), 1, generator=generator)))
-        closest = torch.maximum(closest, kernel[centers[-1]])
-    return centers
+        similarity.append(unit @ unit[centers[-1]])
+    return torch.stack(similarity, 1)
 
 
 def balanced_assign(score: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return labels (m,) near the best total of score (m, n), label e used sizes[e] times (sum(sizes) = m).
 
-    Greedy by regret (best minus second best), then the best exchange of two neurons until none improves. A stand-in
-    for the assignment problem of CMoE, whose exact solution is cubic in m.
+    Greedy by regret (best minus second best), then exchanges between two groups until none improves. A stand-in for the
+    assignment problem of CMoE, whose exact solution is cubic in m.
 
     Example: scores [[3, 0], [2, 1], [5, 0], [4, 0]] and sizes [2, 2] give labels [1, 1, 0, 0].
     """
     values = score.double().cpu().numpy()  # many small steps: numpy does each in microseconds
-    m, n = values.shape
     label = _assign_by_regret(values, sizes)
-    starts = np.cumsum([0, *sizes[:-1]])
-    for _ in range(20 * m):
-        # The neurons group by group: those of group e are by_group[starts[e] : starts[e] + sizes[e]].
-        by_group = np.argsort(label, kind="stable")
-        # gain[i, f]: what the total gains when neuron by_group[i] moves to group f.
-        gain = values[by_group] - values[by_group, label[by_group]][:, None]
-        # best[e, f]: the best single move from e to f. An exchange is one move there and one back.
-        best = np.maximum.reduceat(gain, starts, axis=0)
-        exchange = np.triu(best + best.T, 1)
-        e, f = divmod(int(exchange.argmax()), n)
-        if exchange[e, f] <= 1e-12:
+    members = [np.flatnonzero(label == e) for e in range(len(sizes))]
+    for _ in range(100):  # a handful will do
+        if not sum(_exchange(values, members, e, f) for e, f in itertools.combinations(range(len(sizes)), 2)):
             break
-        in_e, in_f = (slice(starts[g], starts[g] + sizes[g]) for g in (e, f))
-        one, two = by_group[in_e][gain[in_e, f].argmax()], by_group[in_f][gain[in_f, e].argmax()]
-        label[one], label[two] = f, e
+    for e, own in enumerate(members):
+        label[own] = e
     return torch.from_numpy(label).to(score.device)
+
+
+def _exchange(values: NDArray[np.float64], members: list[NDArray[np.int64]], e: int, f: int) -> bool:
+    """Exchange members of two groups where that improves the total of values (m, n); returns whether any did.
+
+    What a neuron gains by moving does not depend on the others, so the best exchanges pair those that gain most.
+    """
+    gain = [values[members[a], b] - values[members[a], a] for a, b in ((e, f), (f, e))]
+    if not len(gain[0]) or not len(gain[1]) or gain[0].max() + gain[1].max() <= 1e-12:
+        return False
+    order = [np.argsort(-own, kind="stable")[: min(map(len, gain))] for own in gain]
+    count = int((gain[0][order[0]] + gain[1][order[1]] > 1e-12).sum())
+    in_e, in_f = order[0][:count], order[1][:count]
+    members[e][in_e], members[f][in_f] = members[f][in_f], members[e][in_e]
+    return True
 
 
 def _assign_by_regret(values: NDArray[np.float64], sizes: Sequence[int]) -> NDArray[np.int64]:

@@ -1,12 +1,13 @@
 """One row of numbers per token, (n_token, width) float32: in memory, in a file, or computed when it is asked for.
 
-Rows are read piece by piece (`chunks`), so that results do not depend on where they are kept.
+Rows are read piece by piece (`chunks`), so that results do not depend on where they are kept. What is read belongs to
+its owner: nobody changes it in place.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,10 +54,35 @@ class LazyRows:
         return self.compute(part)
 
 
-def sample_rows(rows: Rows, n_token: int) -> LazyRows:
+class KeptRows:
+    """Rows that are computed when they are read first, in pieces of `chunks`, and kept for the next readings.
+
+    Pieces are kept up to `limit` bytes; the others are computed again at every reading, with the same result.
+    """
+
+    def __init__(self, rows: Rows, limit: int) -> None:
+        self._rows, self._limit = rows, limit
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        if part.start in self._kept and len(kept := self._kept[part.start]) == part.stop - part.start:
+            return kept
+        rows = self._rows[part]
+        if part.start % CHUNK == 0 and part.start not in self._kept and self._limit >= rows.nbytes:
+            self._kept[part.start] = rows
+            self._limit -= rows.nbytes
+        return rows
+
+
+def sample_rows(rows: Rows, n_token: int) -> Rows:
     """Return at least `n_token` of the rows, at equal distances, or all where there are fewer than twice as many."""
-    step = max(len(rows) // n_token, 1)
-    return LazyRows(len(rows) // step, lambda part: rows[slice(part.start * step, part.stop * step)][::step])
+    if (step := len(rows) // n_token) < 2:
+        return rows
+    sampled: Rows = torch.cat([rows[part][-part.start % step :: step] for part in chunks(len(rows))])
+    return sampled
 
 
 class RowsOnDisk:
@@ -81,7 +107,7 @@ class RowsOnDisk:
             file.write(rows.cpu().contiguous().numpy().data)
 
 
-def allocate(names: Sequence[str], n_token: int, width: int, limit: int, folder: Path) -> list[HiddenStates]:
+def allocate(n_token: Mapping[str, int], width: int, limit: int, folder: Path) -> list[HiddenStates]:
     """Make hidden states (n_token, width) of zeros for each name.
 
     They are in memory if all fit into `limit` bytes, else in files of `folder`.
@@ -89,12 +115,12 @@ def allocate(names: Sequence[str], n_token: int, width: int, limit: int, folder:
     Raises:
         CalibrationError: the disk of `folder` has no room for the files.
     """
-    size = len(names) * n_token * width * 4
+    size = sum(n_token.values()) * width * 4
     if size <= limit:
-        return [torch.zeros(n_token, width, device="cpu") for _ in names]
+        return [torch.zeros(n, width, device="cpu") for n in n_token.values()]
     if (free := shutil.disk_usage(folder).free) < size:
         raise CalibrationError(
-            f"{folder}: {free:,} bytes are free, but the hidden states of {n_token:,} tokens need {size:,}; "
+            f"{folder}: {free:,} bytes are free, but hidden states of {max(n_token.values()):,} tokens need {size:,}; "
             "allow more --calibration-memory, take fewer --calibration-tokens, or write to another disk"
         )
-    return [RowsOnDisk(folder / f"{name}.f32", n_token, width) for name in names]
+    return [RowsOnDisk(folder / f"{name}.f32", n, width) for name, n in n_token.items()]

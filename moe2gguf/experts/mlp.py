@@ -1,8 +1,7 @@
 """One layer in torch: the dense MLP, the inputs it is sliced on, and the experts and router that replace it.
 
 Shapes: x (n_token, d_model) is the MLP's input, behind its norm; h (n_token, d_ff) = silu(G x) * (U x) are the neurons'
-activations; `down` is kept as (d_ff, d_model), one row per neuron, so that the MLP's output is h @ down. Activations
-are computed chunk by chunk and never kept.
+activations; `down` is kept as (d_ff, d_model), one row per neuron, so that the MLP's output is h @ down.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.hidden_states import Rows, chunks
+from moe2gguf.experts.hidden_states import LazyRows, Rows, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import PADDING
 from moe2gguf.limits import MIXTRAL, Graph
@@ -41,28 +40,24 @@ class MLP:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the layer sees in the model whose earlier layers are sliced already, k experts used.
+    """What the layer sees in the model whose earlier layers are sliced already, k experts used; read piece by piece.
 
-    x       (n_token, d_model): the MLP's input
-    target  (n_token, d_model): what the sliced MLP should add to that model's residual stream
+    x        (n_token, d_model): the MLP's input
+    neurons  (n_token, d_ff): the activations that it makes
+    target   (n_token, d_model): what the sliced MLP should add to that model's residual stream; no rows where nothing
+             is fitted to it (`moe2gguf.spec.Method.needs_target`)
     """
 
     k: int
     x: Rows
+    neurons: Rows
     target: Rows
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the layer sees on the calibration text, (n_token, d_model) each; read piece by piece.
+    """What the layer sees on the calibration text, at each count of used experts that is fitted."""
 
-    dense    the MLP's input in the dense model
-    output   what the dense MLP makes of it
-    streams  what it sees where earlier layers are sliced, at each count that is fitted
-    """
-
-    dense: Rows
-    output: Rows
     streams: tuple[Stream, ...]
 
     def stream(self, k: int) -> Stream:
@@ -136,13 +131,17 @@ class SlicedLayer:
         """Return (n_token, n_expert): the router's weight times the scale, zero where an expert does not run."""
         return self.router.weigh(x, k) * self.scale
 
-    def weighted_activations(self, x: Tensor, k: int) -> Tensor:
-        """Return (n_token, d_ff): each neuron's activation times the weight of its expert."""
-        return self.mlp.activations(x).mul_(self.expert_weights(x, k)[:, experts_of_neurons(self.groups)])
+    def weigh_neurons(self, x: Tensor, h: Tensor, k: int) -> Tensor:
+        """Return (n_token, d_ff): the activations h of inputs x, each times the weight of its expert."""
+        return h * self.expert_weights(x, k)[:, experts_of_neurons(self.groups)]
 
-    def __call__(self, x: Rows, k: int) -> Tensor:
-        """Return the output (n_token, d_model) of inputs x, as the file will compute it with k experts used."""
-        return torch.cat([self.weighted_activations(x[part], k) @ self.mlp.down for part in chunks(len(x))])
+    def __call__(self, x: Rows, k: int, neurons: Rows | None = None) -> Tensor:
+        """Return the output (n_token, d_model) of inputs x, as the file will compute it with k experts used.
+
+        The activations are computed unless they are given as `neurons` (n_token, d_ff).
+        """
+        h = LazyRows(len(x), lambda part: self.mlp.activations(x[part])) if neurons is None else neurons
+        return torch.cat([self.weigh_neurons(x[part], h[part], k) @ self.mlp.down for part in chunks(len(x))])
 
     def to_experts(self, d_expert: int, *, new_down: bool) -> LayerExperts:
         """Return the layer as numpy arrays, padded to `d_expert`; with its down projection if that is a new one."""

@@ -19,9 +19,8 @@ from moe2gguf.experts import refit, routing, stats
 from moe2gguf.experts.grouping import group_sizes, regroup_neurons, split_neurons
 from moe2gguf.experts.hidden_states import Rows, sample_rows
 from moe2gguf.experts.layer import LayerReport
-from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer
+from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer, Stream
 from moe2gguf.experts.slicing import default_n_shared, plain_scale
-from moe2gguf.experts.stats import ActivationStatistics
 from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Slicing
 
@@ -31,8 +30,8 @@ HELD_OUT = 5
 REGROUP_ROUNDS = 2
 """The first brings most of it, a third next to nothing (docs/log/experts.md)."""
 
-REGROUP_TOKENS = 8192
-"""Regrouping reads at least so many tokens, spread over the text: enough (docs/log/experts.md)."""
+CLUSTER_TOKENS, REGROUP_TOKENS = 2048, 8192
+"""Clustering and regrouping read at least so many tokens, spread over the text: enough (docs/log/experts.md)."""
 
 
 class FittedRouter(NamedTuple):
@@ -43,8 +42,8 @@ class FittedRouter(NamedTuple):
     energy: Tensor
 
 
-def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
-    """Slice one layer as `slicing` says; `statistics` are what `stats.collect_statistics` found on its inputs.
+def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing) -> SlicedLayer:
+    """Slice one layer as `slicing` says.
 
     Raises:
         CalibrationError: activations that are not finite, or a system that cannot be solved.
@@ -54,7 +53,7 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Act
     if n_shared is None:
         n_shared = default_n_shared(slicing.n_expert, slicing.n_expert_used)
     try:
-        groups = group_neurons(mlp, inputs.stream(slicing.n_fitted).x, slicing, statistics, n_shared)
+        groups = group_neurons(mlp.down, inputs.stream(slicing.n_fitted), slicing, n_shared)
         return slice_groups(mlp, inputs, slicing, groups, n_shared)
     except torch.linalg.LinAlgError as error:
         raise CalibrationError(
@@ -62,24 +61,23 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: Act
         ) from error
 
 
-def group_neurons(mlp: MLP, x: Rows, slicing: Slicing, statistics: ActivationStatistics, n_shared: int) -> Groups:
-    """Group the neurons as the method says, the `n_shared` shared experts first, for inputs x (n_token, d_model)."""
-    method, together, outliers = slicing.method, statistics.together, statistics.outliers
-    sizes = group_sizes(len(together), slicing.n_expert)
+def group_neurons(down: Tensor, stream: Stream, slicing: Slicing, n_shared: int) -> Groups:
+    """Group the neurons as the method says, the `n_shared` shared experts first."""
+    method, sizes = slicing.method, group_sizes(len(down), slicing.n_expert)
     if method.group == "contiguous":
-        return list(torch.arange(len(together)).split(sizes))
+        return list(torch.arange(len(down)).split(sizes))
+    found = stats.collect_statistics(down, stream.neurons)
     # The shared experts get the neurons with the most energy, before all others those with a massive activation.
-    importance = together.diagonal().clone()
-    if n_shared:
-        importance += outliers.float() * importance.max()
-    groups = split_neurons(importance, together, sizes, n_shared, method.seed)
+    importance = found.importance + (found.outliers * found.importance.max() if n_shared else 0)
+    fires = stats.map_rows(sample_rows(stream.neurons, CLUSTER_TOKENS), torch.abs)
+    groups = split_neurons(importance, fires, sizes, n_shared, method.seed)
     # Groups and router are fitted to each other in turn; the first round starts from what contributes together.
     if method.group == "routed":
-        few = sample_rows(x, REGROUP_TOKENS)
+        x, neurons = (sample_rows(rows, REGROUP_TOKENS) for rows in (stream.x, stream.neurons))
         for _ in range(REGROUP_ROUNDS):
-            router = fit_router(mlp, few, groups, slicing, n_shared).router
-            kept = stats.energy_by_expert(mlp, few, router, slicing.n_fitted)
-            groups = regroup_neurons(kept, sizes, n_shared, outliers)
+            router = fit_router(down, x, neurons, groups, slicing, n_shared).router
+            kept = stats.energy_by_expert(down, x, neurons, router, slicing.n_fitted)
+            groups = regroup_neurons(kept, sizes, n_shared, found.outliers)
     return groups
 
 
@@ -89,20 +87,20 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
     Raises:
         torch.linalg.LinAlgError: a system that cannot be solved.
     """
-    x, k = inputs.stream(slicing.n_fitted).x, slicing.n_fitted
-    router, v, energy = fit_router(mlp, x, groups, slicing, n_shared)
+    stream, k = inputs.stream(slicing.n_fitted), slicing.n_fitted
+    router, v, energy = fit_router(mlp.down, stream.x, stream.neurons, groups, slicing, n_shared)
     used = replace(slicing, method=replace(slicing.method, amplify="used"))
     plain = SlicedLayer(mlp, groups, router, torch.from_numpy(plain_scale(used)).to(energy.device))
-    report = report_routing(plain, x, energy, v, n_shared, k)
+    report = report_routing(plain, stream.x, energy, v, n_shared, k)
     sliced = replace(plain, scale=_fit_scale(plain, inputs, slicing), report=report)
     return refit_down(sliced, inputs) if slicing.method.refit else sliced
 
 
-def fit_router(mlp: MLP, x: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> FittedRouter:
-    """Fit the router of the method to the groups, on the inputs x (n_token, d_model)."""
+def fit_router(down: Tensor, x: Rows, neurons: Rows, groups: Groups, slicing: Slicing, n_shared: int) -> FittedRouter:
+    """Fit the router of the method to the groups, on inputs x (n_token, d_model) and their activations `neurons`."""
     graph, method = GRAPHS[slicing.target], slicing.method
     # The targets are the norms of the routed experts' outputs; the shared experts run anyway.
-    energy = stats.expert_energies(mlp, x, groups)
+    energy = stats.expert_energies(down, neurons, groups)
     moments = stats.router_moments(x, energy[:, n_shared:].sqrt())
     # The regression gives the routed experts their logits; how far all are scaled down is decided by the largest one.
     unrouted = method.router == "zero" or n_shared == len(groups)
@@ -130,15 +128,16 @@ def _fit_scale(plain: SlicedLayer, inputs: LayerInputs, slicing: Slicing) -> Ten
         return torch.from_numpy(plain_scale(slicing)).to(plain.scale.device)
     if amplify == "any":
         return refit.inverse_weights(stats.map_rows(stream.x, plain.router.probabilities))
-    agreement = stats.expert_agreement(plain, stream.x, stats.token_weights(stream.target), k)
+    agreement = stats.expert_agreement(plain, stream.x, stream.neurons, stats.token_weights(stream.target), k)
     return refit.fit_scale(*agreement, k).to(plain.scale.device)
 
 
 def refit_down(sliced: SlicedLayer, inputs: LayerInputs) -> SlicedLayer:
     """Refit the down projection for the counts of all streams; the report gets the share of the error that is left."""
     weights = [stats.token_weights(stream.target) for stream in inputs.streams]
-    n_train = len(inputs.dense) - len(inputs.dense) // HELD_OUT
-    spans = range(n_train), range(n_train, len(inputs.dense))
+    n_token = len(inputs.streams[0].x)
+    n_train = n_token - n_token // HELD_OUT
+    spans = range(n_train), range(n_train, n_token)
     # One set of weights serves all counts: what it misses is summed over them, each counting alike.
     train, held_out = (
         functools.reduce(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.hidden_states import HiddenStates, Rows, chunks
-from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer, Stream
-from moe2gguf.experts.refit import Normal, add_gram, mirror
+from moe2gguf.experts.hidden_states import Rows, chunks
+from moe2gguf.experts.mlp import Groups, LayerInputs, Router, SlicedLayer, Stream
+from moe2gguf.experts.refit import Normal, sketch
 from moe2gguf.experts.routing import RouterMoments
 
 OUTLIER_SHARE = 1e-2
@@ -27,38 +27,34 @@ MASSIVE_FACTOR = 100.0
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """How neurons contribute to the dense MLP's output: a_i = |h_i| |d_i| for each token, d_i the row of `down`.
+    """How neurons contribute to an MLP's output: a_i = |h_i| |d_i| for each token, d_i the row of `down`.
 
-    together  (d_ff, d_ff): the sum of a a^T over the tokens; its diagonal is each neuron's importance
-    outliers  (d_ff,) bool: neurons that carry a massive activation of some token (https://arxiv.org/abs/2402.17762)
+    importance  (d_ff,): the sum of a_i^2 over the tokens
+    outliers    (d_ff,) bool: neurons that carry a massive activation of some token (https://arxiv.org/abs/2402.17762)
     """
 
-    together: Tensor
+    importance: Tensor
     outliers: Tensor
 
 
-def collect_statistics(mlp: MLP, x: Rows, output: HiddenStates) -> ActivationStatistics:
-    """Run the dense MLP on x (n_token, d_model), write what it gives into `output`, and sum the contributions."""
-    size = mlp.down.norm(dim=1)
-    together, energies = torch.zeros(len(size), len(size)), []
-    for part in chunks(len(x)):
-        h = mlp.activations(x[part])
-        y = h @ mlp.down
-        output[part] = y
-        energies.append(y.square().sum(1))
-        a = h.abs_().mul_(size)
-        add_gram(together, a, a)
-    return ActivationStatistics(mirror(together), _find_outliers(mlp, x, torch.cat(energies), size))
+def collect_statistics(down: Tensor, neurons: Rows) -> ActivationStatistics:
+    """Sum the contributions of `neurons` (n_token, d_ff), the activations."""
+    # The output's energy says which tokens are massive: random directions of it are enough.
+    size, seen = down.square().sum(1), down @ sketch(down.shape[1])
+    importance, energy = torch.zeros(len(size)), torch.zeros(len(neurons))
+    for part in chunks(len(neurons)):
+        importance += neurons[part].square().sum(0)
+        energy[part] = (neurons[part] @ seen).square().sum(1)
+    return ActivationStatistics(importance * size, _find_outliers(neurons, energy, size))
 
 
-def _find_outliers(mlp: MLP, x: Rows, energy: Tensor, size: Tensor) -> Tensor:
-    """Return (d_ff,) bool, from each token's output energy (n_token,) and each neuron's size |d_i| (d_ff,)."""
+def _find_outliers(neurons: Rows, energy: Tensor, size: Tensor) -> Tensor:
+    """Return (d_ff,) bool, from each token's output energy (n_token,) and each neuron's |d_i|^2 (d_ff,)."""
     outliers = torch.zeros(len(size), dtype=torch.bool)
     massive = energy > MASSIVE_FACTOR * energy.median()
-    for part in chunks(len(x)):
+    for part in chunks(len(energy)):
         if massive[part].any():
-            a = mlp.activations(x[part][massive[part]]).abs_().mul_(size)
-            share = a.square() / energy[part][massive[part], None]
+            share = neurons[part][massive[part]].square() * size / energy[part][massive[part], None]
             outliers |= (share > OUTLIER_SHARE).any(0)
     return outliers
 
@@ -82,7 +78,7 @@ def require_finite(inputs: LayerInputs) -> None:
     Raises:
         CalibrationError: there are some.
     """
-    for rows in (inputs.dense, *(rows for stream in inputs.streams for rows in (stream.x, stream.target))):
+    for rows in (rows for stream in inputs.streams for rows in (stream.x, stream.target)):
         if not all(bool(rows[part].isfinite().all()) for part in chunks(len(rows))):
             raise CalibrationError("activations are not finite; check the checkpoint's weights with `moe2gguf verify`")
 
@@ -92,28 +88,29 @@ def map_rows(x: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([function(x[part]) for part in chunks(len(x))])
 
 
-def expert_energies(mlp: MLP, x: Rows, groups: Groups) -> Tensor:
+def expert_energies(down: Tensor, neurons: Rows, groups: Groups) -> Tensor:
     """Return (n_token, n_expert): the squared norm of each expert's output, h^T (D D^T) h over its own neurons."""
-    grams = [mlp.down[group] @ mlp.down[group].T for group in groups]
-    energy = torch.empty(len(x), len(groups))
-    for part in chunks(len(x)):
-        h = mlp.activations(x[part])
+    grams = [down[group] @ down[group].T for group in groups]
+    energy = torch.empty(len(neurons), len(groups))
+    for part in chunks(len(neurons)):
+        h = neurons[part]
         for e, (group, gram) in enumerate(zip(groups, grams, strict=True)):
             own = h[:, group]
             energy[part, e] = (own @ gram).mul_(own).sum(-1)
     return energy.clamp_min_(0)
 
 
-def energy_by_expert(mlp: MLP, x: Rows, router: Router, k: int) -> Tensor:
-    """Return (d_ff, n_expert): the energy a neuron keeps in each expert, the sum of a_i^2 over the expert's tokens."""
-    size = mlp.down.square().sum(1)
-    kept = torch.zeros(len(size), len(router.rows))
+def energy_by_expert(down: Tensor, x: Rows, neurons: Rows, router: Router, k: int) -> Tensor:
+    """Return (d_ff, n_expert): the energy a neuron keeps in each expert, the sum of a_i^2 over the expert's tokens.
+
+    neurons (n_token, d_ff): the activations of inputs x (n_token, d_model).
+    """
+    kept = torch.zeros(len(down), len(router.rows))
     for part in chunks(len(x)):
-        rows = x[part]
-        chosen = router.prefer(rows).topk(k, dim=-1).indices
-        runs = torch.zeros(len(rows), len(router.rows)).scatter_(1, chosen, 1.0)
-        kept.addmm_(mlp.activations(rows).square_().T, runs)
-    return kept * size[:, None]
+        chosen = router.prefer(x[part]).topk(k, dim=-1).indices
+        runs = torch.zeros(len(chosen), len(router.rows)).scatter_(1, chosen, 1.0)
+        kept.addmm_(neurons[part].square().T, runs)
+    return kept * down.square().sum(1)[:, None]
 
 
 def router_moments(x: Rows, targets: Tensor) -> RouterMoments:
@@ -133,7 +130,9 @@ def largest_logit(x: Rows, rows: Tensor, bias: Tensor | float = 0.0) -> float:
     return float(map_rows(x, lambda x: x @ rows.T + bias).abs().max()) if len(rows) else 0.0
 
 
-def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+def expert_agreement(
+    layer: SlicedLayer, x: Rows, neurons: Rows, weight: Tensor, k: int
+) -> tuple[Tensor, Tensor, float]:
     """Sum <y_e, y_f> (n_expert, n_expert), <y_e, F> (n_expert,) and |F|^2 over the tokens, in doubles on the CPU.
 
     y_e is what an expert gives, zero where it does not run; F is what the dense MLP gives; `weight` (n_token,) says how
@@ -142,7 +141,7 @@ def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tup
     n, down = len(layer.groups), layer.mlp.down
     gram, dot, energy = torch.zeros(n, n), torch.zeros(n), 0.0
     for part in chunks(len(x)):
-        h, runs = layer.mlp.activations(x[part]), layer.expert_weights(x[part], k).T[..., None]
+        h, runs = neurons[part], layer.expert_weights(x[part], k).T[..., None]
         outputs = torch.stack([h[:, group] @ down[group] for group in layer.groups])
         dense, chosen = outputs.sum(0), (outputs * runs).flatten(1)
         weighted = (outputs * (runs * weight[part][:, None])).flatten(1)
@@ -155,8 +154,10 @@ def expert_agreement(layer: SlicedLayer, x: Rows, weight: Tensor, k: int) -> tup
 def normal_equations(layer: SlicedLayer, stream: Stream, weight: Tensor, span: range) -> Normal:
     """Sum the normal equations of what the down projection still misses, given what runs, over the tokens of `span`."""
     normal = Normal.empty(*layer.mlp.down.shape)
-    for part in chunks(len(span)):
-        tokens = slice(span.start + part.start, span.start + part.stop)
-        h = layer.weighted_activations(stream.x[tokens], stream.k)
-        normal.add(h, stream.target[tokens] - h @ layer.mlp.down, weight[tokens])
+    for part in chunks(len(stream.x)):
+        own = slice(max(span.start - part.start, 0), max(span.stop - part.start, 0))
+        x, h, y, w = (rows[part][own] for rows in (stream.x, stream.neurons, stream.target, weight))
+        if len(x):
+            h = layer.weigh_neurons(x, h, stream.k)
+            normal.add(h, y - h @ layer.mlp.down, w)
     return normal.finished()

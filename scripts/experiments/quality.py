@@ -26,7 +26,6 @@ from moe2gguf.experts.calibration import CalibrationSettings, Slicer, calibrate
 from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.mlp import LayerInputs, SlicedLayer
 from moe2gguf.experts.slice_layer import slice_layer
-from moe2gguf.experts.stats import ActivationStatistics
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.hf.folder import open_checkpoint
 from moe2gguf.measure.compare import CompareSettings, compare
@@ -137,9 +136,9 @@ def _fluctuations(run: Run) -> list[rivals.Fluctuation]:
     plan = plan_conversion(run.model, run.options(N_EXPERT, group="contiguous", router="least-squares", refit=False))
     found = []
 
-    def watch(mlp: Any, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
-        found.append(rivals.fluctuation(mlp, inputs.dense))
-        return slice_layer(mlp, inputs, slicing, statistics)
+    def watch(mlp: Any, inputs: LayerInputs, slicing: Slicing) -> SlicedLayer:
+        found.append(rivals.fluctuation(mlp, inputs.streams[0].x))
+        return slice_layer(mlp, inputs, slicing)
 
     work = run.work / "fluctuations"
     _calibrate(run, plan, cut_of(plan), work, watch)
@@ -299,8 +298,8 @@ def cmoe_row(run: Run, k: int) -> dict[str, Any]:
     plan = plan_conversion(run.model, run.options(k, refit=False))
     layers: list[SlicedLayer] = []
 
-    def keep(mlp: Any, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
-        layers.append(rivals.cmoe(mlp, inputs, slicing, statistics, n_shared=cmoe_shared(k)))
+    def keep(mlp: Any, inputs: LayerInputs, slicing: Slicing) -> SlicedLayer:
+        layers.append(rivals.cmoe(mlp, inputs, slicing, n_shared=cmoe_shared(k)))
         return layers[-1]
 
     work = run.work / "cmoe"

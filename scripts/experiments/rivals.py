@@ -17,7 +17,7 @@ from moe2gguf.experts.hidden_states import Rows, chunks
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer
 from moe2gguf.experts.slice_layer import slice_groups
-from moe2gguf.experts.stats import ActivationStatistics, largest_logit, router_moments
+from moe2gguf.experts.stats import largest_logit, router_moments
 from moe2gguf.spec import Slicing
 
 MARKED = 10
@@ -81,50 +81,42 @@ def cmoe_split(mlp: MLP, x: Rows, n_expert: int, n_shared: int) -> tuple[Groups,
     return groups, torch.stack(representatives)
 
 
-def cmoe(
-    mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics, n_shared: int
-) -> SlicedLayer:
+def cmoe(mlp: MLP, inputs: LayerInputs, slicing: Slicing, n_shared: int) -> SlicedLayer:
     """CMoE, training-free: its split, its representative neurons for a router, weights 1."""
-    del statistics
-    groups, neurons = cmoe_split(mlp, inputs.dense, slicing.n_expert, n_shared)
+    groups, neurons = cmoe_split(mlp, inputs.streams[0].x, slicing.n_expert, n_shared)
     score = MLP(unit(mlp.gate[neurons]), unit(mlp.up[neurons]), mlp.down[neurons])
     zero = torch.zeros(slicing.n_expert, mlp.gate.shape[1])
     return CMoE(mlp, groups, Router(zero), torch.ones(slicing.n_expert), score_mlp=score)
 
 
-def expert_weaver(
-    mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics, n_context: int
-) -> SlicedLayer:
+def expert_weaver(mlp: MLP, inputs: LayerInputs, slicing: Slicing, n_context: int) -> SlicedLayer:
     """ExpertWeaver's rule for how many experts are shared, and its router of mean gate rows, on CMoE's split.
 
     https://arxiv.org/abs/2602.15521: S = round((0.7 - 0.5 r) n), r the share of neurons whose mean activation varies
     from sample to sample by more than tau of its mean. Its own split ranks by |silu(g x)|, which did worse here; on
     CMoE's split the rule has been tested before. Capped at k: more would not fit the budget.
     """
-    del statistics
     n, k = slicing.n_expert, slicing.n_expert_used
-    n_shared = min(weaver_count(mlp, inputs.dense, n, n_context), k)
-    groups, _ = cmoe_split(mlp, inputs.dense, n, n_shared)
-    router = mean_router(mlp, inputs.dense, groups, n_shared)
+    n_shared = min(weaver_count(mlp, inputs.streams[0].x, n, n_context), k)
+    groups, _ = cmoe_split(mlp, inputs.streams[0].x, n, n_shared)
+    router = mean_router(mlp, inputs.streams[0].x, groups, n_shared)
     return SlicedLayer(mlp, groups, Router(router), torch.full((n,), float(k)), _no_report(n, n_shared))
 
 
-def random_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
+def random_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing) -> SlicedLayer:
     """LLaMA-MoE's split (https://arxiv.org/abs/2406.16554), neurons dealt out at random; our router, all routed."""
-    del statistics
     sizes = group_sizes(len(mlp.gate), slicing.n_expert)
     shuffled = torch.randperm(len(mlp.gate), generator=torch.Generator().manual_seed(slicing.method.seed))
     groups = [part.sort().values for part in shuffled.split(sizes)]
     return slice_groups(mlp, inputs, slicing, groups, 0)
 
 
-def emoe(mlp: MLP, inputs: LayerInputs, slicing: Slicing, statistics: ActivationStatistics) -> SlicedLayer:
+def emoe(mlp: MLP, inputs: LayerInputs, slicing: Slicing) -> SlicedLayer:
     """EMoE (https://arxiv.org/abs/2310.10908): balanced k-means on gate rows at length 1, which is MoEfication's split
     (https://arxiv.org/abs/2110.01786, section 3.2), and a router of mean gate rows.
     """
-    del statistics
     n, k = slicing.n_expert, slicing.n_expert_used
-    label = grouping.cluster(unit(mlp.gate) @ unit(mlp.gate).T, group_sizes(len(mlp.gate), n), slicing.method.seed)
+    label = grouping.cluster(mlp.gate, group_sizes(len(mlp.gate), n), slicing.method.seed)
     groups = [(label == e).nonzero()[:, 0] for e in range(n)]
     router = mean_router(mlp, inputs.streams[0].x, groups, 0)
     return SlicedLayer(mlp, groups, Router(router), torch.full((n,), float(k)), _no_report(n, 0))

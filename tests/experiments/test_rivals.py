@@ -25,7 +25,7 @@ def test_every_rival_slices_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = MLP(*(torch.randn(D_FF, D_MODEL, generator=generator) for _ in range(3)))
     x = torch.randn(640, D_MODEL, generator=generator)
     x[:, 0] = 2.0
-    inputs = LayerInputs(x, mlp(x), (Stream(K, x, mlp(x)),))
+    inputs = LayerInputs((Stream(K, x, mlp.activations(x), mlp(x)),))
     slicing = Slicing(N, K, D_FF // N, Method(router="least-squares", amplify="used"))
     slicers: list[Any] = [
         functools.partial(rivals.cmoe, n_shared=2),
@@ -34,7 +34,7 @@ def test_every_rival_slices_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         rivals.emoe,
     ]
     for slicer in slicers:
-        sliced = slicer(mlp, inputs, slicing, None)
+        sliced = slicer(mlp, inputs, slicing)
         assert list(range(D_FF)) == sorted(torch.cat(sliced.groups).tolist())
         assert {D_FF // N} == {len(group) for group in sliced.groups}
         assert {K} == {int(n) for n in (sliced.expert_weights(x, K) > 0).sum(1)}

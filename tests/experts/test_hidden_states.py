@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.hidden_states import LazyRows, RowsOnDisk, allocate, chunks, sample_rows
+from moe2gguf.experts.hidden_states import CHUNK, KeptRows, LazyRows, RowsOnDisk, allocate, chunks, sample_rows
 
 
 def test_rows_on_disk_are_what_was_written(tmp_path: Path) -> None:
@@ -39,23 +39,32 @@ def test_lazy_rows_are_computed_when_asked_for() -> None:
 
 
 def test_sampled_rows_are_spread_over_all() -> None:
-    """However they are read."""
-    rows = torch.arange(103.0)[:, None]
+    """At equal distances, across the pieces in which rows are read; all where there are few."""
+    rows = torch.arange(3.0 * CHUNK - 5)[:, None]
 
-    few = sample_rows(rows, 20)
+    assert torch.equal(rows[::3], sample_rows(rows, CHUNK - 2)[slice(0, CHUNK)])
+    assert rows is sample_rows(rows, 2 * CHUNK)
 
-    assert len(few) == 20
-    assert torch.equal(rows[:100:5], few[slice(0, 20)])
-    assert torch.equal(few[slice(0, 20)], torch.cat([few[slice(0, 7)], few[slice(7, 20)]]))
-    assert 103 == len(sample_rows(rows, 60))
+
+def test_rows_are_kept_up_to_the_limit() -> None:
+    """Two of three pieces fit: at the second reading only the third is computed again, and all is the same."""
+    asked: list[int] = []
+    values = torch.randn(3 * CHUNK - 5, 2)
+    rows = KeptRows(LazyRows(len(values), lambda part: asked.append(part.start) or values[part]), 2 * CHUNK * 2 * 4)
+
+    read = [torch.cat([rows[part] for part in chunks(len(rows))]) for _ in range(2)]
+
+    assert all(torch.equal(values, found) for found in read)
+    assert [0, CHUNK, 2 * CHUNK, 2 * CHUNK] == asked
+    assert torch.equal(values[:7], rows[slice(0, 7)])
 
 
 def test_the_limit_decides_where_rows_are_kept(tmp_path: Path) -> None:
     """Three stores of 100 x 4 float32: 4800 bytes."""
-    assert all(isinstance(rows, torch.Tensor) for rows in allocate("abc", 100, 4, 4800, tmp_path))
+    assert all(isinstance(rows, torch.Tensor) for rows in allocate(dict.fromkeys("abc", 100), 4, 4800, tmp_path))
     assert [] == list(tmp_path.iterdir())
 
-    allocate("abc", 100, 4, 4799, tmp_path)
+    allocate(dict.fromkeys("abc", 100), 4, 4799, tmp_path)
 
     assert ["a.f32", "b.f32", "c.f32"] == sorted(path.name for path in tmp_path.iterdir())
 
@@ -63,14 +72,14 @@ def test_the_limit_decides_where_rows_are_kept(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     """Before hours of work; the message has the ways out."""
     with pytest.raises(CalibrationError, match="more --calibration-memory, take fewer --calibration-tokens"):
-        allocate("abc", 10**9, 10**6, 0, tmp_path)
+        allocate(dict.fromkeys("abc", 10**9), 10**6, 0, tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
 def test_rows_on_disk_take_no_memory(tmp_path: Path) -> None:
     """A quarter of a gigabyte is written and read through a few megabytes."""
     n_token, width = 2**16, 2**10
-    rows = allocate(["rows"], n_token, width, 10**6, tmp_path)[0]
+    rows = allocate({"rows": n_token}, width, 10**6, tmp_path)[0]
     piece = torch.ones(2048, width)
     rows[slice(0, 2048)] = piece
     first, most = resident(), 0

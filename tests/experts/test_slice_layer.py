@@ -13,7 +13,7 @@ from moe2gguf.experts.mlp import MLP, LayerInputs, Stream
 from moe2gguf.experts.refit import fit_scale
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.slicing import default_n_shared
-from moe2gguf.experts.stats import collect_statistics, expert_agreement
+from moe2gguf.experts.stats import expert_agreement
 from moe2gguf.spec import Method, Slicing
 
 D_MODEL, D_FF, N, K = 24, 80, 8, 4
@@ -28,12 +28,12 @@ def layer(seed: Any = 0, n_token: Any = 1500) -> Any:
     x = topics[torch.randint(10, (n_token,), generator=g)] * 0.4 + 0.3 * torch.randn(n_token, D_MODEL, generator=g)
     x[:, 0] = 1.0
     y = mlp(x)
-    return mlp, LayerInputs(x, y, (Stream(K, x, y),))
+    return mlp, LayerInputs((Stream(K, x, mlp.activations(x), y),))
 
 
 def slice_by(mlp: Any, inputs: Any, slicing: Any) -> Any:
-    """`slice_layer` with what `collect_statistics` finds."""
-    return slice_layer(mlp, inputs, slicing, collect_statistics(mlp, inputs.dense, torch.empty_like(inputs.output)))
+    """`slice_layer`, without its types: every report has all figures here."""
+    return slice_layer(mlp, inputs, slicing)
 
 
 def slicing(**recipe: Any) -> Any:
@@ -43,7 +43,10 @@ def slicing(**recipe: Any) -> Any:
 
 def error(sliced: Any, inputs: Any, k: Any = K) -> Any:
     """Share of the dense output's energy that is missing."""
-    return float((sliced(inputs.streams[0].x, k) - inputs.output).square().sum() / inputs.output.square().sum())
+    return float(
+        (sliced(inputs.streams[0].x, k) - inputs.streams[0].target).square().sum()
+        / inputs.streams[0].target.square().sum()
+    )
 
 
 @pytest.mark.parametrize(("group", "router"), list(itertools.product(GROUPS, ROUTERS)))
@@ -54,7 +57,7 @@ def test_all_experts_in_exact_mode_are_the_dense_mlp(group: Any, router: Any) ->
 
     sliced = slice_by(mlp, inputs, slicing(group=group, router=router, n_shared=shared, amplify="exact"))
 
-    torch.testing.assert_close(inputs.output, sliced(inputs.streams[0].x, N), rtol=0.1, atol=0.06)
+    torch.testing.assert_close(inputs.streams[0].target, sliced(inputs.streams[0].x, N), rtol=0.1, atol=0.06)
     assert error(sliced, inputs, N) < 1e-3
 
 
@@ -120,17 +123,18 @@ def test_fitted_amplification_is_the_least_squares_constant_of_each_expert() -> 
 
     h, runs = mlp.activations(inputs.streams[0].x), sliced.expert_weights(inputs.streams[0].x, K) > 0
     outputs = torch.stack([h[:, g] @ mlp.down[g] * runs[:, e, None] for e, g in enumerate(sliced.groups)], 2)
-    found = torch.linalg.lstsq(outputs.flatten(0, 1), inputs.output.flatten()[:, None]).solution[:, 0]
+    found = torch.linalg.lstsq(outputs.flatten(0, 1), inputs.streams[0].target.flatten()[:, None]).solution[:, 0]
     louder = sliced.scale / (K * found)
     torch.testing.assert_close(louder.mean().expand(N), louder, rtol=0.01, atol=0)
     assert sliced.scale.std() > 0.01 * K
     assert 1.01 < louder.mean()
-    energy = sliced(inputs.streams[0].x, K).square().sum() / inputs.output.square().sum()
+    energy = sliced(inputs.streams[0].x, K).square().sum() / inputs.streams[0].target.square().sum()
     torch.testing.assert_close(torch.tensor(1.0), energy, rtol=0.01, atol=0)
     plain = replace(sliced, scale=torch.full((N,), float(K)))
     weight = torch.ones(len(inputs.streams[0].x)).index_fill_(0, torch.arange(700), 0.0)
-    ignored = fit_scale(*expert_agreement(plain, inputs.streams[0].x, weight, K), K)
-    without = fit_scale(*expert_agreement(plain, inputs.streams[0].x[700:], weight[700:], K), K)
+    ignored = fit_scale(*expert_agreement(plain, inputs.streams[0].x, inputs.streams[0].neurons, weight, K), K)
+    rest = inputs.streams[0].x[700:]
+    without = fit_scale(*expert_agreement(plain, rest, mlp.activations(rest), weight[700:], K), K)
     torch.testing.assert_close(without, ignored)
 
 
@@ -149,7 +153,7 @@ def test_amplifications(amplify: Any) -> None:
         assert {float(K)} == set(sliced.scale.tolist())
     elif amplify == "fitted":
         ours = sliced(inputs.streams[0].x, K)
-        quieter = float((ours * inputs.output).sum() / ours.square().sum())
+        quieter = float((ours * inputs.streams[0].target).sum() / ours.square().sum())
         assert error(replace(sliced, scale=quieter * sliced.scale), inputs) <= error(used, inputs) + 1e-6
     else:
         assert (sliced.expert_weights(inputs.streams[0].x, N).mean(0) - 1).abs().max() < 0.02
@@ -163,7 +167,7 @@ def test_outlier_neurons_are_always_on() -> None:
     though its mean energy over all tokens may be small."""
     mlp, inputs = layer(n_token=20000)
     down = mlp.down.clone()
-    x = inputs.dense.clone()
+    x = inputs.streams[0].x.clone()
     x[5000, 1] = 40.0
     gate, up = mlp.gate.clone(), mlp.up.clone()
     gate[:, 1], up[:, 1] = 0, 0
@@ -173,7 +177,9 @@ def test_outlier_neurons_are_always_on() -> None:
     y = mlp(x)
 
     sliced = slice_by(
-        mlp, LayerInputs(x, y, (Stream(K, x, y),)), slicing(group="activations", router="least-squares", n_shared=1)
+        mlp,
+        LayerInputs((Stream(K, x, mlp.activations(x), y),)),
+        slicing(group="activations", router="least-squares", n_shared=1),
     )
 
     a = mlp.activations(x).abs() * down.norm(dim=1)

@@ -25,20 +25,14 @@ def neuron_outputs(mlp: MLP, token: Tensor) -> Tensor:
     return h[:, None] * mlp.down
 
 
-def test_contributions_are_summed_in_pairs() -> None:
-    """The norm of each neuron's output, multiplied with every other one's; the MLP's output is written beside it."""
+def test_importance_is_the_energy_of_a_neurons_output() -> None:
+    """Summed over all tokens."""
     mlp, x = make_layer()
-    output = torch.zeros(N_TOKEN, D_MODEL)
 
-    found = stats.collect_statistics(mlp, x, output)
+    found = stats.collect_statistics(mlp.down, mlp.activations(x))
 
-    together = torch.zeros(D_FF, D_FF)
-    for token, y in zip(x, output, strict=True):
-        outputs = neuron_outputs(mlp, token)
-        norms = outputs.norm(dim=1)
-        together += norms[:, None] * norms[None]
-        torch.testing.assert_close(outputs.sum(0), y, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together, found.together, rtol=1e-4, atol=1e-4)
+    expected = torch.stack([neuron_outputs(mlp, token).square().sum(1) for token in x]).sum(0)
+    torch.testing.assert_close(expected, found.importance, rtol=1e-4, atol=1e-4)
     assert not found.outliers.any()
 
 
@@ -51,7 +45,7 @@ def test_a_neuron_that_carries_a_massive_activation_is_an_outlier() -> None:
         row[:3, 0], row[4:, 0] = 0, 0
     x[20, 0] = 60.0
 
-    found = stats.collect_statistics(mlp, x, torch.zeros(N_TOKEN, D_MODEL))
+    found = stats.collect_statistics(mlp.down, mlp.activations(x))
 
     assert [3] == found.outliers.nonzero().flatten().tolist()
 
@@ -60,7 +54,7 @@ def test_expert_energies_are_squared_norms() -> None:
     """Of the sum of an expert's neurons, token by token."""
     mlp, x = make_layer()
 
-    found = stats.expert_energies(mlp, x, GROUPS)
+    found = stats.expert_energies(mlp.down, mlp.activations(x), GROUPS)
 
     expected = [[float(neuron_outputs(mlp, t)[g].sum(0).square().sum()) for g in GROUPS] for t in x]
     torch.testing.assert_close(torch.tensor(expected), found, rtol=1e-4, atol=1e-4)
@@ -80,7 +74,7 @@ def test_normal_equations_count_the_tokens_of_their_span() -> None:
     layer = SlicedLayer(mlp, GROUPS, Router(torch.randn(3, D_MODEL, generator=generator)), torch.full((3,), 2.0))
     target, weight = mlp(x), torch.rand(N_TOKEN, generator=generator)
 
-    found = stats.normal_equations(layer, Stream(2, x, target), weight, range(10, 60))
+    found = stats.normal_equations(layer, Stream(2, x, mlp.activations(x), target), weight, range(10, 60))
 
     hh, hy = torch.zeros(D_FF, D_FF), torch.zeros(D_FF, D_MODEL)
     for i in range(10, 60):
