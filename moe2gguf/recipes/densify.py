@@ -28,6 +28,7 @@ from moe2gguf.hf.families import DENSE, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import DTYPES
 from moe2gguf.hf.write_config import describe_config
+from moe2gguf.limits import DENSE_GRAPHS
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import copy_tensor, make_config
 from moe2gguf.recipes.tensors_hf import expert_stacks
@@ -163,6 +164,7 @@ class MoeFile:
             raise GGUFError(listing(file.path, found.problems))
         self.path, self.metadata, self.n_expert = file.path, file.metadata, counts.n_expert
         self.graph, self.in_shared = graph, counts.n_shared
+        self.dense = DENSE_GRAPHS["qwen3" if "blk.0.attn_q_norm.weight" in file.tensors else "llama"]
         _, self.d_expert, self.d_model = file.tensors["blk.0.ffn_gate_exps.weight"].shape
 
     @property
@@ -206,9 +208,9 @@ class MoeFile:
                 yield OutputTensor(dense_name, info.shape, info.type, (name,), self._choose_reader(name))
 
     def _choose_reader(self, name: str) -> Callable[[], Iterator[Array]]:
-        """What reads a tensor outside of the MLPs: as it is, or with its rows in arch `llama`'s rotary layout."""
+        """What reads a tensor outside of the MLPs: as it is, or with its rows in the dense graph's rotary layout."""
         part = re.fullmatch(r"blk\.\d+\.attn_(q|k)\.(weight|bias)", name)
-        if not self.graph.rotates_halves or not part:
+        if self.graph.rotates_halves == self.dense.rotates_halves or not part:
             return functools.partial(self._tensor(name).blocks, BLOCK_BYTES)
         rows = self._file.tensors[name].shape[0]
         d_head = read_dimensions(self._file, self.graph, []).d_head
@@ -220,10 +222,11 @@ class MoeFile:
 
     def write(self, out: Path, tensors: Sequence[OutputTensor], d_ff: int, how: str, progress: Progress) -> None:
         """As `MoeFolder.write`."""
-        dense = replace_prefix(self._file, self.graph.architecture, "llama")
-        kept = {key: value for key, value in dense.metadata.items() if not key.startswith("llama.expert_")}
+        name = self.dense.architecture
+        dense = replace_prefix(self._file, self.graph.architecture, name)
+        kept = {key: value for key, value in dense.metadata.items() if not key.startswith(f"{name}.expert_")}
         kinds = {key: kind for key, kind in dense.types.items() if key in kept}
-        layout = lay_out({**kept, "llama.feed_forward_length": d_ff, FACTORS: how}, tensors, kinds)
+        layout = lay_out({**kept, f"{name}.feed_forward_length": d_ff, FACTORS: how}, tensors, kinds)
         write_model(out, [(tensors, layout)], threads=1, progress=progress)
 
 

@@ -197,7 +197,8 @@ def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
     amplified = slicing.n_routed if GRAPHS[slicing.target].gating == "softmax" else n
-    if k < n and slicing.target == "mixtral" and model.rope.kind != "llama3" and not model.bias_output:
+    fits = slicing.method.router != "zero" and slicing.target == "mixtral"
+    if k < n and fits and model.rope.kind != "llama3" and not model.bias_output:
         warnings.append(BETTER_TARGET)
     if k < n and slicing.method.router == "zero":
         warnings.append(
