@@ -79,10 +79,17 @@ LINES = {
     ("imatrix", "model"): "imatrix ODD OUT --text TEXT",
     ("imatrix", "text"): "imatrix DENSE OUT --text ODD",
     ("imatrix", "merged"): "imatrix DENSE OUT --merge ODD",
+    ("views", "file"): "views ODD OUT",
+    ("serve-help", "file"): "serve-help ODD",
+    ("publish", "model"): "publish ODD OUT --types f16",
+    ("publish", "calibration"): "publish HF OUT --types f16 --experts 4 --used 2 --calibration ODD",
+    ("publish", "imatrix"): "publish HF OUT --types q8_0 --experts 4 --imatrix ODD",
+    ("publish", "text"): "publish HF OUT --types f16 --experts 4 --text ODD",
 }
 """(command, input) -> a command line whose other inputs are sound."""
 
 TEXTS = [line for (_, name), line in LINES.items() if name == "text" and "HF" not in line]
+"""Of commands that take any text, as it is, at once."""
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,13 @@ from moe2gguf.cli import cli
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 ELSEWHERE = {
-    "llama.cpp": {"--cpu-moe", "--n-gpu-layers", "--override-kv", "--port", "--kl-divergence", "--models-preset"},
+    "llama.cpp": {"--cpu-moe", "--n-gpu-layers", "--override-kv", "--port", "--kl-divergence", "--models-preset"}
+    | {"--n-cpu-ffn", "--spec-type"},
     "llama-cpp-python": {"--kv"},  # --kv_overrides
     "dask": {"--nthreads"},
     "docker": {"--rm"},
     "mypy": {"--strict"},
-    "scripts/bench": {"--long", "--only", "--repeats", "--vocabulary", "--windows"},
+    "scripts/bench": {"--long", "--no-peer", "--only", "--repeats", "--size-gb", "--vocabulary", "--windows"},
     "scripts/check": {"--coverage", "--fast"},
     "scripts/experiments": {"--d-ff", "--d-model", "--epochs", "--layers", "--model", "--repeat"},
     "scripts/release": {"--dry-run"},
