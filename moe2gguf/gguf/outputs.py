@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 
 from moe2gguf.errors import OutputError
+from moe2gguf.gguf.shards import list_shard_paths
 
 _UNFINISHED = ("", ".partial", ".work")
 """Endings of the names that are written to before an output has its own."""
@@ -40,6 +42,36 @@ def check_outputs(
     for (name, out), (other_name, other) in combinations(outputs.items(), 2):
         if {*_identities(out)} & {*_identities(other)}:
             raise OutputError(f"{name} and {other_name}: are the same file; choose two names")
+
+
+def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
+    """Refuse a target that must not be replaced or cannot be written.
+
+    Raises:
+        OutputError: as `check_outputs`, with `sources` as the inputs; the target is a folder, or its own folder is
+            missing or read-only.
+    """
+    if target.is_dir():
+        raise OutputError(f"{target}: exists and is not a regular file; choose another name")
+    check_outputs({str(target): target}, sources, force=force)
+    if not target.parent.is_dir():
+        raise OutputError(f"{target.parent}: no such folder; create it first")
+    if not os.access(target.parent, os.W_OK):
+        raise OutputError(f"{target.parent}: not writable; choose another folder")
+
+
+def list_model_paths(out: Path, n_shard: int) -> list[Path]:
+    """Return the names of the files of a model: `moe.gguf` alone, or moe-00001-of-00003.gguf ..."""
+    return [out] if n_shard == 1 else list_shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
+
+
+def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
+    """`check_target` for every file of a model; `out` must not be a folder."""
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; name a file in it")
+    sources = tuple(sources)
+    for target in list_model_paths(out, n_shard):
+        check_target(target, sources, force=force)
 
 
 def _require_name(name: str, out: Path) -> None:

@@ -26,9 +26,8 @@ from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, list_nam
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.layout import Entry, Layout
-from moe2gguf.gguf.outputs import check_outputs
+from moe2gguf.gguf.outputs import list_model_paths
 from moe2gguf.gguf.resume import Job, checksum_range, partial_path
-from moe2gguf.gguf.shards import list_shard_paths
 from moe2gguf.gguf.system import open_here, write_at
 from moe2gguf.gguf.verify import require_sound
 from moe2gguf.progress import Progress
@@ -66,36 +65,6 @@ class OutputTensor(Entry):
     blocks: Blocks = field(default=lambda: iter(()), repr=False, compare=False)
     copied: bool = field(default=False, kw_only=True)
     importance: Importance | None = field(default=None, repr=False, compare=False, kw_only=True)
-
-
-def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
-    """Refuse a target that must not be replaced or cannot be written.
-
-    Raises:
-        OutputError: as `check_outputs`, with `sources` as the inputs; the target is a folder, or its own folder is
-            missing or read-only.
-    """
-    if target.is_dir():
-        raise OutputError(f"{target}: exists and is not a regular file; choose another name")
-    check_outputs({str(target): target}, sources, force=force)
-    if not target.parent.is_dir():
-        raise OutputError(f"{target.parent}: no such folder; create it first")
-    if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"{target.parent}: not writable; choose another folder")
-
-
-def list_model_paths(out: Path, n_shard: int) -> list[Path]:
-    """Return the names of the files of a model: `moe.gguf` alone, or moe-00001-of-00003.gguf ..."""
-    return [out] if n_shard == 1 else list_shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
-
-
-def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
-    """`check_target` for every file of a model; `out` must not be a folder."""
-    if out.is_dir():
-        raise OutputError(f"{out}: is a folder; name a file in it")
-    sources = tuple(sources)
-    for target in list_model_paths(out, n_shard):
-        check_target(target, sources, force=force)
 
 
 class Written(NamedTuple):

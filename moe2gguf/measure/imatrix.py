@@ -17,9 +17,9 @@ import numpy as np
 
 from moe2gguf.errors import HarnessError, ImportanceError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
+from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.resume import Job, describe
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.gguf.writer import check_target
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.machine import read_package_version

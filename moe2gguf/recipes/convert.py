@@ -16,9 +16,10 @@ from moe2gguf.errors import OutputError
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.gguf.layout import Layout, find_array, find_value
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
+from moe2gguf.gguf.outputs import check_model_target, check_target, list_model_paths
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.types import require_kernels
-from moe2gguf.gguf.writer import check_model_target, check_target, list_model_paths, write_model, write_over
+from moe2gguf.gguf.writer import write_model, write_over
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration

@@ -20,10 +20,11 @@ from moe2gguf.gguf.dense_model import replace_prefix
 from moe2gguf.gguf.expected import check_architecture, read_dimensions
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
 from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
+from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.hf.families import DENSE, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import DTYPES

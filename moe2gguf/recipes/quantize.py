@@ -20,10 +20,11 @@ from moe2gguf.gguf import kernels, types
 from moe2gguf.gguf.expected import check_architecture
 from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.gguf.writer import OutputTensor, check_model_target, write_model
+from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
 from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatrix

@@ -19,11 +19,12 @@ from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
+from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.set_used import require_free
 from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.system import link_or_copy
-from moe2gguf.gguf.writer import OutputTensor, check_target, write_model
+from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.limits import check_expert_counts
 from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import Metadata

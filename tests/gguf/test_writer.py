@@ -20,7 +20,8 @@ from gguf import GGMLQuantizationType as GGMLType
 from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
 from moe2gguf.gguf import types, writer
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.writer import OutputTensor, check_target, replace_files, write_over, write_tensors
+from moe2gguf.gguf.outputs import check_target
+from moe2gguf.gguf.writer import OutputTensor, replace_files, write_over, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
