@@ -32,9 +32,9 @@ def serve_help(file: Path, modelfile: Path | None, presets: Path | None, as_json
       moe2gguf serve-help moe.gguf --modelfile Modelfile
       moe2gguf serve-help moe.gguf --presets preset.ini
     """
+    from moe2gguf.gguf.outputs import write_whole
     from moe2gguf.gguf.shards import read_model
     from moe2gguf.llama.serving import list_ways, make_modelfile, make_presets
-    from moe2gguf.measure.report.page import write_whole
 
     header = read_model(file)
     written = {}

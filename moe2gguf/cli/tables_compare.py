@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe2gguf.cli import tables as display
+from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.pareto import judge_quality
-from moe2gguf.measure.report.page import write_whole
 
 if TYPE_CHECKING:
     from moe2gguf.measure.bench import Bench

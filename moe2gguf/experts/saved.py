@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moe2gguf.errors import CalibrationError, OutputError, name_odd_file
+from moe2gguf.errors import CalibrationError, name_odd_file
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, PADDING, ROUTER_SIZE, expert_width, plain_scale
+from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Method, Slicing
 
@@ -96,19 +97,13 @@ def save_calibration(path: Path, record: CalibrationRecord, layer: Callable[[int
     shapes = _shapes(record)
     text = json.dumps(_make_header(record, [layer(i).report for i in range(record.n_layer)])).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as safetensors writes them
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for i in range(record.n_layer):
-                experts = layer(i)
-                parts = experts.arrays() | {"order": experts.order[:, : shapes["order"][1][1]]}  # without padding
-                for name, (kind, shape) in shapes.items():
-                    file.write(np.ascontiguousarray(parts[name], kind).reshape(shape).data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    with write_whole(path) as partial, partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for i in range(record.n_layer):
+            experts = layer(i)
+            parts = experts.arrays() | {"order": experts.order[:, : shapes["order"][1][1]]}  # without padding
+            for name, (kind, shape) in shapes.items():
+                file.write(np.ascontiguousarray(parts[name], kind).reshape(shape).data)
 
 
 def _make_header(record: CalibrationRecord, reports: Sequence[LayerReport | None]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -42,6 +43,18 @@ def check_outputs(
     for (name, out), (other_name, other) in combinations(outputs.items(), 2):
         if {*_identities(out)} & {*_identities(other)}:
             raise OutputError(f"{name} and {other_name}: are the same file; choose two names")
+
+
+@contextlib.contextmanager
+def write_whole(target: Path) -> Iterator[Path]:
+    """Yield a name to write to; it becomes `target` if the block succeeds. Raises OutputError for disk errors."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:

@@ -19,7 +19,7 @@ from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
-from moe2gguf.gguf.outputs import check_target
+from moe2gguf.gguf.outputs import check_target, write_whole
 from moe2gguf.gguf.set_used import require_free
 from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
@@ -118,11 +118,7 @@ def _change_count(file: GGUFFile, counts: ExpertCounts, k: int) -> Metadata:
 def _add_view(layout: Layout, target: Sequence[Path], weights: Path) -> bool:
     """Write one more view beside the first; whether its weights are a link, not a copy."""
     head, tail = target
-    try:
+    with write_whole(head) as partial:
         linked = link_or_copy(weights, tail)
-        partial = head.with_name(f".{head.name}.partial")
         partial.write_bytes(layout.header)
-        partial.replace(head)
-    except OSError as error:
-        raise OutputError(f"{error.filename or head}: cannot be written: {error.strerror}") from error
     return linked

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import OutputError
+from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION
-from moe2gguf.measure.report.page import write_whole
 from moe2gguf.measure.results import Comparison, ResultRow
 from moe2gguf.spec import Metadata
 

@@ -7,19 +7,18 @@ which are HTML. A content security policy forbids all network, so a page can be 
 from __future__ import annotations
 
 import base64
-import contextlib
 import gzip
 import json
 import math
-import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HarnessError, OutputError
+from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.outputs import write_whole
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -286,15 +285,3 @@ def plotly_script() -> str:
     except ModuleNotFoundError as error:
         raise HarnessError("the report needs plotly: pip install plotly") from error
     return str(get_plotlyjs())
-
-
-@contextlib.contextmanager
-def write_whole(target: Path) -> Iterator[Path]:
-    """Yield a name to write to; it becomes `target` if the block succeeds. Raises OutputError for disk errors."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error

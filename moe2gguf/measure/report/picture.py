@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.report.compare import Point, group_by_file, list_front, list_points
-from moe2gguf.measure.report.page import write_whole
 from moe2gguf.measure.results import Comparison
 
 if TYPE_CHECKING:
