@@ -73,9 +73,8 @@ class Graph:
     rotates_halves  the rotary embedding turns element j of a head with j + d_head / 2, as Hugging Face's models do, and
                     not with its neighbor
     layer_nodes     nodes per layer besides the used experts', flash attention off: see above
-    since           the first release of llama.cpp that has the graph
+    since           when llama.cpp got the graph
     hf_class        the class of transformers that computes the same, if there is one
-    note            for what the graph is, in a few words
     """
 
     architecture: str
@@ -86,7 +85,6 @@ class Graph:
     layer_nodes: int = 48
     since: str = ""
     hf_class: str | None = None
-    note: str = ""
 
     @property
     def has_shared(self) -> bool:
@@ -114,16 +112,20 @@ class Graph:
         here = {tensor.name for tensor in self.tensors}
         return name if "blk.{i}.ffn_norm" in here else name.replace(".ffn_norm.", ".post_attention_norm.")
 
+    @property
+    def weight_scale(self) -> float:
+        """What the weights of chosen experts are multiplied by."""
+        return float(str(self.keys.get("expert_weights_scale", 1.0)))
+
     def weight_of_expert(self, n_routed: int) -> float:
         """The weight of a chosen expert at a router of zeros, whatever the number of chosen ones is.
 
         Raises:
             ValueError: it depends on that number.
         """
-        scale = self.keys.get("expert_weights_scale", 1.0)
-        if self.gating == "renormalized" or not isinstance(scale, float):
+        if self.gating == "renormalized":
             raise ValueError(f"{self.architecture}: the weight of an expert depends on how many are used")
-        return scale * (0.5 if self.gating == "sigmoid" else 1 / n_routed)
+        return self.weight_scale * (0.5 if self.gating == "sigmoid" else 1 / n_routed)
 
 
 _GLOBALS = (
@@ -182,9 +184,8 @@ GRAPHS = {
             *_dense_mlp(extras=True),
             *_EXPERTS,
         ),
-        since="2023",
+        since="December 2023",
         hf_class="MixtralForCausalLM",
-        note="every program; a file is right at one count of experts",
     ),
     "glm4moe": Graph(
         "glm4moe",
@@ -203,9 +204,8 @@ GRAPHS = {
         keys={"expert_gating_func": 2, "expert_weights_norm": False, "expert_weights_scale": 2.0},
         rotates_halves=True,
         layer_nodes=50,
-        since="b6085 (August 2025)",
+        since="August 2025",
         hf_class="Glm4MoeForCausalLM",
-        note="one file for every count of experts, with a real shared expert",
     ),
     "deepseek": Graph(
         "deepseek",
@@ -221,7 +221,6 @@ GRAPHS = {
         gating="softmax",
         layer_nodes=48,
         since="December 2024",
-        note="as glm4moe, for older programs",
     ),
 }
 """Every target graph, as llama.cpp has it.

@@ -61,7 +61,7 @@ NO_EFFECT = (
         "--target",
         type=click.Choice([*GRAPHS]),
         help="mixtral: runs everywhere, right at one count of experts. glm4moe: one file for every count, llama.cpp of "
-        "August 2025 or later. deepseek: the same for older ones.  [default: mixtral]",
+        f"{GRAPHS['glm4moe'].since} or later. deepseek: the same for older ones.  [default: mixtral]",
     ),
     option(
         "-e",

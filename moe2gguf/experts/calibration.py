@@ -1,9 +1,9 @@
 """The whole model, layer by layer: text goes in, experts come out, one layer's weights in memory at a time.
 
-Two sets of hidden states move through the layers side by side: the dense model's, and those of the model whose earlier
-layers are sliced already. Each layer is fitted so that the second set returns to the first (sequential refit), hence
-later layers mend what earlier ones lost. After every layer the result and both sets are on disk, so that a stopped
-calibration resumes.
+Several sets of hidden states move through the layers side by side: the dense model's, and for each number of used
+experts that is fitted those of the model whose earlier layers are sliced already. Each layer is fitted so that these
+return to the first (sequential refit), hence later layers mend what earlier ones lost. After every layer the result and
+all sets are on disk, so that a stopped calibration resumes.
 """
 
 from __future__ import annotations

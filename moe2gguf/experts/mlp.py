@@ -112,8 +112,7 @@ class Router:
         if self.graph.gating == "renormalized":
             top = top / top.sum(-1, keepdim=True)
         else:
-            scale = self.graph.keys.get("expert_weights_scale", 1.0)
-            top = torch.where(chosen < self.in_shared, top, top * float(str(scale)))
+            top = torch.where(chosen < self.in_shared, top, top * self.graph.weight_scale)
         return torch.zeros_like(p).scatter_(1, chosen, top)
 
 

@@ -66,10 +66,11 @@ def expert_rows(moments: RouterMoments) -> Tensor:
 
 def rows_and_bias(moments: RouterMoments) -> tuple[Tensor, Tensor]:
     """Return centered rows (n, d_model) and biases (n,) that predict the targets, in a graph that has such biases."""
-    x, t, n = moments.x1.double() / moments.n_token, moments.t1.double() / moments.n_token, moments.n_token
-    xx, xt = moments.xx.double() - n * torch.outer(x, x), moments.xt.double() - n * torch.outer(x, t)
+    n, device = moments.n_token, moments.xx.device
+    x, t = moments.x1.cpu().double() / n, moments.t1.cpu().double() / n  # not every device has doubles
+    xx, xt = moments.xx.cpu() - n * torch.outer(x, x), moments.xt.cpu() - n * torch.outer(x, t)
     rows = center_rows(solve_ridge(xx, xt))
-    return rows.to(moments.xx.device), (t - t.mean()).float() - rows @ x.float()
+    return rows.to(device), ((t - t.mean()).float() - rows @ x.float()).to(device)
 
 
 def order_by_sigmoid(rows: Tensor, bias: Tensor, n_shared: int, largest: float) -> tuple[Tensor, Tensor]:
@@ -79,8 +80,7 @@ def order_by_sigmoid(rows: Tensor, bias: Tensor, n_shared: int, largest: float) 
     `largest` is the largest |logit| on the calibration tokens.
     """
     size = EXACT_ROUTER_SIZE / max(largest, 1e-30)
-    zeros = torch.zeros(n_shared, rows.shape[1])
-    return torch.cat([zeros, rows * size]), torch.cat([zeros[:, 0], bias * (size / 4)])
+    return order_by_softmax(rows, n_shared, largest), torch.cat([torch.zeros(n_shared), bias * (size / 4)])
 
 
 def order_by_softmax(rows: Tensor, n_shared: int, largest: float) -> Tensor:

@@ -60,8 +60,9 @@ def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
     before = len(found.problems)
     dimensions = read_dimensions(file, graph, found.problems)
     _check_vocabulary(file, found)
-    widths = dimensions[:7] + (dimensions[8:9] if dimensions.n_expert else ())
-    if len(found.problems) > before and 0 in widths:
+    unneeded = () if dimensions.n_expert else ("d_expert",)
+    needed = dimensions._asdict().keys() - {"n_expert", "d_shared", *unneeded}
+    if len(found.problems) > before and any(getattr(dimensions, name) == 0 for name in needed):
         found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
         return
     lead = file.metadata.get(f"{graph.architecture}.leading_dense_block_count", 0) if graph.has_shared else 0

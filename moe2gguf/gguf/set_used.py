@@ -9,7 +9,7 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.gguf.counts import read_counts
+from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
 from moe2gguf.gguf.made_for import USED_HERE, read_made_for
@@ -38,10 +38,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
     counts, used_key = read_counts(file), f"{architecture}.expert_used_count"
     if not counts.n_expert or not counts.n_used:
         raise GGUFError(f"{path}: has no experts; only a file with an expert_count has a count to change")
-    refusals = check_expert_counts(counts.n_expert, n_expert_used, counts.size, counts.n_shared)
-    if refusals:
-        raise GGUFError(f"{path}: " + " ".join(refusals))
-    require_free(file, n_expert_used)
+    require_count(file, counts, n_expert_used)
     values = {USED_HERE: n_expert_used, used_key: n_expert_used - counts.n_shared}
     with path.open("r+b", buffering=0) as stream:
         header = stream.read(min(file.data_offset, MAX_HEADER))
@@ -51,8 +48,10 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
         os.fsync(stream.fileno())
 
 
-def require_free(file: GGUFFile, n_expert_used: int) -> None:
-    """Raise GGUFError for a file whose weights serve another count alone."""
+def require_count(file: GGUFFile, counts: ExpertCounts, n_expert_used: int) -> None:
+    """Raise GGUFError for a count that llama.cpp cannot run, or a file whose weights serve another one alone."""
+    if refusals := check_expert_counts(counts.n_expert, n_expert_used, counts.size, counts.n_shared):
+        raise GGUFError(f"{file.path}: " + " ".join(refusals))
     made_for = read_made_for(file.metadata)
     if made_for and made_for.note(file.path.name, [n_expert_used]):
         raise GGUFError(

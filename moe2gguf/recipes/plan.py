@@ -24,7 +24,7 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 WINDOW = 512
 BETTER_TARGET = (
     "--target glm4moe makes one file that is the dense model with all experts used and loses less with fewer; it needs "
-    "a llama.cpp of August 2025 or later"
+    f"a llama.cpp of {GRAPHS['glm4moe'].since} or later"
 )
 NO_TEXT = (
     "no --calibration: the built-in text is used, which is mostly English; a text of the kind that the model is meant "
@@ -58,12 +58,12 @@ class Plan(FilePlan):
     @property
     def n_expert(self) -> int:
         """Experts per layer in the file; 0 for a dense file."""
-        return self.slicing.n_expert if self.slicing else self.model.n_expert + self.model.n_shared
+        return _count_experts(self.model, self.slicing)[0]
 
     @property
     def n_expert_used(self) -> int:
         """Experts that run per token unless the user says otherwise; 0 for a dense file."""
-        return self.slicing.n_expert_used if self.slicing else self.model.n_expert_used + self.model.n_shared
+        return _count_experts(self.model, self.slicing)[1]
 
     @property
     def expert_bytes(self) -> int:
@@ -81,7 +81,7 @@ class Plan(FilePlan):
     @property
     def in_shared(self) -> int:
         """Experts that are the graph's own shared expert, and so always run."""
-        return self.slicing.in_shared if self.slicing else self.model.n_shared
+        return _count_experts(self.model, self.slicing)[2]
 
     def active_bytes(self, n_expert_used: int) -> int:
         """Bytes of weights read per generated token when `n_expert_used` experts run (ignored for a dense file)."""
@@ -218,19 +218,19 @@ def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
 
 def _check_counts(model: Model, slicing: Slicing | None, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """What llama.cpp's limits on experts forbid, and which of its settings cannot run the file."""
-    if not (slicing or model).n_expert:
+    n_expert, n_expert_used, in_shared = _count_experts(model, slicing)
+    if not n_expert:
         return [], []
-    graph, in_shared = (
-        (GRAPHS[slicing.target], slicing.in_shared) if slicing else (find_graph_of(model), model.n_shared)
-    )
-    # A checkpoint's own counts are those of its router.
-    n_expert, n_expert_used = (
-        count + (0 if slicing else in_shared)
-        for count in ((slicing or model).n_expert, (slicing or model).n_expert_used)
-    )
-    size = Size.of(names, model.n_layer, graph)
+    size = Size.of(names, model.n_layer, GRAPHS[slicing.target] if slicing else find_graph_of(model))
     refusals = check_expert_counts(n_expert, n_expert_used, size, in_shared)
     return refusals, expert_count_warnings(n_expert_used, size, in_shared)
+
+
+def _count_experts(model: Model, slicing: Slicing | None) -> tuple[int, int, int]:
+    """Experts of the file, used ones, and those of both that are the graph's own shared expert."""
+    if slicing:
+        return slicing.n_expert, slicing.n_expert_used, slicing.in_shared
+    return model.n_expert + model.n_shared, model.n_expert_used + model.n_shared, model.n_shared
 
 
 def _shorten(value: MetadataValue) -> Any:

@@ -91,15 +91,12 @@ class Part:
         return chosen[:1] if self.joined else chosen
 
 
-ALL = Part()
-
-
 @dataclass(frozen=True)
 class ExpertRows:
     """A gate or up projection (d_ff, d_model) cut between its rows into experts of a layer."""
 
     layer: int
-    part: Part = ALL
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class ExpertColumns:
     """
 
     layer: int
-    part: Part = ALL
+    part: Part
     amplified: bool = True
 
     def choose_factors(self, experts: LayerExperts) -> NDArray[np.float32]:
@@ -124,7 +121,7 @@ class Router:
     """The router's rows for experts of a layer; it has no source."""
 
     layer: int
-    part: Part = ALL
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class SelectionBias:
     """What is added to the router's probabilities when it chooses experts of a layer; it has no source."""
 
     layer: int
-    part: Part = ALL
+    part: Part
 
 
 @dataclass(frozen=True)

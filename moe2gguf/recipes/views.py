@@ -20,12 +20,11 @@ from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.outputs import check_target, write_whole
-from moe2gguf.gguf.set_used import require_free
+from moe2gguf.gguf.set_used import require_count
 from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.system import link_or_copy
 from moe2gguf.gguf.writer import OutputTensor, write_model
-from moe2gguf.limits import check_expert_counts
 from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import Metadata
 
@@ -63,7 +62,10 @@ def write_views(
     file, folder = read_model(Path(source)), Path(folder)
     counts = read_counts(file)
     used = list(dict.fromkeys(used or [counts.n_used]))
-    _check_counts(file, counts, used)
+    if not counts.n_expert:
+        raise GGUFError(f"{file.path}: has no experts; a view is of a number of them")
+    for k in used:
+        require_count(file, counts, k)
     targets = {k: list_shard_paths(folder / f"{_find_stem(file)}-k{k}", 2) for k in used}
     _make_folder(folder)
     for target in (path for pair in targets.values() for path in pair):
@@ -77,15 +79,6 @@ def write_views(
     write_model(stem, [([], layouts[first][0]), (tensors, layouts[first][1])], progress=progress)
     linked = [_add_view(layouts[k][0], targets[k], weights=targets[first][1]) for k in others]
     return Views({k: pair[0] for k, pair in targets.items()}, all(linked))
-
-
-def _check_counts(file: GGUFFile, counts: ExpertCounts, used: Sequence[int]) -> None:
-    if not counts.n_expert:
-        raise GGUFError(f"{file.path}: has no experts; a view is of a number of them")
-    for k in used:
-        if refusals := check_expert_counts(counts.n_expert, k, counts.size, counts.n_shared):
-            raise GGUFError(f"{file.path}: " + " ".join(refusals))
-        require_free(file, k)
 
 
 def _find_stem(file: GGUFFile) -> str:
