@@ -24,7 +24,7 @@ from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import convert, plan_conversion
 from moe2gguf.recipes.options import Options
 from moe2gguf.recipes.plan import Plan
-from moe2gguf.recipes.source import Source, open_source
+from moe2gguf.recipes.source import Source, complete_options, open_source
 
 OnPlan = Callable[[Plan], None]
 
@@ -119,6 +119,7 @@ def publish(
 
     # Open the model, and plan every variant before the first is made.
     source = open_source(Path(model), name=settings.options.name)
+    settings = replace(settings, options=complete_options(source, settings.options)[0])
     variants = list_variants(source, settings, work)
     require_plans(source.path, variants)
     if folder.exists() and any(folder.iterdir()) and not work.exists():
@@ -127,20 +128,14 @@ def publish(
     with Job(work, _describe_job(source, settings), resume=resume) as job:
         # Make the variants, and the dense files to compare them with.
         folder.mkdir(parents=True, exist_ok=True)
-        for one in variants:
-            _make(source.path, folder / one.name, one, job, progress, on_plan)
-        dense = [Variant(DENSE, Options(dense=True)), *list_dense(settings)]
-        for one in dense:
-            _make(source.path, work / one.name, one, job, progress, on_plan)
+        ours = {folder / one.name: one for one in variants}
+        dense = {work / one.name: one for one in list_dense(settings)}
+        reference = {work / DENSE: Variant(DENSE, Options(dense=True))}
+        for path, one in (ours | reference | dense).items():
+            _make(source.path, path, one, job, progress, on_plan)
 
         # Measure all of them, draw them, describe them, and send them.
-        paths = [*(folder / one.name for one in variants), *(work / one.name for one in dense[1:])]
-        used = settings.used if settings.options.graph.has_shared else ()
-        quality, timing = settings.quality, settings.timing
-        found = compare(paths, work / DENSE, used=used, settings=quality, timing=timing, on_row=on_row)
-        if not found.ok:
-            reasons = [f"{row.config.label}: {row.reason}" for row in found.rows if row.reason]
-            raise HarnessError("\n".join(["not every file could be measured:", *(f"  - {one}" for one in reasons)]))
+        found = _measure([*ours, *dense], work / DENSE, settings, on_row)
         files = tuple(_describe_file(folder / one.name, one.options) for one in variants)
         picture = PICTURE if _draw(found, folder / PICTURE) else None
         write_card(folder / CARD, read_gguf(folder / variants[0].name).metadata, files, found, picture)
@@ -153,7 +148,7 @@ def list_variants(source: Source, settings: PublishSettings, work: Path) -> list
     """A variant for every count and type, named "Model-12of16-Q8_0.gguf"; those of one count share a calibration."""
     metadata = source.card if isinstance(source, Checkpoint) else source.file.metadata
     name = re.sub(r"[^\w.-]+", "-", str(metadata.get("general.name", "model")))
-    n = source.model.n_expert or settings.options.n_expert
+    n = source.model.n_expert + source.model.n_shared or settings.options.n_expert
     found = []
     for k in dict.fromkeys(settings.counts or (n,)):
         chosen = replace(settings.options, used=k)
@@ -199,6 +194,19 @@ def _make(model: Path, path: Path, one: Variant, job: Job, progress: Progress, o
         options = replace(options, calibration=replace(options.calibration, load_from=made, save_to=to_make))
     convert(model, path, options, force=True, progress=progress, on_plan=on_plan)
     job.record(one.name, checksum_path(path))
+
+
+def _measure(
+    paths: Sequence[Path], reference: Path, settings: PublishSettings, on_row: Callable[[ResultRow], None]
+) -> Comparison:
+    """Compare the files with the dense one. Raises HarnessError where one could not be measured."""
+    used = settings.used if settings.options.graph.has_shared else ()
+    quality, timing = settings.quality, settings.timing
+    found = compare(paths, reference, used=used, settings=quality, timing=timing, on_row=on_row)
+    if not found.ok:
+        reasons = [f"{row.config.label}: {row.reason}" for row in found.rows if row.reason]
+        raise HarnessError("\n".join(["not every file could be measured:", *(f"  - {one}" for one in reasons)]))
+    return found
 
 
 def _describe_file(path: Path, options: Options) -> CardFile:

@@ -5,7 +5,7 @@ They are read before a plan is made, so that `make_plan` reads nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe2gguf.errors import PlanError, advise_install
 from moe2gguf.experts.saved import SavedCalibration, read_calibration
@@ -15,7 +15,7 @@ from moe2gguf.quant.imatrix import ImportanceMatrix, read_imatrix
 from moe2gguf.quant.rules import Rule, TypeOptions, read_own_rules
 from moe2gguf.recipes.gguf_as_hf import refuse_calibration
 from moe2gguf.recipes.options import Options, adopt_calibration, refuse_options
-from moe2gguf.recipes.source import Source, choose_counts
+from moe2gguf.recipes.source import Source, complete_options
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,10 @@ def read_inputs(source: Source, options: Options) -> Inputs:
     """
     saved: SavedCalibration | None = None
     refusals: list[str] = []
-    if source.model.head_norms and options.slices(source.model) and not options.target:
-        options = replace(options, target="glm4moe")  # `mixtral` has no norms of heads
     if options.calibration.load_from:
         saved = read_calibration(options.calibration.load_from)
         options, refusals = adopt_calibration(options, saved)
-    options, notes = choose_counts(source, options) if options.slices(source.model) else (options, [])
+    options, notes = complete_options(source, options)
     refusals += refuse_options(source.model, options, saved)
     slices = not refusals and options.slices(source.model)
     calibrates = slices and options.resolve_method().needs_calibration and not saved

@@ -39,7 +39,19 @@ def open_source(path: Path, *, name: str | None = None, weights: bool = True) ->
     return open_checkpoint(folder, name=name, headers=None if weights else hub.read_remote_headers(folder))
 
 
-def choose_counts(source: Source, options: Options) -> tuple[Options, list[str]]:
+def complete_options(source: Source, options: Options) -> tuple[Options, list[str]]:
+    """The options with what the source decides where the user left it open, and sentences about that.
+
+    These are the target graph, where only one can carry the model, and the number of experts of a quantized file.
+    """
+    if not options.slices(source.model):
+        return options, []
+    if source.model.head_norms and not options.target:
+        options = dataclasses.replace(options, target="glm4moe")  # `mixtral` has no norms of heads
+    return _choose_counts(source, options)
+
+
+def _choose_counts(source: Source, options: Options) -> tuple[Options, list[str]]:
     """The options with a number of experts that keeps the blocks of a quantized file whole, and a sentence about it.
 
     Nothing changes where the user gave a number, a width or types, or where the default number divides the blocks. If

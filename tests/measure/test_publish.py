@@ -14,10 +14,21 @@ from command import moe2gguf
 from hub_server import Hub, serve_hub
 from huggingface_hub import ModelCard
 
-from moe2gguf import CalibrationOptions, CompareSettings, Options, Publication, PublishSettings, convert, publish
+from moe2gguf import (
+    CalibrationOptions,
+    CompareSettings,
+    Options,
+    Publication,
+    PublishSettings,
+    TypeOptions,
+    convert,
+    publish,
+)
 from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.hf.hub import upload_folder
+from moe2gguf.measure.publish import list_variants
+from moe2gguf.recipes.source import complete_options, open_source
 
 CARD = """---
 license: apache-2.0
@@ -90,6 +101,25 @@ def test_a_file_that_serves_every_count_is_made_once(model: Path, tmp_path: Path
     assert ["Tiny-Chat-4of4-Q8_0.gguf"] == [one.name for one in done.files]
     assert [4, 3, 0] == [row.config.n_expert_used for row in done.found.rows]
     assert "--target glm4moe --experts 4 --used 4" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "d_ff", "name"), [("llama", 7 * 32, "7of7"), ("qwen3", 8 * 32, "16of16")], ids=["blocks", "target"]
+)
+def test_what_the_source_decides_is_in_the_names(family: str, d_ff: int, name: str, tmp_path: Path) -> None:
+    """A quantized file's blocks decide the number of experts; a model that one graph alone carries has its default."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": d_ff, "num_hidden_layers": 1}
+    source = checkpoints.make(tmp_path / "hf", family, **sizes)
+    if family == "llama":
+        dense = Options(dense=True, types=TypeOptions("q8_0", allow_fallback=True))
+        source = convert(source, tmp_path / "dense.gguf", dense).path
+    opened = open_source(source)
+    chosen = PublishSettings(("q8_0",), options=complete_options(opened, Options())[0])
+
+    (variant,) = list_variants(opened, chosen, tmp_path / "work")
+
+    assert variant.name.endswith(f"-{name}-Q8_0.gguf")
+    assert variant.options.used == variant.options.n_expert
 
 
 def test_an_interrupted_call_goes_on(model: Path, made: Publication, tmp_path: Path, monkeypatch: Any) -> None:
