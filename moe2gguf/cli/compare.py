@@ -13,7 +13,6 @@ from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
 from moe2gguf.cli.options import (
     FILE,
-    NONE,
     OUT,
     Size,
     context_option,
@@ -21,13 +20,13 @@ from moe2gguf.cli.options import (
     devices_option,
     emit,
     json_option,
-    number,
     pages_force_option,
     report_option,
     resume_option,
     rpc_option,
     text_option,
     threads_option,
+    tokens_option,
     used_list_option,
     words,
 )
@@ -53,7 +52,7 @@ from moe2gguf.cli.options import (
 @option_group(
     "Text",
     text_option,
-    number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all."),
+    tokens_option,
     context_option,
 )
 @option_group(

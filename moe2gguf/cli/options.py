@@ -81,6 +81,7 @@ text_option = option(
     "--text", type=FILE, help="Text file, or JSONL with a text field.  [default: a built-in mix of eight genres]"
 )
 context_option = number("--context", "n_context", default=512, type=click.IntRange(8), help="Tokens per window.")
+tokens_option = number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all.")
 seed_option = number("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.")
 report_option = option("--report", type=OUT, metavar="FILE.html", help="Also write a page with figures.")
 

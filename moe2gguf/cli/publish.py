@@ -15,14 +15,13 @@ from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
 from moe2gguf.cli.options import (
     ANY,
     FILE,
-    NONE,
     context_option,
     emit,
     json_option,
-    number,
     resume_option,
     text_option,
     threads_option,
+    tokens_option,
     whole_numbers,
     words,
 )
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 @option_group(
     "How to measure",
     text_option,
-    number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all."),
+    tokens_option,
     context_option,
     option("--speed", is_flag=True, help="Also measure the speed."),
     threads_option,
