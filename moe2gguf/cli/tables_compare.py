@@ -13,6 +13,7 @@ from rich.table import Table
 from moe2gguf.cli import tables as display
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.pareto import judge_quality
+from moe2gguf.measure.results import describe_gains
 
 if TYPE_CHECKING:
     from moe2gguf.measure.bench import Bench
@@ -39,7 +40,7 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
     """
     console = display.out()
     _heading(found)
-    more = ("99 %", "top-5", "RMS dp", "corr", "max dlogit", "NaN") if wide else ()
+    more = ("accepted", "99 %", "top-5", "RMS dp", "corr", "max dlogit", "NaN") if wide else ()
     columns = ("file", "used", "perplexity", "KL mean", "top-1", *more)
     devices = wide or len({row.config.device for row in found.rows}) > 1
     table = Table(*columns, "type", *["device"] * devices, box=None, pad_edge=False)
@@ -79,8 +80,8 @@ def _heading(found: Comparison) -> None:
 
 
 def _scores(row: ResultRow, wide: bool) -> tuple[str, ...]:
-    """The cells of a row's measures: three, or nine where they are `wide`."""
-    n_cell = 9 if wide else 3
+    """The cells of a row's measures: three, or ten where they are `wide`."""
+    n_cell = 10 if wide else 3
     if row.quality is None:
         return (row.status, *[""] * (n_cell - 1))
     s = row.quality.summary
@@ -88,6 +89,7 @@ def _scores(row: ResultRow, wide: bool) -> tuple[str, ...]:
         f"{s.perplexity:.5g} +- {s.perplexity_error:.2g}",
         f"{s.kl_mean:.3g}{'=' if row.above_noise is False else ''}",
         f"{s.top1:.2%}",
+        f"{s.acceptance:.2%}",
         f"{s.kl_percentiles['99']:.3g}",
         f"{s.top5:.2%}",
         f"{s.p_change_rms:.2%}",
@@ -154,6 +156,9 @@ def _choice(found: Comparison) -> None:
     display.print_table(table)
     console.print()
     console.print(f"take {escape(found.recommendation.label)}: {escape(found.recommendation.reason)}")
+    for row in found.rows:
+        if words := describe_gains(row):
+            console.print(f"{escape(row.config.label)} as a draft of the reference: {words}")
 
 
 def run_done(one: RunConfig, run: Run) -> None:

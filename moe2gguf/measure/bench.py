@@ -73,13 +73,17 @@ class Bench:
 
 @dataclass
 class Timed:
-    """A run of the grid while it is timed: its runs so far, why there are no more, and what changed its settings."""
+    """A run of the grid while it is timed: its runs so far, why there are no more, and what changed its settings.
+
+    `verify`: whether it is timed as the target of drafts too.
+    """
 
     config: RunConfig
     reason: str
     runs: list[Run] = field(default_factory=list)
     repack: bool = True
     note: str = ""
+    verify: bool = False
 
     def time_once(self, timing: Timing, seed: int, on_run: Callable[[RunConfig, Run], None]) -> None:
         """Time one run, unless it cannot run or failed before; `seed` draws its tokens.
@@ -92,7 +96,8 @@ class Timed:
         setup = benchmark_setup(timing.threads, one.n_expert_used if one.n_expert else None)
         setup = replace(place_on_device(setup, one.device), repack=self.repack)
         try:
-            run = run_once(one.path, setup, timing.n_prompt, timing.n_generate, seed=seed, timeout=timing.timeout)
+            limits: dict[str, Any] = {"seed": seed, "timeout": timing.timeout, "verify": self.verify}
+            run = run_once(one.path, setup, timing.n_prompt, timing.n_generate, **limits)
         except HarnessError as error:
             if isinstance(error, CrashError) and leave_weights_alone(setup, error):
                 self.repack, self.note = False, f"{one.label}: {explain_retry(error)}"
@@ -144,9 +149,16 @@ def time_grid(
     base: RunConfig | None,
     timing: Timing,
     on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
+    *,
+    verify: bool = False,
 ) -> Bench:
-    """Time the runs of a grid, and `base` before them, round by round; see `bench`."""
-    timed = [Timed(one, one.refusal) for one in ([base, *grid] if base else grid)]
+    """Time the runs of a grid, and `base` before them, round by round; see `bench`.
+
+    With `verify` the time that `base` takes to verify drafts is measured too.
+    """
+    timed = [Timed(one, one.refusal) for one in grid]
+    if base:
+        timed.insert(0, Timed(base, base.refusal, verify=verify))
     can_run = any(not one.reason for one in timed)
     bandwidth = measure_bandwidth() if can_run else 0.0
     for number in range(timing.repeat if can_run else 0):

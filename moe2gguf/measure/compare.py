@@ -22,6 +22,7 @@ from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.bench import Bench, Timing, time_grid
 from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums
 from moe2gguf.measure.cluster import measure_on_workers, require_workers
+from moe2gguf.measure.drafts import DraftGains, find_best_draft
 from moe2gguf.measure.grid import Measurement, RunConfig, list_notes, note_other_counts, plan_grid, plan_run
 from moe2gguf.measure.journal import MeasurementJournal
 from moe2gguf.measure.logits import Reference, record_reference, score_file
@@ -36,7 +37,7 @@ from moe2gguf.measure.results import (
     is_above_noise,
     summarize_quality,
 )
-from moe2gguf.measure.speed import Run
+from moe2gguf.measure.speed import DRAFT_LENGTHS, Run, Speed
 
 TIMEOUT = 600.0
 """Seconds that one window may take before its row is given up."""
@@ -108,7 +109,8 @@ def compare(
     Each run is a child process: a crash, a kill or a time-out is a row with its reason, and the next one starts.
     Finished rows are kept in the journal and not measured again. `on_row` receives each row as it is done. With
     several devices, each file and count is also compared with itself on the first of them. With `timing` the rows
-    that ran are timed too, on this machine, and the result recommends one; `on_run` receives each timed run.
+    that ran are timed too, on this machine, and the result recommends one; `on_run` receives each timed run. It also
+    tells what each row gives as a draft of the reference: see `moe2gguf.measure.drafts`.
 
     Raises:
         GGUFError: a file's header is not sound.
@@ -219,9 +221,20 @@ def _time_rows(
     sound = [row.config for row in rows if row.status == "ok"]
     if not sound:
         return list(rows), None
-    found = time_grid(sound, base, timing, on_run)
+    found = time_grid(sound, base, timing, on_run, verify=True)
     speeds = {row.config: row.speed for row in found.rows[1:]}
-    return [replace(row, speed=speeds.get(row.config)) for row in rows], found
+    rows = [replace(row, speed=speeds.get(row.config)) for row in rows]
+    return [replace(row, draft=_find_gains(row, found.rows[0].speed)) for row in rows], found
+
+
+def _find_gains(row: ResultRow, target: Speed | None) -> DraftGains | None:
+    """Return what a row gives as a draft of the reference; None where a speed is missing."""
+    if not (row.quality and row.speed and target and target.generation.median and row.speed.generation.median):
+        return None
+    times = 1 / row.speed.generation.median, 1 / target.generation.median
+    verification = dict(zip(DRAFT_LENGTHS, target.verification, strict=True))
+    accepted = row.quality.summary.top1, row.quality.summary.acceptance
+    return DraftGains(*(find_best_draft(share, *times, verification) for share in accepted))
 
 
 class _Runs:

@@ -41,6 +41,8 @@ class TokenScores:
     top5_overlap    share of the base's five most likely tokens that the other has among its five
     max_difference  largest |logit difference| over the vocabulary
     kl_slack        how much larger than `kl` the KL divergence may be; above 0 only against a compact reference
+    overlap         sum of min(p_base, p_other): how likely the other's sampled token is accepted as a draft
+    overlap_slack   how much larger than `overlap` it may be; above 0 only against a compact reference
     n_bad           NaN or infinite logits of either model
     """
 
@@ -52,6 +54,8 @@ class TokenScores:
     top5_overlap: Floats
     max_difference: Floats
     kl_slack: Floats
+    overlap: Floats
+    overlap_slack: Floats
     n_bad: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -85,6 +89,9 @@ class Summary:
     top5: float
     max_difference: float
     kl_slack: float  # the mean KL divergence is in kl_mean ... kl_mean + kl_slack
+    acceptance: float  # share of sampled drafts that the base accepts; of greedy ones it is top1
+    acceptance_error: float
+    acceptance_slack: float  # the acceptance is in acceptance ... acceptance + acceptance_slack
     n_bad: int
 
     @classmethod
@@ -143,6 +150,7 @@ def _summarize(scores: TokenScores, n: int) -> Summary:
     mean_square, mean_square_error = _mean(scores.p_change**2)
     rms = math.sqrt(mean_square)
     top1 = float(np.mean(scores.same_top))
+    acceptance, acceptance_error = _mean(scores.overlap)
     return Summary(
         n_token=n,
         perplexity=_exp(nll),
@@ -164,6 +172,9 @@ def _summarize(scores: TokenScores, n: int) -> Summary:
         top5=float(np.mean(scores.top5_overlap)),
         max_difference=float(np.max(scores.max_difference)),
         kl_slack=float(np.mean(scores.kl_slack)),
+        acceptance=acceptance,
+        acceptance_error=acceptance_error,
+        acceptance_slack=float(np.mean(scores.overlap_slack)),
         n_bad=int(np.sum(scores.n_bad)),
     )
 
@@ -199,6 +210,8 @@ class Divergence(NamedTuple):
 
     kl: Floats
     kl_slack: Floats
+    overlap: Floats
+    overlap_slack: Floats
     max_difference: Floats
     n_bad: NDArray[np.int64]
 
@@ -237,6 +250,8 @@ def _score_chunk(reference: ReferenceChunk, logits: NDArray[np.float32], targets
         top5_overlap=top5_overlap,
         max_difference=found.max_difference,
         kl_slack=found.kl_slack,
+        overlap=found.overlap,
+        overlap_slack=found.overlap_slack,
         n_bad=found.n_bad,
     )
 
@@ -247,6 +262,7 @@ def _diverge(base: LogitsChunk, tail: float, other: LogitsChunk) -> Divergence:
     sum p (ln p - ln q) = sum p (b - o) - (lse_b - lse_o) sum p, where b and o are the logits.
     """
     difference = np.subtract(base.logits, other.logits, dtype=np.float64)
+    overlap = _overlap(base, other)
     # Entries below the tail are left out of both sums, as llama.cpp does.
     p = base.weights
     if tail > -np.inf:
@@ -255,7 +271,21 @@ def _diverge(base: LogitsChunk, tail: float, other: LogitsChunk) -> Divergence:
     # A NaN or infinity anywhere in either model makes the largest difference one: only such rows are counted.
     np.abs(difference, out=difference)
     max_difference = difference.max(axis=1)
-    return Divergence(kl, np.zeros(len(kl)), max_difference, _count_bad(base.logits, other.logits, max_difference))
+    n_bad = _count_bad(base.logits, other.logits, max_difference)
+    return Divergence(kl, np.zeros(len(kl)), overlap, np.zeros(len(kl)), max_difference, n_bad)
+
+
+def _overlap(base: LogitsChunk, other: LogitsChunk) -> Floats:
+    """Return sum min(p, q) over the whole vocabulary, (n_token,); overwrites the other's weights.
+
+    It is how likely speculative sampling accepts a token drawn from q: Leviathan, Kalman and Matias, theorem 3.5 and
+    corollary 3.6, https://arxiv.org/abs/2211.17192
+    """
+    q = other.weights
+    q *= (base.total / other.total)[:, None]
+    np.minimum(base.weights, q, out=q)
+    overlap: Floats = q.sum(axis=1) / base.total
+    return overlap
 
 
 def log_sum_exp(x: Floats) -> tuple[Floats, Floats, Floats]:

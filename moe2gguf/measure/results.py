@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.measure.drafts import DraftGains
 from moe2gguf.measure.expert_usage import ExpertUse
 from moe2gguf.measure.grid import RunConfig
 from moe2gguf.measure.intervals import Interval, mean_interval, paired_interval
@@ -70,6 +71,7 @@ class ResultRow:
     above_noise   whether the KL divergence is more than the noise floor explains; None without quality
     resumed  taken from the journal of an earlier run
     speed    what `bench` found, if it was asked
+    draft    what the file gives as a draft of the reference, if the speed of both is known
     """
 
     config: RunConfig
@@ -79,6 +81,7 @@ class ResultRow:
     above_noise: bool | None = None
     resumed: bool = False
     speed: Speed | None = None
+    draft: DraftGains | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON types."""
@@ -90,6 +93,7 @@ class ResultRow:
             "resumed": self.resumed,
             "quality": as_json(self.quality),
             "speed": as_json(self.speed),
+            "draft": as_json(self.draft),
         }
 
     def flat(self) -> dict[str, Any]:
@@ -110,6 +114,8 @@ class ResultRow:
                 "speed_bound": self.speed.bound,
                 "speed_ratio": self.speed.ratio,
             }
+        for name, gain in (("greedy", self.draft.greedy), ("sampled", self.draft.sampled)) if self.draft else ():
+            values |= {f"draft_{name}_speed_up": gain.speed_up, f"draft_{name}_length": gain.n_draft}
         return values
 
 
@@ -249,6 +255,23 @@ def summarize_quality(windows: Iterable[TokenScores], seconds: float) -> Quality
         position_nll=by_position("nll"),
         position_nll_base=by_position("nll_base"),
     )
+
+
+def describe_gains(row: ResultRow) -> str:
+    """Return in words what a row gives as a draft of the reference; empty where that was not measured."""
+    if not (row.draft and row.quality):
+        return ""
+    summary = row.quality.summary
+    parts = []
+    for how, share, gain in (
+        ("greedy", summary.top1, row.draft.greedy),
+        ("sampled", summary.acceptance, row.draft.sampled),
+    ):
+        found = f"{gain.speed_up:.2f} x its speed with {gain.n_draft} drafted"
+        if gain.speed_up <= 1:
+            found = f"no faster at any length (best {found})"
+        parts.append(f"{how} {share:.1%} accepted, {found}")
+    return "; ".join(parts)
 
 
 def is_above_noise(measured: Quality, kl_limit: float) -> bool:

@@ -23,6 +23,10 @@ from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.model import Llama, open_model
 
 N_BATCH = 512
+DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+"""Numbers of drafted tokens whose verification is timed."""
+
+_VERIFICATIONS = 3
 _READ_BYTES = 2**30  # several times the largest caches
 _READS = 4
 
@@ -35,6 +39,8 @@ class Run:
     first_token   seconds from the prompt to the most likely next token, the model being loaded
     load          seconds to load the file and make a context
     peak_memory   bytes; the largest resident set of the process, memory-mapped weights included
+    verification  seconds for g + 1 tokens in one batch, each with its logits, for every g of DRAFT_LENGTHS; empty
+                  unless it was asked for
     """
 
     prompt_speed: float
@@ -42,6 +48,7 @@ class Run:
     first_token: float
     load: float
     peak_memory: int
+    verification: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Speed:
 
     bound   tokens per second of generation if reading the active weights from memory were the only cost
     ratio   generation speed over the reference's
+    verification   medians
     """
 
     prompt: Spread
@@ -69,6 +77,7 @@ class Speed:
     n_run: int
     bound: float | None = None
     ratio: float | None = None
+    verification: tuple[float, ...] = ()
 
 
 def benchmark_setup(n_threads: int | None, n_expert_used: int | None) -> Setup:
@@ -85,13 +94,23 @@ def benchmark_setup(n_threads: int | None, n_expert_used: int | None) -> Setup:
 
 
 def run_once(
-    path: Path, setup: Setup, n_prompt: int, n_generate: int, *, seed: int = 0, timeout: float | None = None
+    path: Path,
+    setup: Setup,
+    n_prompt: int,
+    n_generate: int,
+    *,
+    seed: int = 0,
+    timeout: float | None = None,
+    verify: bool = False,
 ) -> Run:
     """Load a file, warm it up, and time one prompt and one generation; `seed` draws the tokens.
 
+    With `verify` the verification of drafts is timed too, in the middle of such a generation.
+
     Raises HarnessError if llama.cpp cannot run it, or took longer than `timeout` seconds for all of it.
     """
-    return run_in_child(_run_once, path, setup, n_prompt, n_generate, seed, what=f"running {path}", timeout=timeout)
+    wanted = (n_prompt, n_generate, seed, verify)
+    return run_in_child(_run_once, path, setup, *wanted, what=f"running {path}", timeout=timeout)
 
 
 def measure_bandwidth() -> float:
@@ -108,6 +127,7 @@ def summarize_runs(runs: list[Run]) -> Speed:
         load=spread_of([run.load for run in runs]),
         peak_memory=max(run.peak_memory for run in runs),
         n_run=len(runs),
+        verification=tuple(map(median, zip(*(run.verification for run in runs), strict=True))),
     )
 
 
@@ -116,10 +136,10 @@ def spread_of(values: list[float]) -> Spread:
     return Spread(median(values), min(values), max(values))
 
 
-def _run_once(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: int) -> Run:
+def _run_once(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: int, verify: bool) -> Run:
     began = time.perf_counter()
     with open_model(path, setup) as model:
-        model.start(max(n_prompt, n_generate, 1))
+        model.start(max(n_prompt, n_generate, n_generate // 2 + DRAFT_LENGTHS[-1] + 1 if verify else 1))
         load = time.perf_counter() - began
         rng = np.random.default_rng(seed)
         for n, test in ((n_prompt, _time_prompt), (min(n_generate, 1), _time_generation)):
@@ -127,12 +147,14 @@ def _run_once(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: in
                 test(model, _draw_tokens(model, n, rng))
         prompt = _time_prompt(model, _draw_tokens(model, n_prompt, rng)) if n_prompt else 0.0
         generation = _time_generation(model, _draw_tokens(model, n_generate, rng)) if n_generate else 0.0
+        verification = _time_verification(model, n_generate // 2, rng) if verify else ()
     return Run(
         prompt_speed=n_prompt / prompt if prompt else 0.0,
         generation_speed=n_generate / generation if generation else 0.0,
         first_token=prompt,
         load=load,
         peak_memory=_peak_memory(),
+        verification=verification,
     )
 
 
@@ -154,6 +176,21 @@ def _time_generation(model: Llama, tokens: NDArray[np.int32]) -> float:
     for token in tokens:
         model.feed([int(token)], [True])
     return time.perf_counter() - began
+
+
+def _time_verification(model: Llama, n_past: int, rng: np.random.Generator) -> tuple[float, ...]:
+    """Return the seconds that g + 1 tokens take in one batch after `n_past` others, for every g of DRAFT_LENGTHS."""
+    times: list[list[float]] = [[] for _ in DRAFT_LENGTHS]
+    for _ in range(_VERIFICATIONS):
+        for g, seconds in zip(DRAFT_LENGTHS, times, strict=True):
+            tokens = _draw_tokens(model, n_past + g + 1, rng)
+            model.clear()
+            if n_past:
+                model.feed(tokens[:n_past], [False] * n_past)
+            began = time.perf_counter()
+            model.feed(tokens[n_past:], [True] * (g + 1))
+            seconds.append(time.perf_counter() - began)
+    return tuple(map(median, times))
 
 
 def _draw_tokens(model: Llama, n: int, rng: np.random.Generator) -> NDArray[np.int32]:

@@ -8,6 +8,9 @@ With p the reference, q the other model, and over the entries that are not kept 
 The left side is the log-sum inequality (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), met where q
 is p in other proportions; it is what `kl` uses, and the gap to the right side is `kl_slack`. Entries below `tail` are
 left out of P and of the sums, as in llama.cpp's own definition, so where all entries above it are kept nothing is lost.
+
+The overlap sum min(p, q) splits likewise: exact over the kept entries, and between 0 and min(1 - sum p, Q) over the
+rest, with p over the kept entries here. `overlap` is the sum over the kept ones, `overlap_slack` the room above it.
 """
 
 from __future__ import annotations
@@ -125,10 +128,12 @@ def _diverge(base: Rows, tail: float, other: LogitsChunk) -> Divergence:
     b = base["logits"].astype(np.float64)
     log_p, log_q = b - base["lse"][:, None], q - other.lse[:, None]
     kl = np.sum(np.exp(log_p) * (log_p - log_q) * (log_p > tail), axis=1)
+    overlap = np.exp(np.minimum(log_p, log_q)).sum(axis=1)
+    overlap_slack = np.minimum(np.maximum(0.0, 1 - np.exp(log_p).sum(axis=1)), other_rest)
     # The rest, between its bounds.
     low, high = _bound_rest(base, other_rest, other.logits.min(axis=1) - other.lse)
     n_bad = base["n_bad"] + np.sum(~np.isfinite(other.logits), axis=1)
-    return Divergence(kl + low, high - low, np.abs(b - q).max(axis=1), n_bad)
+    return Divergence(kl + low, high - low, overlap, overlap_slack, np.abs(b - q).max(axis=1), n_bad)
 
 
 def _bound_rest(rows: Rows, other_rest: Floats, log_q_min: Floats) -> tuple[Floats, Floats]:

@@ -38,10 +38,10 @@ def answer_or_die(path: Path, setup: Setup, n_context: int) -> Generator[Any, An
         turn = yield turns.send(turn)
 
 
-def run_or_die(path: Path, setup: Setup, *numbers: int) -> speed.Run:
+def run_or_die(path: Path, setup: Setup, n_prompt: int, n_generate: int, seed: int, verify: bool) -> speed.Run:
     if setup.repack:
         die()
-    return run_once(path, setup, *numbers)
+    return run_once(path, setup, n_prompt, n_generate, seed, verify)
 
 
 @pytest.fixture(scope="module")

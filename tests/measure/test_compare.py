@@ -28,6 +28,7 @@ from moe2gguf.measure.bench import Timing
 from moe2gguf.measure.compare import compare, make_settings
 from moe2gguf.measure.grid import list_notes
 from moe2gguf.measure.metrics import TAIL, as_json
+from moe2gguf.measure.report.compare import summarize
 from moe2gguf.measure.results import Comparison, ResultRow
 
 
@@ -293,7 +294,9 @@ def _tokens(path: Path) -> list[int]:
         return [int(token) for token in model.tokenize(TEXT)]
 
 
-def test_speed_joins_the_rows_and_names_a_choice(files: dict[str, Path], tmp_path: Path) -> None:
+def test_speed_joins_the_rows_and_names_a_choice(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows that ran are timed beside the reference; the exact count is the only one close enough to take."""
     timing = Timing(n_prompt=8, n_generate=4, repeat=1, threads=1)
     found = compare([files["moe"]], files["dense"], used=[4, 2, 9], settings=settings(tmp_path), timing=timing)
@@ -302,6 +305,13 @@ def test_speed_joins_the_rows_and_names_a_choice(files: dict[str, Path], tmp_pat
     assert found.recommendation is not None
     assert "moe.gguf k=4/4" == found.recommendation.label
     assert found.rows[0].flat()["generation_speed"] > 0
+    assert [True, True, False] == [row.draft is not None for row in found.rows]
+    assert found.rows[0].flat()["draft_greedy_speed_up"] == found.rows[0].draft.greedy.speed_up  # type: ignore[union-attr]
+    comparison(found, wide=True)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "accepted" in text
+    assert "moe.gguf k=4/4 as a draft of the reference: greedy 100.0% accepted" in text
+    assert "moe.gguf k=4/4</code> as a draft of the reference: greedy" in "".join(summarize(found))
     json.dumps(found.to_dict(), allow_nan=False)
 
 

@@ -87,7 +87,7 @@ def test_one_token_has_no_error_and_none_is_refused() -> None:
     assert math.isnan(summary.kl_error)
     assert metrics.as_json(summary)["kl_error"] is None
     with pytest.raises(ValueError, match="no scored token"):
-        metrics.summarize(TokenScores(*[np.empty(0)] * 8, np.empty(0, np.int64)))  # type: ignore[arg-type, call-arg]
+        metrics.summarize(TokenScores(*[np.empty(0)] * 10, np.empty(0, np.int64)))  # type: ignore[arg-type, call-arg]
 
 
 def test_a_summary_comes_back_from_json() -> None:

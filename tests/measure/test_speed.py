@@ -74,6 +74,16 @@ def test_a_run_is_in_its_units(files: dict[str, Path]) -> None:
     assert 0.0 == run_once(files["small"], benchmark_setup(1, None), 0, 2).prompt_speed
 
 
+def test_verification_is_timed_where_it_is_asked_for(files: dict[str, Path]) -> None:
+    """A time for every draft length, of more tokens a longer one, and less than the tokens take one by one."""
+    run = run_once(files["large"], benchmark_setup(1, None), 8, 16, verify=True)
+    assert len(speed.DRAFT_LENGTHS) == len(run.verification)
+    assert 0 < run.verification[0] < run.verification[-1] < (speed.DRAFT_LENGTHS[-1] + 1) / run.generation_speed
+    found = summarize_runs([run, run, run])
+    assert run.verification == found.verification
+    assert () == run_once(files["small"], benchmark_setup(1, None), 1, 1).verification
+
+
 def test_time_and_file_errors_are_clear(files: dict[str, Path], tmp_path: Path) -> None:
     """A run that takes too long is stopped; a file that is not there is named."""
     with pytest.raises(HarnessError, match="no answer within"):

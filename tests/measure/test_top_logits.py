@@ -42,13 +42,15 @@ def test_keeping_everything_above_the_tail_loses_no_divergence() -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.01, 3.0])
 @pytest.mark.parametrize("tail", [metrics.TAIL, -np.inf])
 def test_the_true_divergence_is_within_the_bounds(n_kept: int, noise: float, tail: float) -> None:
-    """kl <= true KL <= kl + kl_slack for every token; the likelihoods are exact whatever is kept."""
+    """The true KL and overlap are within their slack for every token; the likelihoods are exact whatever is kept."""
     base, other, targets = logits(60, 300, noise, seed=n_kept)
     base[::2] /= 5  # flat distributions, where much is not kept
     found = compact.score_block(compact.keep_top(base, targets, n_kept, tail), other, targets, tail)
     expected = metrics.score_block(base, other, targets, tail)
     assert np.all(found.kl <= expected.kl + 1e-9)
     assert np.all(expected.kl <= found.kl + found.kl_slack + 1e-9)
+    assert np.all(found.overlap <= expected.overlap + 1e-9)
+    assert np.all(expected.overlap <= found.overlap + found.overlap_slack + 1e-9)
     for name in ("nll", "nll_base", "p_change", "same_top"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
 

@@ -32,6 +32,8 @@ def textbook_token(base: NDArray[Any], other: NDArray[Any], target: int, tail: f
         "top5_overlap": len(set(best(base, 5)) & set(best(other, 5))) / min(5, len(base)),
         "max_difference": max(abs(float(p) - float(q)) for p, q in zip(base, other, strict=True)),
         "kl_slack": 0.0,
+        "overlap": math.fsum(min(math.exp(p), math.exp(q)) for p, q in zip(lp, lq, strict=True)),
+        "overlap_slack": 0.0,
         "n_bad": 0,
     }
 
@@ -58,6 +60,7 @@ def textbook_summary(tokens: list[dict[str, float]]) -> dict[str, float]:
     square, square_error = mean([v**2 for v in column("p_change")])
     top1 = math.fsum(column("same_top")) / n
     kl, kl_error = mean(column("kl"))
+    acceptance, acceptance_error = mean(column("overlap"))
     return {
         "n_token": n,
         "perplexity": math.exp(nll),
@@ -79,6 +82,9 @@ def textbook_summary(tokens: list[dict[str, float]]) -> dict[str, float]:
         "top5": math.fsum(column("top5_overlap")) / n,
         "max_difference": max(column("max_difference")),
         "kl_slack": 0.0,
+        "acceptance": acceptance,
+        "acceptance_error": acceptance_error,
+        "acceptance_slack": 0.0,
         "n_bad": 0,
     }
 

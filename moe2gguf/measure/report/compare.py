@@ -24,7 +24,7 @@ from moe2gguf.measure.report.page import (
     mark_value,
     plain_table,
 )
-from moe2gguf.measure.results import Comparison, Quality
+from moe2gguf.measure.results import Comparison, Quality, describe_gains
 from moe2gguf.measure.speed import Spread
 
 _KL = "KL divergence, nats (lower is better)"
@@ -44,7 +44,9 @@ _COLUMNS = (
     ("KL 50 %", "kl_50%"),
     ("KL 99 %", "kl_99%"),
     ("KL max", "kl_max"),
-    ("top-1", "top1"),
+    ("top-1 (greedy drafts accepted)", "top1"),
+    ("sampled drafts accepted", "acceptance"),
+    ("acceptance slack", "acceptance_slack"),
     ("top-5", "top5"),
     ("RMS Δp", "p_change_rms"),
     ("correlation", "correlation"),
@@ -55,6 +57,10 @@ _COLUMNS = (
     ("generation t/s", "generation_speed"),
     ("bound t/s", "speed_bound"),
     ("speed / reference", "speed_ratio"),
+    ("speed-up as greedy draft", "draft_greedy_speed_up"),
+    ("greedy tokens drafted", "draft_greedy_length"),
+    ("speed-up as sampled draft", "draft_sampled_speed_up"),
+    ("sampled tokens drafted", "draft_sampled_length"),
     ("size, bytes", "file_size"),
     ("bits per weight", "bits_per_weight"),
     ("worker", "worker"),
@@ -183,6 +189,8 @@ def summarize(found: Comparison) -> list[str]:
             )
     lines += [escape(note[0].upper() + note[1:]) + "." for note in found.notes]
     for row in found.rows:
+        if words := describe_gains(row):
+            lines.append(f"{_name(row.config.label)} as a draft of the reference: {words}.")
         if row.reason:
             lines.append(f"{_name(row.config.label)} {row.status}: {escape(row.reason)}")
     return lines
