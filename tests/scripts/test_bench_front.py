@@ -1,0 +1,52 @@
+"""scripts/bench_front.py: the options it gives to `convert`, and the table it prints."""
+
+from pathlib import Path
+
+import pytest
+
+from moe2gguf.cli import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def test_every_slicing_s_options_are_those_of_the_command(tmp_path: Path) -> None:
+    """`moe2gguf convert` takes each of them, and no two make files of one name."""
+    import bench_front as bench
+
+    for one in bench.SLICINGS:
+        context = cli.commands["convert"].make_context("convert", [str(tmp_path), str(tmp_path / "out"), *one.options])
+        assert context.params["target"] == "glm4moe"
+    assert len({one.name for one in bench.SLICINGS}) == len(bench.SLICINGS) == 4
+
+
+def test_the_table_is_in_the_order_of_the_divergence() -> None:
+    """Quality on both texts over the reference's, speed where it was timed, and below what was measured."""
+    import bench_front as bench
+
+    def row(file: str, used: int, kl: float, base: object = None) -> dict[str, object]:
+        summary = {"perplexity": 30.0, "perplexity_base": 20.0, "kl_mean": kl, "kl_error": 0.0, "top1": 0.9}
+        spreads = {"prompt": {"median": 130.0}, "generation": {"median": 12.0}}
+        config = {
+            "path": f"/work/{file}.gguf",
+            "n_expert": 16 if used else 0,
+            "n_expert_used": used,
+            "file_size": 10**7,
+        }
+        measured = {**config, "quality": {"summary": summary}, "speed": spreads if base else None}
+        return bench.flat(measured, base)  # type: ignore[arg-type]  # only what is read is there
+
+    base = {"prompt": {"median": 100.0}, "generation": {"median": 10.0}}
+    prose, code = ([row("sliced", 8, kl, own), row("dense-q8_0", 0, kl / 2)] for kl, own in ((0.4, base), (0.6, None)))
+    settings = {"tokens": 2048}
+    about = {"model": "m", "machine": {"processor": "cpu", "cores": 2}, "settings": settings, "windows": 2}
+
+    lines = bench.report({**about, "rows": {"prose": prose, "code": code}}).splitlines()
+
+    assert lines[3] == "| dense-q8_0 | 10 | 1.500 | 0.2000 | 90.0% | 1.500 | 0.3000 | 90.0% |  |  |"
+    assert lines[4] == "| sliced 8/16 | 10 | 1.500 | 0.4000 | 90.0% | 1.500 | 0.6000 | 90.0% | 1.30 | 1.20 |"
+    assert "Calibrated on 2,048 tokens, scored on 510 tokens of each text; cpu, 2 cores." in lines[-1]
