@@ -116,6 +116,7 @@ def test_quantized_weights_move_and_only_down_projections_are_quantized_again(
     assert f"1 tensors are decoded and quantized again, {kind.upper()} to {kind.upper()}" in "\n".join(
         done.plan.warnings
     )
+    assert (kind != "q8_0") == ("--tensor-type '.*ffn_down.*=q8_0' avoids it" in "\n".join(done.plan.warnings))
     fresh = [t.name for t in done.plan.tensors if t.type.name == kind.upper() and not t.copied]
     assert fresh == ["blk.0.ffn_down_exps.weight"]
     expected, found = (decoded(tmp_path / name) for name in ("expected.gguf", "x.gguf"))
