@@ -96,7 +96,11 @@ def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         warnings.append(f"{path} is skipped: its front matter is not valid YAML ({reason:.200})")
         return {}
-    return values if isinstance(values, dict) else {}
+    if isinstance(values, dict):
+        return values
+    if values is not None:
+        warnings.append(f"{path} is skipped: its front matter is a {type(values).__name__}, not names with values")
+    return {}
 
 
 def _sampling(folder: Path) -> dict[str, MetadataValue]:

@@ -169,8 +169,13 @@ def refuse_type(name: str) -> list[str]:
     """Return a sentence if there is no type `name`, or nothing."""
     if name.lower() in (AUTO, *MIXES, *PLAIN):
         return []
-    near = get_close_matches(name.lower().replace("-", "_"), [AUTO, *MIXES, *PLAIN], cutoff=0.5)
-    return [f"type {name}: unknown; {'choose ' + ' or '.join(near) if near else 'choose one of ' + ', '.join(MIXES)}"]
+    return [f"type {name}: unknown; {_suggest(name, [AUTO, *MIXES, *PLAIN], MIXES)}"]
+
+
+def _suggest(name: str, known: Iterable[str], otherwise: Iterable[str]) -> str:
+    """Return what to choose: the names of `known` that are nearest to `name`, or any `otherwise` if none is near."""
+    near = get_close_matches(name.lower().replace("-", "_"), list(known), cutoff=0.5)
+    return f"choose {' or '.join(near)}" if near else f"choose one of {', '.join(otherwise)}"
 
 
 def read_own_rules(options: TypeOptions) -> tuple[Rule, ...]:
@@ -197,7 +202,7 @@ def _find_problem(pattern: str, kind: str) -> str | None:
     if not pattern:
         return r"write PATTERN=TYPE, such as blk\..*\.attn_v\.weight=q6_k"
     if kind.lower() not in types.NAMES:
-        return f"{kind!r} is not a type; choose one of {', '.join(types.NAMES)}"
+        return f"{kind!r} is not a type; {_suggest(kind, types.NAMES, types.NAMES)}"
     try:
         re.compile(pattern)
     except re.error as error:

@@ -49,6 +49,20 @@ def test_the_name_of_the_config_and_of_the_card_come_first(tmp_path: Path) -> No
     assert "Mine" == card(folder, "Mine", _name_or_path="org/From-Config")[0]["general.name"]
 
 
+@pytest.mark.parametrize(
+    "front", ["license: [a", "- a\n- b", "words", "x: &a [*a]", "version: 2020-13-45", "license: !!python/name:os x"]
+)
+def test_a_broken_front_matter_stops_nothing(tmp_path: Path, front: str) -> None:
+    """A warning names the file, and the rest is found as without it."""
+    expected, _ = card(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+
+    found, (warning,) = card(tmp_path)
+
+    assert expected == found
+    assert f"{tmp_path / 'README.md'} is skipped: its front matter is " in warning
+
+
 @pytest.mark.parametrize("folder", ["Phi-3-mini", "phi3-mini", "org--phi3-mini"])
 def test_a_found_name_never_changes_how_llama_cpp_reads_tokens(tmp_path: Path, folder: str) -> None:
     """ "phi3" and "phi-3" do, in any name; one that the user gives so is used with a warning."""

@@ -13,7 +13,7 @@ from moe2gguf.errors import PlanError
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.quant.assign import assign, find_stored_type, may_quantize
 from moe2gguf.quant.presets import Network
-from moe2gguf.quant.rules import TypeOptions, make_preset_rules, read_type_rules, refuse_type
+from moe2gguf.quant.rules import TypeOptions, make_preset_rules, read_own_rules, read_type_rules, refuse_type
 
 F16, F32 = GGMLType.F16, GGMLType.F32
 
@@ -257,6 +257,9 @@ def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named()
         assert [] == refuse_type(name)
     assert ["type q4km: unknown; choose q4_k_m or q4_k or q5_k_m"] == refuse_type("q4km")
     assert ["type fp16: unknown; choose f16 or bf16"] == refuse_type("fp16")
+    for kind, words in (("q4-kk", "choose q4_k or "), ("gibberish", "choose one of f32, ")):
+        with pytest.raises(PlanError, match=f"--tensor-type x={kind}: '{kind}' is not a type; {words}"):
+            read_own_rules(TypeOptions(tensor_types=(f"x={kind}",)))
     (refusal,) = refuse_type("gibberish")
     assert refusal.startswith("type gibberish: unknown; choose one of f32, bf16, f16, q8_0, q6_k, q5_k_m")
 
