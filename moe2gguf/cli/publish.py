@@ -150,6 +150,7 @@ def _print(done: Publication) -> None:
     from moe2gguf.cli.tables_compare import comparison
 
     comparison(done.found)
-    display.out().print(f"made {done.folder}: {len(done.files)} GGUF files and README.md", markup=False)
+    files = f"{len(done.files)} GGUF file{'s' if len(done.files) > 1 else ''}"
+    display.out().print(f"made {done.folder}: {files} and README.md", markup=False)
     if done.url:
         display.out().print(f"sent to {done.url}", markup=False)

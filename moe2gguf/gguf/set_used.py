@@ -53,7 +53,7 @@ def require_count(file: GGUFFile, counts: ExpertCounts, n_expert_used: int) -> N
     if refusals := check_expert_counts(counts.n_expert, n_expert_used, counts.size, counts.n_shared):
         raise GGUFError(f"{file.path}: " + " ".join(refusals))
     made_for = read_made_for(file.metadata)
-    if made_for and made_for.note(file.path.name, [n_expert_used]):
+    if made_for and not made_for.only_all and made_for.note(file.path.name, [n_expert_used]):
         raise GGUFError(
             f"{file.path}: {made_for.reason}, and {n_expert_used} would make it worse. Convert again: "
             f"`moe2gguf convert MODEL OUT --used {n_expert_used}`, or --no-refit --amplify any"

@@ -27,6 +27,16 @@ def test_another_count_is_named_once_with_the_reason(key: str, value: MetadataVa
     assert "" == made_for.note("a.gguf", [8])
 
 
+def test_a_router_of_zeros_serves_all_experts_only() -> None:
+    """It cannot choose: fewer are an arbitrary choice, whatever the file says; a healed router chooses."""
+    zero: dict[str, MetadataValue] = {"moe2gguf.slicing.router": "zero", "llama.expert_count": 8}
+    made_for = read_made_for({"llama.expert_used_count": 4} | zero)
+    assert made_for is not None
+    assert made_for.note("a.gguf", [8, 4, 9, 0]).endswith("among the 8 experts; with 4 it answers worse")
+    assert read_made_for(USED | zero | {"moe2gguf.slicing.router": "least-squares"}) is None
+    assert read_made_for(USED | zero | {"moe2gguf.heal.used_min": 4, "moe2gguf.heal.used_max": 8}) is None
+
+
 def test_healed_files_serve_the_range_they_were_healed_for() -> None:
     """Counts of that range are no others."""
     keys: dict[str, MetadataValue] = {"moe2gguf.slicing.refit": True, "moe2gguf.heal.used_min": 4}

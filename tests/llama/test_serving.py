@@ -113,6 +113,7 @@ def test_presets_are_one_for_each_count(tmp_path: Path) -> None:
     assert ["a-8", "a-6", "a-4"] == found.sections()
     assert {"model": str(file.path), "override-kv": "llama.expert_used_count=int:6"} == dict(found["a-6"])
     assert [8] == list_counts(file_with(tmp_path / "b.gguf", None, **{"moe2gguf.slicing.amplify": "used"}))
+    assert [8] == list_counts(file_with(tmp_path / "c.gguf", None, **{"moe2gguf.slicing.router": "zero"}))
 
 
 def test_what_a_preset_cannot_say_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,12 @@ def test_the_card_is_what_the_hub_reads(made: Publication) -> None:
     card = ModelCard.load(made.folder / "README.md")
 
     assert ("apache-2.0", "org/Tiny-Base", ["en"]) == (card.data.license, card.data.base_model, card.data.language)
-    assert {"gguf", "moe2gguf"} <= set(card.data.tags)
+    assert [
+        "moe2gguf",
+        "gguf",
+        "moe",
+        read_gguf(made.folder / made.files[0].name).metadata["general.architecture"],
+    ] == card.data.tags
     for one in made.files:
         assert f"| `{one.sha256}` |" in card.text
         assert f"moe2gguf convert Tiny-Chat {one.name} --experts 4 --used" in card.text

@@ -61,7 +61,7 @@ def describe_front(metadata: Metadata) -> dict[str, Any]:
         "license_name": general.get("license.name"),
         "license_link": general.get("license.link"),
         "pipeline_tag": "text-generation",
-        "tags": ["moe2gguf", "gguf", "moe", "mixtral"],
+        "tags": ["moe2gguf", "gguf", "moe", metadata.get("general.architecture", "llama")],
     }
     if not front["base_model"]:
         del front["base_model_relation"]
