@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -180,13 +180,7 @@ def summarize(found: Comparison) -> list[str]:
     equal = [f"{_name(name)} from {_names(others)}" for name, others in found.not_told_apart.items()]
     if equal:
         lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
-    for pair in found.agreements:
-        if pair.quality:
-            s = pair.quality.summary
-            lines.append(
-                f"{_name(pair.second)} against {_name(pair.first)}, over the first window: mean KL divergence "
-                f"{s.kl_mean:.3g}, same top token {s.top1:.2%}, largest logit difference {s.max_difference:.3g}."
-            )
+    lines += _describe_agreements(found)
     lines += [escape(note[0].upper() + note[1:]) + "." for note in found.notes]
     for row in found.rows:
         if words := describe_gains(row):
@@ -194,6 +188,17 @@ def summarize(found: Comparison) -> list[str]:
         if row.reason:
             lines.append(f"{_name(row.config.label)} {row.status}: {escape(row.reason)}")
     return lines
+
+
+def _describe_agreements(found: Comparison) -> Iterator[str]:
+    """Yield a sentence on every pair of devices or workers whose logits were compared."""
+    for pair in found.agreements:
+        if pair.quality:
+            s = pair.quality.summary
+            yield (
+                f"{_name(pair.second)} against {_name(pair.first)}, over the first window: mean KL divergence "
+                f"{s.kl_mean:.3g}, same top token {s.top1:.2%}, largest logit difference {s.max_difference:.3g}."
+            )
 
 
 def draw_figures(found: Comparison) -> list[Figure]:
