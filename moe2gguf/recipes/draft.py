@@ -112,9 +112,7 @@ def _warn_of_rounding(what: str, names: Sequence[str]) -> str:
     again = f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
     if before != after or before == "Q8_0":
         return again
-    return (
-        f"{again}: what a second rounding loses is missing with all experts too; --tensor-type ffn_down=q8_0 saves it"
-    )
+    return f"{again}: a second rounding, felt with all experts too; --tensor-type '.*ffn_down.*=q8_0' avoids it"
 
 
 def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> tuple[Guidance, Assignment]:
