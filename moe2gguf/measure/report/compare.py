@@ -182,12 +182,17 @@ def summarize(found: Comparison) -> list[str]:
         lines.append(f"Not told apart by this text: {'; '.join(equal)}.")
     lines += _describe_agreements(found)
     lines += [escape(note[0].upper() + note[1:]) + "." for note in found.notes]
+    lines += _describe_rows(found)
+    return lines
+
+
+def _describe_rows(found: Comparison) -> Iterator[str]:
+    """Yield what each row gives as a draft of the reference, and why it did not run."""
     for row in found.rows:
         if words := describe_gains(row):
-            lines.append(f"{_name(row.config.label)} as a draft of the reference: {words}.")
+            yield f"{_name(row.config.label)} as a draft of the reference: {words}."
         if row.reason:
-            lines.append(f"{_name(row.config.label)} {row.status}: {escape(row.reason)}")
-    return lines
+            yield f"{_name(row.config.label)} {row.status}: {escape(row.reason)}"
 
 
 def _describe_agreements(found: Comparison) -> Iterator[str]:
