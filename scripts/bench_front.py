@@ -25,7 +25,7 @@ from typing import Any
 from environment import cache_folder, python_with
 from measure import machine, table, write_json
 from model_files import MODELS, fetch_model
-from steps import moe2gguf, same_settings
+from steps import cut_text, moe2gguf, same_settings
 
 NEEDED = ("moe2gguf", "llama_cpp", "torch", "transformers")
 DENSE_TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
@@ -111,13 +111,11 @@ class Front:
 
     def cut_texts(self) -> None:
         """Write the first 70 % of both texts and the rest, unless they are there."""
-        for name, path, collect in (("prose", self.options.text, own_texts), ("code", self.options.other, library)):
-            if (self.work / f"{name}-rest.txt").exists():
-                continue
-            text = path.read_text(encoding="utf-8") if path else collect()
-            cut = int(0.7 * len(text))
-            (self.work / f"{name}-first.txt").write_text(text[:cut], encoding="utf-8")
-            (self.work / f"{name}-rest.txt").write_text(text[cut:], encoding="utf-8")
+        code = self.options.other or self.work / "code.txt"
+        if not code.exists():
+            code.write_text(read_library(), encoding="utf-8")
+        for name, text in (("prose", self.options.text), ("code", code)):
+            cut_text(self.python, text, self.work / f"{name}-first.txt", self.work / f"{name}-rest.txt")
 
     @property
     def reference(self) -> Path:
@@ -172,13 +170,7 @@ class Front:
         return sorted({max(shared + 1, round(n * share)) for share in SHARES}, reverse=True)
 
 
-def own_texts() -> str:
-    """The texts that come with moe2gguf."""
-    folder = Path(__file__).resolve().parents[1] / "moe2gguf" / "experts" / "texts"
-    return "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.is_file())
-
-
-def library() -> str:
+def read_library() -> str:
     """Modules of Python's standard library, in the order of their names, spread over all of them."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "\n\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)[:TEXT_BYTES]

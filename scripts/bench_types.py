@@ -26,19 +26,10 @@ from typing import Any
 
 from environment import ROOT, cache_folder, python_with
 from measure import machine, table, write_json
-from steps import moe2gguf, same_settings, smollm2
+from steps import cut_text, moe2gguf, same_settings, smollm2
 
 NEEDED = ("moe2gguf", "llama_cpp")
 PRINT_TYPES = "from moe2gguf.quant.rules import MIXES, PLAIN; print(*MIXES, *PLAIN)"
-CUT_TEXT = """
-import sys
-from pathlib import Path
-from moe2gguf.experts.text import read_text
-text = read_text(Path(sys.argv[1]) if sys.argv[1:] else None).text
-n = int(0.7 * len(text))
-Path("calibration.txt").write_text(text[:n], encoding="utf-8")
-Path("held-out.txt").write_text(text[n:], encoding="utf-8")
-"""
 N_EXPERT, N_CONTEXT, D_MODEL, NOISE_SEED = 8, 512, 768, 0
 BATCH = 5  # types on disk at a time
 FILES = ("dense", "sliced")
@@ -103,8 +94,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Everything that all types share, unless it is there."""
-        if not (self.work / "held-out.txt").exists():
-            subprocess.run([self.python, "-c", CUT_TEXT, *self.text], cwd=self.work, check=True)
+        cut_text(self.python, self.options.text, self.work / "calibration.txt", self.work / "held-out.txt")
         dense, sliced, matrix = (self.work / f"{name}.gguf" for name in (*FILES, "imatrix"))
         if not self.model.exists():
             widen = [

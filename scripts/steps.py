@@ -9,6 +9,16 @@ from pathlib import Path
 
 from environment import ROOT, fail
 
+CUT_TEXT = """
+import sys
+from pathlib import Path
+from moe2gguf.experts.text import read_text
+first, rest, *given = map(Path, sys.argv[1:])
+text = read_text(given[0] if given else None).text
+n = int(0.7 * len(text))
+first.write_text(text[:n], encoding="utf-8")
+rest.write_text(text[n:], encoding="utf-8")
+"""
 MOE2GGUF = ["-c", "from moe2gguf.cli import main; main()"]
 
 
@@ -18,6 +28,13 @@ def moe2gguf(python: Path, *arguments: object) -> str:
     if done.returncode != 0:
         fail(f"moe2gguf {arguments[0]} failed")
     return done.stdout
+
+
+def cut_text(python: Path, text: Path | None, first: Path, rest: Path) -> None:
+    """Write the first 70 % of a text and the rest of it, unless they are there; None is moe2gguf's own text."""
+    if not rest.exists():
+        given = [] if text is None else [text]
+        subprocess.run([python, "-c", CUT_TEXT, first, rest, *given], check=True)
 
 
 def same_settings(work: Path, settings: Mapping[str, object]) -> None:

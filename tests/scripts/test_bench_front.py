@@ -32,7 +32,7 @@ def test_the_table_is_in_the_order_of_the_divergence() -> None:
         summary = {"perplexity": 30.0, "perplexity_base": 20.0, "kl_mean": kl, "kl_error": 0.0, "top1": 0.9}
         spreads = {"prompt": {"median": 130.0}, "generation": {"median": 12.0}}
         config = {
-            "path": f"/work/{file}.gguf",
+            "path": f"{file}.gguf",
             "n_expert": 16 if used else 0,
             "n_expert_used": used,
             "file_size": 10**7,
