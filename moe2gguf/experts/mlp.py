@@ -65,6 +65,25 @@ class LayerInputs:
         return min(self.streams, key=lambda stream: abs(stream.k - k))
 
 
+def find_probabilities(logits: Tensor, graph: Graph) -> Tensor:
+    """Return what a target graph makes of a router's logits (n_token, n_expert): sigmoids, or a softmax."""
+    return logits.sigmoid() if graph.gating == "sigmoid" else logits.softmax(-1)
+
+
+def choose_experts(p: Tensor, order: Tensor, k: int, graph: Graph) -> tuple[Tensor, Tensor]:
+    """Return the weights of the k experts with the largest `order`, and their numbers, (n_token, k) each.
+
+    p and `order` are (n_token, n_expert): what a target graph weighs and what it chooses by.
+
+    llama.cpp's graph: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2059-L2165
+    """
+    chosen = order.topk(k, dim=-1).indices
+    top = p.gather(-1, chosen)
+    if graph.gating == "renormalized":
+        top = top / top.sum(-1, keepdim=True)
+    return top * graph.weight_scale, chosen
+
+
 @dataclass(frozen=True)
 class Router:
     """What llama.cpp computes to choose and to weigh experts.
@@ -88,8 +107,7 @@ class Router:
         """Return (n_token, n_expert): of the softmax, or sigmoids; 1 for a shared expert of the graph's own."""
         logits = self.logits(x)
         routed = logits[:, self.in_shared :]
-        p = routed.sigmoid() if self.graph.gating == "sigmoid" else routed.softmax(-1)
-        return torch.cat([torch.ones_like(logits[:, : self.in_shared]), p], 1)
+        return torch.cat([torch.ones_like(logits[:, : self.in_shared]), find_probabilities(routed, self.graph)], 1)
 
     def rank(self, p: Tensor) -> Tensor:
         """Return what experts are chosen by (n_token, n_expert), from their probabilities; always the shared ones."""
@@ -102,17 +120,10 @@ class Router:
         return self.logits(x) if self.graph.gating == "renormalized" else self.rank(self.probabilities(x))
 
     def weigh(self, x: Tensor, k: int) -> Tensor:
-        """Return (n_token, n_expert): the weight of each expert when k are used, zero where one does not run.
-
-        llama.cpp's graph: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2059-L2165
-        """
+        """Return (n_token, n_expert): the weight of each expert when k are used, zero where one does not run."""
         p = self.probabilities(x)
-        chosen = self.rank(p).topk(k, dim=-1).indices
-        top = p.gather(1, chosen)
-        if self.graph.gating == "renormalized":
-            top = top / top.sum(-1, keepdim=True)
-        else:
-            top = torch.where(chosen < self.in_shared, top, top * self.graph.weight_scale)
+        top, chosen = choose_experts(p, self.rank(p), k, self.graph)
+        top = torch.where(chosen < self.in_shared, 1.0, top)
         return torch.zeros_like(p).scatter_(1, chosen, top)
 
 

@@ -6,11 +6,10 @@ by vLLM.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from moe2gguf.limits import GRAPHS
-from moe2gguf.spec import Model, Rope, Slicing
+from moe2gguf.spec import Model, Rope
 
 GROUPED_ROW_BYTES = 16
 """transformers' default way to compute experts (`grouped_mm`) wants the rows of every matrix to be a multiple of this.
@@ -22,8 +21,8 @@ https://github.com/pytorch/pytorch/blob/2295ac79eeea7cd69460598a018ea14eaef34f5c
 def describe_config(model: Model) -> dict[str, Any]:
     """config.json of `model`, under the class that has its tensors, whatever class it came from.
 
-    Mixtral where there are experts, Qwen3 where heads are normalized, Qwen2 where q, k and v alone have biases, else
-    LLaMA, which computes what Mistral does.
+    Glm4Moe where a shared expert is beside the others, Mixtral where there are experts alone, Qwen3 where heads are
+    normalized, Qwen2 where q, k and v alone have biases, else LLaMA, which computes what Mistral does.
     """
     return {
         **_describe_class(model),
@@ -44,33 +43,10 @@ def describe_config(model: Model) -> dict[str, Any]:
     }
 
 
-def describe_glm4_config(model: Model, slicing: Slicing) -> dict[str, Any]:
-    """config.json of the dense `model`, sliced for the graph `glm4moe`, which `Glm4MoeForCausalLM` computes too.
-
-    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/configuration_glm4_moe.py
-    """
-    return {
-        **describe_config(replace(model, bias_qkv=False, head_norms=False)),
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": "glm4_moe",
-        "attention_bias": model.bias_qkv,
-        "use_qk_norm": model.head_norms,
-        "partial_rotary_factor": 1.0,
-        "moe_intermediate_size": slicing.d_expert,
-        "n_routed_experts": slicing.n_routed,
-        "n_shared_experts": slicing.in_shared,
-        "num_experts_per_tok": slicing.n_routed_used,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": GRAPHS["glm4moe"].keys["expert_weights_scale"],
-        "first_k_dense_replace": 0,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_nextn_predict_layers": 0,
-    }
-
-
 def _describe_class(model: Model) -> dict[str, Any]:
     """Return the class, and the settings that only it has."""
+    if model.n_shared:
+        return _describe_glm4(model)
     if model.n_expert:
         counts = {"num_local_experts": model.n_expert, "num_experts_per_tok": model.n_expert_used}
         return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **counts}
@@ -80,6 +56,30 @@ def _describe_class(model: Model) -> dict[str, Any]:
         return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     biases = {"attention_bias": model.bias_output, "mlp_bias": False}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **biases}
+
+
+def _describe_glm4(model: Model) -> dict[str, Any]:
+    """Return the class that computes the graph `glm4moe`, told to compute just that.
+
+    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/configuration_glm4_moe.py
+    """
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "attention_bias": model.bias_qkv,
+        "use_qk_norm": model.head_norms,
+        "partial_rotary_factor": 1.0,
+        "moe_intermediate_size": model.d_expert,
+        "n_routed_experts": model.n_expert,
+        "n_shared_experts": model.n_shared,
+        "num_experts_per_tok": model.n_expert_used,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": GRAPHS["glm4moe"].keys["expert_weights_scale"],
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+    }
 
 
 def _describe_rope(rope: Rope) -> dict[str, Any] | None:

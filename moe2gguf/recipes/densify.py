@@ -130,7 +130,8 @@ class MoeFolder:
 
     def read_experts(self, i: int) -> Experts:
         """Gate and up (n_expert, d_expert, d_model) and down (n_expert, d_model, d_expert) of layer `i`."""
-        _, gate, up, down = (stack.astype(types.FLOATS[self._type]) for stack in expert_stacks(self._checkpoint, i))
+        stacks = expert_stacks(self._checkpoint, i)
+        gate, up, down = (stacks[role].astype(types.FLOATS[self._type]) for role in ROLES)
         return gate, up, down
 
     def parts(self) -> Iterator[Part | OutputTensor]:

@@ -19,11 +19,12 @@ from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.resume import Job, describe, describe_record
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import digest_source
+from moe2gguf.limits import find_graph_of
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import Trained, write_healed
 from moe2gguf.recipes.tensors_hf import expert_stacks
 from moe2gguf.recipes.write_folder import check_folder_target
-from moe2gguf.spec import Metadata
+from moe2gguf.spec import Metadata, Model
 
 HELD_OUT_SHARE = 0.1
 
@@ -121,10 +122,10 @@ def is_main() -> bool:
 def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> None:
     """Raise HealError with every reason why `dense` cannot teach `sliced`, or why the settings do not fit."""
     ours, theirs = sliced.model, dense.model
-    sizes = ("n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings")
+    sizes = ["n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings"]
+    sizes += ["bias_qkv", "head_norms"]
     checks = [
         (not ours.n_expert, f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"),
-        (ours.n_shared, f"{sliced.folder}: is for --target glm4moe, and only MixtralForCausalLM folders are trained"),
         (theirs.n_expert, f"{dense.folder}: has experts; the teacher is the dense model the student was cut from"),
         *(
             (a != b, f"{size} is {a} in the student, {b} in the teacher")
@@ -135,7 +136,7 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
             sliced.vocabulary.tokens != dense.vocabulary.tokens,
             "the vocabularies differ; teacher and student must read the same token ids",
         ),
-        *check_settings(ours.n_expert, settings),
+        *check_settings(ours, settings),
     ]
     found = [reason for wrong, reason in checks if wrong]
     if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, digest_source(dense.tensors)):
@@ -144,15 +145,18 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
         raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {reason}" for reason in found)]))
 
 
-def check_settings(n_expert: int, settings: HealSettings) -> list[tuple[Any, str]]:
-    """(whether it is wrong, the reason) of everything that the settings can have wrong."""
+def check_settings(ours: Model, settings: HealSettings) -> list[tuple[Any, str]]:
+    """(whether it is wrong, the reason) of everything that the settings can have wrong for the student `ours`."""
     training, (low, high) = settings.training, settings.training.used_range
-    outside = [k for k in settings.evaluation.used if not 1 <= k <= n_expert]
-    between = f"must lie between 1 and {n_expert}, the number of experts"
+    least, most = ours.n_shared + 1, ours.n_shared + ours.n_expert
+    outside = [k for k in settings.evaluation.used if not least <= k <= most]
+    between = f"must lie between {least} and {most}, the number of experts"
+    if ours.n_shared:
+        between += f"; the {ours.n_shared} shared ones, which always run, count among them"
     n_process = int(os.environ.get("WORLD_SIZE", "1"))
     return [
-        (n_expert and not 1 <= low <= high <= n_expert, f"--used-range {low}..{high}: {between}"),
-        (n_expert and outside, f"--evaluate-at {outside}: {between}"),
+        (ours.n_expert and not least <= low <= high <= most, f"--used-range {low}..{high}: {between}"),
+        (ours.n_expert and outside, f"--evaluate-at {outside}: {between}"),
         (
             training.layerwise and "lora" in training.parts,
             "--train lora is for whole-model steps; add --layerwise 0",
@@ -217,8 +221,9 @@ def train(sliced: Checkpoint, dense: Checkpoint, run: HealRun) -> Trained:
     training, work = run.settings.training, run.work
     if training.layerwise:
         layers = Layers(dense.model, dense.read, choose_device(run.settings.compute.device))
-        read_layer = lambda i: ExpertWeights(*expert_stacks(sliced, i))  # noqa: E731
-        heal_layers(layers, read_layer, run, tied=dense.model.tied_embeddings)
+        read_layer = lambda i: ExpertWeights(**expert_stacks(sliced, i))  # noqa: E731
+        graph = find_graph_of(sliced.model)
+        heal_layers(layers, read_layer, run, graph, tied=dense.model.tied_embeddings)
     if not training.steps:
         return Trained(work.load_layer, training.parts)
     heal_model(sliced.folder, dense.folder, run, work.load_layer if training.layerwise else None)

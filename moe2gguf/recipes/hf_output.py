@@ -1,7 +1,8 @@
-"""What a Hugging Face folder of the class `MixtralForCausalLM` holds: a sliced model, or one whose experts were healed.
+"""What a Hugging Face folder of a target's class holds: a sliced model, or one whose experts were healed.
 
-The routing of the class is that of llama.cpp's graph: softmax over all experts, the k largest, renormalized
-(https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py).
+`MixtralForCausalLM` and `Glm4MoeForCausalLM` route as llama.cpp's graphs `mixtral` and `glm4moe` do
+(https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py,
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/modeling_glm4_moe.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
 from moe2gguf.hf.paths import resolve_inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config, describe_glm4_config
+from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config
 from moe2gguf.limits import MIXTRAL
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
@@ -72,8 +73,12 @@ WEIGHTS_NOTE = {
     "file of this folder.",
 }
 
-CHANGED_BY = {"router": ("router",), "gate": ("experts", "lora"), "up": ("experts", "lora")}
-CHANGED_BY |= {"gate_up": CHANGED_BY["gate"], "down": ("down", "experts", "lora")}
+CHANGED_BY: dict[str, tuple[str, ...]] = {
+    "router": ("router",),
+    "bias": (),
+    **dict.fromkeys(("gate", "up", "gate_up", "shared_gate", "shared_up"), ("experts", "lora")),
+    **dict.fromkeys(("down", "shared_down"), ("down", "experts", "lora")),
+}
 """Role of an MLP's tensor -> the parts of `moe2gguf.experts.methods.TRAINED` that change it."""
 
 
@@ -252,10 +257,9 @@ def _describe_sliced(
 
 def _describe_class(model: Model, slicing: Slicing) -> dict[str, Any]:
     """config.json of `model`, sliced, in the words of the target's class."""
-    if slicing.in_shared:
-        return describe_glm4_config(model, slicing)
-    n, k = slicing.n_expert, slicing.n_expert_used
-    return describe_config(replace(model, d_ff=slicing.d_expert, n_expert=n, n_expert_used=k))
+    counts = {"n_expert": slicing.n_routed, "n_expert_used": slicing.n_routed_used, "n_shared": slicing.in_shared}
+    counts["d_expert" if slicing.in_shared else "d_ff"] = slicing.d_expert
+    return describe_config(replace(model, **counts))  # type: ignore[arg-type]  # all of them are whole numbers
 
 
 def make_config(checkpoint: Checkpoint, described: Mapping[str, Any], provenance: Metadata) -> str:

@@ -169,17 +169,19 @@ def make_blocks(
             yield rope_frequencies(checkpoint.model.rope, checkpoint.model.d_head)
 
 
-def expert_stacks(checkpoint: Checkpoint, i: int) -> list[NDArray[np.float32]]:
-    """Router, gate, up and down of layer `i` of a Mixtral checkpoint as float32, experts stacked, whatever its layout.
+def expert_stacks(checkpoint: Checkpoint, i: int) -> dict[str, NDArray[np.float32]]:
+    """The MLP of layer `i` of a checkpoint with experts by role as float32, experts stacked, whatever its layout.
 
-    Shapes: (n_expert, d_model), twice (n_expert, d_expert, d_model), (n_expert, d_model, d_expert).
+    Shapes: router (n_expert, d_model), gate and up (n_expert, d_expert, d_model), down (n_expert, d_model, d_expert);
+    where there is a shared expert, also its shared_gate and shared_up (d_shared, d_model), shared_down
+    (d_model, d_shared), and the bias (n_expert,) of the choice.
     """
 
     def read(role: str) -> NDArray[np.float32]:
         arrays = [source.read().astype(np.float32) for source in _find_sources(checkpoint, role, i)]
         return np.stack(arrays) if "{e}" in checkpoint.mlp.tensors[role][0] else arrays[0]
 
+    found = {role: read(role) for role in checkpoint.mlp.tensors}
     if checkpoint.mlp is MIXTRAL_FUSED:
-        gate, up = np.split(read("gate_up"), 2, axis=1)
-        return [read("router"), gate, up, read("down")]
-    return [read(role) for role in ("router", "gate", "up", "down")]
+        found["gate"], found["up"] = np.split(found.pop("gate_up"), 2, axis=1)
+    return found

@@ -97,11 +97,21 @@ def heal_settings(layerwise: int, steps: int, seed: int) -> HealSettings:
     return HealSettings(training, evaluation=Evaluation((2,), every=1), compute=Compute(device="cpu"))
 
 
-def run_heal(inputs: Path, out: Path, changed: bool, resume: bool, layerwise: int = 0, steps: int = 3) -> None:
+def run_heal(
+    inputs: Path,
+    out: Path,
+    changed: bool,
+    resume: bool,
+    layerwise: int = 0,
+    steps: int = 3,
+    target: str = "mixtral",
+    n_shared: int = 0,
+) -> None:
     """Steps of the whole model; `out` is its weights, without the log, which has times."""
     sliced = out.parent / "sliced"
     if not sliced.exists():
-        write_folder(inputs / "warm", sliced, flat_options(experts=4, align=8))
+        options = flat_options(experts=4, align=8, target=target, n_shared=n_shared, preset="exact")
+        write_folder(inputs / "warm", sliced, options)
     text = HealText((inputs / "words.txt",), n_token=256, n_held_out=32, n_context=32)
     settings = heal_settings(layerwise, steps, seed=int(changed))
     heal(sliced, inputs / "warm", text, out, settings, resume=resume, force=True)
@@ -115,6 +125,11 @@ def run_heal_layers(inputs: Path, out: Path, changed: bool, resume: bool) -> Non
     run_heal(inputs, out, changed, resume, layerwise=1, steps=0)
 
 
+def run_heal_shared(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
+    """Both stages, in the graph with a shared expert."""
+    run_heal(inputs, out, changed, resume, layerwise=1, steps=2, target="glm4moe", n_shared=1)
+
+
 JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "convert": (run_convert, "experts: 4 there, 2 now"),
     "convert-shards": (run_convert_shards, "shard size: 100000 there, 90000 now"),
@@ -124,11 +139,12 @@ JOBS: dict[str, tuple[Callable[..., None], str | None]] = {
     "compare": (run_compare, None),
     "heal": (run_heal, "seed: 0 there, 1 now"),
     "heal-layers": (run_heal_layers, "seed: 0 there, 1 now"),
+    "heal-shared": (run_heal_shared, "seed: 0 there, 1 now"),
 }
 """The function of each job, and how it names the changed option; None: the rows of other jobs are no obstacle."""
 
 
-STOP_AFTER = {"heal": "step", "heal-layers": "layer"}
+STOP_AFTER = {"heal": "step", "heal-layers": "layer", "heal-shared": "layer"}
 """Where not every piece is a point to go on from: how the name of the first such point begins."""
 
 

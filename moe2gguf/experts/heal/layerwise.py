@@ -28,6 +28,7 @@ from moe2gguf.experts.heal.settings import HealSettings, Windows, draw_batch, dr
 from moe2gguf.experts.heal.work import ExpertWeights, HealRun, WorkFolder
 from moe2gguf.experts.refit import Normal, choose_ridge
 from moe2gguf.experts.stats import cap_massive_tokens
+from moe2gguf.limits import Graph
 
 MAX_RATIO = 100
 """How much more than the worst count another may weigh: with all experts used there may be no error at all."""
@@ -91,12 +92,14 @@ class PairedStates:
             self.healed[w] += layer(x[w], k).to(self.healed.device)
 
 
-def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run: HealRun, *, tied: bool) -> None:
+def heal_layers(
+    layers: Layers, read_layer: Callable[[int], ExpertWeights], run: HealRun, graph: Graph, *, tied: bool
+) -> None:
     """Save every healed layer in `run.work`; goes on after the last finished one.
 
-    `layers` is the dense model, `read_layer` reads a layer of the sliced one. Tensors that do not train are saved as
-    they were. Where no other stage follows, the held-out text is scored at the end; `tied`: the output matrix is the
-    embedding.
+    `layers` is the dense model, `read_layer` reads a layer of the sliced one, made for `graph`. Tensors that do
+    not train are saved as they were. Where no other stage follows, the held-out text is scored at the end; `tied`: the
+    output matrix is the embedding.
 
     Raises:
         HealError: an activation or a weight is not finite; the layer and step are named.
@@ -110,7 +113,8 @@ def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run:
             x, target = states.enter_mlp(block)
             require_finite(target, f"layer {i}, before its first step")
             weights = read_layer(i)
-            layer = MoELayer(weights, find_scale(torch.from_numpy(weights.router).to(x.device), x[0])).to(x.device)
+            scale = find_scale(torch.from_numpy(weights.router).to(x.device), x[0])
+            layer = MoELayer(weights, scale, graph).to(x.device)
             line = train_layer(layer, LayerData(x, target, windows, layer), run.settings, i)
             states.leave_mlp(layer, x, windows)
             arrays = {"dense": states.dense.numpy(), "sliced": states.healed.numpy()}
@@ -124,6 +128,7 @@ def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run:
 def keep_frozen(layer: MoELayer, before: ExpertWeights, parts: Iterable[str]) -> ExpertWeights:
     """The layer's tensors; those that do not train are bit for bit the ones `before`."""
     after, names = layer.to_weights(), {"router": "router.weight"}
+    names |= {f"shared_{name}": name for name in ("gate", "up", "down")}
     chosen = {
         field.name: getattr(after if is_trained(names.get(field.name, field.name), parts) else before, field.name)
         for field in fields(ExpertWeights)

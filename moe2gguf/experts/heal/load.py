@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe2gguf.hf.families import MIXTRAL_PER_EXPERT
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.write_config import describe_config
 
@@ -24,7 +23,11 @@ def load_model(folder: Path) -> Any:
     Raises:
         PlanError, CheckpointError: the folder is not a sound checkpoint.
     """
-    checkpoint = open_checkpoint(folder)
+    return build_model(open_checkpoint(folder))
+
+
+def build_model(checkpoint: Checkpoint) -> Any:
+    """As `load_model`, of a folder that is open."""
     values = describe_config(checkpoint.model)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):  # no time for numbers that are replaced at once
@@ -32,10 +35,11 @@ def load_model(folder: Path) -> Any:
     model.to_empty(device="cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are computed, not stored
     model.tie_weights()
-    read = _reader(checkpoint)
+    read, stored = _reader(checkpoint), model.state_dict().keys()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read(name))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in stored:
+                tensor.copy_(read(name))
     return model.eval()
 
 
@@ -47,12 +51,11 @@ def _reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
 
     def read_joined(name: str) -> Tensor:
         layer = name.split(".")[2]
-        stored = {role: source for role, (source, _) in MIXTRAL_PER_EXPERT.tensors.items()}
+        stored = {role: source for role, (source, _) in checkpoint.mlp.tensors.items()}
         if name.endswith("mlp.gate.weight"):
             return read(stored["router"].format(i=layer))
         roles = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
         experts = range(checkpoint.model.n_expert)
         return torch.stack([torch.cat([read(stored[role].format(i=layer, e=e)) for role in roles]) for e in experts])
 
-    joins = checkpoint.mlp is MIXTRAL_PER_EXPERT
-    return lambda name: read_joined(name) if joins and ".mlp." in name else read(name)
+    return lambda name: read(name) if name in checkpoint.tensors else read_joined(name)

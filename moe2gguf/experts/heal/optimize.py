@@ -19,11 +19,12 @@ def find_part(name: str) -> str:
         return "lora"
     if name.endswith(("router.weight", "mlp.gate.weight")):
         return "router"
-    if name == "down" or name.endswith("experts.down_proj"):
+    if name == "down" or name.endswith(("experts.down_proj", "experts.down_proj.weight")):
         return "down"
     if ".self_attn." in name or name.endswith("norm.weight"):
         return "attention"
-    return "experts" if name in ("gate", "up") or name.endswith("experts.gate_up_proj") else ""
+    of_experts = ("experts.gate_up_proj", "experts.gate_proj.weight", "experts.up_proj.weight")
+    return "experts" if name in ("gate", "up") or name.endswith(of_experts) else ""
 
 
 def is_trained(name: str, parts: Iterable[str]) -> bool:

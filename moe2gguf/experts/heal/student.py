@@ -1,4 +1,4 @@
-"""The sliced model as transformers' own Mixtral, with routers that learn; and its experts as a folder has them."""
+"""The sliced model as transformers' own class, with routers that learn; and its experts as a folder has them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe2gguf.experts.heal.load import load_model
+from moe2gguf.experts.heal.load import build_model
 from moe2gguf.experts.heal.optimize import find_part
 from moe2gguf.experts.heal.router import Router, find_scale
 from moe2gguf.experts.heal.settings import Windows
 from moe2gguf.experts.heal.work import ExpertWeights
-from moe2gguf.hf.write_config import GROUPED_ROW_BYTES
+from moe2gguf.hf.folder import open_checkpoint
+from moe2gguf.limits import find_graph_of
+from moe2gguf.spec import Model
 
 ALL_EXPERTS = "moe2gguf_all_experts"
+SHARED = ("gate", "up", "down")
+"""The projections of a shared expert."""
 
 
 def load_student(
@@ -29,14 +33,13 @@ def load_student(
 
     Routers are scaled by their inputs on the first window of `ids`. `checkpointing` recomputes activations.
     """
-    model = load_model(folder)
+    checkpoint = open_checkpoint(folder)
+    model = build_model(checkpoint)
     if read_healed is not None:
         for i, layer in enumerate(model.model.layers):
             _set_weights(layer.mlp, read_healed(i))
-    if any(size * 4 % GROUPED_ROW_BYTES for size in (model.config.hidden_size, model.config.intermediate_size)):
-        model.set_experts_implementation("eager")
-    _install_routers(model, ids)
     use_all_experts(model)
+    _install_routers(model, checkpoint.model, ids)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
@@ -49,11 +52,16 @@ def _set_weights(mlp: Any, weights: ExpertWeights) -> None:
         mlp.experts.gate_up_proj.copy_(gate_up)
         mlp.experts.down_proj.copy_(torch.from_numpy(weights.down))
         mlp.gate.weight.copy_(torch.from_numpy(weights.router))
+        if weights.shared_gate.size:
+            for role in SHARED:
+                shared = getattr(weights, f"shared_{role}")
+                mlp.shared_experts.get_submodule(f"{role}_proj").weight.copy_(torch.from_numpy(shared))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-def _install_routers(model: Any, ids: Windows) -> None:
-    """Replace every router by one that learns, scaled by its own input."""
+def _install_routers(model: Any, sliced: Model, ids: Windows) -> None:
+    """Replace every router of the `sliced` model by one that learns, scaled by its own input."""
+    graph = find_graph_of(sliced)
     seen: dict[int, Tensor] = {}
     hooks = [
         layer.mlp.gate.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].detach()))
@@ -65,7 +73,8 @@ def _install_routers(model: Any, ids: Windows) -> None:
     for i, layer in enumerate(model.model.layers):
         rows = layer.mlp.gate.weight.detach()
         x = seen[i].reshape(-1, rows.shape[1])
-        layer.mlp.gate = Router(rows, find_scale(rows, x), layer.mlp.gate.top_k)
+        bias = layer.mlp.gate.e_score_correction_bias if graph.has_selection_bias else None
+        layer.mlp.gate = Router(rows, find_scale(rows, x), graph, bias, sliced.n_shared)
 
 
 def find_routers(model: Any) -> Iterator[Router]:
@@ -74,9 +83,9 @@ def find_routers(model: Any) -> Iterator[Router]:
 
 
 def set_used(model: Any, k: int) -> None:
-    """Let every layer use k experts."""
+    """Let every layer use k experts, the shared ones among them."""
     for router in find_routers(model):
-        router.top_k = k
+        router.use(k)
 
 
 def add_lora(model: Any, rank: int, seed: int) -> Any:
@@ -85,6 +94,8 @@ def add_lora(model: Any, rank: int, seed: int) -> Any:
 
     torch.manual_seed(seed)
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    if next(find_routers(model)).in_shared:  # as parameters: peft takes modules of these names for parts of the stacks
+        names += [f"mlp.shared_experts.{role}_proj.weight" for role in SHARED]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names))
 
 
@@ -101,10 +112,16 @@ def read_attention(model: Any) -> dict[str, NDArray[np.float32]]:
 def read_layers(model: Any) -> Iterator[ExpertWeights]:
     """Every layer's experts and router, low-rank changes added."""
     for layer in _unwrap(model).model.layers:
-        weights = _read_experts(layer.mlp.experts)
+        mlp = layer.mlp
+        weights = _read_parameters(mlp.experts, "gate_up_proj", "down_proj")
         gate, up = weights["gate_up_proj"].chunk(2, 1)
-        arrays = [t.cpu().float().numpy().copy() for t in (layer.mlp.gate.rows, gate, up, weights["down_proj"])]
-        yield ExpertWeights(*arrays)
+        found = {"router": mlp.gate.rows, "gate": gate, "up": up, "down": weights["down_proj"]}
+        if mlp.gate.in_shared:
+            found["bias"] = mlp.gate.bias
+            for role in SHARED:
+                module = getattr(mlp.shared_experts, f"{role}_proj")
+                found[f"shared_{role}"] = _read_parameters(module, "weight")["weight"]
+        yield ExpertWeights.from_tensors(found)
 
 
 def _unwrap(model: Any) -> Any:
@@ -112,14 +129,13 @@ def _unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _read_experts(experts: Any) -> dict[str, Tensor]:
-    """gate_up_proj and down_proj, low-rank changes added; peft wraps one parameter after the other."""
+def _read_parameters(module: Any, *names: str) -> dict[str, Tensor]:
+    """The parameters of these names, low-rank changes added; peft wraps one parameter after the other."""
     changes: dict[str, Tensor] = {}
-    while hasattr(experts, "parameter_name"):
-        changes[experts.parameter_name] = experts.get_delta_weight("default")
-        experts = experts.base_layer
-    names = ("gate_up_proj", "down_proj")
-    return {name: getattr(experts, name) + changes.get(name, 0) for name in names}
+    while hasattr(module, "parameter_name"):
+        changes[module.parameter_name] = module.get_delta_weight("default")
+        module = module.base_layer
+    return {name: getattr(module, name) + changes.get(name, 0) for name in names}
 
 
 def use_all_experts(model: Any) -> None:

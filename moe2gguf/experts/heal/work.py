@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +27,32 @@ from moe2gguf.progress import Progress
 Arrays = dict[str, NDArray[np.float32]]
 
 
+def _no_numbers() -> NDArray[np.float32]:
+    return np.zeros(0, np.float32)
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
-    """A layer's experts and router as a Mixtral folder has them, experts stacked, float32.
+    """A layer's experts and router as a folder has them, experts stacked, float32; fields are the roles of tensors.
 
-    router (n_expert, d_model), gate and up (n_expert, d_expert, d_model), down (n_expert, d_model, d_expert).
+    router (n_expert, d_model), gate and up (n_expert, d_expert, d_model), down (n_expert, d_model, d_expert). In a
+    graph that has them, the bias (n_expert,) of the choice and the shared expert: gate and up (d_shared, d_model),
+    down (d_model, d_shared); elsewhere these are empty.
     """
 
     router: NDArray[np.float32]
     gate: NDArray[np.float32]
     up: NDArray[np.float32]
     down: NDArray[np.float32]
+    bias: NDArray[np.float32] = field(default_factory=_no_numbers)
+    shared_gate: NDArray[np.float32] = field(default_factory=_no_numbers)
+    shared_up: NDArray[np.float32] = field(default_factory=_no_numbers)
+    shared_down: NDArray[np.float32] = field(default_factory=_no_numbers)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any]) -> ExpertWeights:
+        """Copies of torch's tensors by role."""
+        return cls(**{role: tensor.detach().cpu().float().numpy().copy() for role, tensor in tensors.items()})
 
     def save(self, path: Path) -> None:
         """Write `path`, an .npz."""

@@ -48,7 +48,8 @@ def test_an_ordering_only_router_runs_as_stored_and_learns_as_if_it_were_not() -
     torch.manual_seed(0)
     rows, x = torch.randn(4, 8) * 1e-4, torch.randn(16, 8)
     scale = find_scale(rows, x)
-    router = Router(rows, scale, 2)
+    router = Router(rows, scale)
+    router.use(2)
 
     _, weights, chosen = router(x)
     expected = (x @ rows.T).softmax(-1).topk(2)
