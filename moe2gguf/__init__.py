@@ -28,6 +28,7 @@ from moe2gguf.recipes.densify import Densified, densify
 from moe2gguf.recipes.heal import Healing, HealText, heal
 from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
 from moe2gguf.recipes.plan import Plan
+from moe2gguf.recipes.prune import PruneOptions, Pruning, prune
 from moe2gguf.recipes.quantize import Quantization, plan_quantization, quantize
 from moe2gguf.recipes.views import Views, write_views
 
@@ -52,6 +53,8 @@ __all__ = [
     "Moe2GgufError",
     "Options",
     "Plan",
+    "PruneOptions",
+    "Pruning",
     "Publication",
     "PublishSettings",
     "Quantization",
@@ -73,6 +76,7 @@ __all__ = [
     "measure_expert_usage",
     "plan_conversion",
     "plan_quantization",
+    "prune",
     "publish",
     "quantize",
     "read_gguf",

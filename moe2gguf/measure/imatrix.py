@@ -25,8 +25,8 @@ from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.machine import read_package_version
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.watch_inputs import Sums, Watcher
+from moe2gguf.llama.windows import Windows, cut_windows
 from moe2gguf.measure.grid import digest_identity, note_long_windows
-from moe2gguf.measure.logits import Windows, cut_windows
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, merge, read_imatrix, write_imatrix
 from moe2gguf.quant.imatrix_match import FEW

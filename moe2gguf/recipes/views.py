@@ -8,7 +8,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model-loader.cpp#
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,17 @@ from typing import Any
 
 from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.gguf.counts import ExpertCounts, read_counts
+from moe2gguf.gguf.expert_tensors import copy_tensor
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.outputs import check_target, write_whole
 from moe2gguf.gguf.set_used import require_count
 from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
-from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.system import link_or_copy
-from moe2gguf.gguf.writer import OutputTensor, write_model
+from moe2gguf.gguf.writer import write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import Metadata
-
-BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def write_views(
         check_target(target, file.files, force=force)
 
     # Write the first view as a set of two shards, then each other one as a header beside a link to its weights.
-    tensors = [_copy_tensor(file, name) for name in file.tensors]
+    tensors = [copy_tensor(file, name) for name in file.tensors]
     layouts = {k: lay_out_apart(_change_count(file, counts, k), tensors, file.types) for k in used}
     first, *others = used
     stem = folder / f"{_find_stem(file)}-k{first}.gguf"
@@ -91,12 +88,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-
-
-def _copy_tensor(file: GGUFFile, name: str) -> OutputTensor:
-    info = file.tensors[name]
-    blocks = functools.partial(SourceTensor(file, info).blocks, BLOCK_BYTES)
-    return OutputTensor(name, info.shape, info.type, (name,), blocks, copied=True)
 
 
 def _change_count(file: GGUFFile, counts: ExpertCounts, k: int) -> Metadata:

@@ -28,8 +28,8 @@ from moe2gguf.experts.mlp import LayerInputs, SlicedLayer
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.text import Text, read_text
 from moe2gguf.hf.folder import open_checkpoint
+from moe2gguf.llama.windows import cut_windows
 from moe2gguf.measure.compare import CompareSettings, compare
-from moe2gguf.measure.logits import cut_windows
 from moe2gguf.progress import Progress
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.calibrate import open_calibration_model

@@ -113,6 +113,7 @@ DENSE: dict[str, Run] = LOOK | {
 SLICED: dict[str, Run] = LOOK | {
     "densify": lambda file: moe2gguf("densify", file, out(file)),
     "set-used": change_count,
+    "prune": lambda file: moe2gguf("prune", file, out(file), "--keep", 1, "--score", "random"),
     "quantize": lambda file: moe2gguf(
         "quantize", file, out(file), "q8_0", "--imatrix", file.parent / "matrix.gguf", "--plan"
     ),

@@ -121,6 +121,10 @@ quantize DENSE OUT q8_0 --shard-size 100
 quantize DENSE OUT q8_0 --imatrix TEXT
 quantize DENSE Q8 q8_0
 quantize DENSE OUT
+prune SLICED OUT --keep 8
+prune SLICED OUT --keep 3 --used 4
+prune DENSE OUT --keep 2
+prune SLICED SLICED --keep 2 --score random
 set-used SLICED 9
 set-used DENSE 2
 densify DENSE OUT

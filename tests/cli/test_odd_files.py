@@ -62,6 +62,8 @@ LINES = {
     ("heal", "teacher"): f"{HEAL} --teacher ODD --text TEXT",
     ("heal", "texts"): f"{HEAL} --teacher HF --text ODD",
     ("heal", "held_out"): f"{HEAL} --teacher HF --text TEXT --held-out ODD",
+    ("prune", "model"): "prune ODD OUT --keep 2",
+    ("prune", "text"): "prune DENSE OUT --keep 2 --tokens 64 --context 32 --text ODD",
     ("set-used", "file"): "set-used ODD 2",
     ("inspect", "file"): "inspect ODD",
     ("verify", "file"): "verify ODD",
@@ -154,7 +156,9 @@ def test_a_text_may_come_through_a_pipe(line: str, how: str, files: dict[str, st
     moe = tiny_gguf.write_gguf(tmp_path / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))
     reading, writing = os.pipe()
     odd = how if how == "/dev/stdin" else f"/dev/fd/{reading}"
-    words = {**files, "ODD": odd, "OUT": str(tmp_path / "out.gguf")} | ({"DENSE": str(moe)} if "usage" in line else {})
+    words = {**files, "ODD": odd, "OUT": str(tmp_path / "out.gguf")} | (
+        {"DENSE": str(moe)} if line.startswith(("expert-usage", "prune")) else {}
+    )
     program = [sys.executable, "-c", "from moe2gguf.cli import main; main()"]
     command = [*program, *(words.get(word, word) for word in line.split())]
     child = subprocess.Popen(command, stdin=reading, stderr=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[reading])

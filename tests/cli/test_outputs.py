@@ -13,7 +13,7 @@ from moe2gguf.cli import cli
 from moe2gguf.cli.command import ContinuedOutput, Input, Output
 from moe2gguf.errors import OutputError
 
-REQUIRED = {"--used-range": "2..4", "--prompt": "x", "type": "q8_0", "count": "2"}
+REQUIRED = {"--keep": "2", "--used-range": "2..4", "--prompt": "x", "type": "q8_0", "count": "2"}
 """What commands need besides files."""
 
 

@@ -16,8 +16,9 @@ from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import import_llama
 from moe2gguf.llama.model import Facts, open_model, read_facts
+from moe2gguf.llama.windows import cut_windows
 from moe2gguf.measure import logits, metrics
-from moe2gguf.measure.logits import Reference, cut_windows, record_in_process, record_reference, score_file
+from moe2gguf.measure.logits import Reference, record_in_process, record_reference, score_file
 
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
 N_EXPERT = 4

@@ -49,6 +49,7 @@ from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
 from moe2gguf.quant.imatrix_match import find_neurons, guide
 from moe2gguf.quant.rules import read_type_rules
 from moe2gguf.recipes.densify import densify
+from moe2gguf.recipes.prune import PruneOptions, prune
 from moe2gguf.recipes.quantize import plan_quantization
 from moe2gguf.spec import Slicing
 
@@ -279,6 +280,7 @@ def read_keys(folder: Path) -> None:
     read_gguf_file(folder)
     allowed(lambda: densify(path, out, force=True))
     allowed(lambda: measure(path))
+    allowed(lambda: prune(path, out, PruneOptions(keep=1, score="random"), force=True))
     allowed(lambda: set_used(path, 1))
 
 

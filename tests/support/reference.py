@@ -45,6 +45,13 @@ def reference_routing(
     return np.stack(probabilities), np.stack(chosen)
 
 
+def reference_answers(path: str | Path, tokens: Sequence[int]) -> Array:
+    """Return the Euclidean length of every expert's weighted answer (n_layer, n_token, n_expert), 0 if not chosen."""
+    model = _Model(path)
+    _run(model, tokens, None)
+    return np.stack(model.answers)
+
+
 def _run(model: _Model, tokens: Sequence[int], n_expert_used: int | None) -> Array:
     k = model.key("expert_used_count", 0) if n_expert_used is None else n_expert_used
     rotation = _rope_rotation(model, len(tokens))
@@ -66,6 +73,7 @@ class _Model:
         self._metadata = {name: field.contents() for name, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.routed: list[tuple[Array, NDArray[np.int64]]] = []
+        self.answers: list[Array] = []
 
     def key(self, name: str, default: Any = None) -> Any:
         """Return `ARCHITECTURE.<name>`, or the default; a key without default must be there."""
@@ -137,12 +145,15 @@ def _mlp(model: _Model, block: str, x: Array, n_expert_used: int) -> Array:
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_WEIGHT_SUM)
     weights *= model.key("expert_weights_scale", 1.0) or 1.0
     gate, up, down = (_experts(model, f"{block}ffn_{name}_exps") for name in ("gate", "up", "down"))
-    y = np.zeros_like(x)
+    y, lengths = np.zeros_like(x), np.zeros_like(probabilities)
     if block + "ffn_up_shexp.weight" in model:
         y += _swiglu(x, *(model[f"{block}ffn_{name}_shexp.weight"] for name in ("gate", "up", "down")))
     for expert in range(len(gate)):
         token, rank = np.nonzero(chosen == expert)
-        y[token] += weights[token, rank, None] * _swiglu(x[token], gate[expert], up[expert], down[expert])
+        answers = weights[token, rank, None] * _swiglu(x[token], gate[expert], up[expert], down[expert])
+        lengths[token, expert] = np.linalg.norm(answers, axis=1)
+        y[token] += answers
+    model.answers.append(lengths)
     return y
 
 

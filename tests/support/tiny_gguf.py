@@ -116,7 +116,7 @@ def write_gguf(
         writer.add_expert_used_count(stack.shape[0] if n_expert_used is None else n_expert_used)
     for name, value in (strings or {}).items():
         writer.add_string(name, value)
-    _add_vocabulary(writer, texts or {}, len(weights["token_embd.weight"]))
+    add_vocabulary(writer, texts, len(weights["token_embd.weight"]))
     for name, w in weights.items():
         keep_f32 = w.ndim == 1 or name.endswith("ffn_gate_inp.weight")
         writer.add_tensor(name, w if keep_f32 or not f16 else w.astype(np.float16))
@@ -140,13 +140,14 @@ def chain_weights(successors: Mapping[int, int], *, d_model: int = 64, seed: int
     return weights
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, texts: Mapping[int, str], n_vocab: int) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, texts: Mapping[int, str] | None = None, n_vocab: int = 0) -> None:
+    """Give a file the vocabulary with these `texts` in place of its own, padded to `n_vocab` tokens."""
     tokens, scores, kinds = vocabulary()
     unused = range(len(tokens), n_vocab)
     tokens += [f"[PAD{i}]" for i in unused]
     scores += [-1000.0 for _ in unused]
     kinds += [int(gguf.TokenType.UNUSED) for _ in unused]
-    for token, text in texts.items():
+    for token, text in (texts or {}).items():
         tokens[token] = text
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")

@@ -1,0 +1,79 @@
+"""The command prune: a file with fewer experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import cloup
+from cloup import option, option_group
+
+from moe2gguf.cli import tables as display
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import (
+    FILE,
+    NONE,
+    ONE,
+    OUT,
+    context_option,
+    device_option,
+    emit,
+    force_option,
+    json_option,
+    number,
+    seed_option,
+    shard_size_option,
+    take,
+    text_option,
+    threads_option,
+)
+
+
+@cloup.command(cls=Command)
+@cloup.argument("model", type=FILE, help="A GGUF file with experts.")
+@cloup.argument("out", type=OUT, help="The GGUF file to write.")
+@option_group(
+    "Experts",
+    option("--keep", type=ONE, required=True, help="Experts that stay in each layer."),
+    option("-k", "--used", type=ONE, help="Experts used per token.  [default: as before, as far as they stay]"),
+    option(
+        "--score",
+        type=click.Choice(["reap", "frequency", "random"]),
+        default="reap",
+        show_default=True,
+        help="What tells which experts stay.",
+    ),
+    seed_option,
+)
+@option_group(
+    "Text",
+    text_option,
+    number("--tokens", default=8192, type=NONE, help="Tokens to read; 0 means all."),
+    context_option,
+)
+@option_group("Running", device_option, threads_option)
+@option_group("Output", shard_size_option, force_option, json_option)
+def prune(model: Path, out: Path, text: Path | None, tokens: int, as_json: bool, **options: Any) -> None:
+    """Leave out the experts that a text needs least.
+
+    The model reads the text in llama.cpp. The score reap is the mean length of what an expert adds to a token that
+    chose it, frequency is how many tokens chose it, and random is there to compare with. What stays is copied as it
+    is stored: no weight is decoded or changed. Measure with compare, on more than one kind of text, what was lost.
+
+    \b
+    Example:
+      moe2gguf prune Qwen3-30B-A3B-Q4_K_M.gguf smaller.gguf --keep 96 --text code.txt
+      moe2gguf compare smaller.gguf --reference Qwen3-30B-A3B-Q4_K_M.gguf --text other.txt
+    """
+    from moe2gguf.experts.text import bytes_to_read, read_text
+    from moe2gguf.recipes.prune import PruneOptions
+    from moe2gguf.recipes.prune import prune as write_pruned
+
+    options["n_token"] = tokens or None
+    settings = take(PruneOptions, options)
+    words = read_text(text, bytes_to_read(tokens + settings.n_context if tokens else None))
+    done = write_pruned(model, out, settings, words, progress=display.progress, **options)
+    display.warnings(done.notes)
+    emit(done.to_dict(), as_json, lambda: display.out().print(done.describe(), markup=False))
+    display.next_steps(["moe2gguf", "compare", out, "--reference", model])
