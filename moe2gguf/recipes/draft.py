@@ -101,18 +101,11 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
             "`moe2gguf quantize OUT SMALLER --target-size SIZE --allow-requantize`"
         )
     refusals += tensors_gguf.refuse_blocks(source, slicing, tensors, allow=options.allow_fallback)
-    requantized = tensors_gguf.find_requantized(source, slicing, tensors)
-    warnings = [_warn_of_rounding(what, names) for what, names in requantized.items()]
+    warnings = [
+        f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
+        for what, names in tensors_gguf.find_requantized(source, slicing, tensors).items()
+    ]
     return Draft(assigned, tuple(tensors), metadata, kinds, tuple(refusals), (*warnings, *guidance.warnings))
-
-
-def _warn_of_rounding(what: str, names: Sequence[str]) -> str:
-    """Say which tensors are quantized again, "Q4_1 to Q8_0"; where neurons move in a type of few bits, the way out."""
-    before, after = what.split(" to ")
-    again = f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
-    if before != after or before == "Q8_0":
-        return again
-    return f"{again}: a second rounding, felt with all experts too; --tensor-type '.*ffn_down.*=q8_0' avoids it"
 
 
 def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> tuple[Guidance, Assignment]:

@@ -46,7 +46,10 @@ _MLP = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight")
 
 
 def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTensor, ...]:
-    """Every tensor of the file, in file order, typed as stored. `slicing` None keeps the dense MLPs."""
+    """Every tensor of the file, in file order. `slicing` None keeps the dense MLPs.
+
+    Types are those in which tensors are stored, and finer ones where a calibration moves neurons (`_find_finer`).
+    """
     tensors = list[PlannedTensor]()
     graph = GRAPHS[slicing.target] if slicing else find_graph_of(dense.model)
     routed = set()
@@ -60,11 +63,23 @@ def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTens
         if i not in routed:
             routed.add(i)
             tensors += plan_router(slicing, d_model, i)
+        if role == "down" and slicing.method.needs_calibration:
+            kind = _find_finer(kind, slicing.d_expert)
         tensors += [
             PlannedTensor(cut_name, shape, kind, made, (name,))
             for cut_name, shape, made in plan_projection(slicing, d_model, role, i)
         ]
     return tuple(tensors)
+
+
+def _find_finer(kind: TensorType, width: int) -> TensorType:
+    """The type of down projections of `width` columns that were stored in `kind` and are quantized a second time.
+
+    The second rounding must not be felt, or the file would not be the dense one with all experts (docs/log/experts.md).
+    """
+    fitting = (name for name in ("Q6_K", "Q8_0") if width % types.block_size(types.named(name)) == 0)
+    finer = types.named(next(fitting, kind.name))
+    return max(kind, finer, key=types.bits_per_weight)
 
 
 def _plan_copy(dense: DenseFile, name: str, graph: Graph) -> Copy | RotaryPairs:
