@@ -280,6 +280,9 @@ def graph_sizes(m: Model | Dimensions) -> dict[str, int]:
     }
 
 
+EXPERT_COMMANDS = "inspect, expert-usage, set-used, quantize, imatrix, compare and bench"
+"""What works on a GGUF file with experts of any architecture."""
+
 MAX_EXPERTS = 1024
 """LLAMA_MAX_EXPERTS (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L12). Older builds stop
 at 512, 256, 128 or 60 (https://github.com/ggml-org/llama.cpp/issues/11378)."""

@@ -18,12 +18,13 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.expected import check_architecture, read_dimensions
 from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment, shown
 from moe2gguf.gguf.metadata import yarn_attention
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.limits import DENSE_GRAPHS, MIXTRAL
+from moe2gguf.limits import DENSE_GRAPHS, EXPERT_COMMANDS, MIXTRAL
 from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
 
 _MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)")
@@ -71,6 +72,8 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
     """
     file = read_model(path)
     architecture = file.metadata.get("general.architecture")
+    if count := read_counts(file).n_expert:
+        raise PlanError([f"{path}: has {count} experts already; `moe2gguf {EXPERT_COMMANDS}` work on such a file"])
     if not isinstance(architecture, str) or architecture not in DENSE_GRAPHS:
         what = shown(architecture) if isinstance(architecture, str) else "none"
         raise PlanError(
@@ -116,8 +119,6 @@ def _refusals(file: GGUFFile) -> list[str]:
     found = []
     if (kind := file.metadata.get("general.type", "model")) != "model":
         found.append(f"{file.path}: its general.type is {shown(str(kind))}; only a model can be cut")
-    if file.metadata.get("llama.expert_count"):
-        found.append(f"{file.path}: has experts already; `moe2gguf quantize` and `set-used` change such a file")
     if extra := [name for name in file.tensors if _MLP_EXTRA.fullmatch(name)]:
         found.append(f"{file.path}: experts have no place for {len(extra)} tensors of its MLPs, such as {extra[0]}")
     odd = [t.name for t in file.tensors.values() if t.type not in (*types.FLOATS, *types.BLOCKS)]

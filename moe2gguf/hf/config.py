@@ -9,6 +9,7 @@ from typing import Any
 
 from moe2gguf.hf.families import FAMILIES, REFUSED, Family
 from moe2gguf.hf.json_file import is_number
+from moe2gguf.hf.mixtures import ARCHITECTURES, describe_mixture, name_type
 from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Metadata, Model, Rope
 
@@ -73,18 +74,22 @@ class Config:
 def read_family(values: Mapping[str, Any], problems: list[str]) -> Family | None:
     """Find the family named by `architectures`, or None with the reason appended to `problems`."""
     names = values.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
+    foreign = _find_foreign_setting(values) if name == "Glm4MoeForCausalLM" else ""
+    if (name not in FAMILIES or foreign) and (mixture := describe_mixture(values)):
+        problems.append(f"config.json: {mixture}{foreign}")
+        return None
+    if name is None:
         problems.append(
             f"config.json: architectures is {names!r}; expected a list with one name such as LlamaForCausalLM"
         )
         return None
-    name = names[0]
     if name not in FAMILIES:
         reason = REFUSED.get(name, "moe2gguf does not know it")
         problems.append(f"config.json: {name} is not supported: {reason}. Supported: {', '.join(FAMILIES)}")
         return None
-    kind = str(values.get("model_type")).replace("_", "")
-    if kind != _name_type(name) and kind in {_name_type(other) for other in (*FAMILIES, *REFUSED)}:
+    kind = name_type(str(values.get("model_type")))
+    if kind != name_type(name) and kind in {name_type(other) for other in (*FAMILIES, *REFUSED, *ARCHITECTURES)}:
         problems.append(
             f"config.json: architectures is {name}, but model_type, which counts in transformers, is "
             f"{values['model_type']!r}; change the wrong one"
@@ -92,9 +97,18 @@ def read_family(values: Mapping[str, Any], problems: list[str]) -> Family | None
     return FAMILIES[name]
 
 
-def _name_type(architecture: str) -> str:
-    """Return the `model_type` of an architecture without underscores: that of Qwen2ForCausalLM is qwen2."""
-    return architecture.removesuffix("ForCausalLM").lower()
+def _find_foreign_setting(values: Mapping[str, Any]) -> str:
+    """Say what shows that a `Glm4MoeForCausalLM` is another one than moe2gguf writes, such as GLM-4.5; else ""."""
+    ours = GRAPHS["glm4moe"].keys
+    wanted = {
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": ours["expert_weights_norm"],
+        "routed_scaling_factor": ours["expert_weights_scale"],
+        "n_group": 1,
+        "partial_rotary_factor": 1.0,
+    }
+    other = next((key for key, value in wanted.items() if values.get(key) != value), None)
+    return f". It is none that moe2gguf wrote: {other} is {values.get(other)!r}" if other else ""
 
 
 _PROVENANCE = re.compile(r"moe2gguf(\.[a-z0-9_]{1,40}){1,4}")
@@ -177,20 +191,7 @@ def _read_experts(config: Config, family: Family) -> dict[str, int]:
 
 
 def read_shared(config: Config) -> dict[str, int]:
-    """The experts of a `Glm4MoeForCausalLM` that moe2gguf wrote; another one, such as GLM-4.5, is a problem."""
-    ours = GRAPHS["glm4moe"].keys
-    wanted = {
-        "first_k_dense_replace": 0,
-        "norm_topk_prob": ours["expert_weights_norm"],
-        "routed_scaling_factor": ours["expert_weights_scale"],
-        "n_group": 1,
-        "partial_rotary_factor": 1.0,
-    }
-    if other := {key: config.values.get(key) for key, value in wanted.items() if config.values.get(key) != value}:
-        config.problems.append(
-            f"config.json: Glm4MoeForCausalLM is taken as moe2gguf writes it, and here {next(iter(other))} is "
-            f"{next(iter(other.values()))!r}; for GLM-4.5 and its kin use llama.cpp's own converter"
-        )
+    """The experts of a `Glm4MoeForCausalLM` that moe2gguf wrote."""
     keys = COUNTS | {
         "n_expert": "n_routed_experts",
         "d_expert": "moe_intermediate_size",

@@ -145,7 +145,6 @@ FAMILIES: dict[str, Family] = {
 _QK_NORM = "its attention normalizes queries and keys, which llama.cpp's arch `llama` has no tensors for"
 
 REFUSED: dict[str, str] = {
-    "Qwen3MoeForCausalLM": _QK_NORM,
     "OlmoForCausalLM": "its layer norms have no weights and it may clip q/k/v",
     "Olmo2ForCausalLM": _QK_NORM,
     "Gemma3ForCausalLM": _QK_NORM,
@@ -159,15 +158,10 @@ REFUSED: dict[str, str] = {
     "StableLmForCausalLM": "it uses LayerNorm and rotates only part of each head",
     "CohereForCausalLM": "it uses LayerNorm, a parallel block and a logit scale",
     "GraniteForCausalLM": "it scales embeddings, residuals, attention and logits",
-    "GraniteMoeForCausalLM": "it scales embeddings, residuals, attention and logits",
-    "DeepseekV2ForCausalLM": "its attention is multi-head latent attention",
-    "DeepseekV3ForCausalLM": "its attention is multi-head latent attention",
-    "Qwen2MoeForCausalLM": "its gated shared expert does not exist in llama.cpp's arch `llama`",
     "SmolLM3ForCausalLM": "some of its layers have no rotary embedding",
-    "Llama4ForConditionalGeneration": "it is multimodal, and its router scales the input of the experts",
     "MllamaForConditionalGeneration": "it is multimodal: cross-attention layers do not exist in arch `llama`",
 }
-"""Architectures people try, and why each does not fit the target graph."""
+"""Dense architectures people try, and why each does not fit the target graph; `mixtures` has those with experts."""
 
 _IGNORED = re.compile(r"(.+\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)(_cached)?)")
 

@@ -78,10 +78,12 @@ def open_checkpoint(
     problems: list[str] = []
     warnings = [*_name_links(folder), *_name_adapter(folder)]
     family = config.read_family(values, problems)
-    model = config.read_model(values, family, problems, warnings) if family else None
+    if family is None:
+        raise PlanError(problems)
+    model = config.read_model(values, family, problems, warnings)
     is_derived = functools.partial(_is_derived, model)
     tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: headers or read_headers(folder, is_derived), problems)
-    if model is None or family is None:
+    if model is None:
         raise PlanError(problems)
     mlp = family.mlp[0]
     if tensors is not None:
