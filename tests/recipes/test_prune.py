@@ -176,7 +176,7 @@ def test_frequency_and_reap_come_from_the_text(routed: Path, tmp_path: Path) -> 
 def test_experts_in_groups_stay_in_groups(tmp_path: Path) -> None:
     """Where the router chooses among groups, each keeps as many; other numbers are refused."""
     keys = {**moe_files.KEYS, **moe_files.MORE["deepseek2"], "expert_group_count": 2, "expert_group_used_count": 1}
-    shapes = moe_files.list_tensors(moe_files.write(tmp_path / "keys.gguf", "deepseek2", keys, {}))
+    (shapes,) = moe_files.list_tensors(moe_files.write(tmp_path / "keys.gguf", "deepseek2", keys, {}))
     weights = moe_files.make_weights(shapes, never=(1, 4))
     whole = moe_files.write(tmp_path / "whole.gguf", "deepseek2", keys, weights)
 
@@ -195,7 +195,7 @@ def test_experts_in_groups_stay_in_groups(tmp_path: Path) -> None:
 def test_another_count_leaves_the_width_of_an_expert(tmp_path: Path) -> None:
     """llama.cpp divides a width by the count where the file does not say how wide an expert is; so it is said."""
     keys = {key: value for key, value in moe_files.KEYS.items() if key != "expert_feed_forward_length"}
-    shapes = moe_files.list_tensors(moe_files.write(tmp_path / "keys.gguf", "qwen3moe", keys, {}))
+    (shapes,) = moe_files.list_tensors(moe_files.write(tmp_path / "keys.gguf", "qwen3moe", keys, {}))
     whole = moe_files.write(tmp_path / "whole.gguf", "qwen3moe", keys, moe_files.make_weights(shapes))
 
     done = prune(whole, tmp_path / "out.gguf", PruneOptions(keep=4, used=1, score="random"))

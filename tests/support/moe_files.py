@@ -37,6 +37,24 @@ KEYS: dict[str, Any] = {
 """What nearly every architecture reads, without its prefix."""
 
 
+_LATENT = {
+    "expert_shared_count": 1,
+    "leading_dense_block_count": 0,
+    "attention.head_count_kv": 1,
+    "attention.kv_lora_rank": 32,
+    "attention.q_lora_rank": 32,
+    "attention.key_length": 64,
+    "attention.value_length": 32,
+    "attention.key_length_mla": 48,
+    "attention.value_length_mla": 32,
+    "expert_weights_scale": 1.0,
+    "expert_gating_func": 2,
+}
+"""Attention as in DeepSeek-V2."""
+
+_INDEXER = {"attention.indexer.head_count": 2, "attention.indexer.key_length": 64, "attention.indexer.top_k": 64}
+_WINDOWS = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [0, 1]}
+
 MORE: dict[str, dict[str, Any]] = {
     "llama": {"expert_feed_forward_length": 64},
     "mistral3": {},
@@ -76,20 +94,38 @@ MORE: dict[str, dict[str, Any]] = {
         "attention.head_count_kv": [2, 0],
     },
     "deepseek": {"expert_shared_count": 1, "leading_dense_block_count": 0},
-    "deepseek2": {
-        "attention.head_count_kv": 1,
+    "deepseek2": _LATENT,
+    "mistral4": _LATENT,
+    "deepseek32": _LATENT | _INDEXER | {"expert_weights_norm": True},
+    "glm-dsa": _LATENT | _INDEXER | {"expert_weights_norm": True},
+    "kimi-linear": _LATENT
+    | {
+        "attention.head_count": [2, 0],
+        "attention.head_count_kv": [1, 0],
+        "kda.head_dim": 16,
+        "ssm.conv_kernel": 4,
+    },
+    "gemma4": {
+        "attention.sliding_window": 128,
+        "attention.sliding_window_pattern": [True, False],
+        "attention.shared_kv_layers": 0,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.key_length_swa": 32,
+        "attention.value_length_swa": 32,
+        "embedding_length_per_layer_input": 0,
+        "rope.freq_base_swa": 10000.0,
+        "rope.dimension_count_swa": 32,
+    },
+    "minimax-m3": _INDEXER
+    | {
+        "expert_gating_func": 2,
         "expert_shared_count": 1,
         "leading_dense_block_count": 0,
-        "attention.kv_lora_rank": 32,
-        "attention.q_lora_rank": 32,
-        "attention.key_length": 64,
-        "attention.value_length": 32,
-        "attention.key_length_mla": 48,
-        "attention.value_length_mla": 32,
-        "rope.dimension_count": 32,
-        "expert_weights_scale": 1.0,
-        "expert_gating_func": 2,
+        "attention.indexer.block_size": 4,
+        "attention.indexer.local_blocks": 1,
     },
+    "maple": _WINDOWS | {"swiglu_clamp_exp": 7.0},
     "bailingmoe": {"expert_shared_count": 1, "leading_dense_block_count": 0},
     "bailingmoe2": {"expert_shared_count": 1, "leading_dense_block_count": 0, "expert_gating_func": 2},
     "dots1": {"expert_shared_count": 1, "leading_dense_block_count": 0, "expert_gating_func": 2},
@@ -169,9 +205,13 @@ MORE: dict[str, dict[str, Any]] = {
 """What an architecture reads besides, or with another value."""
 
 
-def list_tensors(metadata: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors that llama.cpp makes for a file of metadata alone: names, and shapes in numpy order."""
-    return run_in_child(_list_tensors, metadata)
+def list_tensors(*metadata: Path) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors that llama.cpp makes for each file of metadata alone: names, and shapes in numpy order."""
+    return run_in_child(_list_all, metadata)
+
+
+def _list_all(metadata: Sequence[Path]) -> list[dict[str, tuple[int, ...]]]:
+    return [_list_tensors(path) for path in metadata]
 
 
 def _list_tensors(metadata: Path) -> dict[str, tuple[int, ...]]:
@@ -202,7 +242,7 @@ def make_weights(shapes: Mapping[str, tuple[int, ...]], never: Sequence[int] = (
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes.items():
-        if name.endswith("scale") and not name.endswith("_exps.scale"):
+        if name.endswith("scale") and not name.endswith(("_exps.scale", "gate_inp.scale")):
             continue
         values = rng.standard_normal(shape) / np.sqrt(shape[-1])
         if "norm" in name and name.endswith("weight"):
