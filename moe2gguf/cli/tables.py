@@ -74,14 +74,14 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-SHARES = ("calibrate", "score")
+COUNT_BYTES = ("write", "verify")
 
 
 @contextlib.contextmanager
 def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with time left on stderr, and bytes with their rate; a line now and then when stderr is not a terminal.
 
-    What is counted are bytes, but work of another kind in the stages `SHARES`, which have their share done instead.
+    Stages that count something else than bytes show the share that is done.
     """
     console, done = err(), 0
 
@@ -92,7 +92,8 @@ def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
         if not console.is_terminal:
             tell(f"{stage}: {done / max(total, 1):.0%}")
 
-    amount = (TaskProgressColumn(),) if stage in SHARES else (DownloadColumn(binary_units=False), TransferSpeedColumn())
+    counts_bytes = stage in COUNT_BYTES
+    amount = (DownloadColumn(binary_units=False), TransferSpeedColumn()) if counts_bytes else (TaskProgressColumn(),)
     columns = (TextColumn("{task.description:9}"), BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(stage, total=total)

@@ -135,10 +135,8 @@ def _calibrate_on_text(
     options, dense = plan.options.calibration, plan.model
     n_token, n_context = plan.options.n_token(dense), calibration_window(dense)
     settings = CalibrationSettings(n_token, n_context, options.device, options.memory)
-    total = n_token // n_context * n_context * dense.n_layer
     try:
-        with progress("calibrate", total) as advance:
-            return calibrate(model, text, slicing, settings, work, advance, resume=resume)
+        return calibrate(model, text, slicing, settings, work, progress, resume=resume)
     except OSError as error:
         raise CalibrationError(
             f"{work}: cannot be written ({error.strerror or error}); calibration keeps its finished layers there: "

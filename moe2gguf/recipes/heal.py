@@ -223,7 +223,7 @@ def train(sliced: Checkpoint, dense: Checkpoint, run: HealRun) -> Trained:
         layers = Layers(dense.model, dense.read, choose_device(run.settings.compute.device))
         read_layer = lambda i: ExpertWeights(**expert_stacks(sliced, i))  # noqa: E731
         graph = find_graph_of(sliced.model)
-        heal_layers(layers, read_layer, run, graph, tied=dense.model.tied_embeddings)
+        heal_layers(layers, read_layer, run, graph)
     if not training.steps:
         return Trained(work.load_layer, training.parts)
     heal_model(sliced.folder, dense.folder, run, work.load_layer if training.layerwise else None)

@@ -30,7 +30,7 @@ from moe2gguf.experts.text import Text, read_text
 from moe2gguf.hf.folder import open_checkpoint
 from moe2gguf.llama.windows import cut_windows
 from moe2gguf.measure.compare import CompareSettings, compare
-from moe2gguf.progress import Progress
+from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.calibrate import open_calibration_model
 from moe2gguf.recipes.convert import convert, plan_conversion
@@ -112,7 +112,7 @@ def cut_of(plan: Plan) -> Slicing:
 
 def _calibrate(run: Run, plan: Plan, slicing: Slicing, work: Path, slicer: Slicer) -> None:
     settings, text = CalibrationSettings(run.n_token, N_CONTEXT), read_text(run.calibration)
-    calibrate(open_calibration_model(plan.source), text, slicing, settings, work, _ignore, slicer)
+    calibrate(open_calibration_model(plan.source), text, slicing, settings, work, silent, slicer)
 
 
 def flap(keep: Callable[[Sequence[rivals.Fluctuation], float], list[torch.Tensor]]) -> Any:

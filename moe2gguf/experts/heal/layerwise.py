@@ -92,14 +92,11 @@ class PairedStates:
             self.healed[w] += layer(x[w], k).to(self.healed.device)
 
 
-def heal_layers(
-    layers: Layers, read_layer: Callable[[int], ExpertWeights], run: HealRun, graph: Graph, *, tied: bool
-) -> None:
+def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run: HealRun, graph: Graph) -> None:
     """Save every healed layer in `run.work`; goes on after the last finished one.
 
     `layers` is the dense model, `read_layer` reads a layer of the sliced one, made for `graph`. Tensors that do
-    not train are saved as they were. Where no other stage follows, the held-out text is scored at the end; `tied`: the
-    output matrix is the embedding.
+    not train are saved as they were. Where no other stage follows, the held-out text is scored at the end.
 
     Raises:
         HealError: an activation or a weight is not finite; the layer and step are named.
@@ -122,7 +119,7 @@ def heal_layers(
             run.log(line)
             advance(run.ids.size)
     if not run.settings.training.steps:
-        run.log(score_states(layers.head(tied), states, windows))
+        run.log(score_states(layers.head(), states, windows))
 
 
 def keep_frozen(layer: MoELayer, before: ExpertWeights, parts: Iterable[str]) -> ExpertWeights:
