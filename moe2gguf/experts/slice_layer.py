@@ -30,6 +30,10 @@ HELD_OUT = 5
 REGROUP_ROUNDS = 2
 """The first brings most of it, a third next to nothing (docs/log/experts.md)."""
 
+ALL_EXPERTS_WEIGHT = 4
+"""How much more than a smaller count all experts count in a refit for several: else the file would not stay close to
+the dense model there (docs/log/experts.md)."""
+
 CLUSTER_TOKENS, REGROUP_TOKENS = 2048, 8192
 """Clustering and regrouping read at least so many tokens, spread over the text: enough (docs/log/experts.md)."""
 
@@ -134,11 +138,14 @@ def _fit_scale(plain: SlicedLayer, inputs: LayerInputs, slicing: Slicing) -> Ten
 
 def refit_down(sliced: SlicedLayer, inputs: LayerInputs) -> SlicedLayer:
     """Refit the down projection for the counts of all streams; the report gets the share of the error that is left."""
-    weights = [stats.token_weights(stream.target) for stream in inputs.streams]
+    n = len(sliced.groups)
+    weights = [
+        stats.token_weights(stream.target) * (ALL_EXPERTS_WEIGHT if stream.k == n else 1) for stream in inputs.streams
+    ]
     n_token = len(inputs.streams[0].x)
     n_train = n_token - n_token // HELD_OUT
     spans = range(n_train), range(n_train, n_token)
-    # One set of weights serves all counts: what it misses is summed over them, each counting alike.
+    # One set of weights serves all counts: what it misses is summed over them.
     train, held_out = (
         functools.reduce(
             operator.add,

@@ -95,6 +95,23 @@ def test_a_refit_is_never_worse_on_its_own_tokens() -> None:
     torch.testing.assert_close(mlp.gate, with_refit.mlp.gate)
 
 
+def test_a_refit_for_several_counts_stays_closest_with_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count more than half of them do: the error there is a fraction, and half is still better than unfitted."""
+    mlp, inputs = layer()
+    (half,) = inputs.streams
+    inputs = LayerInputs((half, replace(half, k=N)))
+    recipe: dict[str, Any] = {"group": "activations", "router": "least-squares", "n_shared": 2, "amplify": "used"}
+    cut = Slicing(N, N, D_FF // N, Method(refit=True, **recipe), target="glm4moe", in_shared=2)
+    unfitted = slice_by(mlp, inputs, replace(cut, method=replace(cut.method, refit=False)))
+
+    weighed = slice_by(mlp, inputs, cut)
+    monkeypatch.setattr("moe2gguf.experts.slice_layer.ALL_EXPERTS_WEIGHT", 1)
+    alike = slice_by(mlp, inputs, cut)
+
+    assert error(weighed, inputs, N) < 0.5 * error(alike, inputs, N)
+    assert error(weighed, inputs, K) < 0.95 * error(unfitted, inputs, K)
+
+
 def test_router_rows_keep_the_oracles_order_better_than_chance() -> None:
     """Hit rate against the true largest outputs; energy kept is at most the oracle's."""
     mlp, inputs = layer()
