@@ -62,12 +62,14 @@ from moe2gguf.cli.options import (
     option(
         "--memory",
         "memory_limit",
+        hidden=True,
         type=Size(),
         metavar="SIZE",
         help="RAM that a run may take (Linux).  [default: no limit]",
     ),
     option(
         "--room",
+        hidden=True,
         type=Size(),
         metavar="SIZE",
         help="Disk space for the logits of DENSE.  [default: 8GiB, at most half of what is free]",
@@ -84,6 +86,7 @@ from moe2gguf.cli.options import (
 @option_group(
     "Results",
     option("--speed", is_flag=True, help="Also measure the speed, and recommend one of the files."),
+    option("--tasks", is_flag=True, help="Also count how many of 300 short tasks with exact answers each file solves."),
     option("--expert-usage", is_flag=True, help="Also count which experts are used (for --json and --report)."),
     option("--wide", is_flag=True, help="Print all columns."),
     json_option,

@@ -14,6 +14,7 @@ from moe2gguf.cli import tables as display
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.pareto import judge_quality
 from moe2gguf.measure.results import describe_gains
+from moe2gguf.measure.tasks import describe_share
 
 if TYPE_CHECKING:
     from moe2gguf.measure.bench import Bench
@@ -30,6 +31,8 @@ def row_done(row: ResultRow) -> None:
         what += " (journal)" if row.resumed else f" ({row.quality.seconds:.1f} s)"
     else:
         what = row.reason.splitlines()[0]
+    if row.tasks:
+        what = f"tasks {describe_share(row.tasks.shares['all'])}"
     display.tell(f"{row.config.label}: {row.status}, {what}")
 
 
@@ -60,6 +63,7 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
             f"KL mean {s.kl_mean:.2g}, top-1 {s.top1:.2%}"
         )
     console.print()
+    _tasks(found)
     _reasons(found)
     _devices(found)
     _verdicts(found)
@@ -98,6 +102,18 @@ def _scores(row: ResultRow, wide: bool) -> tuple[str, ...]:
         str(s.n_bad),
     )
     return cells[:n_cell]
+
+
+def _tasks(found: Comparison) -> None:
+    """How many tasks of each kind are solved, the reference first."""
+    solved = {label: scores.shares for label, scores in found.tasks.items()}
+    if not solved:
+        return
+    table = Table("tasks solved", *next(iter(solved.values())), box=None, pad_edge=False)
+    for label, shares in solved.items():
+        table.add_row(escape(label), *map(describe_share, shares.values()))
+    display.print_table(table)
+    display.out().print()
 
 
 def _reasons(found: Comparison) -> None:
@@ -211,8 +227,8 @@ def _speed_cells(speed: Speed) -> tuple[str, ...]:
 
 
 def write_csv(found: Comparison, path: Path) -> None:
-    """Write one line per row, numbers unrounded. Raises OutputError if the file cannot be written."""
-    lines = [row.flat() for row in found.rows]
+    """Write the lines of `Comparison.flat`, numbers unrounded. Raises OutputError if the file cannot be written."""
+    lines = found.flat()
     with write_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()

@@ -221,7 +221,7 @@ def _decode_texts(
 ) -> Generator[str, bool | None, Speed]:
     """Yield the pieces; `cached` is what the model has computed already, and is brought up to date."""
     began = time.perf_counter()
-    n_kept = model.keep(_count_common(cached, prompt[:-1]))
+    n_kept = model.keep(count_common(cached, prompt[:-1]))
     del cached[n_kept:]
     stop = yield from _feed_prompt(model, cached, prompt)
     n_prompt, prompted = len(cached) - n_kept, time.perf_counter()
@@ -259,8 +259,8 @@ def _feed_prompt(model: Llama, cached: list[int], prompt: list[int]) -> Generato
     return False
 
 
-def _count_common(first: list[int], second: list[int]) -> int:
-    """How many tokens two texts have in common at their start."""
+def count_common(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two texts have in common at their start."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 

@@ -232,15 +232,21 @@ class Llama:
             return np.empty((0, self.facts.n_vocab), np.float32)
         return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (n_scored, self.facts.n_vocab))
 
-    def blocks(self, tokens: NDArray[np.int32], first: int = 0, last: int | None = None) -> Iterator[Logits]:
+    def blocks(
+        self, tokens: NDArray[np.int32], first: int = 0, last: int | None = None, n_kept: int = 0
+    ) -> Iterator[Logits]:
         """Compute a text of its own, `tokens` (n_token,), and yield the logits of positions first ... last - 1.
 
-        Blocks are (at most n_batch, n_vocab), in order, each a view that is valid until the next one.
+        Blocks are (at most n_batch, n_vocab), in order, each a view that is valid until the next one. The first
+        `n_kept` tokens, at most `first`, are those of the text before and need not be computed again.
         """
         scored = np.zeros(len(tokens), np.bool_)
         scored[first:last] = True
-        self.clear()
-        for start in range(0, len(tokens), self.setup.n_batch):
+        if n_kept:
+            n_kept = self.keep(n_kept)
+        else:
+            self.clear()
+        for start in range(n_kept, len(tokens), self.setup.n_batch):
             stop = start + self.setup.n_batch
             block = self.feed(tokens[start:stop], scored[start:stop])
             if len(block):

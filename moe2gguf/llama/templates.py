@@ -28,11 +28,12 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """The template of a file, ready to make prompts; `close` ends its process."""
+    """The template of a file, ready to make prompts; `close` ends its process, `way_out` is what errors advise."""
 
-    def __init__(self, path: Path, text: str, bos: str, eos: str) -> None:
+    def __init__(self, path: Path, text: str, bos: str, eos: str, way_out: str = "--raw does without it") -> None:
         self._path = path
         self._arguments = (text, bos, eos)
+        self._way_out = way_out
         self._talk: Generator[str, Any, None] | None = None
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -50,7 +51,7 @@ class ChatTemplate:
         except HarnessError as error:
             self.close()
             reason = str(error).splitlines()[0]
-            raise HarnessError(f"{self._path}: its chat template fails: {reason}; --raw does without it") from error
+            raise HarnessError(f"{self._path}: its chat template fails: {reason}; {self._way_out}") from error
 
     def close(self) -> None:
         """End the process; the next text starts another one."""
@@ -59,12 +60,15 @@ class ChatTemplate:
         self._talk = None
 
 
-def read_template(file: GGUFFile) -> ChatTemplate | None:
-    """Return the chat template of a file, None where it has none, as files of base models have not."""
+def read_template(file: GGUFFile, *way_out: str) -> ChatTemplate | None:
+    """Return the chat template of a file, None where it has none, as files of base models have not.
+
+    `way_out` is what an error advises in place of the option --raw.
+    """
     text = file.metadata.get("tokenizer.chat_template")
     if not isinstance(text, str) or not text:
         return None
-    return ChatTemplate(file.path, text, special_token(file, "bos"), special_token(file, "eos"))
+    return ChatTemplate(file.path, text, special_token(file, "bos"), special_token(file, "eos"), *way_out)
 
 
 def special_token(file: GGUFFile, role: str) -> str:

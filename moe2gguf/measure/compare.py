@@ -38,6 +38,7 @@ from moe2gguf.measure.results import (
     summarize_quality,
 )
 from moe2gguf.measure.speed import DRAFT_LENGTHS, Run, Speed
+from moe2gguf.measure.tasks import Prompt, TaskScores, make_prompts, solve_tasks
 
 TIMEOUT = 600.0
 """Seconds that one window may take before its row is given up."""
@@ -53,7 +54,8 @@ class CompareSettings:
     n_token    scored positions, rounded up to whole windows; None: the whole text
     n_context  tokens of a window; its second half is scored, as llama.cpp's perplexity tool does
     threads    None: all processors
-    timeout    seconds per window
+    tasks      also find out which tasks each file solves: see `moe2gguf.measure.tasks`
+    timeout    seconds per window, and per task
     memory_limit  bytes of private memory of each run (Linux); None: no limit
     room       bytes of disk for the reference's logits before they take the compact form; None: 8 GiB or half of
                what is free, the smaller
@@ -65,6 +67,7 @@ class CompareSettings:
     text: Text = field(default_factory=read_text)
     n_token: int | None = 2048
     n_context: int = 512
+    tasks: bool = False
     threads: int | None = None
     timeout: float = TIMEOUT
     memory_limit: int | None = None
@@ -75,7 +78,7 @@ class CompareSettings:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a row depends on besides its files."""
+        """What the scores of a text depend on besides the files."""
         return {
             "text_sha256": self.text.digest,
             "tokens": self.n_token,
@@ -131,6 +134,7 @@ def compare(
         kl_limit = max(KL_LIMIT, NOISE_FACTOR * noise.summary.kl_mean) if noise else KL_LIMIT
         rows = [replace(row, above_noise=_above_noise(row, kl_limit)) for row in rows]
         agreements = _compare_devices(runs, rows)
+        rows, tasks = _solve_tasks(runs, rows, base, on_row) if settings.tasks else (rows, None)
         rows, timed = _time_rows(rows, base, timing, on_run) if timing else (rows, None)
 
     return Comparison(
@@ -143,6 +147,7 @@ def compare(
         environment=machine,
         agreements=agreements,
         reference_speed=timed.rows[0].speed if timed else None,
+        reference_tasks=tasks,
         recommendation=recommend(rows),
         notes=(
             *list_notes(files, settings.text, settings.n_context),
@@ -182,7 +187,7 @@ def _measure_quality(
     return noise, [rows[one] for one in grid]
 
 
-def _make_row(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
+def _make_row(one: RunConfig, answer: Quality | HarnessError, resumed: bool) -> ResultRow:
     if isinstance(answer, HarnessError):
         return ResultRow(one, "failed", str(answer))
     if answer.summary.n_bad:
@@ -190,7 +195,7 @@ def _make_row(one: RunConfig, answer: Answer, resumed: bool) -> ResultRow:
     return ResultRow(one, "ok", quality=answer, resumed=resumed)
 
 
-def _require_sound(base: RunConfig, answer: Answer) -> Quality:
+def _require_sound(base: RunConfig, answer: Quality | HarnessError) -> Quality:
     if isinstance(answer, HarnessError):
         raise answer
     if answer.summary.n_bad:
@@ -212,6 +217,25 @@ def _compare_devices(runs: _Runs, rows: Sequence[ResultRow]) -> tuple[Agreement,
     wanted = [Measurement("devices", base, one) for base, one in pairs if base != one]
     answers = {measurement: answer for measurement, answer, _ in runs.answers(wanted)}
     return tuple(Agreement.of(one.base, one.one, answers[one]) for one in wanted)
+
+
+def _solve_tasks(
+    runs: _Runs, rows: Sequence[ResultRow], base: RunConfig, on_row: Callable[[ResultRow], None]
+) -> tuple[list[ResultRow], TaskScores | None]:
+    """Return the rows with the tasks that those that ran solve, and those that the reference does."""
+    solved = {row.config: row for row in rows if row.status == "ok"}
+    scores = None
+    wanted = dict.fromkeys(Measurement("tasks", base, one) for one in (base, *solved)) if solved else ()
+    for measurement, answer, _ in runs.answers([*wanted]):
+        one, failed = measurement.one, isinstance(answer, HarnessError)
+        if one == base and failed:
+            raise answer
+        scores = answer if one == base else scores
+        if one in solved:
+            found = {"status": "failed", "reason": str(answer)} if failed else {"tasks": answer}
+            solved[one] = replace(solved[one], **found)
+            on_row(solved[one])
+    return [solved.get(row.config, row) for row in rows], scores
 
 
 def _time_rows(
@@ -244,13 +268,13 @@ class _Runs:
         self.settings = settings
         self.journal = MeasurementJournal(settings.journal or cache_folder() / "compare.jsonl", settings.facts)
 
-    def answers(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Answer, bool]]:
-        """Yield every measurement with its answer, as they come, and whether the journal had it."""
+    def answers(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Any, bool]]:
+        """Yield every measurement with its answer (see `Answer`), as they come, and whether the journal had it."""
         kept = {one: found for one in wanted if (found := self.journal.get(one))} if self.settings.resume else {}
         for one, found in kept.items():
             yield one, found, True
         for one, answer in self._measure([one for one in wanted if one not in kept]):
-            if isinstance(answer, Quality) and not answer.summary.n_bad:
+            if isinstance(answer, TaskScores) or (isinstance(answer, Quality) and not answer.summary.n_bad):
                 self.journal.put(one, answer)
             yield one, answer, False
 
@@ -277,10 +301,13 @@ class Runner:
         self.settings = settings
         self.folder = folder
         self._references: dict[tuple[RunConfig, bool], Reference] = {}
+        self._prompts: dict[Path, dict[str, list[Prompt]]] = {}
 
     def answer(self, wanted: Measurement) -> Answer:
         """Return the scores, or why there are none."""
         try:
+            if wanted.what == "tasks":
+                return self._solve(wanted.one, wanted.base.path)
             return self._measure(wanted, self._reference(wanted.base, whole=wanted.what != "devices"))
         except HarnessError as error:
             return error
@@ -289,10 +316,18 @@ class Runner:
         began = time.perf_counter()
         setup = self._setup(wanted.one)
         setup = reorder_sums(setup) if wanted.what == "noise" else setup
-        limits: dict[str, Any] = {"timeout": self.settings.timeout, "memory_limit": self.settings.memory_limit}
-        with closing(score_file(wanted.one.path, setup, reference, **limits)) as windows:
+        with closing(score_file(wanted.one.path, setup, reference, **self._limits)) as windows:
             parts = list(islice(windows, None if wanted.what == "quality" else 1))
         return summarize_quality(parts, time.perf_counter() - began)
+
+    def _solve(self, one: RunConfig, base: Path) -> TaskScores:
+        if base not in self._prompts:
+            self._prompts[base] = make_prompts(read_model(base))
+        return solve_tasks(one.path, self._setup(one), self._prompts[base], **self._limits)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"timeout": self.settings.timeout, "memory_limit": self.settings.memory_limit}
 
     def _reference(self, base: RunConfig, whole: bool) -> Reference:
         """Return the logits of `base` on the whole text or on its first window."""

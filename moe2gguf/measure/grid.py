@@ -67,10 +67,10 @@ class Measurement:
 
     what  "quality": `one` against the reference `base` on the whole text; "noise": `base` against itself, computed in
           another order; "devices": `one` against the same file on another device, `base`. The last two take the
-          first window only.
+          first window only. "tasks": which tasks `one` solves, in the chat template of `base`.
     """
 
-    what: Literal["quality", "noise", "devices"]
+    what: Literal["quality", "noise", "devices", "tasks"]
     base: RunConfig
     one: RunConfig
 

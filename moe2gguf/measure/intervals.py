@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 LEVEL = 0.95
 """The probability that an interval holds the true mean."""
@@ -45,6 +46,21 @@ def mean_interval(samples: Sequence[float]) -> Interval:
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     """Return the interval of the mean of `first - second`, window by window. Raises ValueError for unequal lengths."""
     return mean_interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def share_interval(n_right: int, n: int) -> Interval:
+    """Return the share n_right / n of independent trials with Wilson's score interval; all of 0 ... 1 without trials.
+
+    It stays within 0 ... 1 and has a width at both ends. Wilson, Probable inference, the law of succession, and
+    statistical inference, JASA 22 (1927): https://doi.org/10.1080/01621459.1927.10502953
+    """
+    if n == 0:
+        return Interval(math.nan, 0.0, 1.0)
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    share, weight = n_right / n, z * z / n
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / n + weight / n / 4)
+    return Interval(share, middle - half if n_right else 0.0, middle + half if n_right < n else 1.0)
 
 
 def t_quantile(probability: float, n_free: int) -> float:

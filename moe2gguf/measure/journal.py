@@ -13,6 +13,7 @@ from moe2gguf.llama.machine import read_package_version
 from moe2gguf.measure.grid import Measurement
 from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.results import Quality
+from moe2gguf.measure.tasks import TaskScores, make_tasks
 
 
 class MeasurementJournal:
@@ -23,15 +24,16 @@ class MeasurementJournal:
         self._facts = facts
         self._journal = Journal(path)
 
-    def get(self, one: Measurement) -> Quality | None:
+    def get(self, one: Measurement) -> Quality | TaskScores | None:
         """Return the scores of an earlier run, or None."""
         values = self._journal.find_facts(self._key(one))
+        kind = TaskScores if one.what == "tasks" else Quality
         try:
-            return Quality.from_dict(dict(values)) if values else None
+            return kind.from_dict(dict(values)) if values else None
         except (KeyError, TypeError, ValueError):  # another version's row: measure again
             return None
 
-    def put(self, one: Measurement, scores: Quality) -> None:
+    def put(self, one: Measurement, scores: Quality | TaskScores) -> None:
         """Keep scores. Raises OutputError if the file cannot be written."""
         self._journal.record_facts(self._key(one), as_json(scores))
 
@@ -44,7 +46,7 @@ class MeasurementJournal:
             what=one.what,
             files=[[config.identity, config.n_expert_used, config.device] for config in (one.base, one.one)],
             versions=[read_package_version("moe2gguf"), read_package_version("llama-cpp-python")],
-            **self._facts,
+            **({"tasks": make_tasks()} if one.what == "tasks" else self._facts),
         )
 
 

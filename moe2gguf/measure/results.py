@@ -16,6 +16,7 @@ from moe2gguf.measure.grid import RunConfig
 from moe2gguf.measure.intervals import Interval, mean_interval, paired_interval
 from moe2gguf.measure.metrics import Summary, TokenScores, as_json, join_scores, summarize
 from moe2gguf.measure.speed import Speed
+from moe2gguf.measure.tasks import TaskScores
 
 Status = Literal["ok", "failed", "refused"]
 
@@ -59,8 +60,8 @@ _SERIES = tuple(name for name in Quality.__dataclass_fields__ if name.startswith
 
 N_POSITION = 64
 
-Answer = Quality | HarnessError
-"""What a measurement comes to: scores, or why there are none."""
+Answer = Quality | TaskScores | HarnessError
+"""What a measurement comes to: scores, which for the measurement "tasks" are `TaskScores`, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ResultRow:
     resumed  taken from the journal of an earlier run
     speed    what `bench` found, if it was asked
     draft    what the file gives as a draft of the reference, if the speed of both is known
+    tasks    which tasks the file solves, if it was asked
     """
 
     config: RunConfig
@@ -82,6 +84,7 @@ class ResultRow:
     resumed: bool = False
     speed: Speed | None = None
     draft: DraftGains | None = None
+    tasks: TaskScores | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON types."""
@@ -94,6 +97,7 @@ class ResultRow:
             "quality": as_json(self.quality),
             "speed": as_json(self.speed),
             "draft": as_json(self.draft),
+            "tasks": self.tasks and self.tasks.to_dict(),
         }
 
     def flat(self) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class ResultRow:
             }
         for name, gain in (("greedy", self.draft.greedy), ("sampled", self.draft.sampled)) if self.draft else ():
             values |= {f"draft_{name}_speed_up": gain.speed_up, f"draft_{name}_length": gain.n_draft}
-        return values
+        return values | (self.tasks.flat() if self.tasks else {})
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Agreement:
     reason: str = ""
 
     @classmethod
-    def of(cls, first: RunConfig, second: RunConfig, answer: Answer) -> Agreement:
+    def of(cls, first: RunConfig, second: RunConfig, answer: Quality | HarnessError) -> Agreement:
         """Return the agreement of an answer."""
         if isinstance(answer, HarnessError):
             return cls(first.label, second.label, None, str(answer))
@@ -176,6 +180,7 @@ class Comparison:
     agreements   of the same file and k on several devices
     settings, environment   JSON-ready facts: what was asked for; versions and machine
     reference_speed, recommendation   with speed measured: the reference's, and which row to take
+    reference_tasks   which tasks the reference solves, if it was asked
     experts      where it was asked for: which experts run, of every sound row that does not run all
     notes        sentences that a reader of the figures must know
     """
@@ -189,6 +194,7 @@ class Comparison:
     environment: dict[str, Any]
     agreements: tuple[Agreement, ...] = ()
     reference_speed: Speed | None = None
+    reference_tasks: TaskScores | None = None
     recommendation: Recommendation | None = None
     experts: tuple[ExpertUse, ...] = ()
     notes: tuple[str, ...] = ()
@@ -202,6 +208,21 @@ class Comparison:
     def base(self) -> Summary | None:
         """The summary of the first sound row, which holds the reference's perplexity too."""
         return next((row.quality.summary for row in self.rows if row.status == "ok" and row.quality), None)
+
+    @property
+    def tasks(self) -> dict[str, TaskScores]:
+        """By label, the reference first, which tasks each solves; empty where nobody asked."""
+        if self.reference_tasks is None:
+            return {}
+        rows = {row.config.label: row.tasks for row in self.rows if row.tasks}
+        return {f"reference {self.reference.label}": self.reference_tasks} | rows
+
+    def flat(self) -> list[dict[str, Any]]:
+        """Return a line of names and plain values for every row, and one for the reference where it has tasks."""
+        lines = [row.flat() for row in self.rows]
+        if self.reference_tasks:
+            lines.append({**self.reference.to_dict(), "status": "reference", **self.reference_tasks.flat()})
+        return lines
 
     @property
     def not_told_apart(self) -> dict[str, list[str]]:
@@ -221,6 +242,7 @@ class Comparison:
                 **self.reference.to_dict(),
                 "perplexity": self.base.perplexity_base if self.base else None,
                 "perplexity_error": as_json(self.base.perplexity_base_error) if self.base else None,
+                "tasks": self.reference_tasks and self.reference_tasks.to_dict(),
             },
             "reference_speed": as_json(self.reference_speed),
             "recommendation": as_json(self.recommendation),

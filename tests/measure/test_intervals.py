@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moe2gguf.measure.intervals import mean_interval, paired_interval, t_probability, t_quantile
+from moe2gguf.measure.intervals import mean_interval, paired_interval, share_interval, t_probability, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,13 @@ def test_too_few_samples() -> None:
         mean_interval([])
     with pytest.raises(ValueError, match="zip"):
         paired_interval([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(("n_right", "n"), [(0, 10), (1, 10), (5, 10), (150, 300), (300, 300)])
+def test_an_interval_of_a_share_holds_what_its_score_test_does_not_reject(n_right: int, n: int) -> None:
+    """At both ends the share lies 1.96 standard errors of that end away; at 0 and 1 it ends there."""
+    found = share_interval(n_right, n)
+    for end in (found.low, found.high):
+        assert (found.mean - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-5)
+    assert 0 <= found.low < found.high <= 1
+    assert (n_right == 0, n_right == n) == (found.low == 0, found.high == 1)

@@ -26,6 +26,7 @@ from moe2gguf.measure.report.page import (
 )
 from moe2gguf.measure.results import Comparison, Quality, describe_gains
 from moe2gguf.measure.speed import Spread
+from moe2gguf.measure.tasks import describe_share
 
 _KL = "KL divergence, nats (lower is better)"
 _LOSS = "loss, nats (lower is better)"
@@ -183,6 +184,8 @@ def summarize(found: Comparison) -> list[str]:
     lines += _describe_agreements(found)
     lines += [escape(note[0].upper() + note[1:]) + "." for note in found.notes]
     lines += _describe_rows(found)
+    for label, solved in found.tasks.items():
+        lines.append(f"{_name(label)} solves {describe_share(solved.shares['all'])} of the tasks.")
     return lines
 
 
@@ -340,8 +343,12 @@ def _finite_or_none(width: float) -> float | None:
 
 
 def _table_rows(found: Comparison) -> Table:
-    lines = [row.flat() | {"file": _file_name(row.config)} for row in found.rows]
-    columns = [(title, name) for title, name in _COLUMNS if any(line.get(name) not in (None, "") for line in lines)]
+    files = [_file_name(one) for one in (*(row.config for row in found.rows), found.reference)]
+    lines = [line | {"file": file} for line, file in zip(found.flat(), files, strict=False)]
+    solved = [(f"{name.replace('_', ' ')}, share", name) for one in [*found.tasks.values()][:1] for name in one.flat()]
+    columns = [
+        (title, name) for title, name in (*_COLUMNS, *solved) if any(line.get(name) not in (None, "") for line in lines)
+    ]
     return Table(
         title="Every number",
         words="The figures show no divergence below a tenth of the noise limit.",
