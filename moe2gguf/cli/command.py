@@ -74,7 +74,7 @@ class Output(click.Path):
 
 
 class ContinuedOutput(Output):
-    """A file that may exist: more is written at its end."""
+    """A file that may exist: it is changed in place, or more is written at its end."""
 
 
 def allow_replacing(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:

@@ -7,12 +7,13 @@ from pathlib import Path
 import cloup
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
-from moe2gguf.cli.options import FILE
+from moe2gguf.cli.command import Command, ContinuedOutput
 
 
 @cloup.command("set-used", cls=Command)
-@cloup.argument("file", type=FILE, help="The GGUF file to change.")
+@cloup.argument(
+    "file", type=ContinuedOutput(exists=True, dir_okay=False, path_type=Path), help="The GGUF file to change."
+)
 @cloup.argument("count", type=int, help="Experts used per token.")
 def set_used(file: Path, count: int) -> None:
     """Change how many experts a file uses per token.

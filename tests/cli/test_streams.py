@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import tiny_gguf
+from gguf import GGUFReader
 
 from moe2gguf.cli.tables import shorten, suggest_running
 
@@ -51,6 +52,19 @@ def test_what_standard_output_refuses_is_one_message(
         done.stderr,
     )
     assert out.read_bytes().startswith(b"GGUF")
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_a_file_that_was_changed_in_place_is_named(tmp_path: Path, redirection: str) -> None:
+    """Its count is the new one, and the message says so."""
+    file = tiny_gguf.write_gguf(tmp_path / "m.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(n_layer=1), 4))
+    command = ["bash", "-c", f'"$@" {redirection}', "bash", *PROGRAM, "set-used", str(file), "3"]
+
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert 1 == done.returncode
+    assert done.stderr.endswith(f"; {file} was written\n")
+    assert 3 == GGUFReader(file).fields["llama.expert_used_count"].contents()
 
 
 @pytest.mark.parametrize(("option", "expected"), [([], "mod?le.gguf"), (["--json"], "mod\\u00e8le.gguf")])
