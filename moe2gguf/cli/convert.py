@@ -123,7 +123,8 @@ NO_EFFECT = (
         "--check",
         type=Input(exists=False, dir_okay=False),
         metavar="auto|FILE",
-        help="Compare the result with this dense file in llama.cpp; auto makes one and removes it.",
+        help="Compare the result with this dense file in llama.cpp (auto makes one and removes it), and its token ids "
+        "with the folder's tokenizer.",
     ),
     report_option,
 )

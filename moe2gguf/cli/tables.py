@@ -170,6 +170,11 @@ def print_check(checked: Check) -> None:
     console.print(table)
     console.print(f"perplexity {ours.perplexity:.3f}, dense {ours.perplexity_base:.3f}")
     console.print(("ok: " if checked.ok else "NOT THE SAME: ") + escape(checked.reason))
+    if tokens := checked.tokens:
+        differ = f"{tokens.n_differing} of {tokens.n_text} texts have others than the folder's tokenizer gives"
+        console.print(f"token ids: {differ if tokens.named else f'those of the folder, of {tokens.n_text} texts'}")
+    for one in tokens.named if tokens else ():
+        console.print(f"  {one.text!r}: llama.cpp {[*one.llama_cpp]}, the tokenizer {[*one.tokenizer]}", markup=False)
 
 
 def print_verification(found: Verification, checked: Check | None) -> None:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe2gguf.errors import CalibrationError, name_odd_file
+from moe2gguf.hf.tokenizer.tokenizer_json import load_tokenizer
 
 MAX_TEXT_BYTES = 1 << 30
 _PIECE = 1 << 16
@@ -125,7 +127,7 @@ def tokenize_windows(folder: Path, text: Text, n_token: int, n_context: int, bos
     Raises:
         CalibrationError: the text has fewer tokens than two windows.
     """
-    return spread_windows(text, np.array(_token_ids(folder, text.text), np.int64), n_token, n_context, bos)
+    return spread_windows(text, np.array(open_tokenizer(folder).encode(text.text), np.int64), n_token, n_context, bos)
 
 
 def spread_windows(
@@ -149,12 +151,30 @@ def spread_windows(
     return np.stack([np.concatenate([prefix, ids[start : start + step]]) for start in chosen * step])
 
 
-def _token_ids(folder: Path, text: str) -> list[int]:
-    """Return ids without special tokens; the plan has read the same files before, so they are valid."""
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
+@dataclass(frozen=True)
+class FolderTokenizer:
+    """The tokenizer of a model folder.
 
-        return list(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids)
+    encode   text to ids, without special tokens around them
+    decode   ids to text
+    n_token  the number of ordinary tokens, whose ids come first
+    added    the texts of added tokens
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    n_token: int
+    added: tuple[str, ...] = ()
+
+
+def open_tokenizer(folder: Path) -> FolderTokenizer:
+    """Open tokenizer.json, or tokenizer.model; the plan has read the same files before, so they are valid."""
+    if (folder / "tokenizer.json").is_file():
+        own = load_tokenizer(folder / "tokenizer.json")
+        added = tuple(token.content for token in own.get_added_tokens_decoder().values())
+        n_token = own.get_vocab_size(with_added_tokens=False)
+        return FolderTokenizer(lambda text: own.encode(text, add_special_tokens=False).ids, own.decode, n_token, added)
     from sentencepiece import SentencePieceProcessor
 
-    return list(SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(text))
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return FolderTokenizer(pieces.encode, pieces.decode, len(pieces))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,19 @@ def read_tokens(path: Path, text: str) -> tuple[NDArray[np.int64], int | None]:
     Raises:
         HarnessError: llama.cpp is not installed, or cannot read the vocabulary.
     """
+    [ids], bos = read_token_lists(path, [text])
+    return ids, bos
+
+
+def read_token_lists(path: Path, texts: Sequence[str]) -> tuple[list[NDArray[np.int64]], int | None]:
+    """`read_tokens` of several texts at once."""
     try:
-        return run_in_child(_read_tokens, path, text, what=f"{path.name}: reading text with its vocabulary")
+        return run_in_child(_read_tokens, path, texts, what=f"{path.name}: reading text with its vocabulary")
     except HarnessError as error:
         raise HarnessError(f"{path}: token ids come from llama.cpp where the model is a GGUF file: {error}") from error
 
 
-def _read_tokens(path: Path, text: str) -> tuple[NDArray[np.int64], int | None]:
+def _read_tokens(path: Path, texts: Sequence[str]) -> tuple[list[NDArray[np.int64]], int | None]:
     with open_vocabulary(path) as vocabulary:
-        return vocabulary.tokenize(text, special=False, parse_special=True).astype(np.int64), vocabulary.bos()
+        lists = [vocabulary.tokenize(text, special=False, parse_special=True).astype(np.int64) for text in texts]
+        return lists, vocabulary.bos()

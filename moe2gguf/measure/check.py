@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.experts.text import read_text
+from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.library import count_processors, import_llama
@@ -20,6 +21,7 @@ from moe2gguf.llama.model import read_facts
 from moe2gguf.measure import metrics
 from moe2gguf.measure.logits import Reference, record_reference, score_file
 from moe2gguf.measure.metrics import Summary
+from moe2gguf.measure.token_ids import TokenCheck, compare_token_ids
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import may_quantize
 from moe2gguf.quant.rules import TypeOptions
@@ -43,6 +45,8 @@ class Check:
     difference  of the sliced file from the dense one
     noise       of the dense file from itself, token by token and on half the threads, over the first window:
                 measured the same way, it is what the order of the sums alone does
+    tokens      how the token ids compare with the tokenizer's, where there is a folder; no reason not to be `ok`, since
+                a GGUF vocabulary cannot express every tokenizer
     """
 
     sliced: Path
@@ -51,6 +55,7 @@ class Check:
     n_expert_used: int
     difference: Summary
     noise: Summary
+    tokens: TokenCheck | None = None
 
     @property
     def kl_limit(self) -> float:
@@ -89,7 +94,8 @@ class Check:
             "ok": self.ok,
             "reason": self.reason,
         }
-        return {name: metrics.as_json(value) for name, value in values.items()}
+        tokens = self.tokens.to_dict() if self.tokens else None
+        return {**{name: metrics.as_json(value) for name, value in values.items()}, "tokens": tokens}
 
 
 def compare_with_dense(
@@ -160,14 +166,18 @@ def compare_conversion(
 ) -> Check:
     """Compare the file `done` in llama.cpp with the dense file of the same checkpoint, at all experts.
 
+    Of a folder the tokenizer is compared too, see `compare_token_ids`.
+
     `dense` is a path, or "auto": the dense file is made beside it from the same checkpoint, with the same type for
     every tensor, and removed afterwards.
 
     Raises:
         HarnessError: llama.cpp is not installed or cannot run a file.
     """
+    source = done.plan.source
+    tokens = compare_token_ids(done.path, source.folder) if isinstance(source, Checkpoint) else None
     if dense != "auto":
-        return compare_with_dense(done.path, Path(dense), threads=threads)
+        return replace(compare_with_dense(done.path, Path(dense), threads=threads), tokens=tokens)
     options = replace(
         done.plan.options,
         dense=True,
@@ -179,8 +189,8 @@ def compare_conversion(
     )
     with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
         reference = Path(folder) / "dense.gguf"
-        convert(done.plan.source.path, reference, options, threads=threads, progress=progress)
-        return compare_with_dense(done.path, reference, threads=threads)
+        convert(source.path, reference, options, threads=threads, progress=progress)
+        return replace(compare_with_dense(done.path, reference, threads=threads), tokens=tokens)
 
 
 def _pin_types(plan: Plan) -> TypeOptions:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,24 @@ def test_check_auto_compares_with_a_dense_twin_and_removes_it(model: Any, tmp_pa
     check = json.loads(done.stdout)["check"]
     assert (0, True) == (done.returncode, check["ok"])
     assert check["kl_mean"] < 1e-6
+    assert (0, []) == (check["tokens"]["n_differing"], check["tokens"]["named"])
     assert ["out.gguf"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_check_names_texts_whose_token_ids_differ(model: Any, tmp_path: Path) -> None:
+    """Of a token that swallows the space before it, which is no reason for the check to fail."""
+    shutil.copytree(model, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][-1] |= {"lstrip": True}
+    path.write_text(json.dumps(content))
+    odd = content["added_tokens"][-1]["content"]
+
+    done = moe2gguf("convert", tmp_path / "m", tmp_path / "out.gguf", "--check", "auto")
+
+    assert 0 == done.returncode
+    assert re.search(r"token ids: \d+ of \d+ texts have others than the folder's tokenizer gives", done.stdout)
+    assert f"{' ' + odd!r}: llama.cpp [" in done.stdout
 
 
 def test_verify_says_sound_or_what_is_wrong(files: Any, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         check_added_token(entry, f"{path}: added_tokens[{i}]") for i, entry in enumerate(_read_added(content, path))
     ]
     return TokenizerJson(
-        runtime=_load(path),
+        runtime=load_tokenizer(path),
         vocab=vocab,
         merges=merges,
         added=added,
@@ -73,8 +73,12 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     )
 
 
-def _load(path: Path) -> Tokenizer:
-    """Let the `tokenizers` package load the file; its refusals, and its panics, are the file's fault."""
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Let the `tokenizers` package load the file, for whole texts: what the file says of cut or filled ones is dropped.
+
+    Raises:
+        VocabularyError: the package refuses it, or panics.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:

@@ -1,0 +1,84 @@
+"""Are the token ids of a converted file those of its folder's tokenizer? Both read texts made of its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from moe2gguf.experts.text import FolderTokenizer, open_tokenizer
+from moe2gguf.hf.tokenizer.pretokenizers import PROBES
+from moe2gguf.llama.tokens import read_token_lists
+
+T = TypeVar("T")
+
+MOST_NAMED = 5
+_MOST_TOKENS = 400
+
+_AROUND = ("{}", " {}", "{} ", " {} ", "a{}b", "{0}{0}", "the {0}  {0} end")
+"""Where an added token may stand in a text."""
+
+_PLAIN = (*PROBES, "u\u0308ber e\u0301\u0301", "1234567890", "İıſ", "<0x41></x>", "")
+"""Texts that have nothing to do with a vocabulary; one is not in normalization form C."""
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """A text, and its token ids from llama.cpp and from the folder's tokenizer, both without special tokens around."""
+
+    text: str
+    llama_cpp: tuple[int, ...]
+    tokenizer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """How many texts were compared, how many of them differ, and at most MOST_NAMED of these, each of another token."""
+
+    n_text: int
+    n_differing: int
+    named: tuple[TokenDifference, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        return asdict(self)
+
+
+def compare_token_ids(path: Path, folder: Path) -> TokenCheck:
+    """Compare llama.cpp's ids from the vocabulary of the GGUF file `path` with those of the tokenizer in `folder`.
+
+    The texts are every added token bare, between spaces, in a word and doubled; ordinary tokens from all over the
+    vocabulary; digits, spaces, line ends and Unicode. Of thousands of tokens, 400 are taken.
+
+    Raises:
+        HarnessError: llama.cpp is not installed, or cannot read the vocabulary.
+    """
+    own = open_tokenizer(folder)
+    groups = [[form.format(token) for form in _AROUND] for token in _spread(own.added)]
+    groups += [[word, f" {word}", f"{word}{word}"] for word in _list_words(own)]
+    groups += [[text] for text in _PLAIN]
+    given = iter(read_token_lists(path, [text for group in groups for text in group])[0])
+    n_differing, named = 0, list[TokenDifference]()
+    for group in groups:
+        found = [TokenDifference(text, tuple(next(given).tolist()), tuple(own.encode(text))) for text in group]
+        differing = [one for one in found if one.llama_cpp != one.tokenizer]
+        n_differing += len(differing)
+        named += differing[:1]
+    return TokenCheck(sum(map(len, groups)), n_differing, tuple(named[:MOST_NAMED]))
+
+
+def _list_words(own: FolderTokenizer) -> Iterator[str]:
+    """Yield the texts of ordinary tokens, evenly over the vocabulary; those of parts of a character have none."""
+    for id_ in _spread(range(own.n_token)):
+        word = own.decode([int(id_)])
+        if word and "\ufffd" not in word:
+            yield word
+
+
+def _spread(values: Sequence[T]) -> list[T]:
+    """Return _MOST_TOKENS of the values, from first to last, or all if there are fewer."""
+    chosen = np.linspace(0, len(values) - 1, min(len(values), _MOST_TOKENS)).astype(int)
+    return [values[i] for i in chosen]

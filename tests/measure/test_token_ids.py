@@ -1,0 +1,80 @@
+"""moe2gguf.measure.token_ids: where llama.cpp's ids are not the tokenizer's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_tokenizers as tiny
+from llama_tokens import write_vocabulary_file
+from transformers import AutoTokenizer
+
+from moe2gguf.gguf.metadata import vocabulary_metadata
+from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
+from moe2gguf.measure.token_ids import TokenCheck, compare_token_ids
+
+
+def compare(folder: Path, size: int) -> TokenCheck:
+    """Compare a tokenizer with the vocabulary that we make of it."""
+    write_vocabulary_file(folder / "v.gguf", vocabulary_metadata(read_vocabulary(folder, size)))
+    return compare_token_ids(folder / "v.gguf", folder)
+
+
+def add_token(folder: Path, id_: int, content: str, rule: str | None = None) -> None:
+    """Add a token with one flag to tokenizer.json."""
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    flags = {name: name == rule for name in ("special", "single_word", "lstrip", "rstrip", "normalized")}
+    settings["added_tokens"].append({"id": id_, "content": content, **flags})
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("rule", ["lstrip", "rstrip", "single_word"])
+def test_a_token_that_llama_cpp_finds_elsewhere_is_named(tmp_path: Path, rule: str) -> None:
+    """With both lists of ids, the second of them transformers'; a token without flags is not."""
+    size = tiny.byte_level_bpe(tmp_path, pre="smollm")
+    add_token(tmp_path, size, "<plain>")
+    add_token(tmp_path, size + 1, "<odd>", rule)
+
+    found = compare(tmp_path, size + 2)
+
+    [named] = found.named
+    assert "<odd>" in named.text
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    assert own(named.text, add_special_tokens=False).input_ids == [*named.tokenizer] != [*named.llama_cpp]
+    assert size + 1 in named.llama_cpp
+    assert 1 <= found.n_differing <= 6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: tiny.byte_level_bpe(folder, pre="smollm"),
+        lambda folder: tiny.byte_level_bpe(folder, pre="llama-bpe"),
+        lambda folder: tiny.llama_json_only(folder, spaces="never"),
+        tiny.sentencepiece_model,
+    ],
+)
+def test_of_a_tokenizer_that_llama_cpp_knows_nothing_is_named(tmp_path: Path, make: Callable[[Path], int]) -> None:
+    """Over more than a thousand texts."""
+    found = compare(tmp_path, make(tmp_path))
+
+    assert ((), 0) == (found.named, found.n_differing)
+    assert found.n_text > 500
+
+
+def test_at_most_five_are_named_and_what_the_file_says_of_long_texts_is_no_difference(tmp_path: Path) -> None:
+    """Of ten tokens; a tokenizer.json that cuts and fills texts to 3 tokens."""
+    size = tiny.byte_level_bpe(tmp_path, pre="smollm")
+    for i in range(10):
+        add_token(tmp_path, size + i, f"<odd{i}>", "rstrip")
+    path = tmp_path / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": truncation}))
+
+    found = compare(tmp_path, size + 10)
+
+    assert [f"<odd{i}>" in one.text for i, one in enumerate(found.named)] == [True] * 5
+    assert 5 == len(json.loads(json.dumps(found.to_dict()))["named"])
