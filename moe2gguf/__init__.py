@@ -26,6 +26,8 @@ from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert, plan_conversion
 from moe2gguf.recipes.densify import Densified, densify
 from moe2gguf.recipes.heal import Healing, HealText, heal
+from moe2gguf.recipes.merge import merge
+from moe2gguf.recipes.merge_options import Donor, Merge, MergeOptions
 from moe2gguf.recipes.options import CalibrationOptions, MethodOptions, Options
 from moe2gguf.recipes.plan import Plan
 from moe2gguf.recipes.prune import PruneOptions, Pruning, prune
@@ -42,6 +44,7 @@ __all__ = [
     "Comparison",
     "Conversion",
     "Densified",
+    "Donor",
     "ExpertUse",
     "GGUFFile",
     "Generation",
@@ -49,6 +52,8 @@ __all__ = [
     "HealText",
     "Healing",
     "Inspection",
+    "Merge",
+    "MergeOptions",
     "MethodOptions",
     "Moe2GgufError",
     "Options",
@@ -74,6 +79,7 @@ __all__ = [
     "inspect",
     "list_ways",
     "measure_expert_usage",
+    "merge",
     "plan_conversion",
     "plan_quantization",
     "prune",

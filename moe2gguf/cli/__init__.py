@@ -25,6 +25,7 @@ from moe2gguf.cli.expert_usage import expert_usage
 from moe2gguf.cli.heal import heal
 from moe2gguf.cli.imatrix import imatrix
 from moe2gguf.cli.inspect import inspect
+from moe2gguf.cli.merge import merge
 from moe2gguf.cli.prune import prune
 from moe2gguf.cli.publish import publish
 from moe2gguf.cli.quantize import quantize
@@ -78,7 +79,7 @@ def completion(shell: str) -> None:
         click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
 
 
-cli.section("Making", convert, quantize, prune, densify, heal, set_used, views)
+cli.section("Making", convert, quantize, prune, merge, densify, heal, set_used, views)
 cli.section("Running", run, chat, serve_help)
 cli.section("Looking", inspect, verify, expert_usage)
 cli.section("Measuring", compare, bench)

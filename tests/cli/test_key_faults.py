@@ -109,6 +109,7 @@ LOOK: dict[str, Run] = {
 DENSE: dict[str, Run] = LOOK | {
     "convert": lambda file: moe2gguf("convert", file, out(file), "--experts", 2, "--shard-size", "6KB"),
     "quantize": lambda file: moe2gguf("quantize", file, out(file), "q8_0"),
+    "merge": lambda file: moe2gguf("merge", file, file, file, out(file), "--router", "random", "-f"),
 }
 SLICED: dict[str, Run] = LOOK | {
     "densify": lambda file: moe2gguf("densify", file, out(file)),

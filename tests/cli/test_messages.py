@@ -121,6 +121,10 @@ quantize DENSE OUT q8_0 --shard-size 100
 quantize DENSE OUT q8_0 --imatrix TEXT
 quantize DENSE Q8 q8_0
 quantize DENSE OUT
+merge DENSE SLICED DENSE OUT --router random
+merge DENSE DENSE OUT --router random --used 1
+merge DENSE DENSE DENSE OUT
+merge DENSE DENSE DENSE DENSE OUT --router random --used 4
 prune SLICED OUT --keep 8
 prune SLICED OUT --keep 3 --used 4
 prune DENSE OUT --keep 2

@@ -52,6 +52,13 @@ def reference_answers(path: str | Path, tokens: Sequence[int]) -> Array:
     return np.stack(model.answers)
 
 
+def reference_inputs(path: str | Path, tokens: Sequence[int]) -> Array:
+    """Return what goes into the MLP of every layer, (n_layer, n_token, d_model)."""
+    model = _Model(path)
+    _run(model, tokens, None)
+    return np.stack(model.inputs)
+
+
 def _run(model: _Model, tokens: Sequence[int], n_expert_used: int | None) -> Array:
     k = model.key("expert_used_count", 0) if n_expert_used is None else n_expert_used
     rotation = _rope_rotation(model, len(tokens))
@@ -74,6 +81,7 @@ class _Model:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.routed: list[tuple[Array, NDArray[np.int64]]] = []
         self.answers: list[Array] = []
+        self.inputs: list[Array] = []
 
     def key(self, name: str, default: Any = None) -> Any:
         """Return `ARCHITECTURE.<name>`, or the default; a key without default must be there."""
@@ -130,6 +138,7 @@ def _attention(model: _Model, block: str, x: Array, rotation: NDArray[np.complex
 
 def _mlp(model: _Model, block: str, x: Array, n_expert_used: int) -> Array:
     """SwiGLU, or its mixture: the router's probabilities, the k likeliest, their weights, the weighted sum."""
+    model.inputs.append(x)
     if block + "ffn_gate_inp.weight" not in model:
         return _swiglu(x, *(model[f"{block}ffn_{name}.weight"] for name in ("gate", "up", "down")))
     logits = x @ model[block + "ffn_gate_inp.weight"].T  # (n_token, n_expert)
