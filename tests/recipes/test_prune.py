@@ -186,6 +186,9 @@ def test_experts_in_groups_stay_in_groups(tmp_path: Path) -> None:
     assert [[0, 2, 3, 5]] * 2 == [*done.kept.values()]
     before, after = llama_logits_of([whole, done.path], TOKENS)
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+    for seed in range(6):
+        random = prune(whole, tmp_path / f"{seed}.gguf", PruneOptions(keep=5, score="random", seed=seed))
+        assert [2, 2] * 2 == [sum(e // 3 == group for e in ids) for ids in random.kept.values() for group in (0, 1)]
     with pytest.raises(PlanError, match="2 groups of one size"):
         prune(whole, tmp_path / "other.gguf", PruneOptions(keep=4), TEXT)
     with pytest.raises(PlanError, match="4 per token are more than the 1 chosen groups"):
