@@ -25,20 +25,8 @@ STACKED = (
     *("qwen35moe", "phimoe", "olmoe", "arctic", "jamba", "deepseek", "deepseek2", "bailingmoe", "bailingmoe2"),
     *("dots1", "glm4moe", "ernie4_5-moe", "hunyuan-moe", "granitemoe", "granitehybrid", "gpt-oss", "lfm2moe"),
     *("smallthinker", "minimax-m2", "afmoe", "exaone-moe", "mimo2", "step35", "hy_v3", "llada-moe"),
-    *(
-        "nemotron_h_moe",
-        "rnd1",
-        "mellum",
-        "laguna",
-        "cohere2moe",
-        "mistral4",
-        "deepseek32",
-        "glm-dsa",
-        "kimi-linear",
-        "gemma4",
-        "minimax-m3",
-        "maple",
-    ),
+    *("nemotron_h_moe", "rnd1", "mellum", "laguna", "cohere2moe", "mistral4", "deepseek32", "glm-dsa"),
+    *("kimi-linear", "gemma4", "minimax-m3", "maple"),
 )
 """Architectures whose tensors with a row per expert are those of `_PER_EXPERT` and no others, each tested in llama.cpp.
 

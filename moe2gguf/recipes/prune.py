@@ -41,12 +41,8 @@ PREFIX = "moe2gguf.prune."
 KEPT = PREFIX + "kept"
 """The metadata key with the numbers that the kept experts had in the file before any pruning, layer after layer."""
 
-STALE = (
-    "general.size_label",
-    CALIBRATION_LOAD,
-    "moe2gguf.slicing.dense_feed_forward_length",
-    "moe2gguf.slicing.padding",
-)
+_DENSE_WIDTH = ("moe2gguf.slicing.dense_feed_forward_length", "moe2gguf.slicing.padding")
+STALE = ("general.size_label", CALIBRATION_LOAD, *_DENSE_WIDTH)
 """Keys that say how large the model was, and how often its experts were chosen when there were more of them."""
 
 
@@ -77,8 +73,7 @@ class Pruning:
 
     n_expert, n_used   experts before, and those that run per token now, shared ones included
     kept      the routed experts that stay, by layer
-    dropped   share of the summed lengths of all answers that came from experts which are gone, by layer; empty for the
-              score "random"
+    dropped   by layer, the share of the lengths of all answers that came from experts which are gone; not for "random"
     notes     sentences that a user must know
     """
 
@@ -91,16 +86,12 @@ class Pruning:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One sentence, and what the text says was lost."""
+        """A line for the terminal: the counts, and what the text says was lost."""
         line = f"wrote {self.path}: {self.options.keep} of {self.n_expert} experts, {self.n_used} used per token"
         if not self.dropped:
             return line
-        worst = max(self.dropped, key=lambda i: self.dropped[i])
-        mean = sum(self.dropped.values()) / len(self.dropped)
-        return (
-            f"{line}\nThe experts left out gave {mean:.1%} of all answers to this text, by length; most in layer "
-            f"{worst}, {self.dropped[worst]:.1%}."
-        )
+        mean, most = sum(self.dropped.values()) / len(self.dropped), max(self.dropped.values())
+        return f"{line}; those left out gave {mean:.1%} of all answers to this text, by length at most {most:.1%}"
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
@@ -152,7 +143,8 @@ def prune(
     # Find out what is cut in each layer, and what the counts become.
     counts, n_group = _require_counts(file, options)
     tensors = _require_tensors(file, counts)
-    n_used = _choose_used(file, counts, options)
+    if (n_used := _choose_used(counts, options)) != counts.n_used:
+        require_count(file, replace(counts, n_expert=options.keep), n_used)
     check_model_target(out, 1, file.files, force=force)
     require_devices([device])
 
@@ -230,7 +222,7 @@ def _require_counts(file: GGUFFile, options: PruneOptions) -> tuple[ExpertCounts
         n_each, rest = divmod(options.keep - counts.n_shared, n_group)
         if rest or n_each < 2 or counts.n_routed % n_group:
             raise PlanError([f"{has}, routed in {n_group} groups of one size; keep 2 or more of each, equally many"])
-        if (n_used := options.used or counts.n_used) - counts.n_shared > (n_group_used or 1) * n_each:
+        if (n_used := _choose_used(counts, options)) - counts.n_shared > (n_group_used or 1) * n_each:
             raise PlanError([f"{has}; {n_used} per token are more than the {n_group_used} chosen groups would have"])
     return counts, n_group or 1
 
@@ -244,12 +236,9 @@ def _require_tensors(file: GGUFFile, counts: ExpertCounts) -> ExpertTensors:
     return tensors
 
 
-def _choose_used(file: GGUFFile, counts: ExpertCounts, options: PruneOptions) -> int:
-    """How many experts run per token afterwards. Raises GGUFError for a count that llama.cpp or the file cannot."""
-    n_used = options.used or min(counts.n_used, options.keep)
-    if n_used != counts.n_used:
-        require_count(file, replace(counts, n_expert=options.keep), n_used)
-    return n_used
+def _choose_used(counts: ExpertCounts, options: PruneOptions) -> int:
+    """How many experts run per token afterwards."""
+    return options.used or min(counts.n_used, options.keep)
 
 
 def _watch(path: Path, setup: Setup, text: Text, n_token: int | None, progress: Progress) -> dict[int, LayerSums]:
@@ -295,8 +284,7 @@ def _record(
     file: GGUFFile, counts: ExpertCounts, options: PruneOptions, text: Text, kept: Kept
 ) -> dict[str, MetadataValue]:
     """`moe2gguf.prune.*`: how this file was made; no path, no time. Experts have the numbers of the first original."""
-    before, n_layer = file.metadata.get(KEPT), len(kept)
-    names = np.tile(np.arange(counts.n_routed), (n_layer, 1))
+    before, names = file.metadata.get(KEPT), np.tile(np.arange(counts.n_routed), (len(kept), 1))
     if isinstance(before, list) and len(before) == names.size and all(type(one) is int for one in before):
         names = np.array(before).reshape(names.shape)
     chosen = [int(one) for row, ids in zip(names, kept.values(), strict=True) for one in row[ids]]

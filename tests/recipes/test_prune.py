@@ -273,7 +273,7 @@ def test_the_command_says_what_it_did(routed: Path, tmp_path: Path) -> None:
     done = moe2gguf("prune", routed, out, "--keep", 6, "--tokens", 64, "--context", 32, "-t", 1)
     assert 0 == done.returncode, done.stderr
     assert f"wrote {out}: 6 of 8 experts, 2 used per token" in done.stdout
-    assert "% of all answers to this text" in done.stdout
+    assert "% of all answers to this text, by length" in done.stdout
     again = moe2gguf(
         "prune", routed, out, "--keep", 6, "--score", "random", "--json", "--force", "--shard-size", "100KB"
     )
