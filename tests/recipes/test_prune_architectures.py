@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -9,6 +10,7 @@ import moe_files
 import numpy as np
 import pytest
 from llama_logits import llama_logits_of
+from script_modules import ROOT
 
 from moe2gguf import PruneOptions, prune
 from moe2gguf.experts.text import Text
@@ -62,3 +64,11 @@ def test_a_layer_that_does_not_run_is_cut_too(tmp_path: Path) -> None:
     assert ("layer 2 did not run, so its experts have no score: the first ones stay",) == done.notes
     before, after = llama_logits_of([whole, done.path], TOKENS)
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+
+
+def test_the_documentation_names_every_architecture() -> None:
+    """And no other."""
+    page = (ROOT / "docs" / "how-to" / "prune.md").read_text()
+    listed = page.partition("Architectures by the names in `general.architecture`: ")[2].partition(".\n")[0]
+
+    assert sorted(STACKED) == re.findall(r"`(.+?)`", listed)
