@@ -26,8 +26,10 @@ from moe2gguf.cli.options import (
 
 
 @cloup.command(cls=Command)
-@cloup.argument("base", type=MODEL, help="The dense model that attention, norms and embeddings are taken from.")
-@cloup.argument("donors", type=MODEL, nargs=-1, required=True, help="The dense models that become experts.")
+@cloup.argument(
+    "base", type=MODEL, help="The dense model that attention, norms and embeddings are taken from; or a recipe (.yaml)."
+)
+@cloup.argument("donors", type=MODEL, nargs=-1, help="The dense models that become experts.")
 @cloup.argument("out", type=OUT, help="The GGUF file to write.")
 @option_group(
     "Experts",
@@ -35,22 +37,17 @@ from moe2gguf.cli.options import (
     option(
         "--router",
         type=click.Choice(["regression", "hidden", "random"]),
-        default="regression",
-        show_default=True,
-        help="Learn whose prompt a token is from, compare with the mean of the prompts, or draw lots.",
+        help="Learn whose prompt a token is from, compare with the mean of the prompts, or draw lots.  "
+        "[default: regression]",
     ),
-    number("--used", default=2, type=ONE, help="Experts used per token."),
+    option("--used", type=ONE, help="Experts used per token.  [default: 2]"),
     number("--tokens", "n_token", default=2048, type=ONE, help="Tokens of each expert's prompts that are read."),
     seed_option,
 )
 @option_group(
     "Output",
     option(
-        "--type",
-        type=click.Choice(["auto", "f32", "f16", "bf16"]),
-        default="auto",
-        show_default=True,
-        help="Type of all matrices; auto keeps them as stored.",
+        "--type", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all matrices.  [default: as they are stored]"
     ),
     option("--name", help="The model's name in the metadata."),
     force_option,
@@ -71,28 +68,31 @@ def merge(
 
     The MLPs of fine-tunes of one model are stacked as they are stored; attention, norms and embeddings are those of
     BASE, whose own MLPs are in the file only if it is named as a donor too. Routers learn from prompts which expert
-    should run, and the table says how often they are right on prompts that they have not seen.
+    should run, and the table says how often they are right on prompts that they have not seen. In place of models and
+    prompts there may be one recipe of mergekit-moe's form.
 
     \b
     Example:
       moe2gguf merge base.gguf code.gguf wiki.gguf both.gguf --prompts code.txt --prompts wiki.txt
       moe2gguf merge base.gguf base.gguf code.gguf both.gguf --router random --used 1
+      moe2gguf merge recipe.yaml both.gguf
     """
     from moe2gguf.cli.tables_merge import print_merge
     from moe2gguf.recipes.merge import merge as write_merged
-    from moe2gguf.recipes.merge_inputs import read_donors
+    from moe2gguf.recipes.merge_inputs import Recipe, read_donors, read_recipe
     from moe2gguf.recipes.merge_options import MergeOptions
 
-    settings = MergeOptions(**options)
+    given = {name: value for name, value in options.items() if value is not None}
+    if not donors and base.suffix in (".yaml", ".yml"):
+        if prompts:
+            raise click.UsageError("--prompts: the recipe has prompts; leave it out.")
+        recipe = read_recipe(base)
+    else:
+        recipe = Recipe(str(base), read_donors(donors, prompts, given["n_token"]), {})
+    settings = MergeOptions(**{**recipe.options, **given})
     done = write_merged(
-        base,
-        read_donors(donors, prompts, settings.n_token),
-        out,
-        settings,
-        force=force,
-        threads=threads,
-        progress=display.progress,
+        recipe.base, recipe.donors, out, settings, force=force, threads=threads, progress=display.progress
     )
     display.warnings(done.notes)
     emit(done.to_dict(), as_json, lambda: print_merge(done))
-    display.next_steps(["moe2gguf", "compare", out, "--reference", base])
+    display.next_steps(["moe2gguf", "compare", out, "--reference", recipe.base])

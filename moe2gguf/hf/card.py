@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import yaml
 
 from moe2gguf.hf.json_file import is_number, read_bytes, read_json
 from moe2gguf.hf.paths import find_origin, resolve_inside
 from moe2gguf.hf.safetensors import StoredTensor
+from moe2gguf.hf.yaml_text import load_yaml
 from moe2gguf.spec import Metadata, MetadataValue
 
 _MAX_CARD_BYTES = 4 << 20
@@ -72,15 +72,6 @@ def _find_model_id(folder: Path, values: Mapping[str, Any]) -> str:
     return origin.repository if origin else re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(folder)).name)
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # no stubs
-    """Safe YAML without aliases, which a card has no use for and which can make a small text enormous."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-
 def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
     """Read the YAML block at the head of README.md; {} where there is none, or (with a warning) none that is sound."""
     path = resolve_inside(folder, "README.md")
@@ -91,10 +82,9 @@ def _front_matter(folder: Path, warnings: list[str]) -> dict[str, Any]:
     if not match:
         return {}
     try:
-        values = yaml.load(match[1].replace("\t", "  ").replace("- no\n", '- "no"\n'), _Loader)  # noqa: S506
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        warnings.append(f"{path} is skipped: its front matter is not valid YAML ({reason:.200})")
+        values = load_yaml(match[1].replace("\t", "  ").replace("- no\n", '- "no"\n'))
+    except ValueError as error:
+        warnings.append(f"{path} is skipped: its front matter is {error}")
         return {}
     if isinstance(values, dict):
         return values

@@ -51,7 +51,9 @@ def find_routers(
         with _open_file(base, out) as file:
             cut = run_in_child(cut_prompts, file, texts, setup.n_context, what=f"reading prompts as {file} does")
             pieces = [_spread(one, options.n_token) for one in cut]
-            if empty := [str(donor.model) for donor, one in zip(donors, pieces, strict=False) if not one]:
+            if empty := [
+                str(donor.model) for donor, one in zip(donors, pieces, strict=False) if donor.prompts and not one
+            ]:
                 raise PlanError([f"{model}: its prompts have no tokens" for model in empty])
             held_out = [one[HELD_OUT - 1 :: HELD_OUT] for one in pieces[:n]]
             own = [[piece for j, piece in enumerate(one) if (j + 1) % HELD_OUT] for one in pieces[:n]]

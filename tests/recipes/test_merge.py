@@ -20,6 +20,7 @@ from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.watch_mlps import cut_prompts
 from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.merge_inputs import read_recipe
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(5, 250, 16)]
 ROLES = ("gate", "up", "down")
@@ -196,3 +197,56 @@ def test_the_command_prints_how_well_layers_route(models: list[Path], tmp_path: 
     assert len(found["layers"]) == 2
     assert f"{found['accuracy']:.1%}" in done.stdout
     assert moe2gguf(*line[:-2], "--force").returncode == 1
+
+
+RECIPE = """
+base_model: {0}
+gate_mode: random
+dtype: float32
+experts_per_token: 1
+experts:
+  - source_model: {1}
+    positive_prompts: ["def add(a, b):", "import os"]
+    negative_prompts: [poems]
+  - source_model: {2}
+"""
+
+
+def test_a_recipe_of_mergekit_is_read(models: list[Path], tmp_path: Path) -> None:
+    """Base, experts, prompts, gate mode, count and type; what the command line says counts more."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(*models))
+
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    done = moe2gguf("merge", tmp_path / "recipe.yaml", tmp_path / "out", "--used", 2, "-t", 1)
+
+    assert recipe.donors[0] == Donor(str(models[1]), ("def add(a, b):", "import os"), ("poems",))
+    assert not done.returncode, done.stderr
+    keys = read_metadata(tmp_path / "out")
+    assert keys["moe2gguf.merge.router"] == "random"
+    assert keys["llama.expert_used_count"] == 2
+    assert read_tensors(tmp_path / "out")["blk.0.ffn_up_exps.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def test_a_recipe_that_cannot_be_followed_is_refused_with_all_reasons(tmp_path: Path) -> None:
+    """Gate modes, types and keys that are not known, and values of the wrong kind."""
+    (tmp_path / "odd.yaml").write_text(
+        "gate_mode: cheap_embed\ndtype: int8\nexperts_per_token: yes\nresidual_scale: 0.1\narchitecture: qwen\n"
+        "experts: [text, {source_model: x, positive_prompts: [1], noise_scale: 2}]\n"
+    )
+    with pytest.raises(PlanError) as refused:
+        read_recipe(tmp_path / "odd.yaml")
+    text = "\n".join(refused.value.refusals)
+    for what in ("'residual_scale'", "base_model", "'cheap_embed'", "'int8'", "experts_per_token", "'qwen'"):
+        assert what in text
+    for what in ("expert 0: needs source_model", "expert 1: 'noise_scale'", "expert 1: positive_prompts is a list"):
+        assert what in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "a: [", "a: &x 1\nb: *x", "!!python/object:os.system {}", "\xff", "[" * 9999]
+)
+def test_a_recipe_that_is_no_yaml_of_ours_is_one_error(text: str, tmp_path: Path) -> None:
+    """Also what would run code or grow."""
+    (tmp_path / "odd.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(PlanError):
+        read_recipe(tmp_path / "odd.yaml")
