@@ -12,16 +12,19 @@ def print_merge(done: Merge) -> None:
     display.out().print(f"wrote {done.path}: {n} experts, {k} used per token", markup=False)
     if not done.layers:
         return
-    columns = [f"{i} {name}" for i, name in enumerate(done.experts)]
-    table = display.make_table("layer", "accuracy", *columns, numbers=slice(None))
+    table = display.make_table("layer", "accuracy", *(f"expert {e}" for e in range(n)), numbers=slice(None))
     for one in done.layers:
-        shares = [
-            "" if first is None else f"{first:.0%} ({runs:.0%})"
-            for first, runs in zip(one.first, one.runs, strict=True)
-        ]
+        shares = ["" if first is None else f"{first:.0%}" for first in one.first]
+        if k < n:
+            shares = [f"{share} ({runs:.0%})" if share else "" for share, runs in zip(shares, one.runs, strict=True)]
         table.add_row(str(one.layer), f"{one.accuracy:.1%}", *shares)
     display.print_table(table)
-    display.out().print(
-        f"\nThe first expert of a held-out token is the one whose prompt it is from for {done.accuracy:.1%} of tokens, "
-        f"over all layers (guessing: {1 / n:.1%}). By expert: its own tokens that choose it first (that run it)."
+    console = display.out()
+    for e, name in enumerate(done.experts):
+        console.print(f"expert {e}: {name}", markup=False)
+    more = " (in brackets: that run it at all)" if k < n else ""
+    console.print(
+        f"Of tokens that no router has seen {done.accuracy:.1%} choose the expert first whose prompt they are from, "
+        f"over all layers; by guessing it were {1 / n:.1%}. By expert: its own tokens that choose it first{more}.",
+        markup=False,
     )
