@@ -7,10 +7,11 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ MAX_TEXT_BYTES = 1 << 30
 _PIECE = 1 << 16
 _BYTES_PER_TOKEN = 32
 _SPARE_TOKENS = 4096
+_SAMPLE_BYTES, _N_PIECE = 1 << 21, 64
+_INSIDE_CHARACTERS = bytes(range(0x80, 0xC0))
 EMBEDDED = "moe2gguf texts 1"
 """The default text: `texts/`, written for this program. A change of it gets another number."""
 
@@ -44,43 +47,66 @@ def bytes_to_read(n_token: int | None) -> int | None:
     return None if n_token is None else _BYTES_PER_TOKEN * (n_token + _SPARE_TOKENS)
 
 
-def read_text(path: Path | None = None, n_byte: int | None = None) -> Text:
+def read_text(path: Path | None = None, n_byte: int | None = None, *, spread: bool = False) -> Text:
     """Return the text of `path`: plain UTF-8, or JSONL whose objects have a "text" string; None: the built-in text.
 
     A shell's `<(command)` and /dev/stdin are read too, once.
 
-    With `n_byte` only the start of a file is read: so many bytes, less a character or a JSONL line that is cut off.
+    With `n_byte` only the start of a larger text is read: so many bytes, less a character or a JSONL line that is cut
+    off. With `spread` it is pieces from all over a file, not its start.
 
     Raises:
         CalibrationError: unreadable, too large, empty, in another encoding, or a JSONL line without text (its number
-            is named).
+            or its start is named).
     """
     if path is None:
         return Text(_embedded(), EMBEDDED)
-    data, is_part = _read_bytes(path, n_byte)
-    if path.suffix == ".jsonl" and is_part:
-        data = data[: data.rfind(b"\n") + 1] or data
-    text = _decode(path, data, is_part)
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(_json_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line)
+    has_lines = path.suffix == ".jsonl"
+    pieces, is_part = _read_pieces(path, n_byte, spread, has_lines)
+    if has_lines and is_part:
+        pieces = [data[: data.rfind(b"\n") + 1] or data for data in pieces]
+    text = "\n\n".join(_decode(path, data, is_part) for data in pieces)
+    if has_lines:
+        numbered = ((f"line {i}" if len(pieces) == 1 else None, line) for i, line in enumerate(text.split("\n"), 1))
+        text = "\n\n".join(_json_text(path, where, line) for where, line in numbered if line)
     if not text.strip():
         raise CalibrationError(f"{path}: empty; a text of the kind that the model is meant for is needed")
     return Text(text, path.name if path.is_file() else "pipe")
 
 
-def _read_bytes(path: Path, n_byte: int | None) -> tuple[bytes, bool]:
-    """Return the bytes of a file, and whether more follow."""
+def read_sample(path: Path | None, n_token: int) -> Text:
+    """`read_text` for windows from all over a text: of a file that is far larger than its `n_token` tokens, pieces."""
+    return read_text(path, max(_SAMPLE_BYTES, _BYTES_PER_TOKEN * n_token), spread=True)
+
+
+def _read_pieces(path: Path, n_byte: int | None, spread: bool, has_lines: bool) -> tuple[list[bytes], bool]:
+    """Return the bytes of a file, in one piece or in pieces from all over it, and whether more follow each."""
     try:
         if what := name_odd_file(path, pipes=True):
             raise CalibrationError(f"{path}: {what}")
         with path.open("rb") as file:
+            size = path.stat().st_size if path.is_file() else 0
+            if spread and n_byte and size > n_byte:
+                return [*_read_spread(file, size, n_byte // _N_PIECE, has_lines)], True
             pieces = iter(functools.partial(file.read, _PIECE), b"")  # as much memory as the text needs
             data = b"".join(itertools.islice(pieces, (MAX_TEXT_BYTES if n_byte is None else n_byte) // _PIECE + 1))
     except OSError as error:
         raise CalibrationError(f"{path}: not readable as text ({error.strerror})") from error
     if n_byte is None and len(data) > MAX_TEXT_BYTES:
         raise CalibrationError(f"{path}: larger than {MAX_TEXT_BYTES:,} bytes; give a part of it")
-    return data[:n_byte], n_byte is not None and len(data) > n_byte
+    return [data[:n_byte]], n_byte is not None and len(data) > n_byte
+
+
+def _read_spread(file: BinaryIO, size: int, n_byte: int, has_lines: bool) -> Iterator[bytes]:
+    """Yield _N_PIECE pieces of about `n_byte`, in order: whole lines where the file has them, else whole characters."""
+    for start in np.linspace(0, size - n_byte, _N_PIECE).astype(int).tolist():
+        file.seek(max(start, file.tell()) if has_lines else start)
+        if not has_lines:
+            yield file.read(n_byte).lstrip(_INSIDE_CHARACTERS)
+            continue
+        if start:
+            file.readline(MAX_TEXT_BYTES)
+        yield b"".join(file.readlines(n_byte))
 
 
 def _decode(path: Path, data: bytes, is_part: bool) -> str:
@@ -108,13 +134,14 @@ def _embedded() -> str:
     return "\n\n".join(document for _, document in sorted(places, key=lambda place: place[0]))
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
+def _json_text(path: Path, where: str | None, line: str) -> str:
+    where = where or f"the line {line[:40]!r}..."
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: line {number} is not JSON ({error})") from error
+        raise CalibrationError(f"{path}: {where} is not JSON ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise CalibrationError(f'{path}: line {number} is not an object with a "text" string')
+        raise CalibrationError(f'{path}: {where} is not an object with a "text" string')
     return str(value["text"]).encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
 
 

@@ -14,7 +14,7 @@ from moe2gguf.errors import HealError, advise_install
 from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
 from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.heal.work import ExpertWeights, HealRun, Log, WorkFolder
-from moe2gguf.experts.text import Text, read_text, tokenize_windows
+from moe2gguf.experts.text import Text, read_sample, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.resume import Job, describe, describe_record
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
@@ -179,10 +179,10 @@ def check_settings(ours: Model, settings: HealSettings) -> list[tuple[Any, str]]
 
 def read_windows(checkpoint: Checkpoint, text: HealText) -> HealWindows:
     """The windows of the text; raises CalibrationError for unusable or too little text."""
-    parts = [read_text(path) for path in text.files]
+    parts = [read_sample(path, text.n_token) for path in text.files]
     train = Text("\n\n".join(part.text for part in parts), ", ".join(part.label for part in parts))
     if text.held_out:
-        held_out = read_text(text.held_out)
+        held_out = read_sample(text.held_out, text.n_held_out)
     else:
         cut = int(len(train.text) * (1 - HELD_OUT_SHARE))
         held_out = Text(train.text[cut:], f"end of {train.label}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moe2gguf.errors import PlanError, advise_install
 from moe2gguf.experts.saved import SavedCalibration, read_calibration
-from moe2gguf.experts.text import Text, read_text
+from moe2gguf.experts.text import Text, read_sample
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.quant.imatrix import ImportanceMatrix, read_imatrix
 from moe2gguf.quant.rules import Rule, TypeOptions, read_own_rules
@@ -75,7 +75,7 @@ def read_inputs(source: Source, options: Options) -> Inputs:
         refusals += _refuse_to_calibrate(source)
     if refusals:
         raise PlanError(refusals)
-    text = read_text(options.calibration.text) if calibrates else None
+    text = read_sample(options.calibration.text, options.n_token(source.model)) if calibrates else None
     return Inputs(options, read_type_inputs(options.types), text, saved, tuple(notes))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import default_in_shared
-from moe2gguf.experts.text import read_text
+from moe2gguf.experts.text import read_sample
 from moe2gguf.limits import GRAPHS, Graph
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.quant.target import refuse_target
@@ -178,7 +178,7 @@ def adopt_calibration(options: Options, saved: SavedCalibration) -> tuple[Option
         *_list_messages(
             [
                 (
-                    text is not None and read_text(text).digest != record.text,
+                    text is not None and read_sample(text, record.n_token).digest != record.text,
                     f"--calibration {text and text.name}: {file} was made from another text, {record.label}",
                 ),
                 (

@@ -1,5 +1,8 @@
 """moe2gguf.experts.text: what may calibrate, and the windows made of it."""
 
+import re
+import subprocess
+import tracemalloc
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -8,10 +11,11 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
 from tiny_tokenizers import byte_level_bpe, sentencepiece_model
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from moe2gguf.errors import CalibrationError
-from moe2gguf.experts.text import EMBEDDED, read_text, tokenize_windows
+from moe2gguf.experts.text import EMBEDDED, read_sample, read_text, tokenize_windows
 
 
 def test_the_embedded_text_needs_no_file() -> None:
@@ -76,6 +80,47 @@ def test_of_a_part_of_a_text_nothing_is_half(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_of_a_huge_file_pieces_from_all_over_are_read(tmp_path: Path, name: str) -> None:
+    """In their order, from the first line to the last tenth, without half characters or lines, in little memory."""
+    path = tmp_path / name
+    lines = (f"ö {i} {40 * 'ü'}" for i in range(320_000))
+    path.write_text("".join(f'{{"text": "{line}"}}\n' if name == "x.jsonl" else f"{line}\n" for line in lines))
+    assert path.stat().st_size > 20e6
+    tracemalloc.start()
+
+    text = read_sample(path, 1000)
+
+    assert tracemalloc.get_traced_memory()[1] < 15e6
+    tracemalloc.stop()
+    found = [int(line.split()[1]) for line in text.text.split("\n") if re.fullmatch(r"ö \d+ ü{40}", line)]
+    assert found == sorted(set(found))
+    assert (0, 64) == (found[0], len({i // 5_000 for i in found}))
+    assert 1e6 < len(text.text.encode()) < 2.1e6
+    assert set(text.text) <= set("0123456789 öü\n")
+
+
+def test_a_file_that_is_not_much_larger_than_needed_is_whole(tmp_path: Path) -> None:
+    """The more tokens, the more is read of it; of a pipe the start."""
+    path = tmp_path / "x.txt"
+    path.write_text("word " * 600_000)
+
+    assert len(read_sample(path, 100_000).text) == 3_000_000
+    assert len(read_sample(path, 50_000).text) < 2_200_000
+    assert read_sample(None, 5) == read_text(None)
+    with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert len(read_sample(Path(f"/dev/fd/{process.stdout.fileno()}"), 1000).text) == 1 << 21
+
+
+def test_of_a_part_the_line_is_named_by_its_start(tmp_path: Path) -> None:
+    """Its number would be that of another one."""
+    (tmp_path / "x.jsonl").write_text('{"text": "some words"}\n' * 100_000 + '{"txt": 5}\n' * 100)
+
+    with pytest.raises(CalibrationError, match=r"x.jsonl: the line '{\"txt\": 5}'... is not an object with a"):
+        read_sample(tmp_path / "x.jsonl", 5)
+
+
 @pytest.mark.parametrize("bos", [None, 1])
 def test_windows_are_the_tokenizers_ids(tmp_path: Path, bos: int | None) -> None:
     """Spread over the text, each as a prompt of its own: transformers' ids, after BOS where the model wants one."""
@@ -110,6 +155,19 @@ def test_a_window_of_the_first_token_alone(tmp_path: Path) -> None:
 
     with pytest.raises(CalibrationError, match=r"a context of 1 tokens.*leaves no room"):
         tokenize_windows(tmp_path, read_text(None), 1024, 1, 0)
+
+
+def test_a_tokenizer_json_that_cuts_texts_gives_all_windows(tmp_path: Path) -> None:
+    """As transformers does, unless it is asked to."""
+    byte_level_bpe(tmp_path)
+    text = read_text(None)
+    expected = tokenize_windows(tmp_path, text, 640, 64, None)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(max_length=100)
+    tokenizer.enable_padding(length=1000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    assert expected.tolist() == tokenize_windows(tmp_path, text, 640, 64, None).tolist()
 
 
 def test_too_little_text(tmp_path: Path) -> None:

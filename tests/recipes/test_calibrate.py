@@ -16,8 +16,9 @@ from qwen2_gguf import qwen2_gguf
 
 from moe2gguf import convert, plan_conversion
 from moe2gguf.cli import cli
-from moe2gguf.errors import CalibrationError, HarnessError, OutputError
+from moe2gguf.errors import CalibrationError, HarnessError, OutputError, PlanError
 from moe2gguf.experts import saved
+from moe2gguf.experts import text as texts
 
 QUICK = {"experts": 8, "used": 4, "n_token": 1024}
 DOWN = [f"blk.{i}.ffn_down_exps.weight" for i in range(3)]
@@ -55,6 +56,25 @@ def test_only_the_default_text_comes_with_advice(place: Any, tmp_path: Path) -> 
     advised, own = (flat_options(**QUICK), flat_options(**QUICK, text=tmp_path / "text.txt"))
     assert any("no --calibration" in warning for warning in plan_conversion(place / "m", advised).warnings)
     assert not any("no --calibration" in warning for warning in plan_conversion(place / "m", own).warnings)
+
+
+def test_a_saved_calibration_knows_the_pieces_of_a_large_text(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file is the same text, whether of a folder or a GGUF file; one that is changed is not."""
+    monkeypatch.setattr(texts, "_SAMPLE_BYTES", 1 << 16)
+    text, kept = tmp_path / "text.txt", tmp_path / "c.safetensors"
+    text.write_text("some text of the kind the model is for " * 7000)
+    done = convert(place / "m", tmp_path / "a.gguf", flat_options(**QUICK, text=text, save_to=kept))
+    file = convert(place / "f32.gguf", tmp_path / "b.gguf", flat_options(**QUICK, text=text))
+
+    again = convert(place / "m", tmp_path / "c.gguf", flat_options(text=text, load_from=kept))
+
+    assert_same(tensors(done.path), tensors(file.path))
+    assert_same(tensors(done.path), tensors(again.path))
+    text.write_text("another text of the kind the model is for " * 7000)
+    with pytest.raises(PlanError, match=r"--calibration text.txt: c.safetensors was made from another text"):
+        convert(place / "m", tmp_path / "d.gguf", flat_options(text=text, load_from=kept))
 
 
 @pytest.mark.parametrize("changes", [{}, {"refit": True}], ids=["default", "refit"])
