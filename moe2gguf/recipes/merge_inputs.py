@@ -11,14 +11,19 @@ from moe2gguf.experts.text import bytes_to_read, read_text
 from moe2gguf.gguf.file import shown
 from moe2gguf.hf.json_file import read_bytes
 from moe2gguf.hf.yaml_text import load_yaml
+from moe2gguf.limits import MAX_EXPERTS
 from moe2gguf.recipes.merge_options import Donor
 
 MAX_BYTES = 4 << 20
 
-_ROUTERS = ("hidden", "random", "regression")
-_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_KEYS = {"base_model", "experts", "gate_mode", "dtype", "experts_per_token", "architecture"}
-_EXPERT_KEYS = {"source_model", "positive_prompts", "negative_prompts"}
+_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", None: "auto"}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "gate_mode": ("hidden", "random", "regression"),
+    "dtype": tuple(_TYPES),
+    "experts_per_token": tuple(range(1, MAX_EXPERTS)),
+    "architecture": ("mixtral", None),
+}
+"""What a key may be."""
 
 
 class Recipe(NamedTuple):
@@ -57,46 +62,36 @@ def read_recipe(path: Path) -> Recipe:
         found = load_yaml(read_bytes(path, max_bytes=MAX_BYTES).decode("utf-8-sig"))
     except ValueError as error:
         raise PlanError([f"{path}: {error}"]) from error
-    values: dict[Any, Any] = found if isinstance(found, dict) else {}
-    experts = values.get("experts")
-    rows: list[dict[Any, Any]] = (
-        [one if isinstance(one, dict) else {} for one in experts] if isinstance(experts, list) else []
-    )
-    if problems := [*_refuse(values), *(p for i, row in enumerate(rows) for p in _refuse_expert(i, row))]:
+    values = found if isinstance(found, dict) else {}
+    if problems := [*_refuse(values)]:
         raise PlanError([f"{path}: {problem}" for problem in problems])
     donors = [
-        Donor(row["source_model"], *(tuple(row.get(f"{kind}_prompts") or ()) for kind in ("positive", "negative")))
-        for row in rows
+        Donor(one["source_model"], *(tuple(one.get(f"{kind}_prompts") or ()) for kind in ("positive", "negative")))
+        for one in values["experts"]
     ]
-    options = {"router": values.get("gate_mode", "hidden"), "used": values.get("experts_per_token", 2)}
-    return Recipe(
-        values["base_model"], donors, options | ({"type": _TYPES[kind]} if (kind := values.get("dtype")) else {})
-    )
+    router, used = values.get("gate_mode", "hidden"), values.get("experts_per_token", 2)
+    return Recipe(values["base_model"], donors, {"router": router, "used": used, "type": _TYPES[values.get("dtype")]})
 
 
 def _refuse(values: dict[Any, Any]) -> Iterator[str]:
-    """What is wrong with the recipe itself."""
-    if unknown := [shown(str(key)) for key in values if key not in _KEYS]:
-        yield f"{', '.join(unknown)}: not done here; known are {', '.join(sorted(_KEYS))}"
-    if not isinstance(values.get("base_model"), str) or not isinstance(values.get("experts"), list):
+    """Everything that is wrong with a recipe."""
+    if unknown := [shown(str(key)) for key in values if key not in ("base_model", "experts", *_CHOICES)]:
+        yield f"{', '.join(unknown)}: not done here"
+    for key, choices in _CHOICES.items():
+        if key in values and not any(type(one) is type(values[key]) and one == values[key] for one in choices):
+            words = [str(one) for one in choices[:3] if one] + ["..."][: len(choices) > len(_TYPES)]
+            yield f"{key} {shown(str(values[key]))}: expected {', '.join(words)}"
+    experts = values.get("experts")
+    if not isinstance(values.get("base_model"), str) or not isinstance(experts, list):
         yield "needs base_model, a name, and experts, a list"
-    if (mode := values.get("gate_mode", "hidden")) not in _ROUTERS:
-        yield f"gate_mode {shown(str(mode))}: there are {', '.join(_ROUTERS)}"
-    if (kind := values.get("dtype")) is not None and kind not in _TYPES:
-        yield f"dtype {shown(str(kind))}: there are {', '.join(_TYPES)}, or none to keep what is stored"
-    if type(count := values.get("experts_per_token", 2)) is not int or count < 1:
-        yield f"experts_per_token {shown(str(count))}: a number from 1 on"
-    if values.get("architecture") not in (None, "mixtral"):
-        yield f"architecture {shown(str(values['architecture']))}: only mixtral is written"
-
-
-def _refuse_expert(i: int, row: dict[Any, Any]) -> Iterator[str]:
-    """What is wrong with the expert of this number."""
-    if not isinstance(row.get("source_model"), str):
-        yield f"expert {i}: needs source_model, a name"
-    if unknown := [shown(str(key)) for key in row if key not in _EXPERT_KEYS]:
-        yield f"expert {i}: {', '.join(unknown)}: not done here"
-    for key in ("positive_prompts", "negative_prompts"):
-        prompts = row.get(key) or []
-        if not isinstance(prompts, list) or not all(isinstance(one, str) for one in prompts):
-            yield f"expert {i}: {key} is a list of texts"
+    for i, one in enumerate(experts if isinstance(experts, list) else []):
+        row = one if isinstance(one, dict) else {}
+        if not isinstance(row.get("source_model"), str):
+            yield f"expert {i}: needs source_model, a name"
+        for key, value in row.items():
+            if key in ("positive_prompts", "negative_prompts"):
+                texts = value or []
+                if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                    yield f"expert {i}: {key} is a list of texts"
+            elif key != "source_model":
+                yield f"expert {i}: {shown(str(key))}: not done here"
