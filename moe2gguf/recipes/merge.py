@@ -91,7 +91,7 @@ def merge(
     require_kernels(tensor.type for tensor in tensors if not tensor.copied)
 
     # Find the routers, from the states of the prompts in the base.
-    setup = Setup(n_context=min(N_CONTEXT, plans[0].model.n_context), n_threads=threads or count_processors())
+    setup = Setup(n_context=max(8, min(N_CONTEXT, plans[0].model.n_context)), n_threads=threads or count_processors())
     found, held_out = find_routers(plans[0], donors, options, out, setup, progress)
     routers |= found
 

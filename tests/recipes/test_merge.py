@@ -168,6 +168,14 @@ def test_files_that_cannot_be_merged_are_named(models: list[Path], tmp_path: Pat
         merge(models[0], [Donor(models[1])] * 2, models[1], MergeOptions("random"), force=True)
 
 
+def test_a_base_of_one_token_of_context_is_merged(tmp_path: Path) -> None:
+    """Prompts are cut into pieces that have room for BOS and more."""
+    base = tiny_gguf.write_gguf(tmp_path / "base.gguf", tiny_gguf.dense_weights(), f16=True, n_context=1)
+    donors = [Donor(base, ("the he and of to " * 9,)), Donor(base, ("in an er is th " * 9,))]
+
+    assert len(merge(base, donors, tmp_path / "out", threads=1).layers) == 2
+
+
 def test_differing_licences_are_all_named(models: list[Path], tmp_path: Path) -> None:
     """And the file claims none as its own."""
     other = tiny_gguf.write_gguf(
