@@ -36,7 +36,7 @@ from moe2gguf import TypeOptions, inspect, plan_conversion, verify
 from moe2gguf.errors import ImportanceError, Moe2GgufError
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.saved import CalibrationRecord, read_calibration, save_calibration
-from moe2gguf.experts.text import read_text
+from moe2gguf.experts.text import open_tokenizer, read_text
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.set_used import set_used
@@ -310,11 +310,12 @@ def calibration(folder: Path) -> Files:
 
 
 def read_beside(folder: Path) -> None:
-    """A saved calibration with all its layers, and the texts, whole and in part."""
+    """A saved calibration with all its layers, and the texts, whole, in part and in pieces."""
     allowed(lambda: read_whole_calibration(folder / "kept.safetensors"))
     for name in ("text.jsonl", "text.txt"):
         allowed(lambda name=name: read_text(folder / name))  # type: ignore[misc]
         allowed(lambda name=name: read_text(folder / name, 8))  # type: ignore[misc]
+        allowed(lambda name=name: read_text(folder / name, 64, spread=True))  # type: ignore[misc]
     for name in ("rules.json", "rules.toml"):
         allowed(lambda name=name: read_type_rules(folder / name))  # type: ignore[misc]
 
@@ -374,8 +375,16 @@ def require_sound_sums(matrix: ImportanceMatrix) -> None:
 
 
 def read_folder(folder: Path) -> None:
-    """The plan of a conversion, which reads all files but the weights' data."""
-    allowed(lambda: plan_conversion(folder, flat_options(experts=2)).to_dict())
+    """The plan of a conversion, which reads all files but the weights' data, and a text with its tokenizer."""
+    allowed(lambda: plan_and_tokenize(folder))
+
+
+def plan_and_tokenize(folder: Path) -> None:
+    """What calibrates and checks reads a text only after the plan was made."""
+    plan_conversion(folder, flat_options(experts=2)).to_dict()
+    tokenizer = open_tokenizer(folder)
+    for text in ("", " a  text, über 7\n\0 🦙", *tokenizer.added[:3]):
+        tokenizer.encode(text)
 
 
 def allowed(step: Callable[[], object]) -> None:
