@@ -69,12 +69,16 @@ class Input(click.Path):
             raise click.BadParameter(f"{error.message} {hint}", ctx, param) from error
 
 
+class ChangedInput(Input):
+    """A file that is read, and changed in place."""
+
+
 class Output(click.Path):
     """A file or folder that is written."""
 
 
 class ContinuedOutput(Output):
-    """A file that may exist: it is changed in place, or more is written at its end."""
+    """A file that may exist: more is written at its end."""
 
 
 def allow_replacing(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:
@@ -161,11 +165,12 @@ def _check_effect(row: NoEffect, given: set[str], ctx: click.Context) -> None:
 
 
 def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[str, Path]:
-    """Check every path of type `Output` against every one of type `Input`, and return the outputs by name.
+    """Check every path of type `Output` against every one of type `Input`; return by name what is written.
 
     Raises OutputError.
     """
     inputs: list[Path] = []
+    changed: dict[str, Path] = {}
     outputs: dict[str, Path] = {}
     may_exist: set[str] = set()
     for parameter in parameters:
@@ -175,12 +180,13 @@ def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[
         paths = [Path(one) for one in (value if isinstance(value, tuple) else [value]) if one is not None]
         if isinstance(parameter.type, Input):
             inputs += paths
+            changed |= {str(path): path for path in paths if isinstance(parameter.type, ChangedInput)}
             continue
         option = f"{max(parameter.opts, key=len)} " if isinstance(parameter, click.Option) else ""
         outputs |= {f"{option}{path}": path for path in paths}
         may_exist |= {f"{option}{path}" for path in paths if isinstance(parameter.type, ContinuedOutput)}
     check_outputs(outputs, inputs, force=ctx.meta.get(_FORCE, False), may_exist=may_exist)
-    return outputs
+    return outputs | changed
 
 
 def _verbose() -> click.Option:

@@ -7,13 +7,11 @@ from pathlib import Path
 import cloup
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command, ContinuedOutput
+from moe2gguf.cli.command import ChangedInput, Command
 
 
 @cloup.command("set-used", cls=Command)
-@cloup.argument(
-    "file", type=ContinuedOutput(exists=True, dir_okay=False, path_type=Path), help="The GGUF file to change."
-)
+@cloup.argument("file", type=ChangedInput(exists=True, dir_okay=False, path_type=Path), help="The GGUF file to change.")
 @cloup.argument("count", type=int, help="Experts used per token.")
 def set_used(file: Path, count: int) -> None:
     """Change how many experts a file uses per token.

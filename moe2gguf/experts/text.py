@@ -113,7 +113,7 @@ def _decode(path: Path, data: bytes, is_part: bool) -> str:
     """Return UTF-8 as text without a byte order mark. Raises CalibrationError for any other encoding."""
     advice = "convert it to UTF-8, such as with iconv"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise CalibrationError(f"{path}: not readable as UTF-8 text (it is UTF-16); {advice}")
+        raise CalibrationError(f"{path}: not readable as UTF-8 text (it is UTF-16 or UTF-32); {advice}")
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not is_part)
     except UnicodeDecodeError as error:
