@@ -91,7 +91,8 @@ class Pruning:
         if not self.dropped:
             return line
         mean, most = sum(self.dropped.values()) / len(self.dropped), max(self.dropped.values())
-        return f"{line}; those left out gave {mean:.1%} of all answers to this text, by length at most {most:.1%}"
+        share = f"{mean:.1%} of all answers to this text, by length, and up to {most:.1%} in a layer"
+        return f"{line}; those left out gave {share}"
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""

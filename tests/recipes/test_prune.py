@@ -282,5 +282,7 @@ def test_the_command_says_what_it_did(routed: Path, tmp_path: Path) -> None:
     assert (8, 6, 2, "random") == tuple(shown[key] for key in ("experts", "kept", "used", "score"))
     assert shown["path"].endswith("out-00001-of-00005.gguf")
     assert () == verify(shown["path"]).problems
+    joined = prune(shown["path"], tmp_path / "joined.gguf", PruneOptions(keep=3, score="random"))
+    assert (6, 3) == (joined.n_expert, read_gguf(joined.path).metadata["llama.expert_count"])
     refused = moe2gguf("prune", routed, out, "--keep", 6)
     assert (1, "exists") == (refused.returncode, "exists" if "exists" in refused.stderr else refused.stderr)
