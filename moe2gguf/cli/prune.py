@@ -39,7 +39,7 @@ from moe2gguf.cli.options import (
     option("-k", "--used", type=ONE, help="Experts used per token.  [default: as before, as far as they stay]"),
     option(
         "--score",
-        type=click.Choice(["reap", "frequency", "random"]),
+        type=click.Choice(["reap", "total", "frequency", "random"]),
         default="reap",
         show_default=True,
         help="What tells which experts stay.",
@@ -58,8 +58,9 @@ def prune(model: Path, out: Path, text: Path | None, tokens: int, as_json: bool,
     """Leave out the experts that a text needs least.
 
     The model reads the text in llama.cpp. The score reap is the mean length of what an expert adds to a token that
-    chose it, frequency is how many tokens chose it, and random is there to compare with. What stays is copied as it
-    is stored: no weight is decoded or changed. Measure with compare, on more than one kind of text, what was lost.
+    chose it, total is the sum of these lengths and best for a sliced file, frequency is how many tokens chose it, and
+    random is there to compare with. What stays is copied as it is stored: no weight is decoded or changed. Measure
+    with compare, on more than one kind of text, what was lost.
 
     \b
     Example:

@@ -138,7 +138,7 @@ def bench(
     """
     reference = None if reference is None else Path(reference)
     require_devices(devices)
-    base = plan_run(read_model(reference), 0, choose_reference_device(devices)) if reference else None
+    base = plan_run(read_model(reference), None, choose_reference_device(devices)) if reference else None
     grid = plan_grid(map(Path, files), used, devices)
     found = time_grid(grid, base, timing or Timing(), on_run)
     return replace(found, notes=(*note_other_counts(grid), *found.notes))

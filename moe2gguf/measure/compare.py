@@ -125,7 +125,7 @@ def compare(
         files, reference = [path.absolute() for path in files], reference.absolute()
 
     grid = plan_grid(files, used, devices)
-    base = plan_run(read_model(reference), 0, choose_reference_device(devices))
+    base = plan_run(read_model(reference), None, choose_reference_device(devices))
     machine = _require_machine([base, *grid], devices, settings, timing)
     runs = _Runs(settings)
 

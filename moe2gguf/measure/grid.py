@@ -95,11 +95,11 @@ def plan_grid(files: Iterable[Path], used: Sequence[int] = (), devices: Sequence
     return out
 
 
-def plan_run(file: GGUFFile, n_expert_used: int, device: str = "cpu", name: str = "") -> RunConfig:
-    """Return one combination; `n_expert_used` is ignored for a dense file."""
+def plan_run(file: GGUFFile, n_expert_used: int | None, device: str = "cpu", name: str = "") -> RunConfig:
+    """Return one combination; `n_expert_used` None is the file's own count, and of a dense file it is ignored."""
     counts = read_counts(file)
     n_expert, n_shared = counts.n_expert, counts.n_shared
-    k = n_expert_used if n_expert else 0
+    k = (counts.n_used if n_expert_used is None else n_expert_used) if n_expert else 0
     refusals = check_expert_counts(n_expert, k, counts.size, n_shared) if n_expert else []
     return RunConfig(
         path=file.path,

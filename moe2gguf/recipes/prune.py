@@ -32,7 +32,7 @@ from moe2gguf.llama.score_experts import LayerSums, sum_answers
 from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import MetadataValue
 
-Score = Literal["reap", "frequency", "random"]
+Score = Literal["reap", "total", "frequency", "random"]
 Floats = NDArray[np.float64]
 Kept = Mapping[int, list[int]]
 """The routed experts that stay in each layer, in ascending order."""
@@ -53,7 +53,7 @@ class PruneOptions:
     keep       experts that stay in each layer, shared ones included
     used       how many of them run per token; None: as many as before, or all where fewer stay
     score      "reap": the mean length of an expert's weighted answer, over the tokens that chose it; "frequency": how
-               many tokens chose it; "random"
+               many tokens chose it; "total": the sum of the lengths; "random"
     n_token    how much of the text is read; None: all
     n_context  tokens of a window
     seed       of the score "random"
@@ -186,7 +186,8 @@ def score_layers(tensors: ExpertTensors, sums: Mapping[int, LayerSums], options:
         return {i: random.random(tensors.n_expert) for i in tensors.layers}
     scores = dict.fromkeys(tensors.layers, np.zeros(tensors.n_expert))
     for i, one in sums.items():
-        scores[i] = one.lengths / np.maximum(one.counts, 1) if options.score == "reap" else one.counts.astype(float)
+        mean = one.lengths / np.maximum(one.counts, 1)
+        scores[i] = {"reap": mean, "total": one.lengths, "frequency": one.counts.astype(float)}[options.score]
     return scores
 
 

@@ -143,7 +143,6 @@ compare SLICED --reference DENSE --types q9,q4_k
 compare Q8 --reference DENSE --types q8_0
 compare SLICED --reference DENSE --used 9
 compare SLICED --reference DENSE --text TEXT
-compare SLICED --reference SLICED
 bench SLICED --used 9
 bench SLICED --device nowhere
 expert-usage SLICED --used 9

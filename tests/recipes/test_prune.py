@@ -17,7 +17,7 @@ from flat_options import flat_options
 from llama_logits import llama_logits, llama_logits_of
 from reference import reference_answers, reference_logits
 
-from moe2gguf import PruneOptions, convert, densify, prune, quantize, verify
+from moe2gguf import CompareSettings, PruneOptions, compare, convert, densify, prune, quantize, verify
 from moe2gguf.errors import GGUFError, OutputError, PlanError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.reader import read_gguf
@@ -148,12 +148,14 @@ def _tokens(path: Path) -> np.ndarray:
 
 
 def test_each_score_keeps_the_best() -> None:
-    """The mean length, or the count; of every group equally many; of equals the first."""
+    """The mean length, their sum, or the count; of every group equally many; of equals the first."""
     sums = {0: LayerSums(np.array([10, 1, 0, 5]), np.array([10.0, 3.0, 0.0, 9.0]))}
     tensors: Any = type("Tensors", (), {"layers": [0], "n_expert": 4})
 
     assert [1, 3] == keep_best(score_layers(tensors, sums, PruneOptions(2))[0], 2)
     assert [0, 3] == keep_best(score_layers(tensors, sums, PruneOptions(2, score="frequency"))[0], 2)
+    assert [0, 3] == keep_best(score_layers(tensors, sums, PruneOptions(2, score="total"))[0], 2)
+    assert [0] == keep_best(score_layers(tensors, sums, PruneOptions(1, score="total"))[0], 1)
     assert [0, 2, 4] == keep_best(np.array([0, 0, 1, 0, 9, 8.0]), 3, 3)
     assert [0, 1] == keep_best(np.zeros(4), 2)
 
@@ -193,6 +195,18 @@ def test_experts_in_groups_stay_in_groups(tmp_path: Path) -> None:
         prune(whole, tmp_path / "other.gguf", PruneOptions(keep=4), TEXT)
     with pytest.raises(PlanError, match="4 per token are more than the 1 chosen groups"):
         prune(whole, tmp_path / "other.gguf", PruneOptions(keep=5, used=4), TEXT)
+
+
+def test_the_result_is_compared_with_the_whole_file(routed: Path, tmp_path: Path) -> None:
+    """A reference with experts runs at its own count."""
+    done = prune(routed, tmp_path / "out.gguf", PruneOptions(keep=7, score="random"))
+    settings = CompareSettings(n_token=60, n_context=CONTEXT, resume=False, journal=tmp_path / "rows", threads=1)
+
+    found = compare([routed, done.path], routed, settings=settings)
+
+    assert ["ok", "ok"] == [row.status for row in found.rows]
+    same, fewer = (row.quality.summary.kl_mean for row in found.rows if row.quality)
+    assert same < 1e-6 < fewer
 
 
 def test_another_count_leaves_the_width_of_an_expert(tmp_path: Path) -> None:
