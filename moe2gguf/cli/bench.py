@@ -28,7 +28,9 @@ from moe2gguf.cli.options import (
 @cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to time.")
 @option_group(
     "What to time",
-    option("--reference", type=FILE, metavar="DENSE", help="Dense file; the speeds are also given relative to it."),
+    option(
+        "--reference", type=FILE, metavar="DENSE", help="File, dense as a rule, to which the speeds are also given."
+    ),
     used_list_option,
     devices_option,
     rpc_option,

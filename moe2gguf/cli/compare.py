@@ -42,7 +42,13 @@ from moe2gguf.cli.options import (
 @cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to compare.")
 @option_group(
     "What to compare",
-    option("--reference", required=True, type=FILE, metavar="DENSE", help="The dense file to compare with."),
+    option(
+        "--reference",
+        required=True,
+        type=FILE,
+        metavar="DENSE",
+        help="The file to compare with, dense as a rule; one with experts runs at its own count.",
+    ),
     used_list_option,
     devices_option,
     rpc_option,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from moe2gguf.gguf.file import GGUFFile
-from moe2gguf.limits import DENSE_GRAPHS, GRAPHS, MIXTRAL, Graph, Size
+from moe2gguf.limits import DENSE_GRAPHS, GRAPHS, Graph, Size, estimate_graph
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class ExpertCounts:
 
 def read_counts(file: GGUFFile) -> ExpertCounts:
     """The counts of a file of any architecture; a value that is no whole number counts as 0."""
-    graph = find_graph(str(file.metadata.get("general.architecture"))) or MIXTRAL
+    architecture = str(file.metadata.get("general.architecture"))
+    graph = find_graph(architecture) or estimate_graph(architecture)
     n_expert, n_used, n_shared = count_experts(partial(_read_count, file))
     return ExpertCounts(n_expert, n_used, n_shared, Size.of(file.tensors, _read_count(file, "block_count"), graph))
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from moe2gguf.gguf import types
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.file import BLOCK_SIZES, GGUFFile, TensorInfo
-from moe2gguf.gguf.layout import mean_bits_per_weight
+from moe2gguf.gguf.layout import EACH_EXPERT, mean_bits_per_weight
 from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.spec import MetadataValue
@@ -146,8 +146,8 @@ def _experts(file: GGUFFile) -> Experts | None:
     counts = read_counts(file)
     if not counts.n_expert:
         return None
-    stacks = (t.shape for t in file.tensors.values() if t.name.endswith(".ffn_up_exps.weight") and len(t.shape) == 3)
-    d_expert = next((shape[1] for shape in stacks), None)
+    stacks = (t.shape for t in file.tensors.values() if t.name.endswith(".ffn_down_exps.weight") and len(t.shape) == 3)
+    d_expert = next((shape[2] for shape in stacks), None)
     note = made_for.reason if (made_for := read_made_for(file.metadata)) else ""
     return Experts(counts.n_expert, counts.n_used or None, d_expert, note, counts.n_shared)
 
@@ -157,7 +157,7 @@ def _n_active(tensors: Sequence[TensorInfo], n_parameters: int, experts: Experts
         return n_parameters
     if experts.used is None or not 0 <= experts.used <= experts.count:
         return None
-    in_experts = sum(tensor.n_elements for tensor in tensors if "_exps." in tensor.name)
+    in_experts = sum(tensor.n_elements for tensor in tensors if EACH_EXPERT.search(tensor.name))
     return n_parameters - in_experts * (experts.count - experts.used) // (experts.count - experts.shared)
 
 

@@ -6,6 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, li
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from moe2gguf.spec import MetadataValue
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32
+
+EACH_EXPERT = re.compile(r"(?<!_norm)_exps\.")
+"""In the name of a tensor that has a part for each expert; the norm before them in arctic has not."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ def active_bytes(tensors: Collection[Entry | TensorInfo], n_expert: int, n_exper
     An embedding that is not also the output matrix is left out: one row of it is read.
     """
     skipped = {"token_embd.weight"} if any(tensor.name == "output.weight" for tensor in tensors) else set()
-    in_experts = sum(tensor.n_bytes for tensor in tensors if "_exps." in tensor.name)
-    rest = sum(t.n_bytes for t in tensors if "_exps." not in t.name and t.name not in skipped)
+    in_experts = sum(tensor.n_bytes for tensor in tensors if EACH_EXPERT.search(tensor.name))
+    rest = sum(t.n_bytes for t in tensors if not EACH_EXPERT.search(t.name) and t.name not in skipped)
     return rest + (in_experts * n_expert_used // n_expert if n_expert else 0)
 
 

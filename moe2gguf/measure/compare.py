@@ -107,7 +107,7 @@ def compare(
     on_row: Callable[[ResultRow], None] = lambda _: None,
     on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
 ) -> Comparison:
-    """Compare every file at every `used` count on every device with the dense file `reference`.
+    """Compare every file at every `used` count on every device with `reference`; one with experts runs at its own.
 
     Each run is a child process: a crash, a kill or a time-out is a row with its reason, and the next one starts.
     Finished rows are kept in the journal and not measured again. `on_row` receives each row as it is done. With

@@ -68,6 +68,8 @@ class RoutingWatcher(NodeWatcher):
 
     def _add_probabilities(self, tally: LayerTally, rows: NDArray[Any]) -> None:
         p = rows.astype(np.float64)
+        if p.min() < 0:  # gpt-oss takes the softmax of the chosen ones only, and calls the logits probabilities
+            p = np.exp(p - p.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)  # sigmoids do not sum to 1
         tally.probability += p.sum(axis=0)
         tally.entropy -= float(np.sum(p * np.log(np.where(p > 0, p, 1.0))))

@@ -97,14 +97,21 @@ class Assignment:
         }
 
 
+_KEPT = re.compile(
+    r"_norm\.weight|ffn_gate_(inp|tid2eid)\.weight|ssm_conv1d|shortconv\.conv\.|indexer\.[kq]_proj|altup|laurel"
+    r"|per_layer_model_proj|time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.|attn_rel_b"
+    r"|^(position_embd|token_types)\.weight"
+)
+"""Matrices that llama.cpp's quantizer leaves as they are; its graphs read some of them in one type only."""
+
+
 def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor may have another type than the one it is stored in: a matrix, and no norm or router.
+    """Return whether a tensor may have another type than the one it is stored in: a matrix, and none of `_KEPT`.
 
     https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L287
     """
     n_dims = len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape))
-    kept = "_norm.weight" in name or "ffn_gate_inp.weight" in name
-    return n_dims >= 2 and name.endswith("weight") and not kept
+    return n_dims >= 2 and name.endswith("weight") and not _KEPT.search(name)
 
 
 def find_stored_type(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorType:

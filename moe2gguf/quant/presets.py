@@ -1,22 +1,28 @@
 """llama.cpp's file types (Q4_K_M and the like) as data: which tensors of a network get which type.
 
-The choices are those of llama.cpp's quantizer for the architectures `llama` and `qwen2`:
+The choices are those of llama.cpp's quantizer, which goes by the names of tensors and hardly by architectures:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-quant.cpp#L445-L714
-It decides tensor by tensor, with counters; the layer's number says the same, as every layer has one of each matrix.
+It decides tensor by tensor, with counters; the layer's number says the same where every layer has one of each matrix.
+Matrices of values are missing in layers without attention: those that there are count. Where a layer has
+several down projections, such as that of a shared expert, its six smallest file types raise the first eighth of the
+tensors; here it is the first eighth of the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "glm4moe", "deepseek")
-"""The others have rules of their own in places."""
+OWN_RULES = ("falcon",)
+"""The architecture for which llama.cpp's quantizer has rules of its own."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What the choices depend on. `n_expert` is 0 for a dense file; `importance`: an importance matrix is used."""
+    """What the choices depend on. `n_expert` is 0 for a dense file; `importance`: an importance matrix is used.
+
+    `with_values` are the layers with a matrix of values; None: all of them.
+    """
 
     architecture: str
     n_layer: int
@@ -26,6 +32,11 @@ class Network:
     tied_embeddings: bool
     n_expert: int = 0
     importance: bool = False
+    with_values: tuple[int, ...] | None = None
+
+    def list_layers(self, role: str) -> Sequence[int]:
+        """Return the layers that have a matrix of this role."""
+        return range(self.n_layer) if role != "attn_v" or self.with_values is None else self.with_values
 
     @property
     def n_gqa(self) -> int:
@@ -37,7 +48,8 @@ class Network:
         """Whether llama.cpp takes the (dense) network for a 70B model:
         https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L28
         """
-        return self.n_layer == 80 and (self.architecture != "llama" or self.n_head != self.n_head_kv)
+        is_meant = self.architecture == "qwen2" or (self.architecture == "llama" and self.n_head != self.n_head_kv)
+        return self.n_layer == 80 and is_meant
 
 
 Layers = Callable[[int, int], bool]
@@ -164,7 +176,7 @@ PRESETS: dict[str, Preset] = {
     "IQ4_NL": _mix("IQ4_NL", Row("attn_v", "Q5_K", when=grouped), Row("ffn_down", "Q5_K", first_eighth, unguided)),
     "IQ4_XS": _mix("IQ4_XS", Row("attn_v", "Q5_K", when=grouped), Row("ffn_down", "Q5_K", first_eighth, unguided)),
     "MXFP4_MOE": Preset(
-        "Q8_0", tuple(Row(role, "MXFP4", when=several) for role in ("ffn_gate", "ffn_up", "ffn_down")), head="Q8_0"
+        "Q8_0", tuple(Row(role, "MXFP4", when=several) for role in ("ffn_.*_exps", "attn_[kv]_b")), head="Q8_0"
     ),
     "Q3_K_L": _mix(
         "Q3_K",

@@ -18,7 +18,7 @@ from pathlib import Path
 from moe2gguf.errors import PlanError, name_odd_file
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType, shown
-from moe2gguf.quant.presets import ARCHITECTURES, PRESETS, Network, Preset
+from moe2gguf.quant.presets import OWN_RULES, PRESETS, Network, Preset
 from moe2gguf.spec import make_paths
 
 AUTO = "auto"
@@ -103,7 +103,8 @@ def make_preset_rules(name: str, network: Network, *, mix: bool = False) -> tupl
         if not row.when(seen):
             continue
         done = decided.setdefault(row.role, set())
-        layers = [i for i in range(seen.n_layer) if i not in done and row.layers(i, seen.n_layer)]
+        present = seen.list_layers(row.role)
+        layers = [i for at, i in enumerate(present) if i not in done and row.layers(at, len(present))]
         done.update(layers)
         if layers:
             pattern = _make_pattern(row.role, layers, seen.n_layer)
@@ -132,7 +133,7 @@ def _make_pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
         return r"token_embd\.weight"
     listed = [*layers]
     numbers = r"\d+" if len(listed) == n_layer else f"({'|'.join(map(str, listed))})"
-    named = "attn_(v|qkv)" if role == "attn_v" else f"{role}(_exps|_shexp)?" if role.startswith("ffn_") else role
+    named = "attn_(v|qkv|kv_b)" if role == "attn_v" else rf"{role}(_\w+)?" if role.startswith("ffn_") else role
     return rf"blk\.{numbers}\.{named}\.weight"
 
 
@@ -145,13 +146,10 @@ def make_base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
         main = "MXFP4" if name == "MXFP4_MOE" else PRESETS[name].type if name in PRESETS else name
         return (Rule(".*", types.named(main), f"type {options.type}"),)
     if name in PRESETS:
-        if network.architecture not in ARCHITECTURES and types.named(PRESETS[name].type) not in types.FLOATS:
-            raise PlanError(
-                [
-                    f"type {options.type}: llama.cpp's choice of types is known here for the architectures "
-                    f"{' and '.join(ARCHITECTURES)}, not for {shown(network.architecture)}; use --pure, or --type-rules"
-                ]
-            )
+        is_known = network.n_layer and network.architecture not in OWN_RULES
+        if not is_known and types.named(PRESETS[name].type) not in types.FLOATS:
+            why = f"is not known here for {shown(network.architecture)}" if network.n_layer else "needs a block_count"
+            raise PlanError([f"type {options.type}: llama.cpp's choice of types {why}; use --pure, or --type-rules"])
         return make_preset_rules(name, network, mix=options.llama_cpp_mix)
     kind = types.named(name)
     origin = f"type {options.type}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import kernels, types
+from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.expected import check_architecture
 from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
@@ -28,7 +30,7 @@ from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
 from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatrix
-from moe2gguf.quant.presets import ARCHITECTURES, Network
+from moe2gguf.quant.presets import Network
 from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.quant.target import choose_types, refuse_target
 from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
@@ -40,6 +42,8 @@ BLOCK = 4 << 20
 """Elements of a tensor that are in memory together."""
 
 PREFIX = "moe2gguf.quantize."
+
+_WITH_VALUES = re.compile(r"blk\.(\d{1,9})\.attn_(?:v|qkv|kv_b)\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,10 +266,10 @@ def describe_network(file: GGUFFile) -> Network:
     """
     architecture = str(file.metadata.get("general.architecture", "unknown"))
     tied = "output.weight" not in file.tensors
-    if architecture not in ARCHITECTURES:
-        return Network(architecture, 0, 0, 0, 0, tied)
 
-    def number(key: str, default: int | None = None) -> int:
+    missing = None if find_graph(architecture) else 0  # of others `make_base_rules` refuses what needs a number
+
+    def number(key: str, default: int | None = missing) -> int:
         value = file.metadata.get(f"{architecture}.{key}", default)
         value = value[0] if isinstance(value, list) and value else value  # per layer: llama.cpp asks the first one
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -276,7 +280,9 @@ def describe_network(file: GGUFFile) -> Network:
     if n_layer > len(file.tensors):
         raise GGUFError(f"{file.path}: {n_layer} layers, but only {len(file.tensors)} tensors")
     n_head_kv, d_model = number("attention.head_count_kv", n_head), number("embedding_length")
-    return Network(architecture, n_layer, n_head, n_head_kv, d_model, tied, number("expert_count", 0))
+    n_expert, found = number("expert_count", 0), (_WITH_VALUES.fullmatch(name) for name in file.tensors)
+    values = sorted(int(match[1]) for match in found if match)
+    return Network(architecture, n_layer, n_head, n_head_kv, d_model, tied, n_expert, with_values=tuple(values))
 
 
 def _refuse_file(file: GGUFFile) -> list[str]:

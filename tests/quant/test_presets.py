@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from llama_quantize import chosen_types, hollow
+from moe_files import MORE, make
 
 from moe2gguf.gguf import types
 from moe2gguf.gguf.layout import Entry
@@ -12,6 +13,7 @@ from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.quant.assign import assign
 from moe2gguf.quant.presets import FILE_TYPE_NAMES, PRESETS, Network
 from moe2gguf.quant.rules import TypeOptions
+from moe2gguf.recipes.quantize import describe_network
 
 DENSE = {
     "24 layers, grouped queries": {"n_layer": 24, "n_head_kv": 2},
@@ -114,3 +116,25 @@ def test_pure_is_llama_cpps_pure(tmp_path: Path, name: Any) -> None:
     same = {tensor: kind.name for tensor, kind in ours.types.items() if tensor in expected}
     assert expected == same
     assert {"F16"} == {ours.types[tensor].name for tensor in ours.types if "norm" in tensor or "gate_inp" in tensor}
+
+
+@pytest.mark.parametrize("architecture", MORE)
+def test_presets_of_other_architectures_are_llama_cpps(tmp_path: Path, architecture: str) -> None:
+    """Beside shared experts, dense layers, latent attention, or none."""
+    path = make(tmp_path / "moe.gguf", architecture, 6)
+    file = read_gguf(path)
+    tensors, seen = entries(path), describe_network(file)
+    stored = {tensor.name: tensor.type.name for tensor in tensors}
+    downs = [name.split(".")[1] for name in stored if ".ffn_down" in name and name.endswith("weight")]
+    has_several = len(downs) > len({*downs})
+
+    for name, preset in PRESETS.items():
+        if preset.tiny and has_several:  # llama.cpp counts every down projection as a layer
+            continue
+        ours = assign(tensors, TypeOptions(name.lower(), allow_fallback=True, llama_cpp_mix=True), seen)
+        try:
+            expected = chosen_types(path, types.file_type(FILE_TYPE_NAMES[name]))
+        except RuntimeError:
+            assert ours.refusals, name
+            continue
+        assert stored | expected == {tensor: kind.name for tensor, kind in ours.types.items()}, name

@@ -245,8 +245,8 @@ def test_a_preset_is_a_list_of_rules() -> None:
     layers = r"blk\.(0|1|4|7|10|13|14|15)"
     assert [
         (r"output\.weight", "Q6_K"),
-        (layers + r"\.attn_(v|qkv)\.weight", "Q6_K"),
-        (layers + r"\.ffn_down(_exps|_shexp)?\.weight", "Q6_K"),
+        (layers + r"\.attn_(v|qkv|kv_b)\.weight", "Q6_K"),
+        (layers + r"\.ffn_down(_\w+)?\.weight", "Q6_K"),
         (".*", "Q4_K"),
     ] == [(rule.pattern, rule.type.name) for rule in rules]
 
@@ -264,10 +264,16 @@ def test_names_are_known_in_any_case_and_the_nearest_to_unknown_ones_are_named()
     assert refusal.startswith("type gibberish: unknown; choose one of f32, bf16, f16, q8_0, q6_k, q5_k_m")
 
 
-def test_a_preset_of_an_unknown_architecture_is_refused() -> None:
-    """Its rules might differ; one type for everything is possible."""
-    other = Network("falcon", 3, 8, 2, 256, True)
-    with pytest.raises(PlanError, match="not for 'falcon'; use --pure"):
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Network("falcon", 3, 8, 2, 256, True), "is not known here for 'falcon'; use --pure"),
+        (Network("odd", 0, 0, 0, 0, True), "needs a block_count; use --pure"),
+    ],
+)
+def test_a_preset_is_refused_where_its_choice_is_not_known(other: Network, words: str) -> None:
+    """Falcon's rules differ, and a file may not say how many layers it has; one type for everything is possible."""
+    with pytest.raises(PlanError, match=words):
         assign(tensors(256), TypeOptions("q4_k_m"), other)
     for options in (TypeOptions("q4_k_m", pure=True), TypeOptions("f16"), TypeOptions("q4_k")):
         assert () == assign(tensors(256), options, other).refusals

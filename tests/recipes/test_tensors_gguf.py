@@ -313,7 +313,7 @@ def test_files_that_are_no_dense_llama_are_refused(tmp_path: Path, change: Any, 
 def test_other_refusals(dense: Any, tmp_path: Path) -> None:
     """Experts already, no GGUF, nothing there, the source as target, a broken target."""
     (tmp_path / "moe.gguf").write_bytes(g.LlamaFile(n_expert=4).bytes())
-    with pytest.raises(PlanError, match="has 4 experts already; `moe2gguf inspect, expert-usage, set-used, quantize"):
+    with pytest.raises(PlanError, match="has 4 experts already; `moe2gguf inspect, expert-usage, set-used, prune"):
         plan_conversion(tmp_path / "moe.gguf")
     (tmp_path / "text").write_text("no model at all, but long enough for one")
     with pytest.raises(GGUFError, match="not a GGUF file"):

@@ -282,3 +282,13 @@ def write(path: Path, architecture: str, keys: Mapping[str, Any], weights: Weigh
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def make(path: Path, architecture: str, times: int = 1, **changes: Any) -> Path:
+    """Write a whole file with random weights: of 2 or 3 layers, or so many times as many."""
+    keys: dict[str, Any] = {**KEYS, **MORE[architecture]}
+    n_layer = keys["block_count"]
+    layered = {key: value * times for key, value in keys.items() if isinstance(value, list) and len(value) == n_layer}
+    keys |= {**layered, "block_count": n_layer * times, **changes}
+    (shapes,) = list_tensors(write(path, architecture, keys, {}))
+    return write(path, architecture, keys, make_weights(shapes))
