@@ -150,7 +150,7 @@ def _set_of(stem: str, folder: Path) -> Iterator[Path]:
 
 def _identities(path: Path) -> Iterator[object]:
     """What two names of one file have in common: the place, and for what exists the file system's number."""
-    yield str(path.resolve())
+    yield os.path.realpath(path)  # Path.resolve raises for a link to itself
     if path.exists():
         status = path.stat()
         yield status.st_dev, status.st_ino

@@ -213,7 +213,7 @@ def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTens
             "the tensors have the names of the original LLaMA or Mistral release, not of transformers; take the "
             "Hugging Face version of the model, or write one with transformers' convert_llama_weights_to_hf.py"
         ]
-    if any(".lora_A." in name for name in tensors):
+    if any(".lora_A." in name or ".base_layer." in name for name in tensors):
         return [ADAPTER]
     suffix = EMBEDDING.removeprefix("model.")
     for name in tensors:

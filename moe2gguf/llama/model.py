@@ -71,7 +71,9 @@ def choose_expert_override(facts: Facts, requested: int | Literal["all"] | None)
     n, name = facts.n_expert, facts.path.name
     if n == 0:
         if requested not in (None, "all"):
-            raise HarnessError(f"{name} is dense, it has no experts to choose from: leave n_expert_used out")
+            raise HarnessError(
+                f"{name} is dense, it has no experts to choose from: leave the number of used experts out"
+            )
         return None
     if not facts.n_shared < facts.n_expert_used <= n:
         raise HarnessError(f"{name} says that {facts.n_expert_used} of {n} experts are used: convert it again")

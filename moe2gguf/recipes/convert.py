@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:
     read = [*plan.source.own_files, *plan.options.files]
     check_model_target(out, len(plan.files), read, force=force)
     if kept := plan.options.calibration.save_to:
-        if kept.resolve() in {path.resolve() for path in list_model_paths(out, len(plan.files))}:
+        if os.path.realpath(kept) in {os.path.realpath(path) for path in list_model_paths(out, len(plan.files))}:
             raise OutputError(f"{kept}: is the file to write already; keep the calibration under another name")
         check_target(kept, read, force=force)
 

@@ -188,8 +188,13 @@ def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
             f"--load-calibration {inputs.saved.path.name}: only its shapes can be compared with a GGUF file, whose "
             "weights are rounded; make sure that it was made from the same model"
         )
-    if inputs.text and inputs.options.calibration.text is None:
+    wishes = inputs.options.calibration
+    if inputs.text and wishes.text is None:
         warnings.append(NO_TEXT)
+    given = {"--calibration": wishes.text, "--calibration-tokens": wishes.n_token, "--torch-device": wishes.device}
+    useless = [name for name, value in given.items() if value is not None]
+    if useless and not inputs.text and not inputs.saved:
+        warnings.append(f"{', '.join(useless)}: no effect, since these experts are not fitted to a text; see --used")
     return warnings
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import checkpoints
 import click
 import pytest
 from click.testing import CliRunner, Result
+from command import moe2gguf
 
 from moe2gguf.cli import cli
 from moe2gguf.cli.command import ContinuedOutput, Input, Output
@@ -148,3 +150,20 @@ def test_the_other_shards_of_a_set_are_inputs(tmp_path: Path) -> None:
 def run(words: list[str]) -> Result:
     """The command in this process."""
     return CliRunner().invoke(cli, words)
+
+
+def test_a_link_to_itself_is_no_traceback(tmp_path: Path) -> None:
+    """As a model, in a model's folder, and as the folder of an output: one message."""
+    model = checkpoints.make(tmp_path / "m")
+    for name in ("loop", "m/tokenizer.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(Path(name).name)
+
+    for given in (
+        (tmp_path / "loop", tmp_path / "x.gguf"),
+        (model, tmp_path / "x.gguf"),
+        (model, tmp_path / "loop" / "x"),
+    ):
+        done = moe2gguf("convert", *given)
+        assert (1, True) == (done.returncode, done.stderr.startswith("moe2gguf: ")), done.stderr
+    assert "is a link to tokenizer.json, where no file is" in moe2gguf("convert", model, tmp_path / "x.gguf").stderr

@@ -395,6 +395,7 @@ def test_quantized_weights_are_one_problem(tmp_path: Path, extra: str) -> None:
         ("model", lambda name: name.replace("model.", "transformer."), "begin with 'transformer.'"),
         ("model", lambda name: name.removeprefix("model."), "begin with ''"),
         ("model", lambda name: f"base_model.model.{name[:-7]}.lora_A.weight", "merge it into its base model"),
+        ("model", lambda name: name.replace("_proj.", "_proj.base_layer."), "merge it into its base model"),
         ("adapter_model", lambda name: f"base_model.model.{name}", "merge it into its base model"),
         (
             "consolidated",
