@@ -3,6 +3,7 @@
     python scripts/experiments/train_dense.py MODEL OUT --text FILE [--tokens N] [--steps N] [--batch 2] [--lr RATE]
 
 Windows, their order, the optimizer and its schedule are those of `moe2gguf heal`. OUT is a folder like MODEL.
+docs/how-to/merge.md merges two such folders.
 """
 
 from __future__ import annotations
