@@ -29,7 +29,7 @@ from moe2gguf.cli.options import (
 @cloup.argument(
     "base", type=MODEL, help="The dense model that attention, norms and embeddings are taken from; or a recipe (.yaml)."
 )
-@cloup.argument("donors", type=MODEL, nargs=-1, help="The dense models that become experts.")
+@cloup.argument("donors", type=MODEL, nargs=-1, metavar="[DONORS]", help="The dense models that become experts.")
 @cloup.argument("out", type=OUT, help="The GGUF file to write.")
 @option_group(
     "Experts",
@@ -64,7 +64,7 @@ def merge(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Merge dense models of one shape into one file in which each is an expert.
+    """Merge dense models of one shape into one file, an expert each.
 
     The MLPs of fine-tunes of one model are stacked as they are stored; attention, norms and embeddings are those of
     BASE, whose own MLPs are in the file only if it is named as a donor too. Routers learn from prompts which expert
