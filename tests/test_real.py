@@ -17,7 +17,7 @@ from moe2gguf import compare_with_dense, convert
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
-N_TOKEN = 512
+CHECKED: Any = {"n_token": 512, "n_context": 128}  # short windows: the first one runs again, token by token
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,11 @@ def test_all_experts_are_the_dense_model(
     convert(folder, tmp_path / "dense.gguf", flat_options(dense=True, type=kind))
     convert(folder, tmp_path / "sliced.gguf", flat_options(experts=experts, type=kind))
 
-    found = compare_with_dense(tmp_path / "sliced.gguf", tmp_path / "dense.gguf", n_token=N_TOKEN)
+    found = compare_with_dense(tmp_path / "sliced.gguf", tmp_path / "dense.gguf", **CHECKED)
 
     record_property("check", json.dumps(found.to_dict()))
     print(json.dumps(found.to_dict()))
-    assert found.difference.n_token >= N_TOKEN
+    assert found.difference.n_token >= CHECKED["n_token"]
     if kl is not None:
         assert found.difference.kl_mean <= kl
         assert found.difference.top1 >= 0.997
@@ -72,7 +72,7 @@ def test_a_quantized_file_is_cut_without_loss(tmp_path: Path, experts: int, reco
             found = np.concatenate(list(found if experts == 6 else found / np.float32(experts)), axis=1)
         np.testing.assert_array_equal(expected, found.reshape(expected.shape), err_msg=name)
 
-    compared = compare_with_dense(out, source, n_token=N_TOKEN)
+    compared = compare_with_dense(out, source, **CHECKED)
 
     record_property("check", json.dumps(compared.to_dict()))
     print(json.dumps(compared.to_dict()))
