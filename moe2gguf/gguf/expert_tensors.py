@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,25 +66,34 @@ def find_expert_tensors(file: GGUFFile, n_expert: int, problems: list[str]) -> E
             f"{', '.join(STACKED)} only"
         )
         return ExpertTensors(n_expert, 0, layer_of)
-    for name, info in file.tensors.items():
-        if name not in layer_of:
-            if _ABOUT_EXPERTS.search(name) and not _WHOLE.fullmatch(name):
-                problems.append(f"tensor {shown(name)}: whether it has a row per expert is not known")
-        elif info.shape[:1] != (n_expert,):
-            problems.append(f"tensor {name}: expected {n_expert} experts, found the shape {info.shape}")
-        elif len(info.shape) == 1 and info.type not in types.FLOATS:
-            problems.append(f"tensor {name}: {info.type.name} cannot be cut between numbers; write it as F32")
-    for i in sorted(set(layer_of.values())):
-        needed = [f"blk.{i}.{name}.weight" for name in ("ffn_gate_inp", "ffn_up_exps", "ffn_down_exps")]
-        if f"blk.{i}.ffn_gate_up_exps.weight" in layer_of:
-            del needed[1]
-        problems += [f"layer {i}: has experts, but no tensor {name}" for name in needed if name not in layer_of]
+    problems += (problem for info in file.tensors.values() for problem in _refuse_tensor(info, n_expert))
+    problems += _list_missing(layer_of)
     if not layer_of:
         problems.append("has no stacked experts: no tensor ffn_down_exps")
     widths = [
         info.shape[-1] for name, info in file.tensors.items() if name.endswith("ffn_down_exps.weight") and info.shape
     ]
     return ExpertTensors(n_expert, widths[0] if widths else 0, layer_of)
+
+
+def _refuse_tensor(info: TensorInfo, n_expert: int) -> Iterator[str]:
+    """Why a tensor cannot be cut into the rows of `n_expert` experts, though it may be about them."""
+    if not _PER_EXPERT.fullmatch(info.name):
+        if _ABOUT_EXPERTS.search(info.name) and not _WHOLE.fullmatch(info.name):
+            yield f"tensor {shown(info.name)}: whether it has a row per expert is not known"
+    elif info.shape[:1] != (n_expert,):
+        yield f"tensor {info.name}: expected {n_expert} experts, found the shape {info.shape}"
+    elif len(info.shape) == 1 and info.type not in types.FLOATS:
+        yield f"tensor {info.name}: {info.type.name} cannot be cut between numbers; write it as F32"
+
+
+def _list_missing(layer_of: Mapping[str, int]) -> Iterator[str]:
+    """The tensors that every layer with experts has, where one is not there."""
+    for i in sorted(set(layer_of.values())):
+        needed = [f"blk.{i}.{name}.weight" for name in ("ffn_gate_inp", "ffn_up_exps", "ffn_down_exps")]
+        if f"blk.{i}.ffn_gate_up_exps.weight" in layer_of:
+            del needed[1]
+        yield from (f"layer {i}: has experts, but no tensor {name}" for name in needed if name not in layer_of)
 
 
 def copy_tensor(file: GGUFFile, name: str, experts: Sequence[int] | None = None) -> OutputTensor:

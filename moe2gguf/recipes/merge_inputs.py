@@ -75,23 +75,32 @@ def read_recipe(path: Path) -> Recipe:
 
 def _refuse(values: dict[Any, Any]) -> Iterator[str]:
     """Everything that is wrong with a recipe."""
+    yield from _refuse_keys(values)
+    experts = values.get("experts")
+    if not isinstance(values.get("base_model"), str) or not isinstance(experts, list):
+        yield "needs base_model, a name, and experts, a list"
+    for i, one in enumerate(experts if isinstance(experts, list) else []):
+        yield from (f"expert {i}: {problem}" for problem in _refuse_expert(one if isinstance(one, dict) else {}))
+
+
+def _refuse_keys(values: dict[Any, Any]) -> Iterator[str]:
+    """What a recipe says besides its models that is not known, or not one of what may be said."""
     if unknown := [shown(str(key)) for key in values if key not in ("base_model", "experts", *_CHOICES)]:
         yield f"{', '.join(unknown)}: not done here"
     for key, choices in _CHOICES.items():
         if key in values and not any(type(one) is type(values[key]) and one == values[key] for one in choices):
             words = [str(one) for one in choices[:3] if one] + ["..."][: len(choices) > len(_TYPES)]
             yield f"{key} {shown(str(values[key]))}: expected {', '.join(words)}"
-    experts = values.get("experts")
-    if not isinstance(values.get("base_model"), str) or not isinstance(experts, list):
-        yield "needs base_model, a name, and experts, a list"
-    for i, one in enumerate(experts if isinstance(experts, list) else []):
-        row = one if isinstance(one, dict) else {}
-        if not isinstance(row.get("source_model"), str):
-            yield f"expert {i}: needs source_model, a name"
-        for key, value in row.items():
-            if key in ("positive_prompts", "negative_prompts"):
-                texts = value or []
-                if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                    yield f"expert {i}: {key} is a list of texts"
-            elif key != "source_model":
-                yield f"expert {i}: {shown(str(key))}: not done here"
+
+
+def _refuse_expert(row: dict[Any, Any]) -> Iterator[str]:
+    """Everything that is wrong with an expert of a recipe."""
+    if not isinstance(row.get("source_model"), str):
+        yield "needs source_model, a name"
+    for key, value in row.items():
+        if key in ("positive_prompts", "negative_prompts"):
+            texts = value or []
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                yield f"{key} is a list of texts"
+        elif key != "source_model":
+            yield f"{shown(str(key))}: not done here"

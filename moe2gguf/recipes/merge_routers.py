@@ -47,21 +47,31 @@ def find_routers(
     held_out: list[Group] = [[] for _ in donors]
     states: list[States] = []
     if any(donor.prompts for donor in donors):
-        texts = [*(donor.prompts for donor in donors), *(donor.negative for donor in donors)]
         with _open_file(base, out) as file:
-            cut = run_in_child(cut_prompts, file, texts, setup.n_context, what=f"reading prompts as {file} does")
-            pieces = [_spread(one, options.n_token) for one in cut]
-            if empty := [
-                str(donor.model) for donor, one in zip(donors, pieces, strict=False) if donor.prompts and not one
-            ]:
-                raise PlanError([f"{model}: its prompts have no tokens" for model in empty])
-            held_out = [one[HELD_OUT - 1 :: HELD_OUT] for one in pieces[:n]]
-            own = [[piece for j, piece in enumerate(one) if (j + 1) % HELD_OUT] for one in pieces[:n]]
+            own, negative, held_out = _cut_prompts(file, donors, setup.n_context, options.n_token)
             if options.router != "random":
-                states = _watch(file, setup, [*own, *pieces[n:], *held_out], progress)
+                states = _watch(file, setup, [*own, *negative, *held_out], progress)
     if options.router == "random":
         return {i: draw_router(n, model.d_model, options.seed, i) for i in range(model.n_layer)}, held_out
     return {i: _make_router(options, [one[i] for one in states], n) for i in range(model.n_layer)}, held_out
+
+
+def _cut_prompts(
+    file: Path, donors: Sequence[Donor], n_context: int, n_token: int
+) -> tuple[list[Group], list[Group], list[Group]]:
+    """For each expert: the pieces of its own prompts, of its negative ones, and those of its own that are kept back.
+
+    Raises:
+        PlanError: the prompts of an expert have no tokens.
+    """
+    texts = [*(donor.prompts for donor in donors), *(donor.negative for donor in donors)]
+    cut = run_in_child(cut_prompts, file, texts, n_context, what=f"reading prompts as {file} does")
+    pieces = [_spread(one, n_token) for one in cut]
+    own, negative = pieces[: len(donors)], pieces[len(donors) :]
+    if empty := [donor.model for donor, one in zip(donors, own, strict=True) if donor.prompts and not one]:
+        raise PlanError([f"{model}: its prompts have no tokens" for model in empty])
+    learned: list[Group] = [[piece for j, piece in enumerate(one) if (j + 1) % HELD_OUT] for one in own]
+    return learned, [*negative], [one[HELD_OUT - 1 :: HELD_OUT] for one in own]
 
 
 def score_routers(path: Path, held_out: Sequence[Group], setup: Setup, progress: Progress) -> tuple[LayerRouting, ...]:

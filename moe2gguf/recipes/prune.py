@@ -221,12 +221,17 @@ def _require_counts(file: GGUFFile, options: PruneOptions) -> tuple[ExpertCounts
     if options.score == "frequency" and counts.n_used == counts.n_expert:
         raise PlanError([f"{has}, and every token runs all: frequency cannot tell them apart; use --score reap"])
     if n_group:
-        n_each, rest = divmod(options.keep - counts.n_shared, n_group)
-        if rest or n_each < 2 or counts.n_routed % n_group:
-            raise PlanError([f"{has}, routed in {n_group} groups of one size; keep 2 or more of each, equally many"])
-        if (n_used := _choose_used(counts, options)) - counts.n_shared > (n_group_used or 1) * n_each:
-            raise PlanError([f"{has}; {n_used} per token are more than the {n_group_used} chosen groups would have"])
+        _require_groups(counts, options, n_group, n_group_used, has)
     return counts, n_group or 1
+
+
+def _require_groups(counts: ExpertCounts, options: PruneOptions, n_group: int, n_group_used: int, has: str) -> None:
+    """Raise PlanError, which begins with what the file `has`, unless each group can keep equally many experts."""
+    n_each, rest = divmod(options.keep - counts.n_shared, n_group)
+    if rest or n_each < 2 or counts.n_routed % n_group:
+        raise PlanError([f"{has}, routed in {n_group} groups of one size; keep 2 or more of each, equally many"])
+    if (n_used := _choose_used(counts, options)) - counts.n_shared > (n_group_used or 1) * n_each:
+        raise PlanError([f"{has}; {n_used} per token are more than the {n_group_used} chosen groups would have"])
 
 
 def _require_tensors(file: GGUFFile, counts: ExpertCounts) -> ExpertTensors:

@@ -53,6 +53,17 @@ _LATENT = {
 """Attention as in DeepSeek-V2."""
 
 _INDEXER = {"attention.indexer.head_count": 2, "attention.indexer.key_length": 64, "attention.indexer.top_k": 64}
+_HYBRID = {
+    "expert_shared_feed_forward_length": 32,
+    "ssm.inner_size": 64,
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 2,
+    "full_attention_interval": 2,
+}
+"""Attention and gated delta rule in turn, as in Qwen3-Next."""
+
 _WINDOWS = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [0, 1]}
 
 MORE: dict[str, dict[str, Any]] = {
@@ -64,25 +75,8 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen2moe": {"expert_shared_feed_forward_length": 32},
     "qwen3moe": {},
     "qwen3vlmoe": {"rope.dimension_sections": [4, 4, 4, 4]},
-    "qwen3next": {
-        "expert_shared_feed_forward_length": 32,
-        "ssm.inner_size": 64,
-        "ssm.conv_kernel": 4,
-        "ssm.state_size": 16,
-        "ssm.time_step_rank": 4,
-        "ssm.group_count": 2,
-        "full_attention_interval": 2,
-    },
-    "qwen35moe": {
-        "expert_shared_feed_forward_length": 32,
-        "ssm.inner_size": 64,
-        "ssm.conv_kernel": 4,
-        "ssm.state_size": 16,
-        "ssm.time_step_rank": 4,
-        "ssm.group_count": 2,
-        "full_attention_interval": 2,
-        "rope.dimension_sections": [4, 4, 4, 4],
-    },
+    "qwen3next": _HYBRID,
+    "qwen35moe": _HYBRID | {"rope.dimension_sections": [4, 4, 4, 4]},
     "phimoe": {},
     "olmoe": {},
     "arctic": {},
