@@ -154,7 +154,7 @@ class Slicing:
 
     grain         contiguous slices keep so many neighbors together, the block of a quantized source
     scale_tensor  the amplification stands in a tensor of its own (`ffn_down_exps.scale`), not in the weights
-    target        the graph that the file is for: a name of `moe2gguf.limits.GRAPHS`
+    target        the graph that the file is for: a name of `moe2gguf.graphs.GRAPHS`
     in_shared     so many of the experts, the first, are one wide shared expert in the file; 0 where the graph has none
     """
 

@@ -14,13 +14,12 @@ import gguf
 import numpy as np
 import pytest
 
+from moe2gguf.graphs import GRAPHS, Graph
 from moe2gguf.limits import (
     DEFAULT,
-    GRAPHS,
     MAX_EXPERTS,
     QUANTIZED_CACHE,
     SEPARATE_STREAMS,
-    Graph,
     Setting,
     Size,
     check_expert_counts,

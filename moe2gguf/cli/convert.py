@@ -34,7 +34,7 @@ from moe2gguf.cli.options import (
     type_rules,
 )
 from moe2gguf.experts import methods
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 
 if TYPE_CHECKING:
     from moe2gguf.recipes.options import Options

@@ -25,7 +25,7 @@ from moe2gguf.cli.options import (
     whole_numbers,
     words,
 )
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 
 if TYPE_CHECKING:
     from moe2gguf.measure.publish import Publication

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe2gguf.experts.hidden_states import LazyRows, Rows, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import PADDING
-from moe2gguf.limits import MIXTRAL, Graph
+from moe2gguf.graphs import MIXTRAL, Graph
 
 Groups = list[Tensor]
 """For each expert the sorted numbers of its neurons."""

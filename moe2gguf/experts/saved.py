@@ -25,7 +25,7 @@ from moe2gguf.errors import CalibrationError, name_odd_file
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import EXACT_ROUTER_SIZE, PADDING, ROUTER_SIZE, expert_width, plain_scale
 from moe2gguf.gguf.outputs import write_whole
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.spec import Method, Slicing
 
 FORMAT = "1"

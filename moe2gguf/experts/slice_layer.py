@@ -21,7 +21,7 @@ from moe2gguf.experts.hidden_states import Rows, sample_rows
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.experts.mlp import MLP, Groups, LayerInputs, Router, SlicedLayer, Stream
 from moe2gguf.experts.slicing import default_n_shared, plain_scale
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.spec import Slicing
 
 HELD_OUT = 5

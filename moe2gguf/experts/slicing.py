@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.spec import Slicing
 
 PADDING = -1

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from moe2gguf.gguf.file import GGUFFile
-from moe2gguf.limits import DENSE_GRAPHS, GRAPHS, Graph, Size, estimate_graph
+from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph
+from moe2gguf.limits import Size, estimate_graph
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment, 
 from moe2gguf.gguf.metadata import yarn_attention
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
-from moe2gguf.limits import DENSE_GRAPHS, EXPERT_COMMANDS, MIXTRAL
+from moe2gguf.graphs import DENSE_GRAPHS, EXPERT_COMMANDS, MIXTRAL
 from moe2gguf.spec import Dimensions, MetadataValue, Model, Rope
 
 _MLP_EXTRA = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.(bias|scale|input_scale)")

@@ -12,16 +12,8 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import list_names
 from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
-from moe2gguf.limits import (
-    DENSE_GRAPHS,
-    GRAPHS,
-    MAX_EXPERTS,
-    Graph,
-    GraphTensor,
-    Size,
-    graph_sizes,
-    max_experts_used,
-)
+from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph, GraphTensor, graph_sizes
+from moe2gguf.limits import MAX_EXPERTS, Size, max_experts_used
 from moe2gguf.spec import Dimensions, MetadataValue
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from numpy.typing import NDArray
 
-from moe2gguf.limits import GRAPHS, Graph, find_graph_of
+from moe2gguf.graphs import GRAPHS, Graph, find_graph_of
 from moe2gguf.spec import Calibration, MetadataValue, Model, Rope, Slicing, Vocabulary
 
 SOURCE_DIGEST = "moe2gguf.source.sha256"

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.hf.families import FAMILIES, REFUSED, Family
 from moe2gguf.hf.json_file import is_number
 from moe2gguf.hf.mixtures import ARCHITECTURES, describe_mixture, name_type
-from moe2gguf.limits import GRAPHS
 from moe2gguf.spec import Metadata, Model, Rope
 
 _LARGEST = 2**31 - 1  # GGUF stores these as 32-bit counts, and llama.cpp reads them into int

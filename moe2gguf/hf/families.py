@@ -3,7 +3,7 @@
 A family says which tensors a checkpoint must hold, under which names and shapes, and where each goes in the GGUF file.
 Adding a family means adding a row to `FAMILIES`; an architecture that cannot be written gets a row in `REFUSED`.
 
-Targets and their shapes are those of the graph `qwen3` in `moe2gguf.limits`, which has every tensor of these families.
+Targets and their shapes are those of the graph `qwen3` in `moe2gguf.graphs`, which has every tensor of these families.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from moe2gguf.limits import DENSE_GRAPHS, MIXTRAL, graph_sizes
+from moe2gguf.graphs import DENSE_GRAPHS, MIXTRAL, graph_sizes
 from moe2gguf.spec import Model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe2gguf.limits import EXPERT_COMMANDS
+from moe2gguf.graphs import EXPERT_COMMANDS
 
 CONVERTED: dict[str, tuple[str, ...]] = {
     "afmoe": ("AfmoeForCausalLM",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.spec import Model, Rope
 
 GROUPED_ROW_BYTES = 16

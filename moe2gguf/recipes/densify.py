@@ -25,11 +25,11 @@ from moe2gguf.gguf.rotary import halves_to_pairs
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, write_model
+from moe2gguf.graphs import DENSE_GRAPHS
 from moe2gguf.hf.families import DENSE, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import DTYPES
 from moe2gguf.hf.write_config import describe_config
-from moe2gguf.limits import DENSE_GRAPHS
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import copy_tensor, make_config
 from moe2gguf.recipes.tensors_hf import expert_stacks

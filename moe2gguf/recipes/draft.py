@@ -11,8 +11,8 @@ from moe2gguf.experts.slicing import Order
 from moe2gguf.gguf.dense_model import DenseFile, carried_metadata
 from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.metadata import expert_metadata, model_metadata, provenance, vocabulary_metadata
+from moe2gguf.graphs import GRAPHS, find_graph_of
 from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION, Checkpoint
-from moe2gguf.limits import GRAPHS, find_graph_of
 from moe2gguf.quant.assign import Assignment, assign
 from moe2gguf.quant.imatrix import ImportanceMatrix
 from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide, record_imatrix

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.rotary import pairs_to_halves
 from moe2gguf.gguf.source_tensor import SourceTensor
+from moe2gguf.graphs import graph_sizes
 from moe2gguf.hf.families import DENSE, list_rules
-from moe2gguf.limits import graph_sizes
 from moe2gguf.spec import Model
 
 Array = NDArray[np.generic]

@@ -17,9 +17,9 @@ from moe2gguf.experts.heal.work import ExpertWeights, HealRun, Log, WorkFolder
 from moe2gguf.experts.text import Text, read_sample, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.resume import Job, describe, describe_record
+from moe2gguf.graphs import find_graph_of
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.hf.safetensors import digest_source
-from moe2gguf.limits import find_graph_of
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.hf_output import Trained, write_healed
 from moe2gguf.recipes.tensors_hf import expert_stacks

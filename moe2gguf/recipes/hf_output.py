@@ -27,13 +27,13 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.gguf.writer import OutputTensor
+from moe2gguf.graphs import MIXTRAL
 from moe2gguf.hf.families import DENSE, FOLDER_FORMS, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
 from moe2gguf.hf.paths import resolve_inside
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config
-from moe2gguf.limits import MIXTRAL
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration

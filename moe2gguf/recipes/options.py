@@ -11,7 +11,7 @@ from moe2gguf.experts.methods import AMPLIFICATIONS, GROUPS, ROUTERS
 from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import default_in_shared
 from moe2gguf.experts.text import read_sample
-from moe2gguf.limits import GRAPHS, Graph
+from moe2gguf.graphs import GRAPHS, Graph
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.quant.target import refuse_target
 from moe2gguf.spec import EXACT, SPARSE, Method, Model, make_paths
@@ -99,7 +99,7 @@ class Options:
     dense      write the ordinary dense file instead, the reference for every comparison
     name       the model's name in the metadata, instead of the model card's
     shard_size  bytes of the largest file, where the model is to be written as several (None: one file)
-    target     the graph to write for, a name of `moe2gguf.limits.GRAPHS` (None: mixtral, or glm4moe for models
+    target     the graph to write for, a name of `moe2gguf.graphs.GRAPHS` (None: mixtral, or glm4moe for models
                that only it can carry)
     types      which types tensors get
     method     how experts are made

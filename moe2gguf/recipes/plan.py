@@ -11,8 +11,9 @@ from moe2gguf.errors import PlanError
 from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.gguf.layout import active_bytes
+from moe2gguf.graphs import GRAPHS, find_graph_of
 from moe2gguf.hf.folder import Checkpoint
-from moe2gguf.limits import GRAPHS, Size, check_expert_counts, expert_count_warnings, find_graph_of
+from moe2gguf.limits import Size, check_expert_counts, expert_count_warnings
 from moe2gguf.quant.rules import Rule
 from moe2gguf.recipes.draft import Wanted, draft_file
 from moe2gguf.recipes.file_plan import FilePlan, lay_out_files

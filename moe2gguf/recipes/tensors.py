@@ -20,7 +20,7 @@ from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.slicing import Order
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.rotary import halves_to_pairs
-from moe2gguf.limits import GRAPHS
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.spec import Model, Slicing
 
 Shape = tuple[int, ...]

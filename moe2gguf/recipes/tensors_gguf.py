@@ -20,8 +20,8 @@ from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.source_tensor import SourceTensor
+from moe2gguf.graphs import GRAPHS, Graph, find_graph_of
 from moe2gguf.hf.safetensors import SourceDigest
-from moe2gguf.limits import GRAPHS, Graph, find_graph_of
 from moe2gguf.recipes.tensors import (
     Copy,
     ExpertColumns,

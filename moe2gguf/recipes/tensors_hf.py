@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from moe2gguf.experts import slicing as cut
 from moe2gguf.gguf.metadata import rope_frequencies
+from moe2gguf.graphs import GRAPHS, find_graph_of
 from moe2gguf.hf.families import DENSE, GLM4_PER_EXPERT, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
-from moe2gguf.limits import GRAPHS, find_graph_of
 from moe2gguf.quant.assign import find_stored_type
 from moe2gguf.recipes.tensors import (
     Copy,

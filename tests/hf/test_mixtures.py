@@ -11,8 +11,8 @@ import pytest
 from command import moe2gguf
 
 from moe2gguf.errors import HarnessError, PlanError
+from moe2gguf.graphs import EXPERT_COMMANDS
 from moe2gguf.hf.mixtures import ARCHITECTURES, CONVERTED, NO_GRAPH
-from moe2gguf.limits import EXPERT_COMMANDS
 from moe2gguf.llama.model import read_facts
 from moe2gguf.recipes.convert import plan_conversion
 

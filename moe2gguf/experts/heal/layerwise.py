@@ -28,7 +28,7 @@ from moe2gguf.experts.heal.settings import HealSettings, Windows, draw_batch, dr
 from moe2gguf.experts.heal.work import ExpertWeights, HealRun, WorkFolder
 from moe2gguf.experts.refit import Normal, choose_ridge
 from moe2gguf.experts.stats import cap_massive_tokens
-from moe2gguf.limits import Graph
+from moe2gguf.graphs import Graph
 
 MAX_RATIO = 100
 """How much more than the worst count another may weigh: with all experts used there may be no error at all."""

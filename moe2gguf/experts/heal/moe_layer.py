@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe2gguf.experts.heal.router import Router
 from moe2gguf.experts.heal.work import ExpertWeights
-from moe2gguf.limits import MIXTRAL, Graph
+from moe2gguf.graphs import MIXTRAL, Graph
 
 
 class MoELayer(nn.Module):  # type: ignore[misc]  # torch is not followed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe2gguf.experts.mlp import choose_experts, find_probabilities
-from moe2gguf.limits import MIXTRAL, Graph
+from moe2gguf.graphs import MIXTRAL, Graph
 
 ORDERING_ONLY = 0.1
 """Logits that stay below this only order: the weights of the chosen experts differ by less than a tenth."""

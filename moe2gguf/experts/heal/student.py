@@ -17,8 +17,8 @@ from moe2gguf.experts.heal.optimize import find_part
 from moe2gguf.experts.heal.router import Router, find_scale
 from moe2gguf.experts.heal.settings import Windows
 from moe2gguf.experts.heal.work import ExpertWeights
+from moe2gguf.graphs import find_graph_of
 from moe2gguf.hf.folder import open_checkpoint
-from moe2gguf.limits import find_graph_of
 from moe2gguf.spec import Model
 
 ALL_EXPERTS = "moe2gguf_all_experts"
