@@ -1,18 +1,14 @@
-"""The files on disk: written in a folder beside their final names by several threads, checked, then moved.
+"""The files of a model: their tensors made, encoded and written by several threads, then verified, then named.
 
-Nothing has its final name that is not complete and verified. An error or a full disk leaves nothing; an interrupt or a
-crash leaves at most the folder `NAME.partial`, which the next run of the same job continues.
+Nothing has its final name that is not complete and verified, see `moe2gguf.gguf.replace_files`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import re
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +18,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError, list_names
+from moe2gguf.errors import CorruptWeightError, GGUFError, list_names
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.layout import Entry, Layout
 from moe2gguf.gguf.outputs import list_model_paths
-from moe2gguf.gguf.resume import Job, checksum_range, partial_path
-from moe2gguf.gguf.system import open_here, write_at
+from moe2gguf.gguf.replace_files import flush_files, open_part, replace_files
+from moe2gguf.gguf.resume import Job, checksum_range
+from moe2gguf.gguf.system import write_at
 from moe2gguf.gguf.verify import require_sound
 from moe2gguf.progress import Progress
 
@@ -122,41 +119,14 @@ def write_model(
                 )
         for part, (_, layout) in zip(parts, files, strict=True):
             if finish:
-                with _open_file(part) as descriptor:
+                with open_part(part) as descriptor:
                     finish(descriptor, layout)
         # the disk still works on the files while they are read again
         with ThreadPoolExecutor(1) as background, progress("verify", size) as advance:
-            flushed = background.submit(_flush_all, parts)
+            flushed = background.submit(flush_files, parts)
             require_sound(parts[0], threads=threads, progress=advance)
             flushed.result()
     return Written(list_model_paths(out, len(files))[0], job.n_reused)
-
-
-@contextlib.contextmanager
-def replace_files(
-    out: Path, targets: Sequence[Path], size: int, manifest: Mapping[str, str] | None = None, *, resume: bool = True
-) -> Iterator[tuple[Job, list[Path]]]:
-    """The job that makes `targets`, and where the block writes each: in `OUT.partial`, from where they are moved.
-
-    The folder is removed when they have their names, and after any exception but an interrupt (KeyboardInterrupt or
-    SystemExit) of a job that has a `manifest`. Arguments and errors as in `write_model`.
-    """
-    folder = partial_path(out)
-    require_room(folder, size)
-    kept = (KeyboardInterrupt, SystemExit) if manifest is not None else ()
-    with Job(folder, manifest or {}, resume=resume and manifest is not None) as job:
-        try:
-            parts = [folder / target.name for target in targets]
-            yield job, parts
-            _flush_all(parts)
-            _move(parts, targets)
-            job.remove()
-        except BaseException as error:
-            if not isinstance(error, kept):
-                job.remove()
-            if isinstance(error, OSError):
-                raise output_error(out, error) from error
-            raise
 
 
 def write_tensors(
@@ -178,7 +148,7 @@ def write_tensors(
     has finished is compared with its checksum, not made again. The first failure stops everything and is raised.
     """
     with (
-        _open_file(path, layout.file_size) as descriptor,
+        open_part(path, layout.file_size) as descriptor,
         ThreadPoolExecutor(1) as disk,
         ThreadPoolExecutor(quantizers or threads) as kernels,
         ThreadPoolExecutor(threads) as pool,
@@ -341,74 +311,3 @@ def _encode_block(
     step = max(1, PIECE // rows.shape[1])
     pieces = [(rows[i:j], importance) for i, j, importance in weights.cut(len(rows), step)]
     yield from kernels.map(lambda piece: types.encode(piece[0], kind, label, piece[1]), pieces)
-
-
-@contextlib.contextmanager
-def _open_file(path: Path, size: int | None = None) -> Iterator[int]:
-    """A descriptor of a file, new or begun, of `size` bytes (None: as it is)."""
-    descriptor = open_here(path, os.O_RDWR | os.O_CREAT)
-    try:
-        if size is not None:
-            os.ftruncate(descriptor, size)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _flush_all(paths: Iterable[Path]) -> None:
-    """Wait until the disk has the files."""
-    for path in paths:
-        with _open_file(path) as descriptor:
-            os.fsync(descriptor)
-
-
-def _move(parts: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Give the files their names, the first shard last: without it llama.cpp finds no model.
-
-    At no moment is there a first shard beside shards of another run. After an error every file is back where it was.
-    """
-    moved: list[tuple[Path, Path]] = []
-    try:
-        if len(targets) > 1:
-            targets[0].unlink(missing_ok=True)
-        for part, target in reversed(list(zip(parts, targets, strict=True))):
-            part.replace(target)
-            moved.append((part, target))
-    except BaseException:
-        for part, target in moved:
-            _move_back(part, target)
-        raise
-    sync_folder(targets[0].parent)
-
-
-def _move_back(part: Path, target: Path) -> None:
-    """Move a file to where it can be continued; where that fails, remove it."""
-    try:
-        target.replace(part)
-    except OSError:
-        target.unlink(missing_ok=True)
-
-
-def require_room(folder: Path, size: int) -> None:
-    """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work has taken already."""
-    taken = sum(path.lstat().st_blocks for path in folder.rglob("*")) * 512
-    free = shutil.disk_usage(folder.parent).free + taken
-    if free < size:
-        raise OutputError(f"{folder.parent}: {free:,} bytes are free, the file needs {size:,}; make room first")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def output_error(target: Path, error: OSError) -> OutputError:
-    """Return what a disk error means, in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(f"{target}: no room left while writing ({error.strerror}); nothing was kept")
-    return OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was kept")

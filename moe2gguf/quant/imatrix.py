@@ -22,7 +22,8 @@ from moe2gguf.gguf.file import GGUFFile, listing, open_gguf, read_into, shown
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.gguf.writer import OutputTensor, replace_files, write_tensors
+from moe2gguf.gguf.replace_files import replace_files
+from moe2gguf.gguf.writer import OutputTensor, write_tensors
 from moe2gguf.spec import MetadataValue
 
 SUMS, COUNTS = ".in_sum2", ".counts"

@@ -21,7 +21,8 @@ from moe2gguf.errors import CorruptWeightError, GGUFError, OutputError
 from moe2gguf.gguf import types, writer
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_target
-from moe2gguf.gguf.writer import OutputTensor, replace_files, write_over, write_tensors
+from moe2gguf.gguf.replace_files import replace_files
+from moe2gguf.gguf.writer import OutputTensor, write_over, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
@@ -113,7 +114,8 @@ import sys, time, numpy as np
 from pathlib import Path
 from gguf import GGMLQuantizationType as T
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.writer import OutputTensor, replace_files, write_tensors
+from moe2gguf.gguf.replace_files import replace_files
+from moe2gguf.gguf.writer import OutputTensor, write_tensors
 
 def slow():
     for i in range(200):
