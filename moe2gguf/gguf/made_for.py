@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from moe2gguf.graphs import MIXTRAL
 from moe2gguf.spec import MetadataValue
 
-EXPERTS = "llama.expert_count"
-USED = "llama.expert_used_count"
+EXPERTS = f"{MIXTRAL.architecture}.expert_count"
+USED = f"{MIXTRAL.architecture}.expert_used_count"
 USED_HERE = "moe2gguf.slicing.expert_used_count"
 
 
