@@ -1,10 +1,12 @@
-"""Why hardly a tensor of a folder is as config.json says, where there is one reason for all of it."""
+"""Why tensors of a folder are others than config.json says, where there is one reason for many of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe2gguf.errors import list_names
 from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, is_ignored, list_expected_tensors
 from moe2gguf.hf.safetensors import ADAPTER, DTYPES, StoredTensor
 from moe2gguf.spec import Model
@@ -17,12 +19,37 @@ QUANTIZED_BY = {
 }
 """Which tool leaves tensors whose names end in this beside its packed weights."""
 
+_WITHOUT = (
+    "transformers leaves them out: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT) writes a folder that "
+    "converts"
+)
+_KINDS = {
+    r"(.+\.)?(vision_?|visual|image_?|audio_?|speech_?|mm_|multi_modal_)\w*\..+": "are of a part for pictures or "
+    f"sound, which no GGUF file of a language model holds; {_WITHOUT}",
+    r"(.+\.)?(v_head|value_head|reward_head|score|classifier)\..+": f"are of a head for values or classes; {_WITHOUT}",
+    r"(.+\.)?(mtp|nextn|medusa|eagle)\w*\..+": f"predict further tokens (MTP), which is not done here; {_WITHOUT}",
+    r".+\.(qkv_proj|query_key_value|c_attn|W_?pack|w?qkv|gate_up_proj)\.\w+": "are several projections in one; split "
+    "them into q_proj, k_proj, v_proj, gate_proj and up_proj, as LlamaForCausalLM has them, and save the model again",
+}
+"""Tensors that a class does not have, by pattern, and what is said of them."""
+
+_BEYOND = (
+    "are of layers beyond num_hidden_layers, which transformers does not run; correct config.json if the model has "
+    f"them. If they predict further tokens (MTP), {_WITHOUT}"
+)
+_LAYER = re.compile(r"model\.layers\.(\d+)\..+")
+_PROJECTION = re.compile(r".+\.(q|k|v|gate|up)_proj\.\w+")
+
 
 def find_cause(
     values: Mapping[str, Any], model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor], warnings: list[str]
 ) -> list[str]:
-    """Return the one reason, if there is one, why hardly a tensor is as expected."""
-    return _find_quantization(values, model, mlp, tensors, warnings) or _find_foreign_names(model, mlp, tensors)
+    """Return the one reason, or one of each kind, if that is all that is wrong with the names of tensors."""
+    return (
+        _find_quantization(values, model, mlp, tensors, warnings)
+        or _find_foreign_names(model, mlp, tensors)
+        or _find_other_parts(model, mlp, tensors)
+    )
 
 
 def _find_quantization(
@@ -67,3 +94,30 @@ def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTens
                 "the inner ...ForCausalLM with save_pretrained(DIR)"
             ]
     return []
+
+
+def _find_other_parts(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return one problem for each kind of tensors that another class has, and for layers that are not there."""
+    wanted, groups = list_expected_tensors(model, mlp).keys(), dict[str, list[str]]()
+    for name in sorted(tensors.keys() - wanted):
+        if not is_ignored(name) and not (name == HEAD and model.tied_embeddings):
+            groups.setdefault(_describe_kind(name, model.n_layer), []).append(name)
+    missing = wanted - tensors.keys()
+    layers = {int(match[1]) for name in wanted & tensors.keys() if (match := _LAYER.fullmatch(name))}
+    absent = {name for name in wanted if (match := _LAYER.fullmatch(name)) and int(match[1]) >= len(layers)}
+    if missing and not groups and missing == absent:
+        return [
+            f"config.json says num_hidden_layers {model.n_layer}, but the tensors are those of {len(layers)} layers; "
+            "correct config.json, or fetch the files that are missing"
+        ]
+    if "" in groups or not all(_PROJECTION.fullmatch(name) for name in missing):
+        return []
+    return [f"{len(names)} tensors ({list_names(names)}) {kind}" for kind, names in groups.items()]
+
+
+def _describe_kind(name: str, n_layer: int) -> str:
+    """Return what is said of tensors like the one of this name; "" where nothing is known of them."""
+    match = _LAYER.fullmatch(name)
+    if match and int(match[1]) >= n_layer:
+        return _BEYOND
+    return next((words for pattern, words in _KINDS.items() if re.fullmatch(pattern, name)), "")

@@ -163,11 +163,17 @@ REFUSED: dict[str, str] = {
 }
 """Dense architectures people try, and why each does not fit the target graph; `mixtures` has those with experts."""
 
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)(_cached)?)")
+_IGNORED = re.compile(
+    r"(.+\.)?(rotary_emb\.((original_)?inv_freq|(cos|sin)(_cached)?|freqs_cis)"
+    r"|(self_attn|attention|attn)\.(bias|masked_bias|causal_mask)|position_ids)"
+)
 
 
 def is_ignored(source: str) -> bool:
-    """True for tensors that are computed from config.json: rotary frequencies and their cached cosines and sines."""
+    """True for tensors that follow from config.json: rotary frequencies, cosines and sines, masks, numbers of places.
+
+    transformers leaves them out as well (`_keys_to_ignore_on_load_unexpected` of its models).
+    """
     return _IGNORED.fullmatch(source) is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,12 @@ T = TypeVar("T")
 SOURCE_REPOSITORY = "moe2gguf.source.repository"
 SOURCE_REVISION = "moe2gguf.source.revision"
 """Where on the Hugging Face Hub a model is from: OWNER/NAME, and the commit."""
+
+_WEIGHTS = re.compile(
+    r"(pytorch_model|tf_model|flax_model|model|consolidated).*\.(bin|h5|msgpack|pt|ckpt)"
+    r"|(?!adapter_model).+\.safetensors|(?!rng_state).+\.pth"
+)
+"""Files that may be a model: not an adapter, nor what a training leaves beside (training_args.bin, optimizer.pt)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ def open_checkpoint(
         raise PlanError(problems)
     mlp = family.mlp[0]
     if tensors is not None:
+        warnings += _name_unread(folder, tensors)
         model, tensors = _untie(model, tensors, warnings)
         mlp = _choose_layout(family, model, tensors)
         compared: list[str] = []
@@ -122,12 +130,22 @@ def _name_links(folder: Path) -> list[str]:
 
 def _name_adapter(folder: Path) -> list[str]:
     """Return a warning of an adapter beside the weights of its base model, which transformers would add to them."""
-    if not (folder / ADAPTER_CONFIG).exists():
+    names = [ADAPTER_CONFIG, *(path.name for path in sorted(folder.glob("adapter_model.*")))]
+    found = next((name for name in names if (folder / name).exists()), None)
+    if found is None:
         return []
     return [
-        f"{folder}: the adapter beside the model ({ADAPTER_CONFIG}) is left out; to have it in the file, merge it "
-        f"first: {MERGE}"
+        f"{folder}: the adapter beside the model ({found}) is left out; to have it in the file, merge it first: {MERGE}"
     ]
+
+
+def _name_unread(folder: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return a warning that names other files with weights than those that are read; none where there are none."""
+    read = sorted({tensor.file.name for tensor in tensors.values()})
+    others = sorted(path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and path.name not in read)
+    if not others or not read:
+        return []
+    return [f"{folder}: not read are {list_names(others)}; the weights are those of {list_names(read)}"]
 
 
 def _attempt(step: Callable[[], T], problems: list[str]) -> T | None:

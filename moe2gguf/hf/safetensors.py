@@ -136,12 +136,15 @@ def _find_single_file(folder: Path) -> Path:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE in found:
         return resolve_inside(folder, SINGLE)
-    if found == ["adapter_model.safetensors"]:
+    if found and not (found := [name for name in found if name != "adapter_model.safetensors"]):
         raise CheckpointError(f"{folder}: {ADAPTER}")
     if len(found) == 1 and not _SHARD.fullmatch(found[0]):
         return resolve_inside(folder, found[0])
     if found:
-        raise CheckpointError(f"{folder}: {len(found)} safetensors files but no {INDEX}; fetch the index too")
+        raise CheckpointError(
+            f"{folder}: has {list_names(found, MOST_NAMES)}, but neither {SINGLE} nor {INDEX}; fetch the index, or "
+            f"call the file that is the model {SINGLE}"
+        )
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder}: holds pickled weights ({list_names(pickles, MOST_NAMES)}), which can run code when they are "

@@ -68,7 +68,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     assert 0 == moe2gguf("convert", made["MODEL"], made["HF"], "-e", 4, "--format", "hf").returncode
     made["WIDE"] = root / "wide.gguf"
     assert 0 == moe2gguf("convert", made["BROAD"], made["WIDE"], "--dense").returncode
-    checkpoints.rewrite_config(made["PREFIX"], num_hidden_layers=40)
+    checkpoints.rewrite_config(made["PREFIX"], hidden_size=32)
     return made
 
 
@@ -200,6 +200,6 @@ def test_long_lists_end_after_five_lines(inputs: Folder) -> None:
     short, whole = (run(inputs, f"convert PREFIX OUT{more}").stderr for more in ("", " --verbose"))
 
     n = len(whole.splitlines()) - 1
-    assert n > 100
+    assert n > 20
     assert 7 == len(short.splitlines())
     assert f"  and {n - 5} more (--verbose shows all)" == short.splitlines()[-1]

@@ -26,7 +26,8 @@ IDS = {"<s>": 1, "</s>": 2, "<unk>": 0, "<pad>": 3, "<eot>": 4, "<PRE>": 5}
 )
 def test_first_file_that_states_a_role(by_text: list[Any], by_id: list[Any], expected: dict[str, int]) -> None:
     """Files that name tokens go before files that number them; what is no token of the embedding states nothing."""
-    assert expected == find_special_ids(IDS, 10, by_text, by_id)
+    files = [dict(zip(("first.json", "second.json"), some, strict=False)) for some in (by_text, by_id)]
+    assert expected == find_special_ids(IDS, 10, *files)
 
 
 def encoder(single: str) -> Tokenizer:

@@ -586,14 +586,6 @@ def test_the_model_card_becomes_metadata(tmp_path: Path) -> None:
     assert "Mine" == plan_conversion(folder, flat_options(name="Mine")).metadata["general.name"]
 
 
-def test_an_adapter_beside_the_model_is_named(tmp_path: Path) -> None:
-    """transformers would add it to the weights; the file has the base model's, and a warning says so."""
-    folder = checkpoints.make(tmp_path / "model")
-    (folder / "adapter_config.json").write_text("{}")
-
-    assert any("the adapter beside the model" in warning for warning in plan_conversion(folder).warnings)
-
-
 @pytest.mark.parametrize(
     ("front", "skipped"),
     [

@@ -46,9 +46,11 @@ def find_surroundings(runtime: Tokenizer) -> Surroundings:
     raise ValueError("its post_processor drops or changes the tokens of the text itself")
 
 
-def find_special_ids(
-    ids: Mapping[str, int], n_vocab: int, by_text: Sequence[Mapping[str, Any]], by_id: Sequence[Mapping[str, Any]]
-) -> dict[str, int]:
+Files = Mapping[str, Mapping[str, Any]]
+"""What files say, by their names, the first to be asked first."""
+
+
+def find_special_ids(ids: Mapping[str, int], n_vocab: int, by_text: Files, by_id: Files) -> dict[str, int]:
     """Return role -> id for every role a file states.
 
     `ids` maps the tokens' texts to their ids. Files that name tokens (`by_text`: tokenizer_config.json,
@@ -59,12 +61,35 @@ def find_special_ids(
     """
     found = {}
     for role, name in ROLES.items():
-        texts = (_read_content(file.get(f"{name}_token")) for file in by_text)
-        numbers = (_take_first(file.get(f"{name}_token_id")) for file in by_id)
+        texts = (_read_content(file.get(f"{name}_token")) for file in by_text.values())
+        numbers = (_take_first(file.get(f"{name}_token_id")) for file in by_id.values())
         candidates = [*(ids.get(text) for text in texts if text), *numbers]
         stated = [id_ for id_ in candidates if id_ is not None and 0 <= id_ < n_vocab]
         if stated:
             found[role] = stated[0]
+    return found
+
+
+def list_unknown(ids: Mapping[str, int], n_vocab: int, by_text: Files, by_id: Files) -> list[str]:
+    """Return "FILE: KEY VALUE" of every token that a file states and the model does not have; -1 stands for none.
+
+    Arguments as in `find_special_ids`. llama.cpp's converter passes over such ids with a warning as well.
+    """
+    found = []
+    for key in (f"{name}_token" for name in ROLES.values()):
+        texts = ((file, _read_content(values.get(key)), values.get(key)) for file, values in by_text.items())
+        found += [
+            f"{file}: {key} {text or given!r}"
+            for file, text, given in texts
+            if given and not ids.get(text or "", n_vocab) < n_vocab
+        ]
+        numbers = ((file, values.get(f"{key}_id")) for file, values in by_id.items())
+        found += [
+            f"{file}: {key}_id {id_!r}"
+            for file, given in numbers
+            for id_ in (given if isinstance(given, list) else [given])
+            if id_ not in (None, -1) and not (type(id_) is int and 0 <= id_ < n_vocab)
+        ]
     return found
 
 

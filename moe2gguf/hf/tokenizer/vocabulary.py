@@ -37,6 +37,7 @@ from moe2gguf.hf.tokenizer.special_tokens import (
     add_ends,
     find_special_ids,
     find_surroundings,
+    list_unknown,
     place_added,
 )
 from moe2gguf.hf.tokenizer.token_table import TokenTable
@@ -86,13 +87,17 @@ def read_vocabulary(folder: Path, n_vocab: int) -> Vocabulary:
             table.replace(token.id, token.text, token.type)
     with _note_errors(problems):
         rows = table.finish()
-    special, flags = _find_special(table, files, problems)
+    special, flags, unknown = _find_special(table, files, problems)
     with _note_errors(problems):
         templates = read_chat_templates(folder, files.config)
     if problems:
         raise VocabularyError("\n".join(dict.fromkeys(problems)))
     left = add_ends(special, [row.text for row in rows], [_read_optional_json(folder, name) for name in _NUMBERED])
     warnings = _name_inexact_tokens(files)
+    if unknown:
+        warnings.append(
+            f"these are no tokens of the model, which has {n_vocab}, and are left out: {list_names(unknown)}"
+        )
     if left:
         names = ", ".join(f"{id_} {rows[id_].text!r}" for id_ in left[:_SHOWN])
         warnings.append(f"a GGUF file has no room for these ends of a text, llama.cpp goes on after them: {names}")
@@ -254,26 +259,29 @@ def _name_inexact_tokens(files: _Files) -> list[str]:
     return [f"{what}; {differ}: {list_names(names, _SHOWN)}" for what, names in found.items() if names]
 
 
-def _find_special(table: TokenTable, files: _Files, problems: list[str]) -> tuple[dict[str, int], dict[str, bool]]:
-    """Return the special ids and the flags add_bos_token and add_eos_token."""
-    by_text: list[Mapping[str, Any]] = [files.config]
-    by_id: list[Mapping[str, Any]] = []
+def _find_special(
+    table: TokenTable, files: _Files, problems: list[str]
+) -> tuple[dict[str, int], dict[str, bool], list[str]]:
+    """Return the special ids, the flags add_bos_token and add_eos_token, and what files state and nothing is."""
+    by_text: dict[str, Mapping[str, Any]] = {"tokenizer_config.json": files.config}
+    by_id: dict[str, Mapping[str, Any]] = {}
     with _note_errors(problems):
-        by_text.append(_read_optional_json(files.folder, "special_tokens_map.json"))
-        by_id += [_read_optional_json(files.folder, name) for name in _NUMBERED]
+        by_text["special_tokens_map.json"] = _read_optional_json(files.folder, "special_tokens_map.json")
+        by_id |= {name: _read_optional_json(files.folder, name) for name in _NUMBERED}
     if files.pieces:
-        by_id.append(files.pieces.special_ids)
+        by_id["tokenizer.model"] = files.pieces.special_ids
     elif files.tokenizer and files.tokenizer.unk_token:
-        by_text.append({"unk_token": files.tokenizer.unk_token})
+        by_text["tokenizer.json"] = {"unk_token": files.tokenizer.unk_token}
     ids = {row.text: id_ for id_, row in table.rows.items()}
     special = find_special_ids(ids, table.n_vocab, by_text, by_id)
+    unknown = list_unknown(ids, table.n_vocab, by_text, by_id)
     around = Surroundings(before=[special["bos"]] if "bos" in special else [])  # SentencePiece's own way
     if files.tokenizer:
         with _note_errors(problems, "tokenizer.json"):
             around = find_surroundings(files.tokenizer.runtime)
     special, flags, wrong = place_added(special, around, files.config)
     problems += [f"{files.folder}: {problem}" for problem in wrong]
-    return special, flags
+    return special, flags, unknown
 
 
 def _read_optional_json(folder: Path, name: str) -> dict[str, Any]:
