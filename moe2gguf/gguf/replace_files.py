@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.resume import Job, partial_path
-from moe2gguf.gguf.system import open_here
+from moe2gguf.gguf.system import disk_bytes, open_here, sync
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def _move(parts: Sequence[Path], targets: Sequence[Path]) -> None:
         for part, target in moved:
             _move_back(part, target)
         raise
-    sync_folder(targets[0].parent)
+    sync(targets[0].parent)
 
 
 def _move_back(part: Path, target: Path) -> None:
@@ -93,20 +93,10 @@ def _move_back(part: Path, target: Path) -> None:
 
 def require_room(folder: Path, size: int) -> None:
     """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work has taken already."""
-    taken = sum(path.lstat().st_blocks for path in folder.rglob("*")) * 512
+    taken = sum(map(disk_bytes, folder.rglob("*")))
     free = shutil.disk_usage(folder.parent).free + taken
     if free < size:
         raise OutputError(f"{folder.parent}: {free:,} bytes are free, the file needs {size:,}; make room first")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def output_error(target: Path, error: OSError) -> OutputError:

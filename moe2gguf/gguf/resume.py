@@ -26,7 +26,7 @@ import xxhash
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import kernels
 from moe2gguf.gguf.file import TensorType
-from moe2gguf.gguf.system import open_here, open_locked, read_at
+from moe2gguf.gguf.system import open_here, open_locked, read_at, sync
 from moe2gguf.gguf.types import FLOATS
 
 MAX_BYTES = 64 << 20
@@ -327,10 +327,10 @@ def checksum_range(descriptor: int, offset: int, n_bytes: int) -> str:
 def checksum_path(path: Path, *, flush: bool = False) -> str:
     """XXH3-128 of a file, or of the names and contents of all files in a folder; `flush`: they are on the disk then."""
     if not path.is_dir():
+        if flush:
+            sync(path)
         descriptor = open_here(path, os.O_RDONLY)
         try:
-            if flush:
-                os.fsync(descriptor)
             return checksum_range(descriptor, 0, os.fstat(descriptor).st_size)
         finally:
             os.close(descriptor)

@@ -46,6 +46,27 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder as far as folders can be opened. Raises OSError."""
+    is_folder, is_unix = path.is_dir(), hasattr(os, "O_DIRECTORY")
+    try:
+        # Windows flushes only what may be written
+        descriptor = open_here(path, os.O_RDONLY if is_folder or is_unix else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not is_folder:
+            raise
+
+
+def disk_bytes(path: Path) -> int:
+    """The bytes of the disk that a file takes, or on Windows those of the file."""
+    status = path.lstat()
+    return int(status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size)
+
+
 def link_or_copy(source: Path, target: Path) -> bool:
     """Give a file a second name, in place of what is there; True for a link, False for a copy where links fail.
 

@@ -60,10 +60,13 @@ def make_int_overrides(lib: ModuleType, values: dict[str, int]) -> Any:
 
 
 def count_processors() -> int:
-    """Return how many processors this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many processors this process may use: psutil knows it where the system does."""
+    try:
+        import psutil
+
+        return len(psutil.Process().cpu_affinity())
+    except (ImportError, AttributeError):  # macOS has no such limit
+        return os.cpu_count() or 1
 
 
 def _keep_line(level: int, text: bytes, _user_data: Any) -> None:

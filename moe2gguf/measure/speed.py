@@ -202,8 +202,12 @@ def _draw_tokens(model: Llama, n: int, rng: np.random.Generator) -> NDArray[np.i
 
 
 def _peak_memory() -> int:
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

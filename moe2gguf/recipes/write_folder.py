@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.outputs import check_outputs
+from moe2gguf.gguf.system import sync
 from moe2gguf.gguf.writer import OutputTensor, check_blocks
 from moe2gguf.hf.companions import copy_companions
 from moe2gguf.hf.folder import open_checkpoint
@@ -104,13 +105,13 @@ def _replace_folder(out: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                _sync(file)
-        _sync(partial)
+                sync(file)
+        sync(partial)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,16 +120,6 @@ def _replace_folder(out: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise OutputError(f"{out}: cannot be written ({error.strerror or error}); nothing was kept") from error
         raise
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable, where folders can be opened."""
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_shards(

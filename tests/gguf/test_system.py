@@ -97,3 +97,35 @@ def test_files_are_the_same_without_unix(tmp_path: Path, monkeypatch: pytest.Mon
     assert not verify(tmp_path / "b8.gguf").problems
     for one, other in (("a", "b"), ("a8", "b8")):
         assert (tmp_path / f"{one}.gguf").read_bytes() == (tmp_path / f"{other}.gguf").read_bytes()
+
+
+def test_four_commands_work_where_windows_is(tmp_path: Path) -> None:
+    """inspect, verify, convert and quantize without Unix's modules, and with Windows' refusals: the same bytes."""
+    model = checkpoints.make(tmp_path / "model", num_hidden_layers=1)
+    dense = convert(model, tmp_path / "dense.gguf", Options(dense=True, types=TypeOptions("f16"))).path
+    options = Options(experts=3, types=TypeOptions("f16"))
+    convert(model, tmp_path / "a.gguf", options)
+    quantize(tmp_path / "a.gguf", tmp_path / "a8.gguf", TypeOptions("q8_0"))
+    commands: list[list[str | Path]] = [
+        ["convert", model, "b.gguf", "--experts", "3", "--type", "f16"],
+        ["convert", model, "b.gguf", "--experts", "3", "--type", "f16", "--force"],
+        ["convert", dense, "c.gguf", "--experts", "2", "--shard-size", "160KB"],
+        ["convert", model, "folder", "--experts", "3", "--format", "hf"],
+        ["quantize", "b.gguf", "b8.gguf", "q8_0"],
+        ["inspect", "b8.gguf"],
+        ["verify", "b8.gguf"],
+        ["set-used", "b.gguf", "3"],
+    ]
+
+    (tmp_path / "b.gguf.partial").mkdir()
+    (tmp_path / "b.gguf.partial" / "job.jsonl").touch()  # of a run that was killed
+    for command in commands:
+        program = Path(__file__).parents[1] / "support" / "windows.py"
+        done = subprocess.run(
+            [sys.executable, program, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (0, "") == (done.returncode, done.stderr if done.returncode else ""), command
+
+    assert [] == [path.name for path in tmp_path.iterdir() if "partial" in path.name]
+    for one, other in (("a", "b"), ("a8", "b8")):
+        assert (tmp_path / f"{one}.gguf").read_bytes() == (tmp_path / f"{other}.gguf").read_bytes()
