@@ -22,6 +22,7 @@ from moe2gguf.measure.imatrix import Collection, collect_imatrix
 from moe2gguf.measure.on_the_fly import compare_types as compare
 from moe2gguf.measure.publish import Publication, PublishSettings, publish
 from moe2gguf.measure.results import Comparison
+from moe2gguf.measure.shrink import ShrinkSettings, Shrunk, Wish, shrink
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert, plan_conversion
 from moe2gguf.recipes.densify import Densified, densify
@@ -63,11 +64,14 @@ __all__ = [
     "Publication",
     "PublishSettings",
     "Quantization",
+    "ShrinkSettings",
+    "Shrunk",
     "Timing",
     "TypeOptions",
     "Verification",
     "Views",
     "Way",
+    "Wish",
     "bench",
     "collect_imatrix",
     "compare",
@@ -87,6 +91,7 @@ __all__ = [
     "quantize",
     "read_gguf",
     "set_used",
+    "shrink",
     "verify",
     "write_views",
 ]

@@ -32,6 +32,7 @@ from moe2gguf.cli.quantize import quantize
 from moe2gguf.cli.run import run
 from moe2gguf.cli.serve_help import serve_help
 from moe2gguf.cli.set_used import set_used
+from moe2gguf.cli.shrink import shrink
 from moe2gguf.cli.streams import prepare_streams
 from moe2gguf.cli.tables import shorten, start_clock
 from moe2gguf.cli.verify import verify
@@ -79,7 +80,7 @@ def completion(shell: str) -> None:
         click.echo(kind(cli, {}, "moe2gguf", "_MOE2GGUF_COMPLETE").source())
 
 
-cli.section("Making", convert, quantize, prune, merge, densify, heal, set_used, views)
+cli.section("Making", shrink, convert, quantize, prune, merge, densify, heal, set_used, views)
 cli.section("Running", run, chat, serve_help)
 cli.section("Looking", inspect, verify, expert_usage)
 cli.section("Measuring", compare, bench)

@@ -79,6 +79,14 @@ def read_sample(path: Path | None, n_token: int) -> Text:
     return read_text(path, max(_SAMPLE_BYTES, _BYTES_PER_TOKEN * n_token), spread=True)
 
 
+def hold_out(text: Text) -> tuple[Text, Text]:
+    """Cut a text before its last fifth, between paragraphs if it has some: to fit to, and to measure on."""
+    end = len(text.text) * 4 // 5
+    at = text.text.rfind("\n\n", 0, end) + 1 or end
+    start, rest = f"the first four fifths of {text.label}", f"the last fifth of {text.label}"
+    return Text(text.text[:at], start), Text(text.text[at:], rest)
+
+
 def _read_pieces(path: Path, n_byte: int | None, spread: bool, has_lines: bool) -> tuple[list[bytes], bool]:
     """Return the bytes of a file, in one piece or in pieces from all over it, and whether more follow each."""
     try:

@@ -1,0 +1,86 @@
+"""Files at a count of experts against the dense file that they come from: perplexity and speed, each as a ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import HarnessError
+from moe2gguf.experts.text import Text
+from moe2gguf.gguf.counts import read_context_length
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.measure.bench import Timing, time_grid
+from moe2gguf.measure.compare import CompareSettings, Runner
+from moe2gguf.measure.grid import Measurement, RunConfig, plan_run
+from moe2gguf.measure.intervals import Interval, paired_interval
+from moe2gguf.measure.results import Quality
+from moe2gguf.measure.speed import Speed
+
+WINDOW = 512
+SEARCH = Timing(n_prompt=0, n_generate=64, repeat=3)
+FINAL = Timing(n_prompt=256, n_generate=64, repeat=5)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A file at a count, and what was measured of it: the perplexity over the source's, and the speed."""
+
+    config: RunConfig
+    perplexity: Interval | None = None
+    speed: Speed | None = None
+
+
+class Trials:
+    """Measures files against `source` on a text; `found` has everything that was measured.
+
+    n_token  scored positions
+    threads  None: all processors
+    folder   for the logits of the source, which are computed once
+    on_trial is given every result
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        text: Text,
+        n_token: int,
+        threads: int | None,
+        folder: Path,
+        on_trial: Callable[[Trial], None],
+    ) -> None:
+        file = read_model(source)
+        self.source, self._threads, self._on_trial = plan_run(file, None), threads, on_trial
+        n_context = min(WINDOW, read_context_length(file) or WINDOW)
+        self._runner = Runner(CompareSettings(text, n_token, n_context, threads=threads), folder)
+        self.found: dict[RunConfig, Trial] = {}
+
+    def score(self, one: RunConfig) -> float:
+        """Return the perplexity over the source's. Raises HarnessError where it cannot be measured."""
+        if (known := self.found.get(one)) and known.perplexity:
+            return known.perplexity.mean
+        answer = self._runner.answer(Measurement("quality", self.source, one))
+        if isinstance(answer, HarnessError):
+            raise answer
+        if not isinstance(answer, Quality) or answer.summary.n_bad:
+            raise HarnessError(f"{one.label}: its logits are not finite, it cannot be scored")
+        log = paired_interval(answer.window_nll, answer.window_nll_base)
+        self._add(one, perplexity=Interval(*(math.exp(min(x, 700.0)) for x in (log.mean, log.low, log.high))))
+        return math.exp(min(log.mean, 700.0))
+
+    def time(self, one: RunConfig, timing: Timing = SEARCH) -> tuple[float, float]:
+        """Return the speeds of generation and of prompts over the source's, both timed in turns.
+
+        Raises HarnessError where they cannot be.
+        """
+        base, row = time_grid([one], self.source, replace(timing, threads=self._threads)).rows
+        if not (base.speed and row.speed and row.speed.ratio):
+            raise HarnessError(base.reason or row.reason or f"{one.label}: no speed was measured")
+        self._add(one, speed=row.speed)
+        return row.speed.ratio, row.speed.prompt.median / (base.speed.prompt.median or math.nan)
+
+    def _add(self, one: RunConfig, **measured: Any) -> None:
+        self.found[one] = replace(self.found.get(one, Trial(one)), **measured)
+        self._on_trial(self.found[one])
