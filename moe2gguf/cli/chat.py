@@ -17,6 +17,7 @@ from cloup import option
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, threads_option, used_option
+from moe2gguf.cli.prompt import read_line
 from moe2gguf.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -77,8 +78,6 @@ def _answer_lines(talk: Chat, as_json: bool) -> None:
 
 def _talk_with_person(talk: Chat, as_json: bool) -> None:
     """Ask for a line, answer it, and so on; an error does not end it."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - what input() then uses
     display.err().print("/help lists what you can type besides", style="dim")
     _warn(talk)
     while (text := _ask()) is not None:
@@ -98,7 +97,7 @@ def _talk_with_person(talk: Chat, as_json: bool) -> None:
 def _ask() -> str | None:
     """The next line that a person types, None at the end."""
     try:
-        return input("> ").strip()
+        return read_line("> ").strip()
     except EOFError:
         click.echo()
         return None
