@@ -147,6 +147,16 @@ def list_shard_paths(stem: Path, count: int) -> list[Path]:
     return [stem.with_name(stem.name + _make_ending(number, count)) for number in range(count)]
 
 
+def name_model(file: Path) -> str:
+    """Return the name of a file, or of the set that this shard begins, without what tells shards apart."""
+    return file.name.removesuffix(".gguf").partition("-00001-of-")[0]
+
+
+def name_view(file: Path, n_expert_used: int) -> str:
+    """Return what the view of a model with so many experts is called."""
+    return f"{name_model(file)}-k{n_expert_used}"
+
+
 def _make_ending(number: int, count: int) -> str:
     return f"-{number + 1:05d}-of-{count:05d}.gguf"
 

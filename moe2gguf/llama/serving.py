@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from os.path import commonprefix
+from pathlib import Path
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.made_for import read_made_for
+from moe2gguf.gguf.shards import list_shard_paths, name_model, name_view
 from moe2gguf.llama.templates import ChatTemplate, Message, read_template, special_token
 
 
@@ -31,6 +33,7 @@ def list_ways(file: GGUFFile) -> list[Way]:
     override = _override(file, counts[-1]) if len(counts) > 1 else ""
     other, in_python = (f" {option} {override}" if override else "" for option in ("--override-kv", "--kv_overrides"))
     folder = f"~/.lmstudio/models/local/{name}"
+    drafts = [_draft_with_half(file, counts)] if len(counts) > 1 else []
     return [
         Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "tried with llama.cpp 7e4c0a9"),
         Way(
@@ -38,6 +41,7 @@ def list_ways(file: GGUFFile) -> list[Way]:
             (f"moe2gguf serve-help {path} --presets preset.ini", "llama-server --models-preset preset.ini --port 8080"),
             "tried with llama.cpp 7e4c0a9",
         ),
+        *drafts,
         Way(
             "llama-cpp-python",
             ("pip install 'llama-cpp-python[server]'", f"python -m llama_cpp.server --model {path}{in_python}"),
@@ -59,6 +63,22 @@ def list_ways(file: GGUFFile) -> list[Way]:
             "not tried; transformers loads the folder",
         ),
     ]
+
+
+def _draft_with_half(file: GGUFFile, counts: Sequence[int]) -> Way:
+    """Return how the file with its fewest experts drafts for itself, from views of one set of weights."""
+    first, last = counts[0], counts[-1]
+    folder = f"{name_model(file.path)}-views"
+    views = [list_shard_paths(Path(folder, name_view(file.path, k)), 2)[0] for k in (first, last)]
+    whole, half = (shlex.quote(str(view)) for view in views)
+    return Way(
+        f"llama-server, {last} experts draft for {first}",
+        (
+            f"moe2gguf views {shlex.quote(str(file.path))} {shlex.quote(folder)} --used {first},{last}",
+            f"llama-server -m {whole} -md {half} --spec-type draft-simple --port 8080",
+        ),
+        "not tried; the options are those of llama.cpp 0c1e57098",
+    )
 
 
 def list_counts(file: GGUFFile) -> list[int]:

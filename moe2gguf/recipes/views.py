@@ -21,7 +21,7 @@ from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.outputs import check_target, write_whole
 from moe2gguf.gguf.set_used import require_count
-from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, read_model
+from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, name_view, read_model
 from moe2gguf.gguf.system import link_or_copy
 from moe2gguf.gguf.writer import write_model
 from moe2gguf.progress import Progress, silent
@@ -63,7 +63,7 @@ def write_views(
         raise GGUFError(f"{file.path}: has no experts; a view is of a number of them")
     for k in used:
         require_count(file, counts, k)
-    targets = {k: list_shard_paths(folder / f"{_find_stem(file)}-k{k}", 2) for k in used}
+    targets = {k: list_shard_paths(folder / name_view(file.path, k), 2) for k in used}
     _make_folder(folder)
     for target in (path for pair in targets.values() for path in pair):
         check_target(target, file.files, force=force)
@@ -72,15 +72,10 @@ def write_views(
     tensors = [copy_tensor(file, name) for name in file.tensors]
     layouts = {k: lay_out_apart(_change_count(file, counts, k), tensors, file.types) for k in used}
     first, *others = used
-    stem = folder / f"{_find_stem(file)}-k{first}.gguf"
+    stem = folder / f"{name_view(file.path, first)}.gguf"
     write_model(stem, [([], layouts[first][0]), (tensors, layouts[first][1])], progress=progress)
     linked = [_add_view(layouts[k][0], targets[k], weights=targets[first][1]) for k in others]
     return Views({k: pair[0] for k, pair in targets.items()}, all(linked))
-
-
-def _find_stem(file: GGUFFile) -> str:
-    """The name of a file, or the common part of its shards' names."""
-    return file.path.name.removesuffix(".gguf").partition("-00001-of-")[0]
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import tiny_gguf
 from command import moe2gguf
 
 from moe2gguf.errors import HarnessError
+from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.llama.serving import list_counts, make_modelfile, make_presets
+from moe2gguf.gguf.shards import read_model
+from moe2gguf.llama.serving import list_counts, list_ways, make_modelfile, make_presets
 from moe2gguf.llama.templates import read_template
 
 CHATML = (
@@ -130,10 +133,25 @@ def test_the_command_prints_lines_and_writes_files(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a b.gguf", CHATML).path
     done = moe2gguf("serve-help", path)
     assert f"llama-server -m '{path}' --override-kv llama.expert_used_count=int:4 --port 8080" in done.stdout
-    assert 6 == len(re.findall(r"^\S.* \(.*tried.*\):$", done.stdout, re.MULTILINE))
-    assert 6 == len(json.loads(moe2gguf("serve-help", path, "--json").stdout)["ways"])
+    assert 7 == len(re.findall(r"^\S.* \(.*tried.*\):$", done.stdout, re.MULTILINE))
+    assert 7 == len(json.loads(moe2gguf("serve-help", path, "--json").stdout)["ways"])
     files = ["--modelfile", tmp_path / "Modelfile", "--presets", tmp_path / "p.ini"]
     assert 0 == moe2gguf("serve-help", path, *files).returncode
     assert (tmp_path / "p.ini").read_text().startswith("version = 1\n")
     assert 1 == moe2gguf("serve-help", path, *files).returncode
     assert 0 == moe2gguf("serve-help", path, *files, "--force").returncode
+
+
+def test_a_file_that_serves_several_counts_drafts_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The views that the second line names are those that the first one makes; other files have no such line."""
+    monkeypatch.chdir(tmp_path)
+    file = file_with(tmp_path / "a b.gguf", None)
+    make, serve = next(way.commands for way in list_ways(file) if "draft" in way.program)
+
+    assert 0 == moe2gguf(*shlex.split(make)[1:]).returncode
+
+    words = shlex.split(serve)
+    counts = [read_counts(read_model(Path(words[words.index(option) + 1]))).n_used for option in ("-m", "-md")]
+    assert [8, 4] == counts
+    one = file_with(tmp_path / "b.gguf", None, **{"moe2gguf.slicing.amplify": "used"})
+    assert not any("draft" in way.program for way in list_ways(one))
