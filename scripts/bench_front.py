@@ -132,7 +132,8 @@ class Front:
                 yield self._quantize(self.reference, self.work / f"dense-{kind}.gguf", kind)
 
     def make_sliced(self) -> Iterator[Path]:
-        """A sliced file of every calibration, in every type."""
+        """A sliced file of every calibration, in every type; blocks of a quantized source's own type are copied."""
+        as_is = [] if self.model.is_file() else ["--type", "f16"]
         for one in SLICINGS:
             if self.options.slicings and one.name not in self.options.slicings:
                 continue
@@ -141,9 +142,10 @@ class Front:
                 print(f"  {one.name}", file=sys.stderr, flush=True)
                 text = ["--calibration", self.work / f"{one.text}-first.txt"]
                 text += ["--calibration-tokens", self.options.calibration_tokens]
-                moe2gguf(self.python, "convert", self.model, path, *one.options, *text, "--type", "f16", *self.threads)
+                moe2gguf(self.python, "convert", self.model, path, *one.options, *text, *as_is, *self.threads)
             for kind in self.options.expert_types:
-                yield self._quantize(path, self.work / f"{one.name}-{kind}.gguf", kind)
+                has_it = kind.upper() in self.reference.name
+                yield path if has_it else self._quantize(path, self.work / f"{one.name}-{kind}.gguf", kind)
 
     def _quantize(self, source: Path, path: Path, kind: str) -> Path:
         """Quantize a file, unless that is done; the tensors of the type that they have already are copied."""
