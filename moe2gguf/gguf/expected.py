@@ -204,7 +204,7 @@ def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimens
     share = d_model // n_head if n_head else 0
     d_head = keys.count("attention.key_length", share)
     lengths = {"attention.value_length": share}
-    if graph in DENSE_GRAPHS.values() or _is_ours(file):
+    if graph in DENSE_GRAPHS.values() or is_sliced(file):
         lengths["rope.dimension_count"] = d_head
     for key, default in lengths.items():
         if (other := keys.count(key, default)) not in (0, d_head):
@@ -271,14 +271,14 @@ def _check_gating(keys: _Keys) -> None:
             f"metadata {keys.name('expert_gating_func')}: llama.cpp knows 1 to 4, found "
             f"{_shown(keys.value('expert_gating_func'))}; it would abort"
         )
-    for name, value in keys.graph.keys.items() if _is_ours(keys.file) else ():
+    for name, value in keys.graph.keys.items() if is_sliced(keys.file) else ():
         if keys.value(name) != value:
             keys.problems.append(
                 f"metadata {keys.name(name)}: these experts are cut for {value!r}, found {_shown(keys.value(name))}"
             )
 
 
-def _is_ours(file: GGUFFile) -> bool:
+def is_sliced(file: GGUFFile) -> bool:
     """Whether the experts of the file are slices of a dense MLP."""
     return "moe2gguf.slicing.expert_count" in file.metadata
 

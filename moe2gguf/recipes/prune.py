@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.text import Text, read_text
-from moe2gguf.gguf.counts import ExpertCounts, read_counts
-from moe2gguf.gguf.expected import MAX_LAYERS, check_architecture, read_count
+from moe2gguf.gguf.counts import ExpertCounts, find_graph, read_counts
+from moe2gguf.gguf.expected import MAX_LAYERS, check_architecture, is_sliced, read_count
 from moe2gguf.gguf.expert_tensors import ExpertTensors, copy_tensor, find_expert_tensors
 from moe2gguf.gguf.file import Findings, GGUFFile, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
@@ -168,6 +168,7 @@ def prune(
     check_model_target(out, len(files), file.files, force=force)
     path, _ = write_model(out, files, threads=threads, progress=progress)
     unseen = () if options.score == "random" else [i for i in kept if i not in sums]
+    notes = [f"layer {i} did not run, so its experts have no score: the first ones stay" for i in unseen]
     return Pruning(
         path=path,
         n_expert=counts.n_expert,
@@ -175,7 +176,7 @@ def prune(
         options=options,
         kept=kept,
         dropped={i: _measure_loss(one, kept[i]) for i, one in sums.items() if i in kept},
-        notes=tuple(f"layer {i} did not run, so its experts have no score: the first ones stay" for i in unseen),
+        notes=(*notes, *_note_louder(file, counts, options.keep - counts.n_shared, n_used)),
     )
 
 
@@ -260,6 +261,20 @@ def _watch(path: Path, setup: Setup, text: Text, n_token: int | None, progress: 
                 sums: dict[int, LayerSums] = end.value
                 return sums
             advance(1)
+
+
+def _note_louder(file: GGUFFile, counts: ExpertCounts, n_routed: int, n_used: int) -> Iterator[str]:
+    """A sentence where the slices that stay weigh more than before, which makes the layer's answer too loud."""
+    graph = find_graph(str(file.metadata["general.architecture"]))
+    if graph is None or not is_sliced(file) or file.metadata.get("moe2gguf.slicing.amplify") == "any":
+        return
+    shares = {"renormalized": counts.n_used / n_used, "softmax": counts.n_routed / n_routed}
+    if (factor := shares.get(graph.gating, 1.0)) > 1:
+        way = f"let {counts.n_used} run and stay, or " if graph.gating == "renormalized" else ""
+        yield (
+            f"each slice that runs now weighs {factor:.2f} times as much as before, so the answers of the layers are "
+            f"too loud; {way}slice the dense model with --target glm4moe, where weights stay as they are"
+        )
 
 
 def _measure_loss(sums: LayerSums, kept: list[int]) -> float:

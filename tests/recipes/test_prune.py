@@ -17,7 +17,19 @@ from flat_options import flat_options
 from llama_logits import llama_logits, llama_logits_of
 from reference import reference_answers, reference_logits
 
-from moe2gguf import CompareSettings, PruneOptions, compare, convert, densify, prune, quantize, verify
+from moe2gguf import (
+    CompareSettings,
+    Donor,
+    MergeOptions,
+    PruneOptions,
+    compare,
+    convert,
+    densify,
+    merge,
+    prune,
+    quantize,
+    verify,
+)
 from moe2gguf.errors import GGUFError, OutputError, PlanError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.reader import read_gguf
@@ -60,13 +72,15 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gguf.write_gguf(tmp_path_factory.mktemp("routed") / "moe.gguf", weights, n_expert_used=2)
 
 
-@pytest.mark.parametrize("type_", ["f16", "q8_0"])
+@pytest.mark.parametrize("type_", ["f16", "q4_0"])
 def test_what_stays_is_copied_byte_for_byte(sliced: Path, target: str, tmp_path: Path, type_: str) -> None:
-    """Tensors with a row per expert lose rows, the others and the other keys are the same."""
-    quantize(sliced, tmp_path / "whole.gguf", TypeOptions(type_))
+    """Tensors with a row per expert lose rows, all else is the same; one rule gives experts a type of their own."""
+    quantize(sliced, tmp_path / "whole.gguf", TypeOptions("q8_0", tensor_types=(rf".*_exps\.weight={type_}",)))
     done = prune(tmp_path / "whole.gguf", tmp_path / "out.gguf", PruneOptions(keep=5, score="random", seed=1))
     assert () == verify(done.path).problems
     n_shared = SHARED[target]
+    small = {one.name for one in read_gguf(done.path).tensors.values() if one.type.name == type_.upper()}
+    assert small == {f"blk.{i}.ffn_{role}_exps.weight" for i in range(3) for role in ("gate", "up", "down")}
     whole, out = gguf.GGUFReader(tmp_path / "whole.gguf"), gguf.GGUFReader(done.path)
     tensors = {one.name: one.data for one in whole.tensors}
     assert [*tensors] == [one.name for one in out.tensors]
@@ -104,6 +118,38 @@ def test_llama_cpp_computes_the_cut_graph(sliced: Path, tmp_path: Path) -> None:
     """The logits are those of the graph in numpy, with the experts that stay."""
     done = prune(sliced, tmp_path / "out.gguf", PruneOptions(keep=6, used=4, score="random"))
 
+    np.testing.assert_allclose(llama_logits(done.path, TOKENS), reference_logits(done.path, TOKENS), atol=2e-3)
+
+
+@pytest.mark.parametrize(("graph", "louder"), [("mixtral", 8 / 5), ("deepseek", 6 / 3), ("glm4moe", 1)])
+def test_slices_that_become_louder_are_told(tmp_path: Path, graph: str, louder: float) -> None:
+    """A weight may be a share of fewer, chosen or all: llama.cpp's answers grow by as much as the note says."""
+    source = checkpoints.make(tmp_path / "hf", "llama", intermediate_size=N * 32, num_key_value_heads=4)
+    n_shared = 0 if graph == "mixtral" else 2
+    whole = convert(source, tmp_path / "moe.gguf", flat_options(N, target=graph, n_shared=n_shared)).path
+
+    done = prune(whole, tmp_path / "out.gguf", PruneOptions(keep=5, score="random"))
+
+    assert [f"weighs {louder:.2f} times" in note for note in done.notes] == [True] * (louder > 1)
+    before, after = (_sum(path)[0].lengths for path in (whole, done.path))
+    assert after == pytest.approx(louder * before[done.kept[0]], rel=1e-3)
+
+
+def test_other_experts_may_share_what_others_leave(routed: Path, tmp_path: Path) -> None:
+    """A router that was not made for slices divides the weight among those that run."""
+    assert () == prune(routed, tmp_path / "out.gguf", PruneOptions(keep=1, score="random")).notes
+
+
+def test_a_merged_file_loses_a_donor(tmp_path: Path) -> None:
+    """Its experts are pruned by what a text needs, and llama.cpp computes the graph of those that stay."""
+    base = tiny_gguf.dense_weights()
+    weights = [{name: w + 0.2 * i * tiny_gguf.dense_weights(i)[name] for name, w in base.items()} for i in range(4)]
+    files = [tiny_gguf.write_gguf(tmp_path / f"{i}.gguf", one) for i, one in enumerate(weights)]
+    merged = merge(files[0], [*map(Donor, files[1:])], tmp_path / "merged.gguf", MergeOptions("random", used=2))
+
+    done = prune(merged.path, tmp_path / "out.gguf", PruneOptions(keep=2, n_token=64, n_context=CONTEXT), TEXT)
+
+    assert (3, 2, ()) == (done.n_expert, done.n_used, verify(done.path).problems)
     np.testing.assert_allclose(llama_logits(done.path, TOKENS), reference_logits(done.path, TOKENS), atol=2e-3)
 
 
