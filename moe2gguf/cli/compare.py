@@ -92,7 +92,7 @@ from moe2gguf.cli.options import (
 @option_group(
     "Results",
     option("--speed", is_flag=True, help="Also measure the speed, and recommend one of the files."),
-    option("--tasks", is_flag=True, help="Also count how many of 300 short tasks with exact answers each file solves."),
+    option("--tasks", is_flag=True, help="Also count the solved of 300 tasks with exact answers, and repetitions."),
     option("--expert-usage", is_flag=True, help="Also count which experts are used (for --json and --report)."),
     option("--wide", is_flag=True, help="Print all columns."),
     json_option,

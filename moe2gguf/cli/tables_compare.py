@@ -105,13 +105,13 @@ def _scores(row: ResultRow, wide: bool) -> tuple[str, ...]:
 
 
 def _tasks(found: Comparison) -> None:
-    """How many tasks of each kind are solved, the reference first."""
-    solved = {label: scores.shares for label, scores in found.tasks.items()}
-    if not solved:
+    """How many tasks of each kind are solved, and how much of open answers is repeated, the reference first."""
+    if not found.tasks:
         return
-    table = Table("tasks solved", *next(iter(solved.values())), box=None, pad_edge=False)
-    for label, shares in solved.items():
-        table.add_row(escape(label), *map(describe_share, shares.values()))
+    kinds = next(iter(found.tasks.values())).shares
+    table = Table("tasks solved", *kinds, "repeated 4-grams", box=None, pad_edge=False)
+    for label, scores in found.tasks.items():
+        table.add_row(escape(label), *map(describe_share, scores.shares.values()), f"{scores.repeated:.0%}")
     display.print_table(table)
     display.out().print()
 

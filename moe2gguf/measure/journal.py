@@ -13,7 +13,7 @@ from moe2gguf.llama.machine import read_package_version
 from moe2gguf.measure.grid import Measurement
 from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.results import Quality
-from moe2gguf.measure.tasks import TaskScores, make_tasks
+from moe2gguf.measure.tasks import REQUESTS, TaskScores, make_tasks
 
 
 class MeasurementJournal:
@@ -46,7 +46,7 @@ class MeasurementJournal:
             what=one.what,
             files=[[config.identity, config.n_expert_used, config.device] for config in (one.base, one.one)],
             versions=[read_package_version("moe2gguf"), read_package_version("llama-cpp-python")],
-            **({"tasks": make_tasks()} if one.what == "tasks" else self._facts),
+            **({"tasks": make_tasks(), "requests": REQUESTS} if one.what == "tasks" else self._facts),
         )
 
 

@@ -8,6 +8,10 @@ the answer with other tokens than the tokenizer does, which counts as wrong; a l
 of the answer does not. It takes one batch per task, and what questions of a kind have in common, their examples, is
 computed once. Nothing that a model writes is used for anything.
 
+A damaged model also falls into loops, sooner than perplexity shows, which is measured on texts of others. So each file
+answers some open requests too, and it is counted what it repeats. Every model repeats some words: such a share means
+something beside that of another file only.
+
 A kind has five levels, from what a model of 135 million parameters solves to what it does not; only the facts of the
 last kind come in any order.
 """
@@ -30,7 +34,7 @@ from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.generate import count_common
-from moe2gguf.llama.model import open_model
+from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.templates import read_template
 from moe2gguf.measure.intervals import Interval, share_interval
 from moe2gguf.measure.metrics import as_json
@@ -38,6 +42,13 @@ from moe2gguf.measure.metrics import as_json
 PER_KIND = 50
 """Tasks of each kind, ten of each level."""
 
+OPEN, ANSWER = "open", 96
+"""The kind of the open requests, and the most tokens of an answer."""
+
+REQUESTS = (
+    *("Write a short story about a lighthouse.", "Explain how bread is made.", "Describe a walk through an old town."),
+    *("What should a traveler know about the desert?", "Write to a friend about the winter.", "What is a program?"),
+)
 _LEVELS = 5
 _STOPS = b"\r\n.,;:!?"
 
@@ -82,10 +93,14 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Which tasks a file solves: by kind, for each in order. `seconds` is the wall time, load included."""
+    """Which tasks a file solves: by kind, for each in order. `seconds` is the wall time, load included.
+
+    `repeated` is the share of the 4-grams of its open answers that stood in the same answer before.
+    """
 
     right: dict[str, tuple[bool, ...]]
     seconds: float
+    repeated: float
 
     @property
     def shares(self) -> dict[str, Interval]:
@@ -99,7 +114,7 @@ class TaskScores:
 
     def flat(self) -> dict[str, float]:
         """Return the shares and their intervals as one level of names, for tables."""
-        values: dict[str, float] = {}
+        values = {"repeated": self.repeated}
         for kind, share in self.shares.items():
             values |= {f"tasks_{kind}": share.mean, f"tasks_{kind}_low": share.low, f"tasks_{kind}_high": share.high}
         return values
@@ -108,7 +123,7 @@ class TaskScores:
     def from_dict(cls, values: dict[str, Any]) -> TaskScores:
         """Return what `as_json` was made of. Raises KeyError or TypeError for anything else."""
         right = {str(kind): tuple(bool(one) for one in answers) for kind, answers in values["right"].items()}
-        return cls(right, float(values["seconds"]))
+        return cls(right, float(values["seconds"]), float(values["repeated"]))
 
 
 def describe_share(share: Interval) -> str:
@@ -129,7 +144,7 @@ def make_tasks(seed: int = 0) -> dict[str, list[Task]]:
 
 
 def make_prompts(file: GGUFFile) -> dict[str, list[Prompt]]:
-    """Return the tasks by kind, as a user's questions in the chat template of `file`; as plain text if it has none.
+    """Return the tasks by kind, and the open requests, as a user's questions in the chat template of `file`, if any.
 
     Raises HarnessError where the template fails.
     """
@@ -139,7 +154,8 @@ def make_prompts(file: GGUFFile) -> dict[str, list[Prompt]]:
         return template.render([{"role": "user", "content": question}]) if template else f"{question}\n"
 
     with closing(template) if template else nullcontext():
-        return {kind: [Prompt(ask(q) + lead, end) for q, lead, end in made] for kind, made in make_tasks().items()}
+        tasks = {kind: [Prompt(ask(q) + lead, end) for q, lead, end in made] for kind, made in make_tasks().items()}
+        return tasks | {OPEN: [Prompt(ask(one), "") for one in REQUESTS]}
 
 
 def solve_tasks(path: Path, setup: Setup, prompts: Mapping[str, Sequence[Prompt]], **limits: Any) -> TaskScores:
@@ -149,18 +165,29 @@ def solve_tasks(path: Path, setup: Setup, prompts: Mapping[str, Sequence[Prompt]
     run the file.
     """
     began = time.perf_counter()
-    everything = [one for made in prompts.values() for one in made]
+    tasks = {kind: made for kind, made in prompts.items() if kind != OPEN}
+    everything, requests = [one for made in tasks.values() for one in made], [one.text for one in prompts.get(OPEN, ())]
     with closing(
-        stream_from_child(_solve_prompts, path, setup, everything, what=f"running {path}", **limits)
+        stream_from_child(_solve_prompts, path, setup, everything, requests, what=f"running {path}", **limits)
     ) as stream:
-        right = {kind: tuple(islice(stream, len(made))) for kind, made in prompts.items()}
-    return TaskScores(right, time.perf_counter() - began)
+        right = {kind: tuple(islice(stream, len(made))) for kind, made in tasks.items()}
+        counts = [count_repeats(answer) for answer in stream]
+    repeated = sum(repeats for repeats, _ in counts) / max(1, sum(total for _, total in counts))
+    return TaskScores(right, time.perf_counter() - began, repeated)
 
 
-def _solve_prompts(path: Path, setup: Setup, prompts: Sequence[Prompt]) -> Iterator[bool]:
+def count_repeats(tokens: Sequence[int]) -> tuple[int, int]:
+    """Return how many runs of four tokens occurred before, and how many there are."""
+    runs = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return len(runs) - len(set(runs)), len(runs)
+
+
+def _solve_prompts(path: Path, setup: Setup, prompts: Sequence[Prompt], requests: Sequence[str]) -> Iterator[Any]:
+    """Yield whether each task is solved, then the tokens of the answer to each request."""
     with open_model(path, replace(setup, n_context=0)) as model:
         texts = [(model.tokenize_prompt(one.text), model.tokenize_prompt(one.text + one.answer)) for one in prompts]
-        model.start(max(len(whole) for _, whole in texts))
+        opened = [model.tokenize_prompt(one) for one in requests]
+        model.start(max(len(tokens) for tokens in (*(whole for _, whole in texts), *opened)) + ANSWER)
         before: list[int] = []
         for prompt, whole in texts:
             first = count_common(prompt, whole) - 1  # a token may hold the end of the prompt and more
@@ -169,6 +196,16 @@ def _solve_prompts(path: Path, setup: Setup, prompts: Sequence[Prompt]) -> Itera
             best = [int(token) for block in blocks for token in block.argmax(axis=1)]
             yield _is_answer(best, whole[first + 1 :], model.piece)
             before = whole
+        yield from (_write_answer(model, tokens) for tokens in opened)
+
+
+def _write_answer(model: Llama, prompt: list[int]) -> list[int]:
+    """The most likely tokens one after the other, up to `ANSWER` of them."""
+    answer, logits = list[int](), model.logits(np.array(prompt, np.int32), len(prompt) - 1)
+    while len(answer) < ANSWER and not model.ends(token := int(logits[-1].argmax())):
+        answer.append(token)
+        logits = model.feed([token], [True])
+    return answer
 
 
 def _is_answer(best: list[int], answer: list[int], piece: Callable[[int], bytes]) -> bool:

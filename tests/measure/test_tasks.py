@@ -21,7 +21,17 @@ from moe2gguf.measure.compare import compare
 from moe2gguf.measure.journal import digest_parts
 from moe2gguf.measure.report.compare import make_page
 from moe2gguf.measure.results import Comparison
-from moe2gguf.measure.tasks import PER_KIND, Prompt, Task, make_prompts, make_tasks, solve_tasks
+from moe2gguf.measure.tasks import (
+    ANSWER,
+    PER_KIND,
+    REQUESTS,
+    Prompt,
+    Task,
+    count_repeats,
+    make_prompts,
+    make_tasks,
+    solve_tasks,
+)
 
 MERGED = tiny_gguf.FIRST_BYTE + 256
 TEMPLATE = "[{{ messages[0].role }}]{{ messages[0].content }}[answer]"
@@ -76,6 +86,20 @@ def test_a_task_is_solved_where_greedy_decoding_writes_the_answer_and_stops(tmp_
     assert [3 / 8] * 3 == [share.mean for share in scores.shares.values()]
 
 
+def test_a_loop_is_seen_and_an_end_is_none(tmp_path: Path) -> None:
+    """A loop of three tokens repeats all 4-grams but its first three; an answer that ends has no more."""
+    texts = tiny_gguf.vocabulary()[0]
+    chain = {"a": "b", "b": "c", "c": "a", "k": "l", "l": "m", "m": "</s>"}
+    weights = tiny_gguf.chain_weights({texts.index(one): texts.index(after) for one, after in chain.items()})
+    path = tiny_gguf.write_gguf(tmp_path / "chain.gguf", weights)
+    scores = solve_tasks(path, Setup(n_threads=1), {"open": [Prompt("xa", ""), Prompt("k", ""), Prompt("c", "")]})
+    assert {} == scores.right
+    assert (ANSWER - 3 - 3) / (ANSWER - 3) == pytest.approx(scores.repeated)
+    assert [(1, 6), (0, 0), (0, 1), (2, 3)] == [
+        count_repeats(one) for one in ([1, 2, 3, 4, 9, 1, 2, 3, 4], [1, 2, 3], [1] * 4, [1] * 6)
+    ]
+
+
 def test_questions_are_put_through_the_chat_template(tmp_path: Path) -> None:
     """The question is the user's, the answer begins after the template's end; without a template all is one text."""
     plain = make_prompts(read_gguf(write_chain(tmp_path / "plain.gguf")))
@@ -84,6 +108,7 @@ def test_questions_are_put_through_the_chat_template(tmp_path: Path) -> None:
     for kind, made in make_tasks().items():
         assert [Prompt(f"{one.question}\n{one.lead}", one.answer) for one in made] == plain[kind]
         assert [Prompt(f"[user]{one.question}[answer]{one.lead}", one.answer) for one in made] == chat[kind]
+    assert [Prompt(f"[user]{one}[answer]", "") for one in REQUESTS] == chat["open"]
 
 
 def make_halves(_: random.Random, i: int) -> Task:
@@ -128,6 +153,8 @@ def test_a_comparison_has_the_tasks_of_every_row_and_the_reference(
     printed = " ".join(capsys.readouterr().out.split())
     assert "reference chain.gguf 50% (24-76)" in printed
     assert "other.gguf 0% (0-28)" in printed
+    assert "repeated 4-grams" in printed
+    assert lines[2]["repeated"] == str(swept.reference_tasks.repeated)
     page = make_page(swept, ["moe2gguf"])
     assert "solves 50% (24-76) of the tasks" in " ".join(page.summary)
     assert "tasks chain, share" in page.table.columns

@@ -185,7 +185,8 @@ def summarize(found: Comparison) -> list[str]:
     lines += [escape(note[0].upper() + note[1:]) + "." for note in found.notes]
     lines += _describe_rows(found)
     for label, solved in found.tasks.items():
-        lines.append(f"{_name(label)} solves {describe_share(solved.shares['all'])} of the tasks.")
+        words = f"{_name(label)} solves {describe_share(solved.shares['all'])} of the tasks"
+        lines.append(f"{words}, and repeats {solved.repeated:.0%} of the 4-grams of its open answers.")
     return lines
 
 
