@@ -106,8 +106,12 @@ def _count_reused(done: Conversion | Quantization) -> str:
 
 
 def print_densified(done: Densified) -> None:
-    """One line: the output, and where the factors come from."""
-    display.out().print(f"wrote {escape(str(done.path))}: dense; factors: {done.how}")
+    """One line: the output, and where the factors come from; or how far averaged experts are apart."""
+    what = f"factors: {done.how}"
+    if done.apart:
+        mean, most = sum(done.apart.values()) / len(done.apart), max(done.apart.values())
+        what = f"the average of experts that are {mean:.0%} of their length away from it, {most:.0%} in a layer"
+    display.out().print(f"wrote {escape(str(done.path))}: dense; {what}")
 
 
 def print_folder(done: Conversion) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,17 +50,24 @@ ReadLayer = Callable[[int], dict[str, Array]]
 
 @dataclass(frozen=True)
 class Densified:
-    """What `densify` did; `how` is where the factors come from: "known" (the metadata) or "even" (zero routers)."""
+    """What `densify` did; `apart` has, by layer, how far averaged experts are from their mean, over their own length.
+
+    `how` is where the factors come from: "known" (the metadata), "even" (zero routers), "one" (a single expert), or
+    "average".
+    """
 
     path: Path
     how: str
+    apart: dict[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
-        return {"path": str(self.path), "factors": self.how}
+        return {"path": str(self.path), "factors": self.how, "apart": self.apart}
 
 
-def densify(source: str | Path, out: str | Path, *, force: bool = False, progress: Progress = silent) -> Densified:
+def densify(
+    source: str | Path, out: str | Path, *, average: bool = False, force: bool = False, progress: Progress = silent
+) -> Densified:
     """Write the model with experts `source` as the dense model `out`: a folder as a folder, a GGUF file as one file.
 
     The experts' gate and up rows are put one behind the other, bit for bit. Their down columns are too, each times the
@@ -68,22 +75,32 @@ def densify(source: str | Path, out: str | Path, *, force: bool = False, progres
     back exactly, and bit for bit where that is a power of two), or 1/n where all routers are zero. Zero neurons that
     padded the experts are left out. In a file, projections of block types become F32.
 
+    Experts that are whole MLPs have no such sum, unless there is one; `average` makes their mean, which is another
+    model.
+
     Raises:
-        PlanError: the model has no experts, its routers weigh experts by the input, or its experts have scales.
+        PlanError: the model has no experts, its routers weigh experts by the input, its experts have scales, or the
+            average of slices was wanted.
         OutputError, CorruptWeightError, CheckpointError, GGUFError: as in `moe2gguf.recipes.convert.convert`.
     """
     source, out = Path(source), Path(out)
     model = MoeFolder(open_checkpoint(source)) if source.is_dir() else MoeFile(read_model(source))
-    how, factor = known_factor(model)
+    how, factor = ("average", 1.0) if average else known_factor(model)
+    if average:
+        require_whole_experts(model)
     model.check_target(out, force=force)
-    d_ff = dense_width(model)
+    d_ff, apart = model.d_expert if average else dense_width(model), dict[int, float]()
     # the projections of one layer follow each other, so that each layer is joined once
-    read_layer = functools.lru_cache(maxsize=1)(functools.partial(join_layer, model, factor, d_ff))
+    read_layer = functools.lru_cache(maxsize=1)(
+        functools.partial(average_layer, model, apart)
+        if average
+        else functools.partial(join_layer, model, factor, d_ff)
+    )
     tensors = [
         make_projection(model, part, d_ff, read_layer) if isinstance(part, Part) else part for part in model.parts()
     ]
     model.write(out, tensors, d_ff, how, progress)
-    return Densified(out, how)
+    return Densified(out, how, apart)
 
 
 class Part(NamedTuple):
@@ -97,7 +114,12 @@ class Part(NamedTuple):
 
 
 class MoeFolder:
-    """A Mixtral folder; `metadata` is its provenance, sizes are named as in `moe2gguf.spec`."""
+    """A Mixtral folder; `metadata` is its provenance, sizes are named as in `moe2gguf.spec`.
+
+    `adds_up`: whether the weights of the chosen experts add up to one.
+    """
+
+    adds_up = True
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, model = checkpoint, checkpoint.model
@@ -165,7 +187,7 @@ class MoeFile:
         if found.problems:
             raise GGUFError(listing(file.path, found.problems))
         self.path, self.metadata, self.n_expert = file.path, file.metadata, counts.n_expert
-        self.graph, self.in_shared = graph, counts.n_shared
+        self.graph, self.in_shared, self.adds_up = graph, counts.n_shared, graph.gating == "renormalized"
         self.dense = DENSE_GRAPHS["qwen3" if "blk.0.attn_q_norm.weight" in file.tensors else "llama"]
         _, self.d_expert, self.d_model = file.tensors["blk.0.ffn_gate_exps.weight"].shape
 
@@ -242,6 +264,8 @@ def known_factor(model: MoeFolder | MoeFile) -> tuple[str, float]:
     is_healed = any(key.startswith("moe2gguf.heal.") for key in metadata)
     if not is_healed and isinstance(amplification, float | int) and amplification > 0:
         return "known", 1 / amplification
+    if model.n_expert == 1 and model.adds_up:
+        return "one", 1.0
     if model.routers_are_zero():
         return "even", model.weight_of_expert
     raise PlanError(
@@ -250,6 +274,16 @@ def known_factor(model: MoeFolder | MoeFile) -> tuple[str, float]:
             "another program), so no dense model computes the same; use the dense model it was made from"
         ]
     )
+
+
+def require_whole_experts(model: MoeFolder | MoeFile) -> None:
+    """Raise PlanError unless each expert is an MLP of its own, and could stand for all."""
+    if "moe2gguf.slicing.expert_count" in model.metadata:
+        raise PlanError([f"{model.path}: its experts are slices of one MLP; without --average they are joined"])
+    if not model.adds_up:
+        raise PlanError(
+            [f"{model.path}: the weights of its chosen experts do not add up to one, so no mean is like them"]
+        )
 
 
 def dense_width(model: MoeFolder | MoeFile) -> int:
@@ -267,6 +301,19 @@ def make_projection(model: MoeFolder | MoeFile, part: Part, d_ff: int, read_laye
 
 def _read_role(read_layer: ReadLayer, part: Part) -> Iterator[Array]:
     yield read_layer(part.i)[part.role]
+
+
+def average_layer(model: MoeFolder | MoeFile, apart: dict[int, float], i: int) -> dict[str, Array]:
+    """The mean of the experts of layer `i` by role; `apart` gets how far they are from it, over their own length."""
+    result, far, length = dict[str, Array](), 0.0, 0.0
+    for role, stack in zip(ROLES, model.read_experts(i), strict=True):
+        experts = stack.astype(np.float32)
+        mean = experts.mean(axis=0)
+        far += float(np.square(experts - mean).sum())
+        length += float(np.square(experts).sum())
+        result[role] = mean.astype(stack.dtype)
+    apart[i] = (far / length) ** 0.5 if length else 0.0
+    return result
 
 
 def join_layer(model: MoeFolder | MoeFile, factor: float, d_ff: int, i: int) -> dict[str, Array]:

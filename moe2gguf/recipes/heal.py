@@ -126,7 +126,10 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
     sizes += ["bias_qkv", "head_norms"]
     checks = [
         (not ours.n_expert, f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"),
-        (theirs.n_expert, f"{dense.folder}: has experts; the teacher is the dense model the student was cut from"),
+        (
+            theirs.n_expert and (ours.n_expert != 1 or settings.training.layerwise),
+            f"{dense.folder}: has experts; it teaches a dense student, which is one of --experts 1, with --layerwise 0",
+        ),
         *(
             (a != b, f"{size} is {a} in the student, {b} in the teacher")
             for size in sizes
@@ -139,7 +142,11 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
         *check_settings(ours, settings),
     ]
     found = [reason for wrong, reason in checks if wrong]
-    if not found and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, digest_source(dense.tensors)):
+    if (
+        not found
+        and not theirs.n_expert
+        and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, digest_source(dense.tensors))
+    ):
         found = [f"the student was cut from a model with digest {digest}, and the teacher has another"]
     if found:
         raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {reason}" for reason in found)]))

@@ -5,6 +5,7 @@ from typing import Any
 
 import checkpoints
 import gguf
+import moe_files
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flat_options import flat_options
 from llama_logits import llama_logits
 from safetensors.numpy import load_file, save_file
 
-from moe2gguf import TypeOptions, convert, quantize
+from moe2gguf import PruneOptions, TypeOptions, convert, prune, quantize
 from moe2gguf.cli import cli
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.recipes.densify import densify, join_experts
@@ -186,6 +187,61 @@ def test_a_dense_model_is_refused(dense: Any, tmp_path: Path) -> None:
         densify(tmp_path / "dense.gguf", tmp_path / "out.gguf")
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Mixtral folder of three experts, and the file that is made of it."""
+    folder = tmp_path_factory.mktemp("mixtral") / "model"
+    checkpoints.write(folder, "MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2)
+    return folder, convert(folder, folder.with_suffix(".gguf")).path
+
+
+def test_whole_experts_have_an_average(mixture: Any, tmp_path: Path) -> None:
+    """Of a folder and of its file, which llama.cpp runs; and how far they are from it."""
+    folder = mixture[0]
+    old = load_file(folder / "model.safetensors")
+    names = {"w1": "gate", "w3": "up", "w2": "down"}
+    stacks = {
+        f"model.layers.{i}.mlp.{role}_proj.weight": np.stack(
+            [old[f"model.layers.{i}.block_sparse_moe.experts.{e}.{name}.weight"] for e in range(3)]
+        )
+        for i in range(3)
+        for name, role in names.items()
+    }
+
+    done = [densify(one, tmp_path / one.name, average=True) for one in mixture]
+
+    new = load_file(tmp_path / "model" / "model.safetensors")
+    for name, stack in stacks.items():
+        np.testing.assert_allclose(new[name], stack.mean(axis=0), atol=1e-6)
+    squares = [np.square(x).sum() for name, s in stacks.items() if ".1." in name for x in (s - s.mean(axis=0), s)]
+    far, length = sum(squares[::2]), sum(squares[1::2])
+    assert [pytest.approx((far / length) ** 0.5)] * 2 == [one.apart[1] for one in done]
+    logits = checkpoints.torch_logits(tmp_path / "model", TOKENS)
+    assert np.abs(llama_logits(tmp_path / "model.gguf", TOKENS) - logits).max() < 1e-2
+
+
+def test_a_single_expert_is_the_dense_model(mixture: Any, tmp_path: Path) -> None:
+    """What `prune` leaves of each layer, whatever the router is: the same logits."""
+    one = prune(mixture[1], tmp_path / "one.gguf", PruneOptions(keep=1, score="random"))
+
+    assert "one" == densify(one.path, tmp_path / "dense.gguf").how
+
+    assert np.abs(llama_logits(one.path, TOKENS) - llama_logits(tmp_path / "dense.gguf", TOKENS)).max() < 1e-3
+
+
+def test_slices_are_not_averaged(dense: Any, tmp_path: Path) -> None:
+    """They are parts of one MLP; and weights that do not add up to one have no mean."""
+    folder = sliced(dense, tmp_path / "sliced", flat_options(experts=4))
+    with pytest.raises(PlanError, match="its experts are slices of one MLP"):
+        densify(folder, tmp_path / "out", average=True)
+    keys = {**moe_files.KEYS, **moe_files.MORE["deepseek"]}
+    (shapes,) = moe_files.list_tensors(moe_files.write(tmp_path / "keys.gguf", "deepseek", keys, {}))
+    weights = {name: one for name, one in moe_files.make_weights(shapes).items() if not name.endswith("scale")}
+    with pytest.raises(PlanError, match="do not add up to one"):
+        densify(moe_files.write(tmp_path / "file.gguf", "deepseek", keys, weights), tmp_path / "out", average=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(dense: Any, tmp_path: Path) -> None:
     """One line on stdout, and the folder converts like the first one."""
     folder = sliced(dense, tmp_path / "sliced", flat_options(experts=4))
@@ -195,3 +251,11 @@ def test_the_command(dense: Any, tmp_path: Path) -> None:
     assert 0 == done.exit_code, done.output
     assert "dense; factors: known" in done.stdout
     assert bytes_of(dense) == bytes_of(tmp_path / "back")
+
+
+def test_the_command_says_how_far_experts_are_from_their_average(mixture: Any, tmp_path: Path) -> None:
+    """Unrelated ones by nearly all of their length: the root of two thirds, of three."""
+    done = CliRunner().invoke(cli, ["densify", str(mixture[0]), str(tmp_path / "out"), "--average"])
+
+    assert 0 == done.exit_code, done.output
+    assert "dense; the average of experts that are 82% of their length away from it" in done.stdout
