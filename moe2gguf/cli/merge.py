@@ -40,6 +40,11 @@ from moe2gguf.cli.options import (
         help="Learn whose prompt a token is from, compare with the mean of the prompts, or draw lots.  "
         "[default: regression]",
     ),
+    option(
+        "--attention",
+        type=click.Choice(["base", "average"]),
+        help="Whose attention and norms: the base's, or the mean of the donors'.  [default: base]",
+    ),
     option("--used", type=ONE, help="Experts used per token.  [default: 2]"),
     number("--tokens", "n_token", default=2048, type=ONE, help="Tokens of each expert's prompts that are read."),
     seed_option,

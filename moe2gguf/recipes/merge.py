@@ -6,11 +6,13 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ from moe2gguf.errors import PlanError, list_names
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_model_target
-from moe2gguf.gguf.types import require_kernels
+from moe2gguf.gguf.types import FLOATS, require_kernels
 from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.hf.folder import SOURCE_REPOSITORY
 from moe2gguf.hf.safetensors import SourceDigest
@@ -35,7 +37,7 @@ from moe2gguf.recipes.options import Options
 from moe2gguf.recipes.outputs import output_tensors
 from moe2gguf.recipes.plan import Plan, make_plan
 from moe2gguf.recipes.source import open_source
-from moe2gguf.recipes.tensors import plain_experts
+from moe2gguf.recipes.tensors import PlannedTensor, plain_experts
 from moe2gguf.spec import Metadata, MetadataValue
 
 PREFIX = "moe2gguf.merge."
@@ -43,6 +45,7 @@ N_CONTEXT = 256
 """Tokens of a prompt that are computed together."""
 
 _MLP = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.weight")
+_ATTENTION = re.compile(r"blk\.\d+\.(attn_\w+|ffn_norm)\.\w+")
 _SHAPE = ("n_layer", "d_model", "d_ff", "n_head", "n_head_kv", "d_head", "n_vocab")
 _VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("model", "tokens", "merges"))
 _KEPT = re.compile(
@@ -84,7 +87,7 @@ def merge(
     plans = _plan_models([base, *(donor.model for donor in donors)], options)
     _require_fit(plans, donors, options)
     routers: Routers = {}
-    tensors = list(_stack(plans, routers))
+    tensors = list(_stack(plans, routers, average=options.attention == "average"))
     metadata, notes = _make_metadata(plans, tensors, options)
     layout = lay_out(metadata, tensors, _list_kinds(plans[0], metadata))
     check_model_target(out, 1, [file for plan in plans for file in plan.source.own_files], force=force)
@@ -133,10 +136,18 @@ def _require_fit(plans: Sequence[Plan], donors: Sequence[Donor], options: MergeO
     mute = [str(donor.model) for donor in donors if not any(donor.prompts)]
     if mute and options.router != "random":
         problems.append(f"no prompts for {list_names(mute)}: the router learns from them; or take --router random")
+    coarse = {str(plan.source.path) for plan in plans for one in plan.tensors if _has_no_mean(one)}
+    if options.attention == "average" and coarse:
+        problems.append(f"attention stored in blocks, of which no mean is taken: {list_names(sorted(coarse))}; use f16")
     names = {tensor.name for tensor in base.tensors} | {f"blk.{i}.router" for i in range(base.model.n_layer)}
     problems += check_expert_counts(n, options.used, Size.of(names, base.model.n_layer))
     if problems:
         raise PlanError(problems)
+
+
+def _has_no_mean(tensor: PlannedTensor) -> bool:
+    """Whether the tensor would have to be decoded and quantized again for an average of attention."""
+    return bool(_ATTENTION.fullmatch(tensor.name)) and tensor.type not in FLOATS
 
 
 def _find_differences(plans: Sequence[Plan]) -> Iterator[str]:
@@ -159,10 +170,10 @@ def _list_types(plan: Plan) -> dict[str, str]:
     return {tensor.name: tensor.type.name for tensor in plan.tensors if _MLP.fullmatch(tensor.name)}
 
 
-def _stack(plans: Sequence[Plan], routers: Routers) -> Iterator[OutputTensor]:
+def _stack(plans: Sequence[Plan], routers: Routers, *, average: bool) -> Iterator[OutputTensor]:
     """The base's tensors with the donors' MLPs, one behind the other, in place of its own.
 
-    `routers` is read when they are written.
+    `routers` is read when they are written. `average`: attention and norms of the layers are the mean of the donors'.
     """
     base, *donors = (
         {tensor.name: tensor for tensor in output_tensors(plan.tensors, plan.source, none, SourceDigest(), Guidance())}
@@ -172,7 +183,9 @@ def _stack(plans: Sequence[Plan], routers: Routers) -> Iterator[OutputTensor]:
     routed, n = set[int](), len(donors)
     for name, tensor in base.items():
         if not (match := _MLP.fullmatch(name)):
-            yield tensor
+            alike = average and _ATTENTION.fullmatch(name)
+            blocks = functools.partial(_read_average, [donor[name] for donor in donors]) if alike else tensor.blocks
+            yield replace(tensor, blocks=blocks, copied=tensor.copied and not alike)
             continue
         if (i := int(match[1])) not in routed:
             routed.add(i)
@@ -185,6 +198,12 @@ def _stack(plans: Sequence[Plan], routers: Routers) -> Iterator[OutputTensor]:
 
 def _read_router(routers: Routers, i: int) -> Iterator[NDArray[Any]]:
     yield routers[i]
+
+
+def _read_average(parts: Sequence[OutputTensor]) -> Iterator[NDArray[Any]]:
+    """The mean of tensors of one shape, float32."""
+    whole = [np.concatenate([block.astype(np.float32) for block in part.blocks()]) for part in parts]
+    yield np.mean(whole, axis=0).reshape(parts[0].shape)
 
 
 def _read_all(parts: Sequence[OutputTensor]) -> Iterator[NDArray[Any]]:
@@ -216,6 +235,7 @@ def _make_metadata(
         PREFIX + "experts": names[1:],
         PREFIX + "licenses": licences,
         PREFIX + "router": options.router,
+        PREFIX + "attention": options.attention,
         PREFIX + "seed": options.seed,
     }
     if {*licences} == {licences[0]}:

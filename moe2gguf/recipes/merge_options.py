@@ -25,6 +25,7 @@ class MergeOptions:
 
     router     "regression": whose prompt a token is from, by least squares; "hidden": the mean state of an expert's
                prompts less that of its negative ones; "random"
+    attention  attention and norms of the layers: those of the "base", or the "average" of the donors'
     used       experts that run per token
     type       of every matrix; "auto": as stored
     name       the model's name in the metadata; None: made of the base's
@@ -33,6 +34,7 @@ class MergeOptions:
     """
 
     router: RouterKind = "regression"
+    attention: Literal["base", "average"] = "base"
     used: int = 2
     type: Literal["auto", "f32", "f16", "bf16"] = "auto"
     name: str | None = None

@@ -76,6 +76,26 @@ def test_experts_are_the_donors_byte_for_byte(models: list[Path], tmp_path: Path
     assert verify(tmp_path / "out").problems == ()
 
 
+def test_attention_may_be_the_donors_mean(models: list[Path], tmp_path: Path) -> None:
+    """Its matrices and the norms of the layers; what is stored in blocks has none, and is refused."""
+    options, donors = MergeOptions("random", attention="average"), [*map(Donor, models[1:])]
+
+    merge(models[0], donors, tmp_path / "out", options, threads=1)
+
+    out, (base, first, second) = read_tensors(tmp_path / "out"), map(read_tensors, models)
+    for name in base:
+        if "attn" in name or name.endswith("ffn_norm.weight"):
+            mean = (first[name].data.astype(np.float32) + second[name].data) / 2
+            np.testing.assert_array_equal(out[name].data, mean.astype(base[name].data.dtype), name)
+            assert out[name].tensor_type == base[name].tensor_type
+        elif name in out:
+            assert out[name].data.tobytes() == base[name].data.tobytes(), name
+    assert read_metadata(tmp_path / "out")["moe2gguf.merge.attention"] == "average"
+    small = [quantize(one, tmp_path / one.name, TypeOptions(type="q8_0")).path for one in models]
+    with pytest.raises(PlanError, match=r"attention stored in blocks, of which no mean is taken: .*0\.gguf, .*2\.gguf"):
+        merge(small[0], [*map(Donor, small[1:])], tmp_path / "none", options)
+
+
 def test_a_model_merged_with_itself_is_the_model(models: list[Path], tmp_path: Path) -> None:
     """In llama.cpp: the weights of equal experts add up to one."""
     merge(models[0], [Donor(models[0])] * 3, tmp_path / "out", MergeOptions("random"))
