@@ -19,6 +19,7 @@ from moe2gguf.measure.check import Check, compare_with_dense
 from moe2gguf.measure.compare import CompareSettings
 from moe2gguf.measure.expert_usage import ExpertUse, measure_expert_usage
 from moe2gguf.measure.imatrix import Collection, collect_imatrix
+from moe2gguf.measure.needed_experts import NeededExperts, measure_needed_experts
 from moe2gguf.measure.on_the_fly import compare_types as compare
 from moe2gguf.measure.publish import Publication, PublishSettings, publish
 from moe2gguf.measure.results import Comparison
@@ -57,6 +58,7 @@ __all__ = [
     "MergeOptions",
     "MethodOptions",
     "Moe2GgufError",
+    "NeededExperts",
     "Options",
     "Plan",
     "PruneOptions",
@@ -83,6 +85,7 @@ __all__ = [
     "inspect",
     "list_ways",
     "measure_expert_usage",
+    "measure_needed_experts",
     "merge",
     "plan_conversion",
     "plan_quantization",

@@ -10,6 +10,7 @@ from moe2gguf.cli import tables as display
 
 if TYPE_CHECKING:
     from moe2gguf.measure.expert_usage import ExpertUse, LayerUse
+    from moe2gguf.measure.needed_experts import NeededExperts
 
 _COLUMNS = ("layer", "effective", "router entropy", "lowest", "highest", "always on", "dead", "overloaded")
 _SHOWN = 6
@@ -48,3 +49,24 @@ def _format_layer(one: LayerUse) -> tuple[str, ...]:
 def _format_numbers(numbers: tuple[int, ...]) -> str:
     more = f" +{len(numbers) - _SHOWN}" if len(numbers) > _SHOWN else ""
     return " ".join(map(str, numbers[:_SHOWN])) + more
+
+
+def print_needed(found: NeededExperts) -> None:
+    """One line per count, the oracle in words, and one line per kind of token."""
+    console, need = display.out(), found.need
+    table = display.make_table("experts", "KL mean", "same top", "accepted", "MLP MB", "need it", numbers=slice(None))
+    for one, share in zip(found.fixed, need.shares, strict=True):
+        cells = (f"{one.same_top:.1%}", f"{one.acceptance:.1%}", f"{one.mlp_bytes / 1e6:.1f}", f"{share:.1%}")
+        table.add_row(str(one.count), f"{one.kl:.3g}", *cells)
+    display.print_table(table)
+    console.print(
+        f"\n{found.n_token:,} tokens need {need.mean:.2f} experts on average to be within {need.limit:g} nats of all "
+        f"experts ({need.lasting:.2f} if all larger counts must be, too). An oracle that knew them would have a mean "
+        f"KL of {need.kl:.3g}. A fixed count needs {need.same_kl:.2f} for that, which reads {need.mlp_gain:.2f} times "
+        f"the MLP bytes and {need.gain:.2f} times all bytes: so much could speed gain at most.\n"
+    )
+    table = display.make_table("", "", "tokens", "mean need", numbers=slice(2, None))
+    for title, groups in need.groups.items():
+        for name, (n_token, mean) in sorted(groups.items(), key=lambda one: one[1][1]):
+            table.add_row(title, name, str(n_token), f"{mean:.2f}")
+    display.print_table(table)
