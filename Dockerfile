@@ -1,6 +1,7 @@
 # moe2gguf with llama.cpp for the CPU. From a clone:
 #   docker build -t moe2gguf .
 #   docker run --rm -v "$PWD:/models" moe2gguf convert SmolLM2-135M-Instruct moe.gguf --experts 8
+# The build compiles llama.cpp for the processor that it runs on; build it again on another kind of machine.
 FROM python:3.13-slim
 
 # what pip compiles llama.cpp with; libgomp1 is needed to run it

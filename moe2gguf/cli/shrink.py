@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ def shrink(
     from moe2gguf.measure.shrink import ShrinkSettings, Wish
     from moe2gguf.measure.shrink import shrink as make
 
-    if sum(wish is not None for wish in (faster, room, quality)) != 1:
+    given = [wish for wish in (faster, room, quality) if wish is not None]
+    if len(given) != 1 or math.isnan(given[0]):
         raise click.UsageError("give one wish: --faster, --room or --quality")
     done = make(
         model,

@@ -122,6 +122,8 @@ def publish(
     settings = replace(settings, options=complete_options(source, settings.options)[0])
     variants = list_variants(source, settings, work)
     require_plans(source.path, variants)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; name a folder that is not there yet")
     if folder.exists() and any(folder.iterdir()) and not work.exists():
         raise OutputError(f"{folder}: exists; choose another name, or remove it")
 

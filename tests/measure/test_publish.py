@@ -161,6 +161,8 @@ def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path
     with pytest.raises(OutputError, match="out: exists"):
         publish(model, tmp_path / "out", settings(tmp_path))
     assert "precious" == (tmp_path / "out" / "mine").read_text()
+    with pytest.raises(OutputError, match="mine: is a file; name a folder"):
+        publish(model, tmp_path / "out" / "mine", settings(tmp_path))
 
 
 def test_the_command_sends_the_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
