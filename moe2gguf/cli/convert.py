@@ -250,7 +250,6 @@ def _write_file(
     arguments: dict[str, Any],
 ) -> None:
     """Convert, then write the report and compare with the dense model where that is asked for."""
-    from moe2gguf.measure.check import compare_conversion, require_reference
     from moe2gguf.recipes.convert import convert as write
 
     if report:
@@ -259,6 +258,8 @@ def _write_file(
 
         require_plotly(report)
     if check:
+        from moe2gguf.measure.check import compare_conversion, require_reference
+
         require_reference(check)
     done = write(model, out, options, progress=display.progress, **arguments)
     if report:

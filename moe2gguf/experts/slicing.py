@@ -12,10 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moe2gguf.gguf.types import is_finite, widen
 from moe2gguf.graphs import GRAPHS
 from moe2gguf.spec import Slicing
 
 PADDING = -1
+
+PIECE = 1 << 20
+"""Elements that are cut out at once: few enough for the cache, enough for several threads to quantize."""
 
 ROUTER_SIZE = 1e-2
 """The largest |logit| on the calibration tokens: small, and far above the rounding of a float32 softmax."""
@@ -80,8 +84,9 @@ def plain_scale(slicing: Slicing) -> NDArray[np.float32]:
 
 
 def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
-    """Yield each expert's rows (d_expert, d_model) of a gate or up projection (d_ff, d_model)."""
-    for neurons in order:
+    """Yield each expert's rows (d_expert, d_model) of a gate or up projection (d_ff, d_model), in pieces of rows."""
+    step = _count_rows(weight.shape[-1])
+    for neurons in (row[start : start + step] for row in order for start in range(0, len(row), step)):
         if _is_run(neurons):
             yield weight[neurons[0] : neurons[0] + len(neurons)]
         else:
@@ -91,19 +96,33 @@ def slice_rows(weight: Array, order: Order) -> Iterator[Array]:
 
 
 def slice_columns(weight: Array, order: Order, scale: Sequence[float] | Array) -> Iterator[Array]:
-    """Yield each expert's columns (d_model, d_expert) of a down projection (d_model, d_ff), times its scale.
+    """Yield each expert's columns (d_model, d_expert) of a down projection (d_model, d_ff), times its scale, in pieces.
 
     The product is rounded once to the weight's own type; it is exact where the factor of `scale` (n_expert,) is a power
     of two and nothing overflows (an overflow becomes an infinity, which the writer refuses).
     """
+    step = _count_rows(order.shape[-1])
     for neurons, factor in zip(order, scale, strict=True):
-        if _is_run(neurons):
-            columns = weight[:, neurons[0] : neurons[0] + len(neurons)]
-        else:
-            columns = weight[:, np.maximum(neurons, 0)]
-            columns[:, neurons == PADDING] = 0
-        with np.errstate(over="ignore", invalid="ignore"):
-            yield columns * weight.dtype.type(factor)  # type: ignore[operator]
+        is_run, number = _is_run(neurons), weight.dtype.type(factor)
+        for rows in (weight[start : start + step] for start in range(0, len(weight), step)):
+            if is_run:
+                columns = rows[:, neurons[0] : neurons[0] + len(neurons)]
+            else:
+                columns = rows[:, np.maximum(neurons, 0)]
+                columns[:, neurons == PADDING] = 0
+            yield columns if number == 1 else _multiply(columns, number)
+
+
+def _multiply(array: Array, number: np.generic) -> Array:
+    """The product in the array's own type; by way of float32, where 16 bits are several times faster."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = widen(array) if is_finite(array) else array.astype(np.float32)
+        return (wide * np.float32(number)).astype(array.dtype)
+
+
+def _count_rows(width: int) -> int:
+    """How many rows make a piece."""
+    return max(1, PIECE // max(1, width))
 
 
 def _is_run(neurons: NDArray[np.int64]) -> bool:

@@ -6,11 +6,13 @@ files (index, shards) and reading: by `readinto`, not by a memory map, so that a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import struct
-from collections import Counter
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,19 +283,28 @@ class SourceDigest:
 
     def __init__(self) -> None:
         self.parts: dict[str, str] = {}
+        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def read(self, tensor: Readable) -> Array:
-        """Return the whole tensor, hashed."""
-        sha = hashlib.sha256()
-        array = tensor.read(sha.update)
-        self.parts[tensor.name] = sha.hexdigest()
-        return array
+        """Return the whole tensor, hashed unless it has been."""
+        with self._hashed(tensor) as seen:
+            return tensor.read(seen)
 
     def blocks(self, tensor: Readable, max_bytes: int) -> Iterator[Array]:
         """Yield the tensor in row blocks, hashed when the last block is taken."""
-        sha = hashlib.sha256()
-        yield from tensor.blocks(max_bytes, sha.update)
-        self.parts[tensor.name] = sha.hexdigest()
+        with self._hashed(tensor) as seen:
+            yield from tensor.blocks(max_bytes, seen)
+
+    @contextlib.contextmanager
+    def _hashed(self, tensor: Readable) -> Iterator[Seen]:
+        """What is to be given the bytes of a tensor; two threads that read one tensor wait for each other."""
+        with self._turns[tensor.name]:
+            if tensor.name in self.parts:
+                yield lambda _: None
+                return
+            sha = hashlib.sha256()
+            yield sha.update
+            self.parts[tensor.name] = sha.hexdigest()
 
     def hexdigest(self, tensors: Mapping[str, Readable]) -> str:
         """Return the digest over `tensors`, each of which must have been read."""

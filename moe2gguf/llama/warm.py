@@ -1,4 +1,4 @@
-"""Processes that start warm: one server has imported llama.cpp's bindings, and every child is a fork of it.
+"""Processes that start warm: one server has imported llama.cpp's bindings and us, and every child is a fork of it.
 
 A fresh interpreter spends 0.3 to 0.5 seconds on imports before it does anything; a fork has them. The server itself
 never loads a model, starts no threads and answers only its parent, over a socket that nobody else holds; it ends when
@@ -24,7 +24,7 @@ from typing import IO, NoReturn
 from moe2gguf.llama.serve import serve
 
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); import moe2gguf.api; "
     "from moe2gguf.llama.warm import serve_forks; serve_forks(int(sys.argv[1]))"
 )
 _READ_AT_LOADING = ("CUDA_", "GGML_", "HIP_", "KMP_", "LD_", "LLAMA_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "VK_")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from moe2gguf.experts.slicing import (
     PADDING,
+    PIECE,
     contiguous_order,
     expert_width,
     slice_columns,
@@ -101,6 +103,13 @@ def test_an_overflow_of_the_amplification_becomes_an_infinity_not_a_warning() ->
     assert np.isinf(only).all()
 
 
+def test_an_infinity_stays_one() -> None:
+    """However small the factor."""
+    (only,) = slice_columns(np.array([[1.0, np.inf]], np.float16), contiguous_order(2, 1), [0.25])
+
+    assert [[0.25, np.inf]] == only.tolist()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_power_of_two_amplifies_exactly(dtype: str) -> None:
     """Dividing again gives the same bits, subnormals included."""
@@ -109,6 +118,22 @@ def test_a_power_of_two_amplifies_exactly(dtype: str) -> None:
     (only,) = slice_columns(weight, contiguous_order(4, 1), [8.0])
 
     assert np.array_equal(weight, only / weight.dtype.type(8))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_pieces_are_the_whole(dtype: Any, factor: float) -> None:
+    """More elements than a piece has: the same numbers in the same order, each product rounded once."""
+    d_ff, d_model = 96, PIECE // 40
+    weight = np.random.default_rng(0).standard_normal((d_ff, d_model)).astype(dtype)
+    for order in (contiguous_order(d_ff, 2), np.random.default_rng(1).permutation(d_ff).reshape(2, -1)):
+        rows, columns = [*slice_rows(weight, order)], [*slice_columns(weight.T, order, [factor, factor])]
+
+        assert len(rows) > 2
+        assert len(columns) > 2
+        assert np.array_equal(weight[order.ravel()], np.concatenate(rows))
+        expected = np.concatenate([weight.T[:, one] for one in order]).astype(np.float64) * factor
+        assert np.array_equal(expected.astype(dtype), np.concatenate(columns))
 
 
 def test_the_zero_router_is_zero_and_f32() -> None:

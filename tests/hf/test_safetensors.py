@@ -1,8 +1,10 @@
 """moe2gguf.hf.safetensors: which files make a checkpoint, hostile headers, and reading in blocks."""
 
+import hashlib
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,21 @@ def test_the_digest_does_not_depend_on_sharding(tmp_path: Path) -> None:
 
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
+
+
+def test_a_tensor_that_is_read_twice_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two threads at once as well, which the second one waits for."""
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    tensors, digest, made = read_headers(tmp_path), SourceDigest(), []
+    new = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: made.append(data) or new(*data))
+
+    with ThreadPoolExecutor(4) as pool:
+        read = [*pool.map(lambda _: digest.read(tensors["a"]), range(8))]
+
+    assert [()] == made
+    assert all(A.tolist() == one.tolist() for one in read)
+    assert digest.parts == {"a": new(A.tobytes()).hexdigest()}
 
 
 def refused(folder: Any) -> Any:
