@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,14 @@ OF_EXPERTS = ("--target", "--experts", "--used", "--align", "--expert-scale")
 OF_METHOD = ("--preset", "--group", "--shared", "--router", "--refit", "--amplify")
 OF_CALIBRATION = ("--calibration", "--save-calibration", "--load-calibration", "--calibration-tokens")
 OF_CALIBRATING = ("--calibration-memory", "--torch-device", "--seed")
+OF_BLOCKS = ("--imatrix", "--imatrix-repair", "--target-size", "--target-bpw", "--pure", "--llama-cpp-mix")
 NO_EFFECT = (
     NoEffect((*OF_EXPERTS, *OF_METHOD, *OF_CALIBRATION, *OF_CALIBRATING), beside=("--dense",)),
     NoEffect(("--calibration-memory", "--torch-device"), beside=("--load-calibration",)),
     NoEffect(("--imatrix-repair",), without=("--imatrix",)),
-    NoEffect(("--plan", "--check", "--report"), beside=("--format hf",)),
+    NoEffect(("--llama-cpp-mix",), beside=("--dense", "--pure")),
+    NoEffect(("--pure", "--llama-cpp-mix"), without=("--type",)),
+    NoEffect(("--plan", "--check", "--report", "--threads", *OF_BLOCKS), beside=("--format hf",)),
 )
 
 
@@ -250,6 +254,7 @@ def _write_file(
     arguments: dict[str, Any],
 ) -> None:
     """Convert, then write the report and compare with the dense model where that is asked for."""
+    from moe2gguf.measure.token_ids import warn_of_token_ids
     from moe2gguf.recipes.convert import convert as write
 
     if report:
@@ -261,7 +266,16 @@ def _write_file(
         from moe2gguf.measure.check import compare_conversion, require_reference
 
         require_reference(check)
-    done = write(model, out, options, progress=display.progress, **arguments)
+    look_at = arguments.pop("on_plan")
+    with ThreadPoolExecutor(1) as beside:  # while the file is written
+        compared: list[Future[list[str]]] = []
+
+        def on_plan(plan: Plan) -> None:
+            look_at(plan)
+            compared.extend([] if check else [beside.submit(warn_of_token_ids, plan)])
+
+        done = write(model, out, options, progress=display.progress, on_plan=on_plan, **arguments)
+    display.warnings(line for one in compared for line in one.result())
     if report:
         write_page(make_page(done, sys.argv), report)
     threads = arguments["threads"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from moe2gguf.errors import HarnessError, list_names
 from moe2gguf.experts.text import FolderTokenizer, open_tokenizer
+from moe2gguf.gguf.layout import lay_out
+from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.tokenizer.pretokenizers import PROBES
 from moe2gguf.llama.tokens import read_token_lists
+from moe2gguf.recipes.plan import Plan
 
 T = TypeVar("T")
 
@@ -45,6 +51,33 @@ class TokenCheck:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types."""
         return asdict(self)
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where ids differ."""
+        if not self.named:
+            return []
+        texts = list_names([repr(one.text) for one in self.named], MOST_NAMED)
+        return [
+            f"{self.n_differing} of {self.n_text} texts made of its own tokens have other ids in llama.cpp than the "
+            f"folder's tokenizer gives, such as {texts}; --check auto shows them"
+        ]
+
+
+def warn_of_token_ids(plan: Plan) -> list[str]:
+    """Compare the token ids of a file to come as `compare_token_ids` does, from its metadata alone: what to be told.
+
+    Nothing for a GGUF file, whose vocabulary stays as it is, and where llama.cpp is not installed.
+    """
+    if not isinstance(plan.source, Checkpoint) or find_spec("llama_cpp") is None:
+        return []
+    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        path.write_bytes(lay_out(plan.metadata, [], {}).header)
+        try:
+            return compare_token_ids(path, plan.source.folder).warnings
+        except HarnessError as error:
+            return [f"token ids were not compared with the folder's tokenizer: {error}"]
 
 
 def compare_token_ids(path: Path, folder: Path) -> TokenCheck:

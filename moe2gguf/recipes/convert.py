@@ -104,8 +104,8 @@ def convert(
     source = open_source(Path(model), name=options.name)
     inputs = read_inputs(source, options)
     plan = fit_types(make_plan(source, inputs), inputs, progress)
-    on_plan(plan)
     _check_targets(plan, out, force=force)
+    on_plan(plan)
 
     # Find the experts of every layer: contiguous slices, a saved calibration, or a new one in a folder of its own.
     work = out.with_name(out.name + ".calibration")

@@ -6,13 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import pytest
 import tiny_tokenizers as tiny
+from command import moe2gguf
 from llama_tokens import write_vocabulary_file
 from transformers import AutoTokenizer
 
+from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.metadata import vocabulary_metadata
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
+from moe2gguf.measure import token_ids
 from moe2gguf.measure.token_ids import TokenCheck, compare_token_ids
 
 
@@ -78,3 +82,33 @@ def test_at_most_five_are_named_and_what_the_file_says_of_long_texts_is_no_diffe
 
     assert [f"<odd{i}>" in one.text for i, one in enumerate(found.named)] == [True] * 5
     assert 5 == len(json.loads(json.dumps(found.to_dict()))["named"])
+
+
+@pytest.mark.parametrize("rule", ["rstrip", None])
+@pytest.mark.parametrize("target", ["mixtral", "glm4moe"])
+def test_convert_names_texts_with_other_ids(tmp_path: Path, rule: str | None, target: str) -> None:
+    """Compared while the file is written, from its metadata alone; nothing is said where all ids are the same."""
+    folder = checkpoints.make(tmp_path / "model", vocab_size=1024, num_hidden_layers=1)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    add_token(folder, size, "<odd>", rule)
+
+    done = moe2gguf("convert", folder, tmp_path / "out.gguf", "--target", target, "--experts", 4)
+
+    assert 0 == done.returncode, done.stderr
+    assert (rule is not None) == ("have other ids in llama.cpp than the folder's tokenizer gives" in done.stderr)
+    assert (rule is not None) == ("<odd>" in done.stderr)
+
+
+def test_of_a_broken_llama_cpp_one_sentence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is written all the same."""
+
+    def fail(*_: object) -> None:
+        raise HarnessError("no such library")
+
+    monkeypatch.setattr(token_ids, "read_token_lists", fail)
+    folder = checkpoints.make(tmp_path / "model", num_hidden_layers=1)
+
+    done = moe2gguf("convert", folder, tmp_path / "out.gguf", "--dense")
+
+    assert 0 == done.returncode
+    assert "token ids were not compared with the folder's tokenizer: no such library" in done.stderr
