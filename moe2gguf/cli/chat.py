@@ -15,8 +15,17 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, threads_option, used_option
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import (
+    FILE,
+    ONE,
+    SEED_NEEDS_TEMPERATURE,
+    device_option,
+    number,
+    seed_option,
+    threads_option,
+    used_option,
+)
 from moe2gguf.cli.prompt import read_line
 from moe2gguf.errors import HarnessError
 
@@ -31,7 +40,7 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
-@cloup.command(cls=Command, no_effect=[NoEffect(("--seed",), without=("--temperature",))])
+@cloup.command(cls=Command, no_effect=SEED_NEEDS_TEMPERATURE)
 @cloup.argument("file", type=FILE, help="The GGUF file to talk with.")
 @used_option
 @option("--system", default="", metavar="TEXT", help="What the model is told before the first message.")

@@ -45,7 +45,8 @@ FOREIGN = {
 class NoEffect(NamedTuple):
     """Options that change nothing `beside` one of others, which is an error, or `without` all of others, a warning.
 
-    Of an option with choices, one may be named: "--format hf".
+    Where both are given they change nothing beside one of the former without all of the latter. Of another option the
+    value may be named too: "--format hf", "--steps 0".
     """
 
     options: Sequence[str]
@@ -78,7 +79,7 @@ class Output(click.Path):
 
 
 class ContinuedOutput(Output):
-    """A file that may exist: more is written at its end."""
+    """A file or folder that may exist: more is written at its end, or into it."""
 
 
 def allow_replacing(ctx: click.Context, _parameter: click.Parameter, value: bool) -> bool:
@@ -146,22 +147,25 @@ class Command(cloup.Command):
 
 
 def _list_given(option: click.Option, ctx: click.Context) -> list[str]:
-    """The names of the option if the command line has it, and of one with choices the names with the choice."""
+    """The names of the option if the command line has it, alone and with each of its values."""
     if ctx.get_parameter_source(str(option.name)) is not click.core.ParameterSource.COMMANDLINE:
         return []
-    chosen = [f"{name} {ctx.params.get(str(option.name))}" for name in option.opts]
-    return [*option.opts, *(chosen if isinstance(option.type, click.Choice) else [])]
+    value: Any = ctx.params.get(str(option.name))
+    values = [f"{one:g}" if isinstance(one, float) else one for one in (value if option.multiple else [value])]
+    names = [*option.opts, *option.secondary_opts]
+    return [*names, *(f"{name} {one}" for name in names for one in values)]
 
 
 def _check_effect(row: NoEffect, given: set[str], ctx: click.Context) -> None:
-    """Warn of a given option without effect. Raises UsageError where another option is the reason."""
+    """Warn of a given option without effect. Raises UsageError where another option alone is the reason."""
     useless = [name for name in row.options if name in given]
-    if not useless:
+    others = [name for name in row.beside if name in given]
+    if not useless or (row.beside and not others) or given.intersection(row.without):
         return
-    if others := [name for name in row.beside if name in given]:
+    if not row.without:
         raise click.UsageError(f"{', '.join(useless)}: no effect with {others[0]}; leave one of them out", ctx)
-    if row.without and not given.intersection(row.without):
-        warnings([f"{', '.join(useless)}: no effect without {' or '.join(row.without)}"])
+    beside = f"with {others[0]} and " if others else ""
+    warnings([f"{', '.join(useless)}: no effect {beside}without {' or '.join(row.without)}"])
 
 
 def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[str, Path]:

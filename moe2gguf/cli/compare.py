@@ -37,6 +37,8 @@ from moe2gguf.cli.options import (
     no_effect=[
         NoEffect(("--imatrix",), without=("--types",)),
         NoEffect(("--expert-usage",), without=("--json", "--report")),
+        NoEffect(("--wide",), beside=("--json",)),
+        NoEffect(("--force",), without=("--csv", "--report", "--picture")),
     ],
 )
 @cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to compare.")
@@ -126,6 +128,7 @@ def compare(
 
     Each file runs in llama.cpp with each K on each device, in a process of its own, and is compared with the dense
     file token by token, with the definitions of llama-perplexity. An interrupted comparison continues where it stopped.
+    A K that a file cannot run, or a run that fails, is a row with the reason; the exit code is 1 then.
 
     With --types, files in f32, f16 or bf16 are also quantized (as by moe2gguf quantize --allow-fallback) into the
     cache folder, measured, and removed.

@@ -33,6 +33,7 @@ from moe2gguf.cli.options import (
     no_effect=[
         NoEffect(("--used", "--report"), beside=("--needed",)),
         NoEffect(("--divergence",), without=("--needed",)),
+        NoEffect(("--force",), without=("--report",)),
     ],
 )
 @cloup.argument("file", type=FILE, help="A GGUF file with experts.")

@@ -55,7 +55,16 @@ def fill(record: type[Any], options: Mapping[str, Any], **others: Any) -> Any:
     return record(**{field.name: options[field.name] for field in fields(record) if field.name in options} | others)
 
 
-@cloup.command(cls=Command, no_effect=[NoEffect(("--lora-rank",), without=("--train",))])
+OF_STEPS = ("--lr", "--accumulate", "--top", "--next-token", "--precision", "--checkpointing", "--evaluate-every")
+NO_EFFECT = (
+    NoEffect(("--lora-rank",), without=("--train lora",)),
+    NoEffect(("--router-lr",), beside=("--train",), without=("--train router",)),
+    NoEffect(("--layer-lr",), beside=("--layerwise 0",)),
+    NoEffect(OF_STEPS, beside=("--steps 0",)),
+)
+
+
+@cloup.command(cls=Command, no_effect=NO_EFFECT)
 @cloup.argument("student", type=FOLDER, help="The sliced model: a folder made by convert --format hf.")
 @cloup.argument("out", type=OUT, help="The folder to write.")
 @option_group(

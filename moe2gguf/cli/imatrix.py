@@ -39,7 +39,11 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
 
 @cloup.command(
     cls=Command,
-    no_effect=[NoEffect(("--tokens", "--context", "--used", "--output-matrix", "--threads"), without=("--text",))],
+    no_effect=[
+        NoEffect(
+            ("--tokens", "--context", "--used", "--output-matrix", "--threads", "--no-resume"), without=("--text",)
+        )
+    ],
 )
 @cloup.argument("model", type=FILE, help="The GGUF file to collect from, best in f16, bf16 or f32.")
 @cloup.argument("out", type=OUT, help="The importance matrix to write.")

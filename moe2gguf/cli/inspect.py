@@ -8,11 +8,11 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import FILE, emit, json_option
 
 
-@cloup.command(cls=Command)
+@cloup.command(cls=Command, no_effect=[NoEffect(("--tensors",), beside=("--json",))])
 @cloup.argument("file", type=FILE, help="The GGUF file to inspect.")
 @option("--tensors", is_flag=True, help="List every tensor.")
 @json_option

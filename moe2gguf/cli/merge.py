@@ -10,7 +10,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     MODEL,
@@ -25,7 +25,7 @@ from moe2gguf.cli.options import (
 )
 
 
-@cloup.command(cls=Command)
+@cloup.command(cls=Command, no_effect=[NoEffect(("--seed",), beside=("--prompts",), without=("--router random",))])
 @cloup.argument(
     "base", type=MODEL, help="The dense model that attention, norms and embeddings are taken from; or a recipe (.yaml)."
 )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 from cloup import option
 
-from moe2gguf.cli.command import Input, Output, allow_replacing
+from moe2gguf.cli.command import Input, NoEffect, Output, allow_replacing
 from moe2gguf.errors import PlanError
 from moe2gguf.llama.devices import DEVICES
 
@@ -83,6 +83,10 @@ text_option = option(
 context_option = number("--context", "n_context", default=512, type=click.IntRange(8), help="Tokens per window.")
 tokens_option = number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all.")
 seed_option = number("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.")
+SEED_NEEDS_TEMPERATURE = (
+    NoEffect(("--seed",), without=("--temperature",)),
+    NoEffect(("--seed",), beside=("--temperature 0",)),
+)
 report_option = option("--report", type=OUT, metavar="FILE.html", help="Also write a page with figures.")
 
 

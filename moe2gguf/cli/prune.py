@@ -10,7 +10,7 @@ import cloup
 from cloup import option, option_group
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
+from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     NONE,
@@ -29,8 +29,13 @@ from moe2gguf.cli.options import (
     threads_option,
 )
 
+NO_EFFECT = (
+    NoEffect(("--seed",), without=("--score random",)),
+    NoEffect(("--text", "--tokens", "--context", "--device"), beside=("--score random",)),
+)
 
-@cloup.command(cls=Command)
+
+@cloup.command(cls=Command, no_effect=NO_EFFECT)
 @cloup.argument("model", type=FILE, help="A GGUF file with experts.")
 @cloup.argument("out", type=OUT, help="The GGUF file to write.")
 @option_group(

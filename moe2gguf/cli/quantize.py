@@ -26,8 +26,13 @@ from moe2gguf.cli.options import (
     type_rules,
 )
 
+NO_EFFECT = (
+    NoEffect(("--imatrix-repair",), without=("--imatrix",)),
+    NoEffect(("--llama-cpp-mix",), beside=("--pure",)),
+)
 
-@cloup.command(cls=Command, no_effect=[NoEffect(("--imatrix-repair",), without=("--imatrix",))])
+
+@cloup.command(cls=Command, no_effect=NO_EFFECT)
 @cloup.argument("source", type=FILE, help="The GGUF file to quantize, in f32, f16 or bf16.")
 @cloup.argument("out", type=OUT, help="The GGUF file to write.")
 @cloup.argument("type", required=False, help="q4_k_m, iq4_xs, q8_0 or another of llama.cpp; auto keeps them as stored.")

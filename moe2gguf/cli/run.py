@@ -10,11 +10,20 @@ import cloup
 from cloup import option
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import FILE, ONE, device_option, number, seed_option, threads_option, used_option
+from moe2gguf.cli.command import Command
+from moe2gguf.cli.options import (
+    FILE,
+    ONE,
+    SEED_NEEDS_TEMPERATURE,
+    device_option,
+    number,
+    seed_option,
+    threads_option,
+    used_option,
+)
 
 
-@cloup.command(cls=Command, no_effect=[NoEffect(("--seed",), without=("--temperature",))])
+@cloup.command(cls=Command, no_effect=SEED_NEEDS_TEMPERATURE)
 @cloup.argument("file", type=FILE, help="The GGUF file to run.")
 @cloup.argument("prompt", required=False, default=None, help="What to say to it.")
 @option("-p", "--prompt", "prompt_option", metavar="PROMPT", help="The same as an option.")

@@ -31,6 +31,9 @@ NEEDS_IMPORTANCE: tuple[TensorType, ...] = (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, G
 """Without an importance matrix the kernel aborts the process:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8059"""
 
+IGNORES_IMPORTANCE = ("Q8_0", "NVFP4", "MXFP4", "Q2_0", "TQ2_0", "TQ1_0", "Q1_0")
+"""Types to which the kernel gives the same bytes with and without one."""
+
 
 def are_installed() -> bool:
     """Return whether the kernels can be called."""

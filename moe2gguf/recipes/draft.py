@@ -19,6 +19,7 @@ from moe2gguf.quant.imatrix_match import Guidance, Neurons, guide, record_imatri
 from moe2gguf.quant.presets import Network
 from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.recipes import tensors_gguf, tensors_hf
+from moe2gguf.recipes.file_plan import list_warnings
 from moe2gguf.recipes.inputs import TypeInputs
 from moe2gguf.recipes.source import Source
 from moe2gguf.recipes.tensors import PlannedTensor
@@ -60,6 +61,7 @@ def _draft_from_folder(source: Checkpoint, wanted: Wanted) -> Draft:
     slicing = wanted.slicing
     stored = tensors_hf.plan_tensors(source, slicing)
     guidance, assigned = _assign(source, wanted, stored)
+    tensors = _mark_guided(guidance, assigned.set_types(stored))
     metadata: dict[str, MetadataValue] = {
         **model_metadata(source.model, slicing, assigned.file_type),
         **source.card,
@@ -70,10 +72,10 @@ def _draft_from_folder(source: Checkpoint, wanted: Wanted) -> Draft:
     }
     return Draft(
         assigned,
-        _mark_guided(guidance, assigned.set_types(stored)),
+        tensors,
         metadata,
         refusals=(*guidance.refusals(stored, assigned), *_refuse_experts_of(wanted.inputs.matrix, slicing)),
-        warnings=tuple(guidance.warnings),
+        warnings=tuple(list_warnings(guidance, tensors)),
     )
 
 
@@ -105,7 +107,9 @@ def _draft_from_gguf(source: DenseFile, wanted: Wanted) -> Draft:
         f"{len(names)} tensors are decoded and quantized again, {what}, such as {names[0]}"
         for what, names in tensors_gguf.find_requantized(source, slicing, tensors).items()
     ]
-    return Draft(assigned, tuple(tensors), metadata, kinds, tuple(refusals), (*warnings, *guidance.warnings))
+    return Draft(
+        assigned, tuple(tensors), metadata, kinds, tuple(refusals), (*warnings, *list_warnings(guidance, tensors))
+    )
 
 
 def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> tuple[Guidance, Assignment]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import ValueType
+from moe2gguf.gguf.kernels import IGNORES_IMPORTANCE
 from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
 from moe2gguf.gguf.shards import lay_out_shards
 from moe2gguf.quant.assign import Assignment
+from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.tensors import PlannedTensor
 from moe2gguf.spec import Metadata
 
@@ -74,6 +76,14 @@ def lay_out_files(
     """One file, or shards of at most `shard_size` bytes; arguments and errors as `lay_out_shards`."""
     shards = lay_out_shards(metadata, tensors, kinds, shard_size)
     return shards or ((tuple(tensors), lay_out(metadata, tensors, kinds)),)
+
+
+def list_warnings(guidance: Guidance, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """What is to be said of an importance matrix: too little in it, or nothing to use it for."""
+    weighed = {*types.BLOCKS} - {types.named(name) for name in IGNORES_IMPORTANCE}
+    is_used = any(one.guided and not one.copied and one.type in weighed for one in tensors)
+    idle = "--imatrix: no effect, for no tensor is quantized to a type that weighs the errors of columns"
+    return [*guidance.warnings, *([] if is_used or not guidance.importance else [idle])]
 
 
 def _describe_tensor(tensor: PlannedTensor) -> dict[str, Any]:

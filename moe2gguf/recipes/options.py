@@ -250,13 +250,17 @@ def _refuse_saved(model: Model, saved: SavedCalibration | None) -> list[str]:
 
 def _check_counts(model: Model, options: Options) -> Refusals:
     has_experts, used = model.n_expert > 0, options.used
+    flags = {name: flag for name, flag in METHOD_FLAGS.items() if name != "seed"} | {"preset": "--preset"}
+    idle = [flag for name, flag in flags.items() if getattr(options.method, name) is not None]
+    others = {"--dense": options.dense, "--align": options.align > 1, "--expert-scale": options.expert_scale}
+    idle += [flag for flag, given in others.items() if given]
     n = model.n_expert + model.n_shared if has_experts else options.n_expert
     return [
         (
             has_experts and options.experts not in (None, n),
             f"--experts {options.experts}: the checkpoint has {n} experts already, which are kept; leave it out",
         ),
-        (has_experts and options.dense, f"--dense: the checkpoint has {n} experts already; leave it out"),
+        (has_experts and bool(idle), f"{', '.join(idle)}: the checkpoint has {n} experts already; leave it out"),
         (
             not has_experts and not 1 <= n <= model.d_ff,
             f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}",

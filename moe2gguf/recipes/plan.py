@@ -18,7 +18,7 @@ from moe2gguf.quant.rules import Rule
 from moe2gguf.recipes.draft import Wanted, draft_file
 from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
 from moe2gguf.recipes.inputs import Inputs
-from moe2gguf.recipes.options import Options
+from moe2gguf.recipes.options import CalibrationOptions, Options
 from moe2gguf.recipes.source import Source, fit_slicing
 from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
@@ -192,7 +192,13 @@ def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
     wishes = inputs.options.calibration
     if inputs.text and wishes.text is None:
         warnings.append(NO_TEXT)
-    given = {"--calibration": wishes.text, "--calibration-tokens": wishes.n_token, "--torch-device": wishes.device}
+    given = {
+        "--calibration": wishes.text,
+        "--calibration-tokens": wishes.n_token,
+        "--calibration-memory": None if wishes.memory == CalibrationOptions.memory else wishes.memory,
+        "--torch-device": wishes.device,
+        "--seed": inputs.options.method.seed,
+    }
     useless = [name for name, value in given.items() if value is not None]
     if useless and not inputs.text and not inputs.saved:
         warnings.append(f"{', '.join(useless)}: no effect, since these experts are not fitted to a text; see --used")

@@ -33,7 +33,7 @@ from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatr
 from moe2gguf.quant.presets import Network
 from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.quant.target import choose_types, refuse_target
-from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
+from moe2gguf.recipes.file_plan import FilePlan, lay_out_files, list_warnings
 from moe2gguf.recipes.inputs import TypeInputs, read_type_inputs
 from moe2gguf.recipes.tensors import Copy, PlannedTensor
 from moe2gguf.spec import MetadataValue
@@ -196,7 +196,7 @@ def make_plan(
         metadata=metadata,
         tensors=tensors,
         files=lay_out_files(metadata, tensors, kinds, None if open_types else shard_size),
-        warnings=(*assigned.warnings, *guidance.warnings),
+        warnings=(*assigned.warnings, *list_warnings(guidance, tensors)),
         allow_requantize=allow_requantize,
         shard_size=shard_size,
         has_open_types=open_types,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 import pytest
@@ -78,6 +79,10 @@ def test_a_letter_means_one_thing() -> None:
     assert all(len(names) == 1 for names in meanings.values()), meanings
 
 
+FOLDER = str(Path(__file__).parent)
+HEAL = ["heal", FOLDER, "o", "--teacher", FOLDER, "--text", __file__, "--used-range", "2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,6 +96,16 @@ def test_a_letter_means_one_thing() -> None:
             ["convert", "m", "o", "--format", "hf", "--plan", "--check", "auto"],
             "--plan, --check: no effect with --format hf",
         ),
+        (["convert", "m", "o", "--format", "hf", "--target-bpw", "4", "-t", "1"], "--threads, --target-bpw: no effect"),
+        (["convert", "m", "o", "--llama-cpp-mix", "--dense"], "--llama-cpp-mix: no effect with --dense"),
+        (["run", __file__, "x", "--seed", "3", "--temperature", "0.0"], "--seed: no effect with --temperature 0"),
+        (
+            ["prune", __file__, "o", "--keep", "2", "--score", "random", "--text", __file__],
+            "--text: no effect with --sc",
+        ),
+        (["inspect", __file__, "--tensors", "--json"], "--tensors: no effect with --json"),
+        ([*HEAL, "--steps", "0", "--lr", "1"], "--lr: no effect with --steps 0"),
+        ([*HEAL, "--layerwise", "0", "--layer-lr", "1"], "--layer-lr: no effect with --layerwise 0"),
     ],
 )
 def test_options_that_exclude_each_other_are_an_error(arguments: list[str], message: str) -> None:
@@ -108,6 +123,18 @@ def test_options_that_exclude_each_other_are_an_error(arguments: list[str], mess
         (["compare", __file__, "--reference", __file__, "--imatrix", __file__], "--imatrix: no effect without --types"),
         (["quantize", __file__, "o", "q8_0", "--imatrix-repair", "ones"], "no effect without --imatrix"),
         (["imatrix", __file__, "o", "--merge", __file__, "--tokens", "5"], "--tokens: no effect without --text"),
+        (["prune", __file__, "o", "--keep", "2", "--seed", "1"], "--seed: no effect without --score random"),
+        (
+            ["merge", __file__, __file__, "o", "--prompts", __file__, "--seed", "1"],
+            "--seed: no effect with --prompts and without --router random",
+        ),
+        (["convert", "m", "o", "--pure"], "--pure: no effect without --type"),
+        (["serve-help", __file__, "-f"], "--force: no effect without --modelfile or --presets"),
+        (
+            [*HEAL, "--train", "lora", "--router-lr", "1"],
+            "--router-lr: no effect with --train and without --train router",
+        ),
+        ([*HEAL, "--train", "router", "--lora-rank", "1"], "--lora-rank: no effect without --train lora"),
     ],
 )
 def test_options_that_need_another_are_a_warning(arguments: list[str], message: str) -> None:
@@ -125,4 +152,6 @@ def test_the_tables_of_options_without_effect_name_options_of_their_command() ->
             for option in command.params:
                 if isinstance(option.type, click.Choice):
                     ours |= {f"{name} {choice}" for name in option.opts for choice in option.type.choices}
+                elif isinstance(option.default, int | float):
+                    ours |= {f"{name} 0" for name in option.opts}
             assert ours.issuperset([*row.options, *row.beside, *row.without])

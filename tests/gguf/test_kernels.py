@@ -86,6 +86,17 @@ def test_an_importance_changes_the_bytes_and_must_fit() -> None:
             kernels.quantize(NORMAL, kind, "t")
 
 
+@pytest.mark.parametrize("kind", types.BLOCKS)
+def test_which_types_ignore_an_importance(kind: Any) -> None:
+    """The bytes differ for all but those that are listed."""
+    rng = np.random.default_rng(0)
+    rows, importance = rng.standard_normal((8, 256)).astype(np.float32), rng.integers(1, 1000, 256).astype(np.float32)
+
+    weighed, alike = (bytes(types.encode(rows, kind, "x", one)) for one in (importance, np.ones(256, np.float32)))
+
+    assert (weighed == alike) == (kind.name in kernels.IGNORES_IMPORTANCE)
+
+
 def test_what_would_abort_the_process_is_an_error() -> None:
     """Rows of another width than whole blocks; an empty array is no rows."""
     with pytest.raises(HarnessError, match="rows of 100 do not fit Q4_K's blocks of 256"):

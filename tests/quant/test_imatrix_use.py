@@ -155,6 +155,16 @@ def test_the_file_records_it_as_llama_cpp_does(dense: Any, tmp_path: Path) -> No
     assert str(tmp_path).encode() not in (tmp_path / "a.gguf").read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "idle"), [("f16", True), ("q8_0", True), ("q4_k", False)])
+def test_a_matrix_that_nothing_looks_at_is_named(dense: Any, tmp_path: Path, kind: str, idle: bool) -> None:
+    """Where nothing is quantized, or only to types whose kernels ignore it."""
+    matrix = imatrix_files.write_gguf(tmp_path / "words.gguf", statistics_of(dense))
+
+    warnings = plan_quantization(dense, TypeOptions(kind, imatrix=matrix)).warnings
+
+    assert idle == any("--imatrix: no effect" in one for one in warnings)
+
+
 def without(statistics: Any, expert: Any) -> Any:
     """Expert `expert` of every tensor saw no token."""
     result = {}

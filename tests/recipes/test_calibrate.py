@@ -61,11 +61,11 @@ def test_only_the_default_text_comes_with_advice(place: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("values", [{"experts": 8}, {"experts": 8, "used": 4, "preset": "exact"}])
 def test_options_of_a_calibration_that_is_not_made_are_named(place: Any, tmp_path: Path, values: Any) -> None:
     """Where all experts run, or none is fitted; nothing is said where they are not given."""
-    given: Any = {"text": tmp_path / "no.txt", "n_token": 2048, "device": "cpu"}
+    given: Any = {"text": tmp_path / "no.txt", "n_token": 2048, "memory": 10**9, "device": "cpu", "seed": 1}
 
     warnings = plan_conversion(place / "m", flat_options(**values, **given)).warnings
 
-    names = "--calibration, --calibration-tokens, --torch-device: no effect"
+    names = "--calibration, --calibration-tokens, --calibration-memory, --torch-device, --seed: no effect"
     assert [names] == [text[: len(names)] for text in warnings if "no effect" in text]
     assert not any("no effect" in text for text in plan_conversion(place / "m", flat_options(**values)).warnings)
 

@@ -124,6 +124,8 @@ def test_mixtral_options(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="has 4 experts already") as caught:
         plan_conversion(folder, flat_options(experts=8, dense=True))
     assert 2 == len(caught.value.refusals)
+    with pytest.raises(PlanError, match="--group, --align: the checkpoint has 4 experts already"):
+        plan_conversion(folder, flat_options(group="routed", align=32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
