@@ -56,7 +56,8 @@ def bench(
     """Measure the speed of files and its bandwidth limit.
 
     Prompt and generation are measured as by llama-bench. Each file runs with each K once per round, so that a busy
-    machine slows all of them alike. The table has the median, the lowest and the highest of the rounds.
+    machine slows all of them alike. The table has the median, the lowest and the highest of the rounds. The exit code
+    is 1 where a file could not run with a K.
 
     \b
     Example:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import shlex
 import sys
 import time
@@ -41,6 +42,7 @@ VERBOSE = "moe2gguf.verbose"
 """Where the click context remembers --verbose."""
 MOST_LINES = 5
 """Of the list in an error's message."""
+_MORE = re.compile(r"\W*and (\d+) more")
 WIDE = 250
 """Columns of a table in a pipe or a file."""
 PULSE = 30.0
@@ -124,10 +126,15 @@ def is_verbose() -> bool:
 
 
 def cut_list(items: Sequence[str], *, whole: bool) -> list[str]:
-    """The first `MOST_LINES` items and how many more there are; all if the `whole` is wanted, or it saves no line."""
+    """The first `MOST_LINES` items and how many more there are; all if the `whole` is wanted, or it saves no line.
+
+    The last item may say "and 7 more" already.
+    """
     if whole or len(items) <= MOST_LINES + 1:
         return [*items]
-    return [*items[:MOST_LINES], f"  and {len(items) - MOST_LINES} more (--verbose shows all)"]
+    rest = _MORE.fullmatch(items[-1])
+    n = len(items) - MOST_LINES + (int(rest[1]) - 1 if rest else 0)
+    return [*items[:MOST_LINES], f"  and {n} more (--verbose shows {'more of them' if rest else 'all'})"]
 
 
 def warnings(lines: Iterable[str]) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import cloup
 
 from moe2gguf.cli import tables as display
-from moe2gguf.cli.command import Command
-from moe2gguf.cli.options import FILE, OUT, emit, force_option, json_option, used_list_option
+from moe2gguf.cli.command import Command, ContinuedOutput
+from moe2gguf.cli.options import FILE, emit, force_option, json_option, used_list_option
 
 
 @cloup.command(cls=Command)
 @cloup.argument("file", type=FILE, help="A GGUF file with experts.")
-@cloup.argument("folder", type=OUT, help="The folder for the views.")
+@cloup.argument("folder", type=ContinuedOutput(path_type=Path), help="The folder for the views.")
 @used_list_option
 @force_option
 @json_option

@@ -27,7 +27,7 @@ def check_outputs(
         outputs: the files or folders to write, by what messages call them ("--csv rows.csv", or the name alone).
         inputs: the files and folders that are read. A folder stands for its files, a shard for its whole set.
         force: whether existing files may be replaced. Inputs never are.
-        may_exist: names of outputs that are continued, not replaced.
+        may_exist: names of outputs that are continued, not replaced; as folders they may hold inputs.
 
     Raises:
         OutputError: naming the output; links and hard links to an input count as the input.
@@ -36,7 +36,7 @@ def check_outputs(
         _require_name(name, out)
     read = {identity: file for path in inputs for file in _files(path) for identity in _identities(file)}
     for name, out in outputs.items():
-        if found := _find_input(out, read):
+        if found := _find_input(out, read, whole=name not in may_exist):
             raise OutputError(f"{name}: would replace {found}, which is read; choose another name")
         if out.exists() and not out.is_dir():
             _require_replaceable(name, out, force=force or name in may_exist)
@@ -106,13 +106,13 @@ def _require_replaceable(name: str, out: Path, *, force: bool) -> None:
         raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
 
 
-def _find_input(out: Path, read: Mapping[object, Path]) -> Path | None:
-    """The input that writing `out` would replace, if there is one."""
+def _find_input(out: Path, read: Mapping[object, Path], *, whole: bool) -> Path | None:
+    """The input that writing `out` would replace, if there is one; the `whole` folder, if it is one."""
     for written in _names(out):
         for identity in _identities(written):
             if identity in read:
                 return read[identity]
-    inside = (file for file in read.values() if out.is_dir() and out.resolve() in file.resolve().parents)
+    inside = (file for file in read.values() if whole and out.is_dir() and out.resolve() in file.resolve().parents)
     return next(inside, None)
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from moe2gguf.errors import GGUFError
+from moe2gguf.errors import GGUFError, list_names
 from moe2gguf.gguf.file import (
     BLOCK_SIZES,
     GGUFFile,
@@ -292,12 +292,12 @@ class _Header:
             for t in listed
             if t.offset % alignment
         ]
-        problems += [
-            f"tensor {shown(t.name)}: bytes {t.offset} to {t.offset + t.n_bytes} of the data, of which the file has "
-            f"{max(room, 0)}; it is cut or corrupt, get it again"
-            for t in listed
-            if t.offset + t.n_bytes > room
-        ]
+        if beyond := [t for t in listed if t.offset + t.n_bytes > room]:
+            names = list_names([shown(t.name) for t in beyond])
+            problems.append(
+                f"{len(beyond)} of {len(listed)} tensors end behind the file, which has {max(room, 0)} bytes of data "
+                f"and needs {max(t.offset + t.n_bytes for t in beyond)}: {names}; it is cut or corrupt, get it again"
+            )
         order = sorted((t for t in listed if t.n_bytes), key=lambda t: t.offset)
         problems += [
             f"tensors {shown(a.name)} and {shown(b.name)} overlap: the first ends at {a.offset + a.n_bytes}, the "

@@ -37,6 +37,7 @@ PLAN = "plan"
 
 _JOURNAL = "job.jsonl"
 _BLOCK = 1 << 20
+_HEAD = 64  # bytes that show whether a file is a journal
 
 
 class Interrupted(KeyboardInterrupt):
@@ -74,6 +75,15 @@ class Journal:
                 case {"piece": str(name), "xxh3": str(checksum), "facts": dict(facts)}:
                     self.pieces.pop(name, None)  # the order is that of the last lines
                     self.pieces[name] = Piece(checksum, facts)
+
+    def require_own(self) -> None:
+        """Raise OutputError where the file is another one than a journal, and would be harmed by lines at its end."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            head = file.read(_HEAD).lstrip()
+        if head and not any(own.startswith(head) or head.startswith(own) for own in (b'{"job"', b'{"piece"')):
+            raise OutputError(f"{self.path}: exists and is no journal of moe2gguf; choose another name")
 
     def begin(self, manifest: Mapping[str, str]) -> None:
         """Start anew with this manifest; what the file had is gone."""
@@ -264,7 +274,11 @@ class Job:
             return journal
         for left in self.folder.iterdir():
             discard(left)
-        journal.begin(self._manifest)
+        try:
+            journal.begin(self._manifest)
+        except BaseException:
+            discard(self.folder)
+            raise
         return journal
 
 

@@ -17,12 +17,16 @@ from moe2gguf.measure.tasks import REQUESTS, TaskScores, make_tasks
 
 
 class MeasurementJournal:
-    """The finished measurements of a comparison; `facts` is what they depend on besides their files."""
+    """The finished measurements of a comparison; `facts` is what they depend on besides their files.
+
+    Raises OutputError for a file that is no journal.
+    """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path = path
         self._facts = facts
         self._journal = Journal(path)
+        self._journal.require_own()
 
     def get(self, one: Measurement) -> Quality | TaskScores | None:
         """Return the scores of an earlier run, or None."""

@@ -115,6 +115,8 @@ SLICED: dict[str, Run] = LOOK | {
     "densify": lambda file: moe2gguf("densify", file, out(file)),
     "set-used": change_count,
     "prune": lambda file: moe2gguf("prune", file, out(file), "--keep", 1, "--score", "random"),
+    "views": lambda file: moe2gguf("views", file, file.parent, "--used", 1, "-f"),
+    "serve-help": lambda file: moe2gguf("serve-help", file, "--presets", out(file), "--modelfile", f"{out(file)}2"),
     "quantize": lambda file: moe2gguf(
         "quantize", file, out(file), "q8_0", "--imatrix", file.parent / "matrix.gguf", "--plan"
     ),
@@ -157,7 +159,7 @@ def test_the_sound_file_passes_every_command(kind: str, tmp_path: Path) -> None:
     for name, run in commands.items():
         done = run(tmp_path / "model.gguf")
         assert 0 == done.returncode, (name, done.stderr)
-        for path in tmp_path.glob("out-*"):
+        for path in [*tmp_path.glob("out-*"), *tmp_path.glob("model-k*")]:
             path.unlink()
 
 
@@ -214,6 +216,6 @@ def check_faults(model: g.LlamaFile, commands: dict[str, Run], key: str, faults:
                 assert 1 == words.count("moe2gguf: ") or name == "verify", (what, words)
                 assert any(name in words for name in ("model.gguf", "--imatrix", "type q8_0", key)), (what, words)
                 assert words.replace("\n", "").isprintable(), (what, words)
-            for path in file.parent.glob("*out-*"):
+            for path in [*file.parent.glob("*out-*"), *file.parent.glob("model-k*")]:
                 assert not done.returncode or name == "set-used", (what, path)
                 path.unlink()

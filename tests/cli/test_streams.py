@@ -11,9 +11,11 @@ from pathlib import Path
 import checkpoints
 import pytest
 import tiny_gguf
+from command import moe2gguf
 from gguf import GGUFReader
 
 from moe2gguf.cli.tables import shorten, suggest_running
+from moe2gguf.gguf.file import listing
 
 PROGRAM = [sys.executable, "-c", "from moe2gguf.cli import main; main()"]
 
@@ -107,6 +109,29 @@ def test_a_long_list_is_shortened_unless_all_is_wanted() -> None:
     assert "problem 5" not in shorten(message, whole=False)
     assert message == shorten(message, whole=True)
     assert "\n".join(message.splitlines()[:7]) == shorten("\n".join(message.splitlines()[:7]), whole=False)
+
+
+def test_a_list_that_is_cut_already_is_counted_whole(tmp_path: Path) -> None:
+    """Of 272 problems, 20 of which are listed, 267 are more than 5."""
+    problems = [f"problem {i}" for i in range(272)]
+
+    short = shorten(listing(tmp_path / "m.gguf", problems), whole=False).splitlines()
+
+    assert 7 == len(short)
+    assert "272 problem(s)" in short[0]
+    assert "  and 267 more (--verbose shows more of them)" == short[-1]
+
+
+def test_a_cut_file_is_one_sentence(tmp_path: Path) -> None:
+    """Not one for every tensor; with how much is missing."""
+    file = tiny_gguf.write_gguf(tmp_path / "m.gguf", tiny_gguf.dense_weights())
+    file.write_bytes(file.read_bytes()[:-1000])
+
+    done = moe2gguf("quantize", file, tmp_path / "out.gguf", "q8_0")
+
+    assert 1 == done.returncode
+    assert 2 == len(done.stderr.splitlines())
+    assert "tensors end behind the file, which has" in done.stderr
 
 
 def test_what_comes_next_is_a_command_that_runs() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,22 @@ def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path: Path) -> N
         write(tmp_path / "x.gguf", "t0")
 
     assert [] == files(tmp_path / "x.gguf")
+
+
+def test_an_interrupt_before_the_job_is_written_down_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the disk takes the first line of the journal."""
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        write(tmp_path / "new")
+
+    assert not isinstance(caught.value, Interrupted)
+    assert [] == [*tmp_path.iterdir()]
 
 
 def test_a_journal_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,12 @@ def test_only_refused_rows_run_nothing(files: dict[str, Path], tmp_path: Path) -
     """No reference is computed; the refusals are the result, and it is not a success."""
     found = compare([files["moe"]], files["dense"], used=[7], settings=settings(tmp_path))
     assert (["refused"], None, False) == ([row.status for row in found.rows], found.noise, found.ok)
+
+
+def test_a_refused_row_is_no_success(swept: Comparison) -> None:
+    """Beside rows that ran: a script that asked for it has no figures. The table has those that there are."""
+    for rows, ok in ((swept.rows[:3], False), (swept.rows[:2], True)):
+        assert ok == replace(swept, rows=rows).ok
 
 
 def test_json_csv_and_table_say_the_same(swept: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

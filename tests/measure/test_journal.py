@@ -8,7 +8,7 @@ import pytest
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.resume import Journal
-from moe2gguf.measure.journal import digest_parts
+from moe2gguf.measure.journal import MeasurementJournal, digest_parts
 
 
 def test_facts_come_back(tmp_path: Path) -> None:
@@ -51,6 +51,21 @@ def test_a_journal_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"j: cannot be .*; choose another place"):
         Journal(tmp_path / "file" / "j").record_facts("a", {})
+
+
+@pytest.mark.parametrize("text", ["notes\n", '{"architectures": []}', "\n[1]\n"])
+def test_a_file_that_is_no_journal_is_not_continued(tmp_path: Path, text: str) -> None:
+    """It keeps its bytes; an empty file, and one that a kill has torn in its first line, are journals."""
+    path = tmp_path / "j"
+    for own in ("", "\n", '\n{"pie'):
+        path.write_text(own)
+        Journal(path).require_own()
+
+    path.write_text(text)
+    with pytest.raises(OutputError, match="is no journal of moe2gguf; choose another name"):
+        MeasurementJournal(path, {})
+
+    assert text == path.read_text()
 
 
 def test_keys_differ_where_anything_differs() -> None:

@@ -73,6 +73,17 @@ def test_what_cannot_be_a_view_is_refused(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_views_may_lie_beside_their_file(file: Path) -> None:
+    """The folder holds an input, and no view replaces it: not those that it is made of itself either."""
+    assert 0 == moe2gguf("views", file, file.parent, "--used", "8,4").returncode
+    first = file.parent / "moe-k8-00001-of-00002.gguf"
+
+    done = moe2gguf("views", first, file.parent, "--used", "4", "--force")
+
+    assert 0 == done.returncode, done.stderr
+    assert verify(first).problems == ()
+
+
 def test_views_are_replaced_only_when_told(file: Path, tmp_path: Path) -> None:
     """And the command says where they are."""
     done = moe2gguf("views", file, tmp_path, "--used", "8,4")
