@@ -128,7 +128,8 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
         (not ours.n_expert, f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"),
         (
             theirs.n_expert and (ours.n_expert != 1 or settings.training.layerwise),
-            f"{dense.folder}: has experts; it teaches a dense student, which is one of --experts 1, with --layerwise 0",
+            f"{dense.folder}: has experts; it teaches a dense student, as `moe2gguf convert --experts 1` makes one, "
+            "with --layerwise 0",
         ),
         *(
             (a != b, f"{size} is {a} in the student, {b} in the teacher")
