@@ -98,7 +98,7 @@ def shrink(
         model,
         out,
         Wish(room, faster, quality, n_context),
-        ShrinkSettings(text, tokens, tuple(types), threads),
+        ShrinkSettings(text, tokens or None, tuple(types), threads),
         progress=display.progress,
         on_plan=warn_once(),
         on_trial=_tell,
@@ -135,7 +135,8 @@ def _print(done: Shrunk) -> None:
     console.print(f"source: {source.type}, {source.file_size:,} bytes, {source.active_bytes:,} read per token")
     if one.perplexity:
         low, high = one.perplexity.low, one.perplexity.high
-        console.print(f"perplexity: {one.perplexity.mean:.3f} times ({low:.3f} to {high:.3f}), on {escape(done.text)}")
+        sure = f"{low:.3f} to {high:.3f}" if high < math.inf else "one window, so nobody knows how sure"
+        console.print(f"perplexity: {one.perplexity.mean:.3f} times ({sure}), on {escape(done.text)}")
     if one.speed:
         spread = one.speed.generation
         console.print(

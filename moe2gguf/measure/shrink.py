@@ -61,13 +61,13 @@ class ShrinkSettings:
     """How a wish is met.
 
     text     its first four fifths fit the experts, the last one is scored; None: the built-in text
-    n_token  scored positions
+    n_token  scored positions; None: all of that fifth
     types    that are tried
     threads  None: all processors
     """
 
     text: Path | None = None
-    n_token: int = 2048
+    n_token: int | None = 2048
     types: tuple[str, ...] = TYPES
     threads: int | None = None
 

@@ -36,7 +36,7 @@ class Trial:
 class Trials:
     """Measures files against `source` on a text; `found` has everything that was measured.
 
-    n_token  scored positions
+    n_token  scored positions; None: all
     threads  None: all processors
     folder   for the logits of the source, which are computed once
     on_trial is given every result
@@ -46,7 +46,7 @@ class Trials:
         self,
         source: Path,
         text: Text,
-        n_token: int,
+        n_token: int | None,
         threads: int | None,
         folder: Path,
         on_trial: Callable[[Trial], None],
@@ -67,8 +67,8 @@ class Trials:
         if not isinstance(answer, Quality) or answer.summary.n_bad:
             raise HarnessError(f"{one.label}: its logits are not finite, it cannot be scored")
         log = paired_interval(answer.window_nll, answer.window_nll_base)
-        self._add(one, perplexity=Interval(*(math.exp(min(x, 700.0)) for x in (log.mean, log.low, log.high))))
-        return math.exp(min(log.mean, 700.0))
+        self._add(one, perplexity=Interval(*map(_exp, (log.mean, log.low, log.high))))
+        return _exp(log.mean)
 
     def time(self, one: RunConfig, timing: Timing = SEARCH) -> tuple[float, float]:
         """Return the speeds of generation and of prompts over the source's, both timed in turns.
@@ -84,3 +84,7 @@ class Trials:
     def _add(self, one: RunConfig, **measured: Any) -> None:
         self.found[one] = replace(self.found.get(one, Trial(one)), **measured)
         self._on_trial(self.found[one])
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -143,6 +143,19 @@ def test_a_quality_is_kept_with_the_fewest_bytes(model: Path, tmp_path: Path, sp
     assert done.chosen.config.n_expert_used == row.config.n_expert_used
 
 
+@pytest.mark.parametrize(("tokens", "interval"), [(16, "(one window, so nobody knows how sure)"), (0, " to ")])
+def test_an_interval_needs_windows(tokens: int, interval: str, model: Path, tmp_path: Path, speeds: None) -> None:
+    """Of one there is none; 0 tokens are the whole fifth."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {i} of a text." for i in range(200)))
+
+    done = moe2gguf("shrink", model, tmp_path / "out.gguf", "--room", "1GB", "--text", text, "--tokens", tokens)
+
+    assert 0 == done.returncode, done.stderr
+    assert interval in next(line for line in done.stdout.splitlines() if line.startswith("perplexity: "))
+    assert done.stdout.count("the last fifth of text.txt") == 1
+
+
 def test_what_cannot_be_cut_has_types(tmp_path: Path, speeds: None) -> None:
     """A model that the graph cannot carry; the reason is told."""
     model = checkpoints.make(tmp_path / "model", "llama3-rope")
