@@ -110,10 +110,10 @@ def shrink(
 
 def _tell(trial: Trial) -> None:
     """A line for everything that was measured."""
-    kind, used, _, _, perplexity, speed = _cells(trial)
+    perplexity, speed = _cells(trial)[-2:]
     found = {"perplexity": perplexity, "speed": speed}
     told = ", ".join(f"{name} {value} times the source's" for name, value in found.items() if value)
-    display.tell(f"{kind}, {used}: {told}")
+    display.tell(f"{trial.name}: {told}")
 
 
 def _print(done: Shrunk) -> None:
@@ -129,9 +129,8 @@ def _print(done: Shrunk) -> None:
         display.print_table(table)
         console.print("perplexity and speed: how many times that of the source\n")
     source, one = done.source, done.chosen
-    kind, used, *_ = _cells(one)
     bits = f"{one.config.bits_per_weight:.2f} bits per weight"
-    console.print(f"wrote {escape(str(done.path))}: {kind}, {used}; {one.config.file_size:,} bytes, {bits}")
+    console.print(f"wrote {escape(str(done.path))}: {one.name}; {one.config.file_size:,} bytes, {bits}")
     console.print(f"source: {source.type}, {source.file_size:,} bytes, {source.active_bytes:,} read per token")
     if one.perplexity:
         low, high = one.perplexity.low, one.perplexity.high
@@ -151,7 +150,6 @@ def _print(done: Shrunk) -> None:
 def _cells(trial: Trial) -> list[str]:
     """A line of the table."""
     one, ratio = trial.config, trial.speed and trial.speed.ratio
-    used = f"{one.n_expert_used} of {one.n_expert}" if one.n_expert else "dense"
     perplexity = f"{trial.perplexity.mean:.3f}" if trial.perplexity else ""
     sizes = [f"{one.file_size:,}", f"{one.active_bytes:,}"]
-    return [one.type, used, *sizes, perplexity, f"{ratio:.2f}" if ratio else ""]
+    return [*trial.name.split(", "), *sizes, perplexity, f"{ratio:.2f}" if ratio else ""]

@@ -301,7 +301,7 @@ def _find_faster(factor: float, files: _Files, trials: Trials, types: Sequence[s
     counts = files.slice(files.quantize(kinds[0]) if kinds else trials.source)
     if found := find_last(counts, is_fast):
         return found
-    best = max((one.speed.ratio or 0, one.config.label) for one in trials.found.values() if one.speed)
+    best = max((one.speed.ratio or 0, one.name) for one in trials.found.values() if one.speed)
     raise PlanError([f"--faster {factor:g}: nothing here is so fast; {best[1]} is {best[0]:.2f} times", *files.notes])
 
 
@@ -321,7 +321,7 @@ def _find_smallest(limit: float, files: _Files, trials: Trials, types: Sequence[
             return sliced
     if kind:
         return dense
-    found = [(one.perplexity.mean, one.config.label) for one in trials.found.values() if one.perplexity]
+    found = [(one.perplexity.mean, one.name) for one in trials.found.values() if one.perplexity]
     least = f"; {min(found)[1]} has {min(found)[0]:.4f} times" if found else ""
     raise PlanError([f"--quality {limit:g}: nothing here is that good and faster{least}", *files.notes])
 

@@ -32,6 +32,12 @@ class Trial:
     perplexity: Interval | None = None
     speed: Speed | None = None
 
+    @property
+    def name(self) -> str:
+        """Its type, and how many experts it uses: "Q4_0, 12 of 16"."""
+        one = self.config
+        return f"{one.type}, " + (f"{one.n_expert_used} of {one.n_expert}" if one.n_expert else "dense")
+
 
 class Trials:
     """Measures files against `source` on a text; `found` has everything that was measured.
