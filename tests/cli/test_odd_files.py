@@ -85,6 +85,8 @@ LINES = {
     ("imatrix", "text"): "imatrix DENSE OUT --text ODD",
     ("imatrix", "merged"): "imatrix DENSE OUT --merge ODD",
     ("views", "file"): "views ODD OUT",
+    ("shrink", "model"): "shrink ODD OUT --quality 1.5",
+    ("shrink", "text"): "shrink HF OUT --quality 1.5 --types f16 --text ODD",
     ("serve-help", "file"): "serve-help ODD",
     ("publish", "model"): "publish ODD OUT --types f16",
     ("publish", "calibration"): "publish HF OUT --types f16 --experts 4 --used 2 --calibration ODD",
