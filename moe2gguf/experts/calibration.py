@@ -18,22 +18,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moe2gguf.errors import CalibrationError
 from moe2gguf.experts.forward import Block, Layers, choose_device
 from moe2gguf.experts.hidden_states import HiddenStates, KeptRows, LazyRows, allocate, chunks
 from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.mlp import MLP, LayerInputs, SlicedLayer, Stream
-from moe2gguf.experts.sensitivity import measure_sensitivity
 from moe2gguf.experts.slice_layer import slice_layer
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.resume import Job, checksum_path, describe_record
 from moe2gguf.progress import Progress
 from moe2gguf.spec import Slicing
-
-ROOTS = "sensitivity.npy"
-"""The file of a job that has what `moe2gguf.experts.sensitivity` measured."""
 
 ACTIVATIONS = 2**31
 """Bytes of a layer's activations that are kept, and of its inputs; the rest is computed each time it is read."""
@@ -98,8 +93,8 @@ def calibrate(
 ) -> list[LayerReport]:
     """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`, and return the layers' reports.
 
-    A `work` folder of the same job is continued after its last finished layer. `progress` receives the stages
-    "gradients" and "calibrate" and the tokens times layers done. `slicer` slices a layer in place of `slice_layer`.
+    A `work` folder of the same job is continued after its last finished layer. `progress` receives the stage
+    "calibrate" and the tokens times layers done. `slicer` slices a layer in place of `slice_layer`.
     With `resume` False the work starts anew.
 
     Raises:
@@ -107,11 +102,10 @@ def calibrate(
         OutputError: `work` belongs to another job (every difference is named), or cannot be written.
     """
     device = choose_device(settings.device)
-    with device:
+    with torch.inference_mode(), device:
         layers = model.layers(device)
         ids = _cut_windows(model, text, settings)
-        with Job(work, _describe(model, text, ids, slicing), resume=resume) as job, torch.inference_mode():
-            roots = _find_roots(job, layers, ids, slicing, settings, progress)
+        with Job(work, _describe(model, text, ids, slicing), resume=resume) as job:
             first = _find_first_layer(job)
             spilled = tempfile.TemporaryDirectory(prefix="unfinished-states-", dir=work)
             with spilled as spill, progress("calibrate", ids.size * len(layers)) as advance:
@@ -123,8 +117,7 @@ def calibrate(
                 states = _States(dense, dict(zip(counts, rest, strict=True)))
                 _fill_states(states, work, first, layers, ids)
                 for i, block in layers.attend_blocks(states.moving, settings.n_context, first):
-                    root = torch.tensor(roots[i], device=device)
-                    layer = _slice_block(block, states, root, slicing, slicer or slice_layer)
+                    layer = _slice_block(block, states, slicing, slicer or slice_layer)
                     layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
                     _save_states(job, i, states)
                     advance(ids.size)
@@ -134,8 +127,7 @@ def calibrate(
 def _describe(model: CalibrationModel, text: Text, ids: NDArray[np.int64], slicing: Slicing) -> dict[str, str]:
     """Describe everything that decides the result."""
     digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    described = {"text": text.digest, "tokens": digest, **describe_record(slicing), "checkpoint": model.identity}
-    return {**described, "energies": "as the predictions feel them"}
+    return {"text": text.digest, "tokens": digest, **describe_record(slicing), "checkpoint": model.identity}
 
 
 def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSettings) -> NDArray[np.int64]:
@@ -150,32 +142,13 @@ def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSetti
     return ids
 
 
-def _find_roots(
-    job: Job,
-    layers: Layers,
-    ids: NDArray[np.int64],
-    slicing: Slicing,
-    settings: CalibrationSettings,
-    progress: Progress,
-) -> NDArray[np.float32]:
-    """Return what the predictions feel of each layer's output (n_layer, d_model, d_model), from a file of the job."""
-    if not job.holds(ROOTS):
-        spilled = tempfile.TemporaryDirectory(prefix="unfinished-states-", dir=job.folder)
-        with spilled as spill, torch.inference_mode(False):
-            roots = measure_sensitivity(layers, ids, slicing.method.seed, settings.memory, Path(spill), progress)
-        with job.save(ROOTS) as path, path.open("wb") as file:
-            np.save(file, torch.stack(roots).numpy())
-    found: NDArray[np.float32] = np.load(job.folder / ROOTS, mmap_mode="r", allow_pickle=False)
-    return found
-
-
-def _slice_block(block: Block, states: _States, root: Tensor, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
+def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
     """Slice one block, whose attention is added already, and add what both MLPs give to the hidden states."""
     dense = states.dense
     for part in chunks(len(dense)):
         dense[part] = dense[part] + block.mlp(block.mlp_input(dense)[part]).cpu()
     streams = [_make_stream(block, states, k) for k in states.sliced]
-    layer = slicer(block.mlp, LayerInputs(tuple(streams), root), slicing)
+    layer = slicer(block.mlp, LayerInputs(tuple(streams)), slicing)
     for stream, sliced in zip(streams, states.sliced.values(), strict=True):
         for part in chunks(len(sliced)):
             sliced[part] = sliced[part] + layer(stream.x[part], stream.k, stream.neurons[part]).cpu()

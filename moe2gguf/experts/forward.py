@@ -84,13 +84,6 @@ class Layers:
         module.load_state_dict(state)
         return Block(module.eval().requires_grad_(False), self._rotary, self.device)
 
-    def blocks(self, first: int = 0, *, reverse: bool = False) -> Iterator[tuple[int, Block]]:
-        """Yield (i, block) from layer `first` on, or back to it; one is in memory."""
-        order = range(first, len(self))
-        for i in reversed(order) if reverse else order:
-            yield i, self.block(i)
-            self.release(i)
-
     def attend_blocks(
         self, states: Sequence[HiddenStates], n_context: int, first: int = 0
     ) -> Iterator[tuple[int, Block]]:
@@ -98,10 +91,12 @@ class Layers:
 
         The caller adds what the MLP gives, or what takes its place, before it asks for the next block.
         """
-        for i, block in self.blocks(first):
+        for i in range(first, len(self)):
+            block = self.block(i)
             for hidden in states:
                 block.attend(hidden, n_context)
             yield i, block
+            self.release(i)
 
     def release(self, i: int) -> None:
         """Drop the weights of layer `i`."""
@@ -122,20 +117,13 @@ class Block:
 
     def attend(self, hidden: HiddenStates, n_context: int) -> None:
         """Add attention to `hidden` (n_token, d_model), in place; causal, each window of n_context on its own."""
+        positions = torch.arange(n_context, device=self.device)[None]
         for part in chunks(len(hidden), BATCH * n_context):
-            hidden[part] = self._attended(hidden[part].to(self.device), n_context)
-
-    def _attended(self, hidden: Tensor, n_context: int) -> Tensor:
-        h = hidden.unflatten(0, (-1, n_context))
-        rotary = self._rotary(h, torch.arange(n_context, device=self.device)[None])
-        attention = self._module.self_attn
-        normed = self._module.input_layernorm(h)
-        return (h + attention(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0]).flatten(0, 1)
-
-    def __call__(self, hidden: Tensor, n_context: int) -> Tensor:
-        """Return what the layer makes of `hidden` (n_token, d_model) on the device, windows of n_context."""
-        h = self._attended(hidden, n_context)
-        return h + self._module.mlp(self._module.post_attention_layernorm(h))
+            h = hidden[part].to(self.device).unflatten(0, (-1, n_context))
+            normed = self._module.input_layernorm(h)
+            rotary = self._rotary(h, positions)
+            attended = self._module.self_attn(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0]
+            hidden[part] = (h + attended).flatten(0, 1)
 
     def mlp_input(self, hidden: Rows) -> LazyRows:
         """Return the MLP's normed input, (n_token, d_model) on the device, computed from `hidden` piece by piece."""

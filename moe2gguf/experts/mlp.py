@@ -56,22 +56,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the layer sees on the calibration text, at each count of used experts that is fitted.
-
-    `root` (d_model, d_model): energies of outputs y are |y root|^2, what the predictions feel of them
-    (`moe2gguf.experts.sensitivity`); None takes them as they are.
-    """
+    """What the layer sees on the calibration text, at each count of used experts that is fitted."""
 
     streams: tuple[Stream, ...]
-    root: Tensor | None = None
 
     def stream(self, k: int) -> Stream:
         """The stream whose count is closest to k."""
         return min(self.streams, key=lambda stream: abs(stream.k - k))
-
-    def felt(self, mlp: MLP) -> Tensor:
-        """Return the down projection (d_ff, d_model) whose outputs have the energies that count."""
-        return mlp.down if self.root is None else mlp.down @ self.root
 
 
 def find_probabilities(logits: Tensor, graph: Graph) -> Tensor:

@@ -57,7 +57,7 @@ def slice_layer(mlp: MLP, inputs: LayerInputs, slicing: Slicing) -> SlicedLayer:
     if n_shared is None:
         n_shared = default_n_shared(slicing.n_expert, slicing.n_expert_used)
     try:
-        groups = group_neurons(inputs.felt(mlp), inputs.stream(slicing.n_fitted), slicing, n_shared)
+        groups = group_neurons(mlp.down, inputs.stream(slicing.n_fitted), slicing, n_shared)
         return slice_groups(mlp, inputs, slicing, groups, n_shared)
     except torch.linalg.LinAlgError as error:
         raise CalibrationError(
@@ -92,7 +92,7 @@ def slice_groups(mlp: MLP, inputs: LayerInputs, slicing: Slicing, groups: Groups
         torch.linalg.LinAlgError: a system that cannot be solved.
     """
     stream, k = inputs.stream(slicing.n_fitted), slicing.n_fitted
-    router, v, energy = fit_router(inputs.felt(mlp), stream.x, stream.neurons, groups, slicing, n_shared)
+    router, v, energy = fit_router(mlp.down, stream.x, stream.neurons, groups, slicing, n_shared)
     used = replace(slicing, method=replace(slicing.method, amplify="used"))
     plain = SlicedLayer(mlp, groups, router, torch.from_numpy(plain_scale(used)).to(energy.device))
     report = report_routing(plain, stream.x, energy, v, n_shared, k)

@@ -84,7 +84,7 @@ def convert(
         force: replace `out` if it exists.
         resume: continue an unfinished `out` of the same job, and refuse one of another; False replaces either.
         threads: how many tensors are worked on at once (None: the number of cores, at most 4).
-        progress: receives stages ("choose types", "gradients", "calibrate", "write", "verify") and the units done.
+        progress: receives stages ("choose types", "calibrate", "write", "verify") and the units done.
         on_plan: is given the plan before anything is written.
         find_experts: makes the experts, in place of `moe2gguf.recipes.calibrate.find_experts`.
 

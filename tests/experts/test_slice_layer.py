@@ -204,23 +204,6 @@ def test_outlier_neurons_are_always_on() -> None:
     assert 77 in sliced.groups[0].tolist()
 
 
-def test_what_nobody_feels_is_not_shared() -> None:
-    """Half of the outputs are felt: neurons that are loud in the other half alone give way to those that are felt."""
-    mlp, inputs = layer()
-    felt = torch.arange(D_MODEL) < D_MODEL // 2
-    quiet = torch.arange(D_FF) % 2 == 0
-    down = mlp.down * torch.where(quiet[:, None], felt, ~felt) * torch.where(quiet[:, None], 1.0, 100.0)
-    mlp, recipe = replace(mlp, down=down), slicing(group="activations", router="least-squares", n_shared=2)
-
-    plain, told = (
-        slice_by(mlp, replace(inputs, root=root), recipe) for root in (None, torch.diag(felt.float() + 1e-6))
-    )
-
-    assert not any(quiet[group].any() for group in plain.groups[:2])
-    assert all(quiet[group].all() for group in told.groups[:2])
-    assert torch.equal(told.mlp.down, down)
-
-
 def test_activations_that_are_not_finite() -> None:
     """An error, not a file of NaN."""
     mlp, inputs = layer()
