@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe2gguf.errors import list_names
@@ -98,11 +98,8 @@ def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTens
 
 def _find_other_parts(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Return one problem for each kind of tensors that another class has, and for layers that are not there."""
-    wanted, groups = list_expected_tensors(model, mlp).keys(), dict[str, list[str]]()
-    for name in sorted(tensors.keys() - wanted):
-        if not is_ignored(name) and not (name == HEAD and model.tied_embeddings):
-            groups.setdefault(_describe_kind(name, model.n_layer), []).append(name)
-    missing = wanted - tensors.keys()
+    wanted = list_expected_tensors(model, mlp).keys()
+    groups, missing = _group_by_kind(model, tensors.keys() - wanted), wanted - tensors.keys()
     layers = {int(match[1]) for name in wanted & tensors.keys() if (match := _LAYER.fullmatch(name))}
     absent = {name for name in wanted if (match := _LAYER.fullmatch(name)) and int(match[1]) >= len(layers)}
     if missing and not groups and missing == absent:
@@ -113,6 +110,15 @@ def _find_other_parts(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor
     if "" in groups or not all(_PROJECTION.fullmatch(name) for name in missing):
         return []
     return [f"{len(names)} tensors ({list_names(names)}) {kind}" for kind, names in groups.items()]
+
+
+def _group_by_kind(model: Model, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of tensors that are no derived buffers, by what is said of them, see `_describe_kind`."""
+    groups = dict[str, list[str]]()
+    for name in sorted(names):
+        if not is_ignored(name) and not (name == HEAD and model.tied_embeddings):
+            groups.setdefault(_describe_kind(name, model.n_layer), []).append(name)
+    return groups
 
 
 def _describe_kind(name: str, n_layer: int) -> str:
