@@ -76,7 +76,7 @@ def warn_of_token_ids(plan: Plan) -> list[str]:
         path.write_bytes(lay_out(plan.metadata, [], {}).header)
         try:
             return compare_token_ids(path, plan.source.folder).warnings
-        except HarnessError as error:
+        except (HarnessError, OSError) as error:
             return [f"token ids were not compared with the folder's tokenizer: {error}"]
 
 

@@ -1,7 +1,8 @@
 """A process that lacks what Windows lacks and refuses what Windows refuses: `python windows.py COMMAND...`.
 
-It runs moe2gguf without the modules and functions of Unix. It also opens no folder, flushes no file that was opened for
-reading only, and neither replaces nor removes a file that is open.
+It runs moe2gguf without the modules and functions of Unix, and without llama.cpp: four commands that work on Windows
+do not need it, and Python on Unix starts no process without these functions. It also opens no folder, flushes no file
+that was opened for reading only, and neither replaces nor removes a file that is open.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-MODULES = ("fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
+MODULES = ("fcntl", "grp", "llama_cpp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
 OS = (
     *("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "chown", "fork", "geteuid", "getloadavg", "getuid"),
     *("mkfifo", "posix_fallocate", "pread", "preadv", "pwrite", "pwritev", "sched_getaffinity", "setsid"),
