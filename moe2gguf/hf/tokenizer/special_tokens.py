@@ -83,14 +83,18 @@ def list_unknown(ids: Mapping[str, int], n_vocab: int, by_text: Files, by_id: Fi
             for file, text, given in texts
             if given and not ids.get(text or "", n_vocab) < n_vocab
         ]
-        numbers = ((file, values.get(f"{key}_id")) for file, values in by_id.items())
-        found += [
-            f"{file}: {key}_id {id_!r}"
-            for file, given in numbers
-            for id_ in (given if isinstance(given, list) else [given])
-            if id_ not in (None, -1) and not (type(id_) is int and 0 <= id_ < n_vocab)
-        ]
+        found += _list_unknown_ids(f"{key}_id", n_vocab, by_id)
     return found
+
+
+def _list_unknown_ids(key: str, n_vocab: int, by_id: Files) -> list[str]:
+    """Return "FILE: KEY ID" of every id under this key, or in its list of ids, that the model does not have."""
+    return [
+        f"{file}: {key} {id_!r}"
+        for file, given in ((file, values.get(key)) for file, values in by_id.items())
+        for id_ in (given if isinstance(given, list) else [given])
+        if id_ not in (None, -1) and not (type(id_) is int and 0 <= id_ < n_vocab)
+    ]
 
 
 def place_added(
