@@ -11,6 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads gain nothing on tiny matrices, and wait for each other in busy loops where another process has a core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# llama.cpp's threads wait for each other in busy loops too: each of pytest-xdist's workers has a processor of its own
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[int(worker[2:]) % len(processors)]})
+
 # a shell's background job starts with Ctrl-C ignored, and what it starts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
