@@ -2,8 +2,9 @@
 
 One model, a name of scripts/models or a path. Its dense quants stand beside sliced files of the target glm4moe, with
 and without a refit, at all experts, three quarters, half and a quarter, in the types that suit experts. These are
-calibrated on the first 70 % of --text (prose) or of --other (code: Python's standard library unless a file is given),
-and all files are scored on the rest of both, so every figure has one of its own kind of text and one of another kind.
+calibrated on the first 70 % of --text (prose), of --other (code: Python's standard library unless a file is given), or
+of both in turn, and all files are scored on the rest of both, so every figure has one of its own kind of text and one
+of another kind.
 Speeds are measured interleaved.
 
 The reference is the model as it comes: a GGUF file of scripts/models is quantized already, and what it lost is not
@@ -33,6 +34,7 @@ EXPERT_TYPES = ("q4_k_m", "q5_k_m", "iq4_xs")
 SHARES = (1.0, 0.75, 0.5, 0.25)
 SCORED = 255  # tokens of a window of 512 that compare scores
 TEXT_BYTES = 3_000_000
+PIECE = 4000  # characters
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Slicing:
 
 SLICINGS = tuple(
     Slicing(f"{name}-{text}", text, ("--target", "glm4moe", *words))
-    for text in ("prose", "code")
+    for text in ("prose", "code", "both")
     for name, words in (("plain", ()), ("refit", ("--refit",)))
 )
 
@@ -116,6 +118,8 @@ class Front:
             code.write_text(read_library(), encoding="utf-8")
         for name, text in (("prose", self.options.text), ("code", code)):
             cut_text(self.python, text, self.work / f"{name}-first.txt", self.work / f"{name}-rest.txt")
+        prose, code = ((self.work / f"{name}-first.txt").read_text(encoding="utf-8") for name in ("prose", "code"))
+        (self.work / "both-first.txt").write_text("".join(interleave(prose, code)), encoding="utf-8")
 
     @property
     def reference(self) -> Path:
@@ -176,6 +180,15 @@ def read_library() -> str:
     """Modules of Python's standard library, in the order of their names, spread over all of them."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "\n\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)[:TEXT_BYTES]
+
+
+def interleave(*texts: str) -> Iterator[str]:
+    """Pieces of the texts in turn, as many of each, spread over all of it."""
+    n = min(map(len, texts)) // PIECE
+    for i in range(n):
+        for text in texts:
+            start = i * len(text) // n
+            yield text[start : start + PIECE] + "\n"
 
 
 def flat(row: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
