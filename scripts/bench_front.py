@@ -1,11 +1,13 @@
 """front: sliced or a smaller quant? Dense quants against sliced files at every count, on two kinds of text, timed.
 
 One model, a name of scripts/models or a path. Its dense quants stand beside sliced files of the target glm4moe, with
-and without a refit, at all experts, three quarters, half and a quarter, in the types that suit experts. These are
-calibrated on the first 70 % of --text (prose), of --other (code: Python's standard library unless a file is given), or
-of both in turn, and all files are scored on the rest of both, so every figure has one of its own kind of text and one
-of another kind.
-Speeds are measured interleaved.
+and without a refit, at all experts, three quarters, half and a quarter, in the types that suit experts. Beside them,
+with a refit for each count below all: a file of the target mixtral ("mixtral"), and the neurons that matter most, the
+same for every token ("static"), in the type the model has.
+
+They are calibrated on the first 70 % of --text (prose), of --other (code: Python's standard library unless a file is
+given), or of both in turn, and all files are scored on the rest of both, so every figure has one of its own kind of
+text and one of another kind. Speeds are measured interleaved.
 
 The reference is the model as it comes: a GGUF file of scripts/models is quantized already, and what it lost is not
 counted. Its other types are made from its quantized weights. What is made stays in --work, and a run that was stopped
@@ -39,17 +41,30 @@ PIECE = 4000  # characters
 
 @dataclass(frozen=True)
 class Slicing:
-    """A calibration: what it is called in file names, the text it sees, and the options of `convert`."""
+    """A calibration: what it is called in file names, the text it sees, and the options of `convert`.
+
+    With {k} in the options there is a file for each count of experts, and {n} is the number of all.
+    """
 
     name: str
     text: str
     options: tuple[str, ...]
 
+    @property
+    def per_count(self) -> bool:
+        """Whether a file serves one count of experts."""
+        return "{k}" in self.options
 
-SLICINGS = tuple(
-    Slicing(f"{name}-{text}", text, ("--target", "glm4moe", *words))
-    for text in ("prose", "code", "both")
-    for name, words in (("plain", ()), ("refit", ("--refit",)))
+
+ONE_COUNT = ("--target", "mixtral", "--experts", "{n}", "--used", "{k}")
+SLICINGS = (
+    *(
+        Slicing(f"{name}-{text}", text, ("--target", "glm4moe", *words))
+        for text in ("prose", "code", "both")
+        for name, words in (("plain", ()), ("refit", ("--refit",)))
+    ),
+    Slicing("mixtral-prose", "prose", ONE_COUNT),
+    Slicing("static-prose", "prose", (*ONE_COUNT, "--shared", "{k}")),
 )
 
 
@@ -59,7 +74,8 @@ def main(arguments: Sequence[str]) -> None:
     front = Front(options, python_with(NEEDED, extra="run", name="front"))
     front.cut_texts()
     dense, sliced = list(front.make_dense()), list(front.make_sliced())
-    rows = {text: front.measure(text, dense, sliced) for text in ("prose", "code")}
+    fitted = list(front.make_fitted(sliced))
+    rows = {text: front.measure(text, dense, sliced, fitted) for text in ("prose", "code")}
     about = {"model": front.model.name, "machine": machine(), "settings": front.settings, "windows": options.windows}
     result = about | {"rows": rows}
     if options.json:
@@ -137,19 +153,35 @@ class Front:
 
     def make_sliced(self) -> Iterator[Path]:
         """A sliced file of every calibration, in every type; blocks of a quantized source's own type are copied."""
-        as_is = [] if self.model.is_file() else ["--type", "f16"]
-        for one in SLICINGS:
-            if self.options.slicings and one.name not in self.options.slicings:
-                continue
-            path = self.work / f"{one.name}.gguf"
-            if not path.exists():
-                print(f"  {one.name}", file=sys.stderr, flush=True)
-                text = ["--calibration", self.work / f"{one.text}-first.txt"]
-                text += ["--calibration-tokens", self.options.calibration_tokens]
-                moe2gguf(self.python, "convert", self.model, path, *one.options, *text, *as_is, *self.threads)
+        for one in self._chosen(per_count=False):
+            path = self._convert(self.work / f"{one.name}.gguf", one, one.options)
             for kind in self.options.expert_types:
                 has_it = kind.upper() in self.reference.name
                 yield path if has_it else self._quantize(path, self.work / f"{one.name}-{kind}.gguf", kind)
+
+    def make_fitted(self, sliced: Sequence[Path]) -> Iterator[Path]:
+        """The files that serve one count each, of those below all that `sliced` files are measured at."""
+        if not sliced:
+            return
+        n, *counts = self._counts(sliced[0])
+        for one in self._chosen(per_count=True):
+            for k in counts:
+                words = [word.format(n=n, k=k) for word in one.options]
+                yield self._convert(self.work / f"{one.name}-{k}.gguf", one, words)
+
+    def _chosen(self, *, per_count: bool) -> Iterator[Slicing]:
+        names = self.options.slicings or [one.name for one in SLICINGS]
+        return (one for one in SLICINGS if one.name in names and one.per_count == per_count)
+
+    def _convert(self, path: Path, one: Slicing, words: Sequence[str]) -> Path:
+        """Convert the model, unless that is done; in F16, or with the blocks of a quantized source."""
+        if not path.exists():
+            print(f"  {path.stem}", file=sys.stderr, flush=True)
+            text = ["--calibration", self.work / f"{one.text}-first.txt"]
+            text += ["--calibration-tokens", self.options.calibration_tokens]
+            as_is = [] if self.model.is_file() else ["--type", "f16"]
+            moe2gguf(self.python, "convert", self.model, path, *words, *text, *as_is, *self.threads)
+        return path
 
     def _quantize(self, source: Path, path: Path, kind: str) -> Path:
         """Quantize a file, unless that is done; the tensors of the type that they have already are copied."""
@@ -158,14 +190,20 @@ class Front:
             moe2gguf(self.python, "quantize", source, path, kind, *allowed, *self.threads)
         return path
 
-    def measure(self, text: str, dense: Sequence[Path], sliced: Sequence[Path]) -> list[dict[str, Any]]:
-        """A row per dense file, and per sliced file and count, scored on the rest of a text."""
+    def measure(
+        self, text: str, dense: Sequence[Path], sliced: Sequence[Path], fitted: Sequence[Path]
+    ) -> list[dict[str, Any]]:
+        """A row per dense and fitted file, and per sliced file and count, scored on the rest of a text."""
         print(f"  {text}", file=sys.stderr, flush=True)
+        used = ["--used", ",".join(map(str, self._counts(sliced[0])))] if sliced else []
+        rows = self._compare(text, text, [*dense, *sliced], used)
+        return rows + (self._compare(text, f"{text}-fitted", fitted, []) if fitted else [])
+
+    def _compare(self, text: str, journal: str, files: Sequence[Path], used: Sequence[str]) -> list[dict[str, Any]]:
         scored = ["--text", self.work / f"{text}-rest.txt", "--tokens", self.options.windows * SCORED]
         speed = [] if self.options.no_speed or text != "prose" else ["--speed"]
-        kept = ["--journal", self.work / f"{text}.jsonl", "--json", *self.threads]
-        used = ["--used", ",".join(map(str, self._counts(sliced[0])))] if sliced else []
-        command = ["compare", *dense, *sliced, "--reference", self.reference, *used, *scored, *speed, *kept]
+        kept = ["--journal", self.work / f"{journal}.jsonl", "--json", *self.threads]
+        command = ["compare", *files, "--reference", self.reference, *used, *scored, *speed, *kept]
         measured = json.loads(moe2gguf(self.python, *command))
         return [flat(row, measured["reference_speed"]) for row in measured["rows"]]
 

@@ -19,9 +19,22 @@ def test_every_slicing_s_options_are_those_of_the_command(tmp_path: Path) -> Non
     import bench_front as bench
 
     for one in bench.SLICINGS:
-        context = cli.commands["convert"].make_context("convert", [str(tmp_path), str(tmp_path / "out"), *one.options])
-        assert context.params["target"] == "glm4moe"
-    assert len({one.name for one in bench.SLICINGS}) == len(bench.SLICINGS) == 4
+        words = [word.format(n=16, k=12) for word in one.options]
+        context = cli.commands["convert"].make_context("convert", [str(tmp_path), str(tmp_path / "out"), *words])
+        assert context.params["target"] == ("mixtral" if one.per_count else "glm4moe")
+    assert len({one.name for one in bench.SLICINGS}) == len(bench.SLICINGS) == 8
+
+
+def test_two_texts_are_mixed_in_equal_pieces() -> None:
+    """As much of each, in turn, from the beginning to near the end of both."""
+    import bench_front as bench
+
+    short, long = "".join(f"{i:09d} " for i in range(1200)), "x" * 50_000
+
+    pieces = list(bench.interleave(short, long))
+
+    assert pieces[1::2] == ["x" * 4000 + "\n"] * 3
+    assert [piece[:9] for piece in pieces[::2]] == ["000000000", "000000400", "000000800"]
 
 
 def test_the_table_is_in_the_order_of_the_divergence() -> None:
