@@ -1,4 +1,4 @@
-"""What differs between systems: opening without following links, bytes at a place, second names, locks of folders.
+"""What differs between systems: processors, opening without following links, bytes at a place, names, locks of folders.
 
 Windows has no lock that a folder could hold, and no way to read or write at a place without moving the file's position:
 there two processes on one folder are the user's care, and threads take turns.
@@ -44,6 +44,16 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 count = os.write(descriptor, data)
         data, offset = data[count:], offset + count
+
+
+def count_processors() -> int:
+    """Return how many processors this process may use: psutil knows it where the system does."""
+    try:
+        import psutil
+
+        return len(psutil.Process().cpu_affinity())
+    except (ImportError, AttributeError):  # macOS has no such limit
+        return os.cpu_count() or 1
 
 
 def sync(path: Path) -> None:

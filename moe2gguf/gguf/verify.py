@@ -5,7 +5,6 @@ Written apart from the writer: the two agree because both follow llama.cpp, not 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from moe2gguf.gguf.expected import check_architecture, check_experts_alike
 from moe2gguf.gguf.file import Findings, GGUFFile, listing, shown
 from moe2gguf.gguf.finite import check_values
 from moe2gguf.gguf.shards import merge_shards, read_shards
+from moe2gguf.gguf.system import count_processors
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def verify(
         found.problems.append("the file holds metadata, but no tensor")
     check_architecture(file, found)
     check_experts_alike(file, found)
-    check_values(file, found, threads or min(os.cpu_count() or 1, 8), progress or (lambda _: None))
+    check_values(file, found, threads or min(count_processors(), 8), progress or (lambda _: None))
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
     return Verification(file.path, len(file.tensors), n_bytes, tuple(found.problems), tuple(found.notes))
 

@@ -25,7 +25,7 @@ from moe2gguf.gguf.layout import Entry, Layout
 from moe2gguf.gguf.outputs import list_model_paths
 from moe2gguf.gguf.replace_files import flush_files, open_part, replace_files
 from moe2gguf.gguf.resume import Job, checksum_range
-from moe2gguf.gguf.system import write_at
+from moe2gguf.gguf.system import count_processors, write_at
 from moe2gguf.gguf.verify import require_sound
 from moe2gguf.progress import Progress
 
@@ -102,7 +102,7 @@ def write_model(
         CorruptWeightError: a weight is NaN, infinite, or too large for its type.
         GGUFError: a source file ended early, or a written file did not verify.
     """
-    cores = os.cpu_count() or 1
+    cores = count_processors()
     size = sum(layout.file_size for _, layout in files)
     with replace_files(out, list_model_paths(out, len(files)), size, manifest, resume=resume) as (job, parts):
         with progress("write", size) as advance:

@@ -59,16 +59,6 @@ def make_int_overrides(lib: ModuleType, values: dict[str, int]) -> Any:
     return array
 
 
-def count_processors() -> int:
-    """Return how many processors this process may use: psutil knows it where the system does."""
-    try:
-        import psutil
-
-        return len(psutil.Process().cpu_affinity())
-    except (ImportError, AttributeError):  # macOS has no such limit
-        return os.cpu_count() or 1
-
-
 def _keep_line(level: int, text: bytes, _user_data: Any) -> None:
     """Keep warnings and errors, and pass them on to standard error, where they survive a crash."""
     if _WARN <= level < _CONT:  # a continued line is a progress bar or a part of something we did not keep

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.llama.library import count_processors
+from moe2gguf.gguf.system import count_processors
 
 
 def describe_machine() -> dict[str, Any]:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.counts import count_experts
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.devices import Setup, list_offload_devices, list_placements
-from moe2gguf.llama.library import count_processors, import_llama, load_model, make_int_overrides, quote_last_lines
+from moe2gguf.llama.library import import_llama, load_model, make_int_overrides, quote_last_lines
 
 Logits = NDArray[np.float32]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from moe2gguf.errors import CrashError, HarnessError
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.devices import choose_reference_device, place_on_device, require_devices
-from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_load, describe_machine
 from moe2gguf.llama.repack import explain_retry, leave_weights_alone
 from moe2gguf.measure.grid import RunConfig, note_other_counts, plan_grid, plan_run

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.experts.text import read_text
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.library import count_processors, import_llama
+from moe2gguf.llama.library import import_llama
 from moe2gguf.llama.model import read_facts
 from moe2gguf.measure import metrics
 from moe2gguf.measure.logits import Reference, record_reference, score_file

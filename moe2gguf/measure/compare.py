@@ -16,8 +16,8 @@ from typing import Any
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.devices import Setup, choose_reference_device, place_on_device, require_devices
-from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.bench import Bench, Timing, time_grid
 from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums

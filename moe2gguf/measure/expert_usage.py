@@ -17,9 +17,9 @@ from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
-from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.grid import RunConfig, list_notes, plan_grid
 from moe2gguf.measure.metrics import as_json

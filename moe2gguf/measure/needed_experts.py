@@ -23,9 +23,9 @@ from moe2gguf.gguf.expected import is_sliced
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
-from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.llama.model import open_vocabulary
 from moe2gguf.measure.grid import list_notes, plan_run

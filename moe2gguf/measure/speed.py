@@ -17,9 +17,9 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.model import Llama, open_model
 
 N_BATCH = 512

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from moe2gguf.gguf import kernels, types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.layout import Entry
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.progress import Progress
 from moe2gguf.quant.assign import UNGUIDED_GARBAGE, may_quantize
@@ -110,7 +110,7 @@ def choose_types(
     if not least <= budget <= most:
         raise PlanError([_describe_range(options, least - budget, most - budget, tensors)])
     with progress("choose types", _count_weights(free)) as advance:
-        chosen = choose_under_budget(free, names, budget, threads=os.cpu_count() or 1, advance=advance)
+        chosen = choose_under_budget(free, names, budget, threads=count_processors(), advance=advance)
     return _make_rules(chosen, "--target-size" if options.target_size is not None else "--target-bpw")
 
 

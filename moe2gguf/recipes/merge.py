@@ -20,13 +20,13 @@ from moe2gguf.errors import PlanError, list_names
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_model_target
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.gguf.types import FLOATS, require_kernels
 from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.hf.folder import SOURCE_REPOSITORY
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.limits import Size, check_expert_counts
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.library import count_processors
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.quant.rules import TypeOptions

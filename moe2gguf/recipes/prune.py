@@ -23,11 +23,11 @@ from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.set_used import require_count
 from moe2gguf.gguf.shards import lay_out_shards, read_model
+from moe2gguf.gguf.system import count_processors
 from moe2gguf.gguf.writer import write_model
 from moe2gguf.limits import MAX_EXPERTS
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
-from moe2gguf.llama.library import count_processors
 from moe2gguf.llama.score_experts import LayerSums, sum_answers
 from moe2gguf.progress import Progress, silent
 from moe2gguf.spec import MetadataValue

@@ -13,7 +13,7 @@ import pytest
 
 from moe2gguf import Options, TypeOptions, convert, quantize, verify
 from moe2gguf.errors import OutputError
-from moe2gguf.gguf.system import link_or_copy, open_here, open_locked, read_at, write_at
+from moe2gguf.gguf.system import count_processors, link_or_copy, open_here, open_locked, read_at, write_at
 
 UNIX = ("preadv", "pwrite", "O_DIRECTORY", "O_NOFOLLOW")
 """What Windows does not have, of what is asked for at run time; and `fcntl`."""
@@ -129,3 +129,16 @@ def test_four_commands_work_where_windows_is(tmp_path: Path) -> None:
     assert [] == [path.name for path in tmp_path.iterdir() if "partial" in path.name]
     for one, other in (("a", "b"), ("a8", "b8")):
         assert (tmp_path / f"{one}.gguf").read_bytes() == (tmp_path / f"{other}.gguf").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a system without processors of a process's own")
+def test_counts_the_processors_that_a_process_may_use() -> None:
+    """As many as taskset, a container or a batch system leaves, not all of the machine."""
+    own = os.sched_getaffinity(0)
+    assert count_processors() == len(own)
+
+    code = (
+        f"import os; os.sched_setaffinity(0, {{{min(own)}}});"
+        "from moe2gguf.gguf.system import count_processors; print(count_processors())"
+    )
+    assert "1\n" == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
