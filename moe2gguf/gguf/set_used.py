@@ -13,7 +13,8 @@ from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
 from moe2gguf.gguf.made_for import USED_HERE, read_made_for
-from moe2gguf.gguf.reader import MAX_HEADER, read_gguf
+from moe2gguf.gguf.reader import MAX_HEADER
+from moe2gguf.gguf.shards import merge_shards, read_shards
 from moe2gguf.gguf.system import write_at
 from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 
@@ -27,8 +28,9 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
         GGUFError: not a file with experts, a count llama.cpp cannot run, or experts that were amplified or
             refitted for another count (the reason and the way out are named).
     """
-    path = Path(path)
-    file = read_gguf(path)
+    shards = read_shards(Path(path))
+    file = merge_shards(shards)
+    path = file.path
     problems, architecture = list[str](), file.metadata.get("general.architecture")
     read_count(file, f"{architecture}.expert_count", problems, 0, MAX_EXPERTS)
     read_count(file, f"{architecture}.expert_shared_count", problems, 0, MAX_EXPERTS)
@@ -41,7 +43,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
     require_count(file, counts, n_expert_used)
     values = {USED_HERE: n_expert_used, used_key: n_expert_used - counts.n_shared}
     with path.open("r+b", buffering=0) as stream:
-        header = stream.read(min(file.data_offset, MAX_HEADER))
+        header = stream.read(min(shards[0].data_offset, MAX_HEADER))
         for key, value in values.items():
             if key in file.metadata:
                 write_at(stream.fileno(), memoryview(struct.pack("<I", value)), _value_offset(header, key, path))

@@ -41,6 +41,18 @@ def test_the_count_changes_and_nothing_else(folder: Any, tmp_path: Path) -> None
     assert np.array_equal(llama_logits_at(path, TOKENS, [3])[0], llama_logits(path, TOKENS))
 
 
+def test_any_shard_names_its_set(folder: Any, tmp_path: Path) -> None:
+    """The count stands in the first shard, and is checked against the tensors of all."""
+    path = convert(folder, tmp_path / "x.gguf", flat_options(experts=8, shard_size=200_000)).path
+    shards = sorted(tmp_path.glob("x-*.gguf"))
+
+    set_used(shards[-1], 3)
+
+    assert len(shards) > 1
+    assert 3 == gguf.GGUFReader(path).fields["llama.expert_used_count"].contents()
+    assert () == verify(path).problems
+
+
 @pytest.mark.parametrize(("k", "words"), [(0, "at least 1"), (9, "there are only 8")])
 def test_counts_that_cannot_run_are_refused(folder: Any, tmp_path: Path, k: int, words: str) -> None:
     """They would abort llama.cpp."""
