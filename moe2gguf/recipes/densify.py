@@ -79,8 +79,8 @@ def densify(
     model.
 
     Raises:
-        PlanError: the model has no experts, its routers weigh experts by the input, its experts have scales, or the
-            average of slices was wanted.
+        PlanError: the model has no experts, its routers weigh experts by the input, it has scales that are not ours, or
+            the average of slices was wanted.
         OutputError, CorruptWeightError, CheckpointError, GGUFError: as in `moe2gguf.recipes.convert.convert`.
     """
     source, out = Path(source), Path(out)
@@ -156,6 +156,10 @@ class MoeFolder:
         gate, up, down = (stacks[role].astype(types.FLOATS[self._type]) for role in ROLES)
         return gate, up, down
 
+    def read_scales(self, _i: int) -> Array:
+        """By what the experts of a layer are multiplied: (n_expert,), or (1,) for all."""
+        return np.ones(1, np.float32)
+
     def parts(self) -> Iterator[Part | OutputTensor]:
         """Every tensor of the dense model, in order: a projection to be joined, or a tensor that is copied."""
         for place in lay_out_tensors(self._checkpoint.model):
@@ -181,8 +185,9 @@ class MoeFile:
         graph = find_graph(str(file.metadata.get("general.architecture")))
         if graph is None or not counts.n_expert:
             raise PlanError([f"{file.path}: has no expert_count; only a file with experts can become dense"])
-        if scales := [name for name in file.tensors if name.endswith("_exps.scale")]:
-            raise PlanError([f"{file.path}: has expert scales such as {scales[0]}; convert the model without them"])
+        scales = [name for name in file.tensors if "_exps." in name and name.endswith("scale")]
+        if odd := [name for name in scales if counts.n_shared or not name.endswith("ffn_down_exps.scale")]:
+            raise PlanError([f"{file.path}: has scales such as {odd[0]}; use the dense model it was made from"])
         check_architecture(file, found := Findings())
         if found.problems:
             raise GGUFError(listing(file.path, found.problems))
@@ -219,10 +224,15 @@ class MoeFile:
         gate, up, down = (np.concatenate(pair) for pair in joined)
         return gate, up, down
 
+    def read_scales(self, i: int) -> Array:
+        """As `MoeFolder.read_scales`."""
+        name = f"blk.{i}.ffn_down_exps.scale"
+        return self._tensor(name).read() if name in self._file.tensors else np.ones(1, np.float32)
+
     def parts(self) -> Iterator[Part | OutputTensor]:
         """As `MoeFolder.parts`."""
         for name, info in self._file.tensors.items():
-            if re.fullmatch(r"blk\.\d+\.(ffn_(gate|up|down)_shexp\.weight|exp_probs_b\.bias)", name):
+            if re.fullmatch(r"blk\.\d+\.(ffn_\w+_shexp\.weight|exp_probs_b\.bias|ffn_down_exps\.scale)", name):
                 continue
             if match := re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", name):
                 kind = info.type if info.type in types.FLOATS else GGMLType.F32
@@ -307,7 +317,7 @@ def average_layer(model: MoeFolder | MoeFile, apart: dict[int, float], i: int) -
     """The mean of the experts of layer `i` by role; `apart` gets how far they are from it, over their own length."""
     result, far, length = dict[str, Array](), 0.0, 0.0
     for role, stack in zip(ROLES, model.read_experts(i), strict=True):
-        experts = stack.astype(np.float32)
+        experts = stack.astype(np.float32) * (model.read_scales(i)[:, None, None] if role == "down" else 1)
         mean = experts.mean(axis=0)
         far += float(np.square(experts - mean).sum())
         length += float(np.square(experts).sum())
@@ -318,13 +328,13 @@ def average_layer(model: MoeFolder | MoeFile, apart: dict[int, float], i: int) -
 
 def join_layer(model: MoeFolder | MoeFile, factor: float, d_ff: int, i: int) -> dict[str, Array]:
     """The projections of layer `i` by role; see `join_experts`."""
-    return join_experts(*model.read_experts(i), factor, d_ff)
+    return join_experts(*model.read_experts(i), model.read_scales(i).astype(np.float64) * factor, d_ff)
 
 
-def join_experts(gate: Array, up: Array, down: Array, factor: float, d_ff: int) -> dict[str, Array]:
-    """One MLP of d_ff neurons by role: gate and up (d_ff, d_model), down (d_model, d_ff) times `factor`.
+def join_experts(gate: Array, up: Array, down: Array, factors: Array, d_ff: int) -> dict[str, Array]:
+    """One MLP of d_ff neurons by role: gate and up (d_ff, d_model), down (d_model, d_ff) times `factors`.
 
-    The experts are gate and up (n_expert, d_expert, d_model) and down (n_expert, d_model, d_expert). The product is
+    There is a factor for each expert, or one for all. The experts are gate and up (n_expert, d_expert, d_model) and down (n_expert, d_model, d_expert). The product is
     rounded once, to the weights' type. Zero neurons beyond d_ff are left out, from the last one on.
 
     Raises:
@@ -333,7 +343,8 @@ def join_experts(gate: Array, up: Array, down: Array, factor: float, d_ff: int) 
     d_model = gate.shape[-1]
     gate, up = gate.reshape(-1, d_model), up.reshape(-1, d_model)
     # (n_expert, d_model, d_expert) -> (d_model, n_expert * d_expert): columns in the order of the rows of gate and up
-    down = (down * np.float32(factor).astype(down.dtype)).transpose(1, 0, 2).reshape(d_model, -1)
+    down = (down * factors.astype(np.float32)[:, None, None]).astype(down.dtype)
+    down = down.transpose(1, 0, 2).reshape(d_model, -1)
     zero = ~(gate.any(1) | up.any(1) | down.any(0))
     dropped = np.flatnonzero(zero)[::-1][: len(gate) - d_ff]
     kept = np.setdiff1d(np.arange(len(gate)), dropped)

@@ -49,7 +49,7 @@ def test_two_experts_by_hand() -> None:
     gate = np.array([[[1.0], [2.0]], [[3.0], [0.0]]], np.float32)  # (2, 2, 1)
     down = np.array([[[10.0, 20.0]], [[30.0, 0.0]]], np.float32)  # (2, 1, 2)
 
-    one = join_experts(gate, gate * 5, down, 0.5, 3)
+    one = join_experts(gate, gate * 5, down, np.array([0.5]), 3)
 
     assert [[1.0], [2.0], [3.0]] == one["gate"].tolist()
     assert [[5.0], [10.0], [15.0]] == one["up"].tolist()
@@ -111,6 +111,20 @@ def test_a_file_folds_back_to_the_dense_file(dense: Any, tmp_path: Path) -> None
     assert (
         np.abs(llama_logits(tmp_path / "back.gguf", TOKENS) - llama_logits(tmp_path / "dense.gguf", TOKENS)).max() == 0
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_scales_in_a_tensor_fold_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
+    """Three experts of a file, whose factor is no power of two and stands beside the weights."""
+    folder = checkpoints.make(tmp_path / "hf", dtype=dtype)
+    dense = convert(folder, tmp_path / "dense.gguf", flat_options(dense=True)).path
+    convert(dense, tmp_path / "sliced.gguf", flat_options(experts=3, expert_scale=True))
+
+    densify(tmp_path / "sliced.gguf", tmp_path / "back.gguf")
+
+    sliced, old, new = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("sliced", "dense", "back"))
+    assert "blk.0.ffn_down_exps.scale" in {t.name for t in sliced.tensors}
+    assert {t.name: t.data.tobytes() for t in old.tensors} == {t.name: t.data.tobytes() for t in new.tensors}
 
 
 def test_a_large_file_and_a_set_of_shards_fold_back_too(tmp_path: Path) -> None:
