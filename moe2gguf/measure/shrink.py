@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe2gguf.errors import PlanError
+from moe2gguf.errors import CalibrationError, PlanError
 from moe2gguf.experts.text import Text, hold_out, read_sample
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.outputs import check_model_target
@@ -126,7 +126,7 @@ def shrink(
         PlanError: the model cannot be read, or the wish cannot be met; it says what could be.
         OutputError: `out` cannot be written.
         HarnessError: llama.cpp is missing, or a file could not be measured.
-        CalibrationError: the text cannot be used.
+        CalibrationError: the text cannot be read.
         and what `convert` and `quantize` raise.
     """
     settings, out = settings or ShrinkSettings(), Path(out)
@@ -195,7 +195,7 @@ class _Files:
     ) -> None:
         self._job, self._progress, self._on_plan = job, progress, on_plan
         self.notes: list[str] = []
-        fit = job.folder / f"{text.label}.txt"
+        fit = job.folder / f"{text.label.removesuffix('.txt')}.txt"
         if not fit.exists():  # a conversion that was stopped knows it by the time of its change
             fit.write_text(text.text, encoding="utf-8")
         self._experts = Options(target=TARGET, calibration=CalibrationOptions(text=fit))
@@ -228,7 +228,11 @@ class _Files:
         """The dense file cut into experts, at every count below all that llama.cpp can run, the fewest first."""
         if self.notes or not self.can_slice(dense.path):
             return []
-        file = read_model(self._convert(dense.path, f"{dense.path.stem}-sliced.gguf", self._experts))
+        try:
+            file = read_model(self._convert(dense.path, f"{dense.path.stem}-sliced.gguf", self._experts))
+        except CalibrationError as error:
+            self.notes = [f"no experts were tried: {error}"]
+            return []
         counts = read_counts(file)
         found = [plan_run(file, k) for k in range(counts.n_shared + 1, counts.n_expert)]
         return [one for one in found if not one.refusal]

@@ -218,7 +218,7 @@ def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
             "output will not be coherent"
         )
     if slicing.method.refit and not slicing.in_shared:
-        warnings.append(f"--refit: with all {n} experts on the file is no longer the dense model; it is fitted to {k}")
+        warnings.append(f"refitted to {k} experts: with all {n} on, the file is no longer the dense model")
     if slicing.scale_tensor:
         warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")
     elif amplified & (amplified - 1) and GRAPHS[slicing.target].gating != "sigmoid":

@@ -154,6 +154,8 @@ imatrix SLICED OUT --text TEXT --used 9
 publish MODEL FOLDER --types q9,q8_0 --used 9,8
 publish MODEL FOLDER --upload x
 publish NOWHERE FOLDER
+publish MODEL FOLDER --types f16 --experts 4 --used 2 --calibration TEXT
+shrink MODEL OUT --quality 1.0001 --types f16 --text TEXT
 publish DENSE HF
 verify TEXT
 verify SLICED --check TEXT

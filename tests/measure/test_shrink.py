@@ -166,6 +166,16 @@ def test_what_cannot_be_cut_has_types(tmp_path: Path, speeds: None) -> None:
     assert "no experts were tried: --target glm4moe: its graph has no factors" in done.notes[0]
 
 
+def test_a_short_text_leaves_types(model: Path, tmp_path: Path, speeds: None) -> None:
+    """Too few tokens to fit experts to are enough to choose a type."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} of a text." for i in range(200)))
+
+    done = shrink(model, tmp_path / "out.gguf", Wish(quality=5.0), replace(SETTINGS, text=tmp_path / "text.txt"))
+
+    assert (0, "Q4_0") == (done.chosen.config.n_expert, done.chosen.config.type)
+    assert "no experts were tried: the first four fifths of text.txt: too few tokens" in done.notes[0]
+
+
 def test_an_interrupted_call_goes_on(model: Path, tmp_path: Path, speeds: None, monkeypatch: Any) -> None:
     """What was made is not made again."""
     out, made = tmp_path / "out.gguf", list[str]()
