@@ -187,8 +187,9 @@ def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[
             changed |= {str(path): path for path in paths if isinstance(parameter.type, ChangedInput)}
             continue
         option = f"{max(parameter.opts, key=len)} " if isinstance(parameter, click.Option) else ""
-        outputs |= {f"{option}{path}": path for path in paths}
-        may_exist |= {f"{option}{path}" for path in paths if isinstance(parameter.type, ContinuedOutput)}
+        goes_on = isinstance(parameter.type, ContinuedOutput)
+        outputs |= {f"{option}{path}": path.absolute() if goes_on else path for path in paths}
+        may_exist |= {f"{option}{path}" for path in paths if goes_on}
     check_outputs(outputs, inputs, force=ctx.meta.get(_FORCE, False), may_exist=may_exist)
     return outputs | changed
 

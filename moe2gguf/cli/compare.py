@@ -13,7 +13,7 @@ from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
 from moe2gguf.cli.options import (
     FILE,
-    OUT,
+    PAGE,
     Size,
     context_option,
     devices_from,
@@ -85,7 +85,7 @@ from moe2gguf.cli.options import (
     option("--scheduler", metavar="ADDRESS", help="Measure on the workers of this Dask scheduler."),
     option(
         "--journal",
-        type=ContinuedOutput(path_type=Path),
+        type=ContinuedOutput(dir_okay=False, path_type=Path),
         metavar="FILE",
         help="File of finished rows.  [default: in the cache folder]",
     ),
@@ -98,9 +98,9 @@ from moe2gguf.cli.options import (
     option("--expert-usage", is_flag=True, help="Also count which experts are used (for --json and --report)."),
     option("--wide", is_flag=True, help="Print all columns."),
     json_option,
-    option("--csv", "csv_file", type=OUT, metavar="FILE.csv", help="Also write the rows as a table."),
+    option("--csv", "csv_file", type=PAGE, metavar="FILE.csv", help="Also write the rows as a table."),
     report_option,
-    option("--picture", type=OUT, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
+    option("--picture", type=PAGE, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
     pages_force_option,
 )
 def compare(
@@ -146,11 +146,11 @@ def compare(
     from moe2gguf.measure.compare import make_settings
     from moe2gguf.measure.on_the_fly import compare_types
     from moe2gguf.measure.report.compare import make_page
-    from moe2gguf.measure.report.page import require_plotly, write_page
+    from moe2gguf.measure.report.page import plotly_script, write_page
     from moe2gguf.measure.report.picture import require_picture, write_picture
 
     if report:
-        require_plotly(report)
+        plotly_script()
     if picture:
         require_picture(picture)
     found = compare_types(

@@ -21,6 +21,7 @@ from moe2gguf.cli.options import (
     FILE,
     NONE,
     OUT,
+    PAGE,
     Size,
     emit,
     expert_type_rules,
@@ -99,7 +100,7 @@ NO_EFFECT = (
         help="Text, or JSONL with a text field.  [default: a built-in mix of eight genres]",
     ),
     option(
-        "--save-calibration", "save_to", type=OUT, metavar="FILE", help="Save the calibration for further conversions."
+        "--save-calibration", "save_to", type=PAGE, metavar="FILE", help="Save the calibration for further conversions."
     ),
     option(
         "--load-calibration",
@@ -259,9 +260,9 @@ def _write_file(
 
     if report:
         from moe2gguf.measure.report.calibration import make_page
-        from moe2gguf.measure.report.page import require_plotly, write_page
+        from moe2gguf.measure.report.page import plotly_script, write_page
 
-        require_plotly(report)
+        plotly_script()
     if check:
         from moe2gguf.measure.check import compare_conversion, require_reference
 

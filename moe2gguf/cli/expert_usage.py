@@ -91,7 +91,7 @@ def expert_usage(
     from moe2gguf.measure.expert_usage import measure_expert_usage
     from moe2gguf.measure.needed_experts import measure_needed_experts
     from moe2gguf.measure.report.expert_usage import make_page
-    from moe2gguf.measure.report.page import require_plotly, write_page
+    from moe2gguf.measure.report.page import plotly_script, write_page
 
     if needed:
         options.pop("used")
@@ -102,7 +102,7 @@ def expert_usage(
         emit(need.to_dict(), as_json, lambda: display_experts.print_needed(need))
         return
     if report:
-        require_plotly(report)
+        plotly_script()
     words = read_text(text, bytes_to_read(tokens + n_context if tokens else None))
     found = measure_expert_usage(file, text=words, n_token=tokens or None, n_context=n_context, **options)
     display.warnings(found.notes)

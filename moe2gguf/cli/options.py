@@ -23,6 +23,7 @@ FOLDER = Input(exists=True, file_okay=False, path_type=Path)
 ANY = Input(path_type=Path)
 MODEL = Input(exists=True, path_type=Path)
 OUT = Output(path_type=Path)
+PAGE = Output(dir_okay=False, path_type=Path)
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ SEED_NEEDS_TEMPERATURE = (
     NoEffect(("--seed",), without=("--temperature",)),
     NoEffect(("--seed",), beside=("--temperature 0",)),
 )
-report_option = option("--report", type=OUT, metavar="FILE.html", help="Also write a page with figures.")
+report_option = option("--report", type=PAGE, metavar="FILE.html", help="Also write a page with figures.")
 
 
 def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[int]:

@@ -11,13 +11,13 @@ from cloup import option
 
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import FILE, OUT, emit, json_option, pages_force_option
+from moe2gguf.cli.options import FILE, PAGE, emit, json_option, pages_force_option
 
 
 @cloup.command("serve-help", cls=Command, no_effect=[NoEffect(("--force",), without=("--modelfile", "--presets"))])
 @cloup.argument("file", type=FILE, help="The GGUF file to serve.")
-@option("--modelfile", type=OUT, metavar="FILE", help="Also write a Modelfile for Ollama.")
-@option("--presets", type=OUT, metavar="FILE.ini", help="Also write presets for llama-server, one for each count.")
+@option("--modelfile", type=PAGE, metavar="FILE", help="Also write a Modelfile for Ollama.")
+@option("--presets", type=PAGE, metavar="FILE.ini", help="Also write presets for llama-server, one for each count.")
 @pages_force_option
 @json_option
 def serve_help(file: Path, modelfile: Path | None, presets: Path | None, as_json: bool) -> None:

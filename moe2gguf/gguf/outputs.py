@@ -30,10 +30,13 @@ def check_outputs(
         may_exist: names of outputs that are continued, not replaced; as folders they may hold inputs.
 
     Raises:
-        OutputError: naming the output; links and hard links to an input count as the input.
+        OutputError: naming the output, or its folder, which is missing or read-only; links and hard links to an input
+            count as the input.
     """
     for name, out in outputs.items():
         _require_name(name, out)
+        if name not in may_exist:
+            _require_place(out.parent)
     read = {identity: file for path in inputs for file in _files(path) for identity in _identities(file)}
     for name, out in outputs.items():
         if found := _find_input(out, read, whole=name not in may_exist):
@@ -53,7 +56,8 @@ def write_whole(target: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
 
 
@@ -67,10 +71,6 @@ def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
     if target.is_dir():
         raise OutputError(f"{target}: exists and is not a regular file; choose another name")
     check_outputs({str(target): target}, sources, force=force)
-    if not target.parent.is_dir():
-        raise OutputError(f"{target.parent}: no such folder; create it first")
-    if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"{target.parent}: not writable; choose another folder")
 
 
 def list_model_paths(out: Path, n_shard: int) -> list[Path]:
@@ -96,6 +96,14 @@ def _require_name(name: str, out: Path) -> None:
             out.with_name(out.name + ending).exists()
     except OSError as error:
         raise OutputError(f"{name}: cannot be written ({error.strerror}); choose another name") from error
+
+
+def _require_place(folder: Path) -> None:
+    """Raise OutputError where no file can be made."""
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder; create it first")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: not writable; choose another folder")
 
 
 def _require_replaceable(name: str, out: Path, *, force: bool) -> None:

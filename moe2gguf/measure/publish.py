@@ -115,6 +115,7 @@ def publish(
         and what `convert` and `compare` raise.
     """
     settings, folder = settings or PublishSettings(), Path(folder)
+    folder = folder if folder.name else folder.absolute()
     work = folder.with_name(folder.name + ".work")
 
     # Open the model, and plan every variant before the first is made.
@@ -122,14 +123,16 @@ def publish(
     settings = replace(settings, options=complete_options(source, settings.options)[0])
     variants = list_variants(source, settings, work)
     require_plans(source.path, variants)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; name a folder that is not there yet")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise OutputError(f"{folder}: is no folder; name one that is not there yet")
+    if not folder.parent.is_dir():
+        raise OutputError(f"{folder.parent}: no such folder; create it first")
     if folder.exists() and any(folder.iterdir()) and not work.exists():
         raise OutputError(f"{folder}: exists; choose another name, or remove it")
 
     with Job(work, _describe_job(source, settings), resume=resume) as job:
         # Make the variants, and the dense files to compare them with.
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         ours = {folder / one.name: one for one in variants}
         dense = {work / one.name: one for one in list_dense(settings)}
         reference = {work / DENSE: Variant(DENSE, Options(dense=True))}

@@ -334,8 +334,9 @@ def join_layer(model: MoeFolder | MoeFile, factor: float, d_ff: int, i: int) -> 
 def join_experts(gate: Array, up: Array, down: Array, factors: Array, d_ff: int) -> dict[str, Array]:
     """One MLP of d_ff neurons by role: gate and up (d_ff, d_model), down (d_model, d_ff) times `factors`.
 
-    There is a factor for each expert, or one for all. The experts are gate and up (n_expert, d_expert, d_model) and down (n_expert, d_model, d_expert). The product is
-    rounded once, to the weights' type. Zero neurons beyond d_ff are left out, from the last one on.
+    There is a factor for each expert, or one for all. The experts are gate and up (n_expert, d_expert, d_model) and
+    down (n_expert, d_model, d_expert). The product is rounded once, to the weights' type. Zero neurons beyond d_ff are
+    left out, from the last one on.
 
     Raises:
         PlanError: fewer neurons are zero than have to be left out.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,10 +45,6 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
             raise OutputError(f"{out}: exists; choose another name, or replace it with --force")
         if out.is_symlink() or not _is_ours(out):
             raise OutputError(f"{out}: exists and was not written by moe2gguf; choose another name")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent}: no such folder; create it first")
-    if not os.access(out.parent, os.W_OK):
-        raise OutputError(f"{out.parent}: not writable; choose another folder")
 
 
 def _is_ours(folder: Path) -> bool:

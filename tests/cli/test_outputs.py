@@ -105,12 +105,33 @@ def test_an_existing_file_is_replaced_only_with_force(command: str, output: str,
 
 @pytest.mark.parametrize("name", [".", "", "/", "x" * 250 + ".gguf", "x" * 300])
 @pytest.mark.parametrize(("command", "output"), sorted({(command, output) for command, output, _ in pairs()}))
-def test_a_name_that_no_file_can_have_is_refused(command: str, output: str, name: str, tmp_path: Path) -> None:
-    """The folder itself, and names that are too long, with `.partial` at the latest."""
+def test_a_name_that_no_file_can_have_is_refused(
+    command: str, output: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder itself, where a file is wanted, and names that are too long, with `.partial` at the latest."""
+    monkeypatch.chdir(tmp_path)
     done = run(arguments(command, {output: Path(name)}, tmp_path))
 
-    assert isinstance(done.exception, OutputError)
-    assert "choose another name" in str(done.exception)
+    assert done.exit_code
+    said = str(done.exception) + done.output
+    may_be_here = output == "folder" and name in (".", "")
+    assert may_be_here != ("choose another name" in said or "is a directory" in said), said
+
+
+@pytest.mark.parametrize("place", ["nowhere/x.svg", "input/x.svg"])
+@pytest.mark.parametrize(("command", "output"), sorted({(command, output) for command, output, _ in pairs()}))
+def test_a_missing_folder_is_named_before_anything_is_read(
+    command: str, output: str, place: str, tmp_path: Path
+) -> None:
+    """No folder, or a file in its place; `views` makes its folder, and the journal is made with its own."""
+    (tmp_path / "input").write_text("precious")
+
+    done = run(arguments(command, {output: tmp_path / place}, tmp_path))
+
+    assert done.exit_code
+    made = output in ("folder", "journal")
+    assert made or f"{(tmp_path / place).parent}: no such folder; create it first" == str(done.exception)
+    assert made == (not isinstance(done.exception, OutputError))
 
 
 def test_two_outputs_are_two_files(tmp_path: Path) -> None:

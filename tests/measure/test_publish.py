@@ -161,7 +161,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path
     with pytest.raises(OutputError, match="out: exists"):
         publish(model, tmp_path / "out", settings(tmp_path))
     assert "precious" == (tmp_path / "out" / "mine").read_text()
-    with pytest.raises(OutputError, match="mine: is a file; name a folder"):
+    with pytest.raises(OutputError, match="mine: is no folder; name one"):
         publish(model, tmp_path / "out" / "mine", settings(tmp_path))
 
 

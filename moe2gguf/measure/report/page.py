@@ -271,15 +271,8 @@ def plain_table(name: str, value: str, values: Mapping[str, Any], *, code: bool 
 # --- files ---
 
 
-def require_plotly(target: Path) -> None:
-    """Raise HarnessError if the page cannot be made; call it before the measurements, not after them."""
-    plotly_script()
-    if not target.parent.is_dir():
-        raise HarnessError(f"{target}: there is no folder {target.parent}; make it, or name another file")
-
-
 def plotly_script() -> str:
-    """Return plotly.js. Raises HarnessError without plotly."""
+    """Return plotly.js. Raises HarnessError without plotly: call it before the measurements, not after them."""
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:

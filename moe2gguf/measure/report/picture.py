@@ -22,8 +22,6 @@ def require_picture(target: Path) -> None:
     """Raise HarnessError if the picture cannot be made: call it before the measurements, not after them."""
     if target.suffix.lower() not in FORMATS:
         raise HarnessError(f"{target}: a picture is {' or '.join(FORMATS)}; name the file so")
-    if not target.parent.is_dir():
-        raise HarnessError(f"{target}: there is no folder {target.parent}; make it, or name another file")
     _matplotlib()
 
 

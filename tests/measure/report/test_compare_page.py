@@ -20,7 +20,7 @@ from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.measure import metrics
 from moe2gguf.measure.report import page as pages
 from moe2gguf.measure.report.compare import draw_figures, make_page, summarize
-from moe2gguf.measure.report.page import label_axes, render_page, require_plotly, write_page
+from moe2gguf.measure.report.page import label_axes, plotly_script, render_page, write_page
 from moe2gguf.measure.results import Comparison, Quality, compare_pairs, is_above_noise, summarize_quality
 
 
@@ -175,22 +175,22 @@ def test_infinite_intervals_and_bad_numbers_are_left_out(found: Comparison) -> N
 
 
 def test_writing_is_all_or_nothing(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file appears whole; a folder that is not there is an error before and after measuring."""
+    """The file appears whole, or an error says why not."""
     monkeypatch.setattr(pages, "plotly_script", lambda: "/* plotly */")
     write_page(make_page(found, ["prog"]), tmp_path / "out.html")
     assert ["out.html"] == [path.name for path in tmp_path.glob("*out.html*")]
-    require_plotly(tmp_path / "new.html")
-    with pytest.raises(HarnessError, match="there is no folder"):
-        require_plotly(tmp_path / "no" / "out.html")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written: Not a directory"):
+        write_page(make_page(found, ["prog"]), tmp_path / "file" / "out.html")
     with pytest.raises(OutputError, match="cannot be written"):
         write_page(make_page(found, ["prog"]), tmp_path / "no" / "out.html")
 
 
-def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is measured."""
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(HarnessError, match="pip install plotly"):
-        require_plotly(tmp_path / "out.html")
+        plotly_script()
 
 
 def _has_plotly() -> bool:
