@@ -148,7 +148,7 @@ class Front:
             moe2gguf(self.python, "convert", self.model, self.reference, "--dense", "--type", "f16", *self.threads)
         yield self.reference
         for kind in self.options.types:
-            if kind.upper() not in self.reference.name:
+            if kind not in self.reference.name.lower():
                 yield self._quantize(self.reference, self.work / f"dense-{kind}.gguf", kind)
 
     def make_sliced(self) -> Iterator[Path]:
@@ -156,7 +156,7 @@ class Front:
         for one in self._chosen(per_count=False):
             path = self._convert(self.work / f"{one.name}.gguf", one, one.options)
             for kind in self.options.expert_types:
-                has_it = kind.upper() in self.reference.name
+                has_it = kind in self.reference.name.lower()
                 yield path if has_it else self._quantize(path, self.work / f"{one.name}-{kind}.gguf", kind)
 
     def make_fitted(self, sliced: Sequence[Path]) -> Iterator[Path]:
