@@ -45,6 +45,8 @@ class Graph:
     keys            what the graph must be told besides counts and widths, without the architecture's prefix
     rotates_halves  the rotary embedding turns element j of a head with j + d_head / 2, as Hugging Face's models do, and
                     not with its neighbor
+    shared_key      the key with the shared expert's width: in experts (`expert_shared_count`) or in neurons
+    empty_layer     one more layer is declared than the graph computes, and has no tensors: see `GRAPHS`
     layer_nodes     nodes per layer besides the used experts', flash attention off: see above
     since           when llama.cpp got the graph
     hf_class        the class of transformers that computes the same, if there is one
@@ -55,6 +57,8 @@ class Graph:
     gating: Literal["renormalized", "sigmoid", "softmax"] = "renormalized"
     keys: Mapping[str, MetadataValue] = field(default_factory=dict)
     rotates_halves: bool = False
+    shared_key: str = "expert_shared_count"
+    empty_layer: bool = False
     layer_nodes: int = 48
     since: str = ""
     hf_class: str | None = None
@@ -68,6 +72,16 @@ class Graph:
     def has_selection_bias(self) -> bool:
         """Whether a bias is added to what the router finds when experts are chosen, and not when they are weighed."""
         return _SELECTION_BIAS in self.tensors
+
+    @property
+    def has_rotary_factors(self) -> bool:
+        """Whether the graph divides the rotary frequencies, as LLaMA 3.1 and 3.2 need it."""
+        return _ROPE_FACTORS[0] in self.tensors
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether a file must hold an output matrix, also where it is the embedding."""
+        return any(tensor.name == "output" and tensor.required for tensor in self.tensors)
 
     @property
     def layer_tensors(self) -> int:
@@ -85,6 +99,20 @@ class Graph:
         here = {tensor.name for tensor in self.tensors}
         return name if "blk.{i}.ffn_norm" in here else name.replace(".ffn_norm.", ".post_attention_norm.")
 
+    def describe_layers(self, n_layer: int, d_head: int, theta: float) -> dict[str, MetadataValue]:
+        """Return the keys of a graph with an empty layer that depend on the model; none of another graph."""
+        if not self.empty_layer:
+            return {}
+        return {
+            "block_count": n_layer + 1,
+            "nextn_predict_layers": 1,
+            "attention.sliding_window": SLIDING_WINDOW,
+            "attention.sliding_window_pattern": [0] * n_layer + [1],
+            "rope.dimension_count": 2 * d_head,
+            "rope.dimension_count_swa": d_head,
+            "rope.freq_base_swa": theta,
+        }
+
     @property
     def weight_scale(self) -> float:
         """What the weights of chosen experts are multiplied by."""
@@ -100,6 +128,9 @@ class Graph:
             raise ValueError(f"{self.architecture}: the weight of an expert depends on how many are used")
         return self.weight_scale * (0.5 if self.gating == "sigmoid" else 1 / n_routed)
 
+
+SLIDING_WINDOW = 1 << 22
+"""Positions that a layer sees in the graph `step35` if it does not see all: more than any model has."""
 
 _GLOBALS = (
     GraphTensor("token_embd", ("n_vocab", "d_model")),
@@ -134,6 +165,12 @@ _SHARED_EXPERT = (
     GraphTensor("blk.{i}.ffn_down_shexp", ("d_model", "d_shared"), "experts"),
 )
 _SELECTION_BIAS = GraphTensor("blk.{i}.exp_probs_b", ("n_expert",), "experts", f32=True, ending="bias")
+
+_PLAIN_SIGMOIDS: Mapping[str, MetadataValue] = {
+    "expert_gating_func": 2,
+    "expert_weights_norm": False,
+    "expert_weights_scale": 2.0,
+}
 
 
 def _dense_mlp(*, extras: bool) -> tuple[GraphTensor, ...]:
@@ -174,7 +211,7 @@ GRAPHS = {
             *_SHARED_EXPERT,
         ),
         gating="sigmoid",
-        keys={"expert_gating_func": 2, "expert_weights_norm": False, "expert_weights_scale": 2.0},
+        keys=_PLAIN_SIGMOIDS,
         rotates_halves=True,
         layer_nodes=50,
         since="August 2025",
@@ -195,6 +232,29 @@ GRAPHS = {
         layer_nodes=48,
         since="December 2024",
     ),
+    "step35": Graph(
+        "step35",
+        (
+            *_GLOBALS[:2],
+            GraphTensor("output", ("n_vocab", "d_model"), scales=True),
+            *_ROPE_FACTORS,
+            *_ATTENTION,
+            *_HEAD_NORMS,
+            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True),
+            GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
+            *_dense_mlp(extras=False),
+            *_EXPERTS,
+            _SELECTION_BIAS,
+            *_SHARED_EXPERT,
+        ),
+        gating="sigmoid",
+        keys=_PLAIN_SIGMOIDS,
+        rotates_halves=True,
+        shared_key="expert_shared_feed_forward_length",
+        empty_layer=True,
+        layer_nodes=50,
+        since="June 2026",
+    ),
 }
 """Every target graph, as llama.cpp has it.
 
@@ -206,6 +266,11 @@ GRAPHS = {
 * `deepseek`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/deepseek.cpp. Its q and o are d_model
   wide. `expert_weights_scale` is left out, since older builds do not read it: what the softmax divides by is multiplied
   into the down projections of the routed experts.
+* `step35`: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/step35.cpp. It has rotary factors, but not
+  in layers with a sliding window, and llama.cpp wants one such layer
+  (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L2807). So a layer that predicts a second
+  token is declared behind the others: it has the window and no tensors, and the graph does not compute it. The other
+  layers rotate half of `rope.dimension_count`.
 """
 
 MIXTRAL = GRAPHS["mixtral"]

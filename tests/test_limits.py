@@ -94,6 +94,8 @@ GLM_TIED = Shape(30, tied=True, target="glm4moe")
 GLM_QWEN2 = Shape(24, biases=("attn_q", "attn_k", "attn_v"), tied=True, target="glm4moe")
 GLM_QWEN3 = Shape(28, tied=True, target="glm4moe", n_norm=2)
 DEEPSEEK = Shape(16, target="deepseek")
+STEP = Shape(16, rope_freqs=True, target="step35")
+STEP_28 = Shape(28, rope_freqs=True, target="step35")
 
 
 def write_zeros(path: Path, shape: Shape, k: int) -> None:
@@ -115,8 +117,10 @@ def write_zeros(path: Path, shape: Shape, k: int) -> None:
         if shape.graph.has_shared:
             block |= {f"ffn_{name}_shexp.weight": (d_expert, d_model) for name in ("gate", "up")}
             block |= {"ffn_down_shexp.weight": (d_model, d_expert)}
+        if shape.graph.has_selection_bias:
+            block |= {"exp_probs_b.bias": (k,)}
         if shape.target == "glm4moe":
-            block |= {"exp_probs_b.bias": (k,), "post_attention_norm.weight": block.pop("ffn_norm.weight")}
+            block |= {"post_attention_norm.weight": block.pop("ffn_norm.weight")}
         block |= {f"attn_{name}_norm.weight": (d_head,) for name in ("q", "k")[: shape.n_norm]}
         block |= {f"ffn_{name}_exps.scale": (k,) for name in ("down", "up", "gate")[: shape.n_scale]}
         tensors |= {f"blk.{i}.{name}": size for name, size in block.items()}
@@ -125,10 +129,17 @@ def write_zeros(path: Path, shape: Shape, k: int) -> None:
     if shape.graph.has_shared:
         writer.add_expert_feed_forward_length(d_expert)
         writer.add_expert_shared_count(1)
+        writer.add_expert_shared_feed_forward_length(d_expert)
         for key, value in shape.graph.keys.items():
             kind = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
             writer.add_key_value(f"{architecture}.{key}", value, kind[type(value)])
-    writer.add_block_count(shape.n_layer)
+    writer.add_block_count(shape.n_layer + shape.graph.empty_layer)
+    if shape.graph.empty_layer:
+        writer.add_nextn_predict_layers(1)
+        writer.add_sliding_window(256)
+        writer.add_sliding_window_pattern([False] * shape.n_layer + [True])
+        writer.add_rope_dimension_count(2 * d_head)
+        writer.add_rope_dimension_count_swa(d_head)
     writer.add_context_length(256)
     writer.add_embedding_length(d_model)
     writer.add_feed_forward_length(d_expert)
@@ -178,6 +189,8 @@ def run_llama(path: Path, run: dict[str, int]) -> str:
         (GLM_QWEN2, DEFAULT, 41),
         (GLM_QWEN3, DEFAULT, 36),
         (DEEPSEEK, DEFAULT, 28),
+        (STEP, DEFAULT, 30),
+        (STEP_28, QUANTIZED_CACHE, 26),
     ],
 )
 def test_llama_cpp_runs_the_limit_and_aborts_above(tmp_path: Path, shape: Shape, setting: Setting, limit: int) -> None:

@@ -66,7 +66,8 @@ NO_EFFECT = (
         "--target",
         type=click.Choice([*GRAPHS]),
         help="mixtral: runs everywhere, right at one count of experts. glm4moe: one file for every count, llama.cpp of "
-        f"{GRAPHS['glm4moe'].since} or later. deepseek: the same for older ones.  [default: mixtral]",
+        f"{GRAPHS['glm4moe'].since} or later. deepseek: the same for older ones. step35: for LLaMA 3.1 and 3.2, "
+        f"llama.cpp of {GRAPHS['step35'].since} or later.  [default: mixtral]",
     ),
     option(
         "-e",

@@ -42,7 +42,8 @@ def read_counts(file: GGUFFile) -> ExpertCounts:
     architecture = str(file.metadata.get("general.architecture"))
     graph = find_graph(architecture) or estimate_graph(architecture)
     n_expert, n_used, n_shared = count_experts(partial(_read_count, file))
-    return ExpertCounts(n_expert, n_used, n_shared, Size.of(file.tensors, _read_count(file, "block_count"), graph))
+    n_layer = _read_count(file, "block_count") - (_read_count(file, "nextn_predict_layers") if graph.empty_layer else 0)
+    return ExpertCounts(n_expert, n_used, n_shared, Size.of(file.tensors, n_layer, graph))
 
 
 def read_context_length(file: GGUFFile) -> int:

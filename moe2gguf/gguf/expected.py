@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gguf import GGMLQuantizationType as GGMLType
@@ -35,7 +36,8 @@ def check_architecture(file: GGUFFile, found: Findings) -> None:
         found.problems.append(f"metadata general.architecture: expected a STRING, found {_shown(architecture)}")
         return
     graph = find_graph(architecture) if kind == "model" else None
-    if graph is None or file.metadata.get(f"{architecture}.nextn_predict_layers", 0) != 0:
+    predicts = file.metadata.get(f"{architecture}.nextn_predict_layers", 0) != 0
+    if graph is None or (not is_sliced(file) if graph.empty_layer else predicts):
         known = ", ".join(dict.fromkeys([*DENSE_GRAPHS, *GRAPHS]))
         words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
         found.notes.append(f"{words}: shapes are only checked for plain models of {known}")
@@ -175,6 +177,14 @@ class _Keys:
         """As `read_count`."""
         return read_count(self.file, self.name(key), self.problems, default, limit)
 
+    def require(self, wanted: Mapping[str, MetadataValue]) -> None:
+        """Every key has the value for which the experts of a sliced file are cut."""
+        self.problems += [
+            f"metadata {self.name(key)}: these experts are cut for {value!r}, found {_shown(self.value(key))}"
+            for key, value in wanted.items()
+            if self.value(key) != value
+        ]
+
     def alike(self, key: str, default: int | None = None) -> int:
         """A count, or an array that gives every layer the same one."""
         value = self.value(key)
@@ -192,7 +202,7 @@ class _Keys:
 def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimensions:
     """The dimensions that the metadata promises; a 0 stands for one that is missing or wrong, and is listed."""
     keys = _Keys(file, graph, problems)
-    keys.n_layer = n_layer = keys.count("block_count", limit=MAX_LAYERS)
+    keys.n_layer = n_layer = max(0, keys.count("block_count", limit=MAX_LAYERS) - graph.empty_layer)
     keys.count("context_length")
     d_model, d_ff = keys.count("embedding_length"), keys.alike("feed_forward_length")
     n_head = keys.alike("attention.head_count")
@@ -204,12 +214,14 @@ def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimens
     share = d_model // n_head if n_head else 0
     d_head = keys.count("attention.key_length", share)
     lengths = {"attention.value_length": share}
-    if graph in DENSE_GRAPHS.values() or is_sliced(file):
+    if graph in DENSE_GRAPHS.values() or (is_sliced(file) and not graph.empty_layer):
         lengths["rope.dimension_count"] = d_head
     for key, default in lengths.items():
         if (other := keys.count(key, default)) not in (0, d_head):
             wanted = f"arch {graph.architecture} wants the length of a key, {d_head}"
             problems.append(f"metadata {keys.name(key)}: {wanted}, found {other}")
+    theta = keys.value("rope.freq_base")
+    keys.require(graph.describe_layers(n_layer, d_head, theta if isinstance(theta, float) else 10000.0))
     epsilon = keys.value(name := "attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_shown(epsilon)}")
@@ -254,7 +266,8 @@ def _expert_widths(keys: _Keys, d_ff: int) -> tuple[int, int]:
         return d_ff, 0
     _check_gating(keys)
     d_expert = keys.count("expert_feed_forward_length")
-    return d_expert, keys.count("expert_shared_count") * d_expert
+    width = keys.count(graph.shared_key)
+    return d_expert, width * d_expert if graph.shared_key == "expert_shared_count" else width
 
 
 def _check_gating(keys: _Keys) -> None:
@@ -271,11 +284,8 @@ def _check_gating(keys: _Keys) -> None:
             f"metadata {keys.name('expert_gating_func')}: llama.cpp knows 1 to 4, found "
             f"{_shown(keys.value('expert_gating_func'))}; it would abort"
         )
-    for name, value in keys.graph.keys.items() if is_sliced(keys.file) else ():
-        if keys.value(name) != value:
-            keys.problems.append(
-                f"metadata {keys.name(name)}: these experts are cut for {value!r}, found {_shown(keys.value(name))}"
-            )
+    if is_sliced(keys.file):
+        keys.require(keys.graph.keys)
 
 
 def is_sliced(file: GGUFFile) -> bool:

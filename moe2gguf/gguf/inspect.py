@@ -125,7 +125,7 @@ def inspect(path: str | Path) -> Inspection:
         architecture=architecture,
         name=_as(str, file.metadata.get("general.name")),
         file_type=types.name_file_type(file.metadata.get("general.file_type")),
-        n_layer=_as(int, file.metadata.get(f"{architecture}.block_count")),
+        n_layer=_count_layers(file),
         d_model=_as(int, file.metadata.get(f"{architecture}.embedding_length")),
         experts=experts,
         provenance={key: value for key, value in file.metadata.items() if key.startswith("moe2gguf.")},
@@ -140,6 +140,13 @@ def inspect(path: str | Path) -> Inspection:
 
 def _as(kind: type, value: MetadataValue | None) -> Any:
     return value if type(value) is kind else None
+
+
+def _count_layers(file: GGUFFile) -> int | None:
+    """The layers that are computed, where the file declares some."""
+    declared = _as(int, file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count"))
+    size = read_counts(file).size
+    return size.n_layer if declared and size.graph.empty_layer else declared
 
 
 def _experts(file: GGUFFile) -> Experts | None:

@@ -83,8 +83,9 @@ def _describe_shared(
         "expert_count": n_routed,
         "expert_used_count": n_used,
         "expert_feed_forward_length": d_expert,
-        "expert_shared_count": n_shared,
+        graph.shared_key: n_shared if graph.shared_key == "expert_shared_count" else n_shared * d_expert,
         **graph.keys,
+        **graph.describe_layers(model.n_layer, model.d_head, model.rope.theta),
     }
     return {f"{graph.architecture}.{key}": value for key, value in keys.items()}
 

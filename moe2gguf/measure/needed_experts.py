@@ -109,7 +109,7 @@ def measure_needed_experts(
     """Score a text at every count of experts, and find the smallest one that each token's prediction needs.
 
     Args:
-        path: a file that is sliced for a target whose weights do not depend on the count (`glm4moe`, `deepseek`).
+        path: a file that is sliced for a target whose weights do not depend on the count, which is all but `mixtral`.
         limit: nats of KL divergence from the prediction with all experts that a token may have.
         n_token: scored positions, in whole windows of which the second half is scored; None: the whole text.
         timeout: seconds per window.

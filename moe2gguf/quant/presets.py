@@ -21,7 +21,8 @@ OWN_RULES = ("falcon",)
 class Network:
     """What the choices depend on. `n_expert` is 0 for a dense file; `importance`: an importance matrix is used.
 
-    `with_values` are the layers with a matrix of values; None: all of them.
+    `with_values` are the layers with a matrix of values; None: all of them. `n_empty` are declared layers without any
+    tensor, which llama.cpp's quantizer counts.
     """
 
     architecture: str
@@ -33,6 +34,7 @@ class Network:
     n_expert: int = 0
     importance: bool = False
     with_values: tuple[int, ...] | None = None
+    n_empty: int = 0
 
     def list_layers(self, role: str) -> Sequence[int]:
         """Return the layers that have a matrix of this role."""

@@ -96,6 +96,8 @@ def make_preset_rules(name: str, network: Network, *, mix: bool = False) -> tupl
         return (Rule(".*", kind, name),)
     # By default experts are treated as the dense parent's MLP; MXFP4_MOE is about experts.
     seen = network if mix or name == "MXFP4_MOE" else dataclasses.replace(network, n_expert=0)
+    if mix:
+        seen = dataclasses.replace(seen, n_layer=seen.n_layer + seen.n_empty)
     rules = [_make_head_rule(name, seen)]
     # Of the rows about one role the first that fits a layer decides it.
     decided: dict[str, set[int]] = {}

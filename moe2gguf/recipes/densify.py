@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.counts import find_graph, read_counts
 from moe2gguf.gguf.dense_model import replace_prefix
-from moe2gguf.gguf.expected import check_architecture, read_dimensions
+from moe2gguf.gguf.expected import check_architecture, is_sliced, read_dimensions
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_target
@@ -191,6 +192,8 @@ class MoeFile:
         check_architecture(file, found := Findings())
         if found.problems:
             raise GGUFError(listing(file.path, found.problems))
+        if graph.empty_layer and not is_sliced(file):
+            raise PlanError([f"{file.path}: {graph.architecture} was not sliced here, and no dense graph computes it"])
         self.path, self.metadata, self.n_expert = file.path, file.metadata, counts.n_expert
         self.graph, self.in_shared, self.adds_up = graph, counts.n_shared, graph.gating == "renormalized"
         self.dense = DENSE_GRAPHS["qwen3" if "blk.0.attn_q_norm.weight" in file.tensors else "llama"]
@@ -234,12 +237,19 @@ class MoeFile:
         for name, info in self._file.tensors.items():
             if re.fullmatch(r"blk\.\d+\.(ffn_\w+_shexp\.weight|exp_probs_b\.bias|ffn_down_exps\.scale)", name):
                 continue
+            if name == "output.weight" and self.graph.needs_output and self._repeats_embedding():
+                continue
             if match := re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", name):
                 kind = info.type if info.type in types.FLOATS else GGMLType.F32
                 yield Part(name.replace("_exps", ""), int(match[1]), match[2], kind, (name,))
             elif not name.endswith("ffn_gate_inp.weight"):
                 dense_name = name.replace(".post_attention_norm.", ".ffn_norm.")
                 yield OutputTensor(dense_name, info.shape, info.type, (name,), self._choose_reader(name))
+
+    def _repeats_embedding(self) -> bool:
+        """Whether the output matrix is the embedding, of which such a graph needs a copy."""
+        pieces = (self._tensor(name).blocks(BLOCK_BYTES) for name in ("output.weight", "token_embd.weight"))
+        return all(np.array_equal(one, other) for one, other in zip_longest(*pieces))
 
     def _choose_reader(self, name: str) -> Callable[[], Iterator[Array]]:
         """What reads a tensor outside of the MLPs: as it is, or with its rows in the dense graph's rotary layout."""
@@ -259,8 +269,14 @@ class MoeFile:
         name = self.dense.architecture
         dense = replace_prefix(self._file, self.graph.architecture, name)
         kept = {key: value for key, value in dense.metadata.items() if not key.startswith(f"{name}.expert_")}
+        kept |= {f"{name}.feed_forward_length": d_ff, FACTORS: how}
+        if self.graph.empty_layer:
+            sizes = read_dimensions(self._file, self.graph, [])
+            for key in self.graph.describe_layers(sizes.n_layer, sizes.d_head, 0):
+                del kept[f"{name}.{key}"]
+            kept |= {f"{name}.block_count": sizes.n_layer, f"{name}.rope.dimension_count": sizes.d_head}
         kinds = {key: kind for key, kind in dense.types.items() if key in kept}
-        layout = lay_out({**kept, f"{name}.feed_forward_length": d_ff, FACTORS: how}, tensors, kinds)
+        layout = lay_out(kept, tensors, kinds)
         write_model(out, [(tensors, layout)], threads=1, progress=progress)
 
 

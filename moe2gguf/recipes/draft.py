@@ -142,6 +142,16 @@ def _refuse_experts_of(matrix: ImportanceMatrix | None, slicing: Slicing | None)
 
 def _describe_network(source: Source, slicing: Slicing | None, *, importance: bool) -> Network:
     """What presets depend on, of the file to come."""
-    model = source.model
-    n_expert, tied = slicing.n_routed if slicing else model.n_expert, model.tied_embeddings
-    return Network("llama", model.n_layer, model.n_head, model.n_head_kv, model.d_model, tied, n_expert, importance)
+    model, graph = source.model, GRAPHS[slicing.target] if slicing else find_graph_of(source.model)
+    return Network(
+        "llama",
+        model.n_layer,
+        model.n_head,
+        model.n_head_kv,
+        model.d_model,
+        model.tied_embeddings and not graph.needs_output,
+        slicing.n_routed if slicing else model.n_expert,
+        importance,
+        with_values=tuple(range(model.n_layer)),
+        n_empty=int(graph.empty_layer),
+    )

@@ -314,9 +314,9 @@ def _check_target_graph(model: Model, options: Options) -> Refusals:
             "choose --target glm4moe",
         ),
         (
-            model.rope.kind == "llama3",
+            model.rope.kind == "llama3" and not graph.has_rotary_factors,
             f"--target {target}: its graph has no factors for the rotary embedding, which this model needs (LLaMA 3 "
-            "scaling); choose --target mixtral",
+            "scaling); choose --target step35, or mixtral",
         ),
         (
             model.bias_output,

@@ -24,8 +24,8 @@ from moe2gguf.spec import Calibration, MetadataValue, Model, Slicing
 
 WINDOW = 512
 BETTER_TARGET = (
-    "--target glm4moe makes one file that is the dense model with all experts used and loses less with fewer; it needs "
-    f"a llama.cpp of {GRAPHS['glm4moe'].since} or later"
+    "--target {} makes one file that is the dense model with all experts used and loses less with fewer; it needs a "
+    "llama.cpp of {} or later"
 )
 NO_TEXT = (
     "no --calibration: the built-in text is used, which is mostly English; a text of the kind that the model is meant "
@@ -210,8 +210,9 @@ def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
     n, k = slicing.n_expert, slicing.n_expert_used
     amplified = slicing.n_routed if GRAPHS[slicing.target].gating == "softmax" else n
     fits = slicing.method.router != "zero" and slicing.target == "mixtral"
-    if k < n and fits and model.rope.kind != "llama3" and not model.bias_output:
-        warnings.append(BETTER_TARGET)
+    if k < n and fits and not model.bias_output:
+        better = "step35" if model.rope.kind == "llama3" else "glm4moe"
+        warnings.append(BETTER_TARGET.format(better, GRAPHS[better].since))
     if k < n and slicing.method.router == "zero":
         warnings.append(
             f"--used {k} of {n} with a zero router: llama.cpp runs a fixed, arbitrary choice of experts, and the "

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf import kernels, types
 from moe2gguf.gguf.counts import find_graph
-from moe2gguf.gguf.expected import check_architecture
+from moe2gguf.gguf.expected import check_architecture, is_sliced
 from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_model_target
@@ -267,7 +267,8 @@ def describe_network(file: GGUFFile) -> Network:
     architecture = str(file.metadata.get("general.architecture", "unknown"))
     tied = "output.weight" not in file.tensors
 
-    missing = None if find_graph(architecture) else 0  # of others `make_base_rules` refuses what needs a number
+    graph = find_graph(architecture)
+    missing = None if graph else 0  # of others `make_base_rules` refuses what needs a number
 
     def number(key: str, default: int | None = missing) -> int:
         value = file.metadata.get(f"{architecture}.{key}", default)
@@ -282,7 +283,9 @@ def describe_network(file: GGUFFile) -> Network:
     n_head_kv, d_model = number("attention.head_count_kv", n_head), number("embedding_length")
     n_expert, found = number("expert_count", 0), (_WITH_VALUES.fullmatch(name) for name in file.tensors)
     values = sorted(int(match[1]) for match in found if match)
-    return Network(architecture, n_layer, n_head, n_head_kv, d_model, tied, n_expert, with_values=tuple(values))
+    n_empty = int(graph is not None and graph.empty_layer and is_sliced(file))
+    network = Network(architecture, n_layer - n_empty, n_head, n_head_kv, d_model, tied, n_expert)
+    return dataclasses.replace(network, with_values=tuple(values), n_empty=n_empty)
 
 
 def _refuse_file(file: GGUFFile) -> list[str]:

@@ -69,6 +69,9 @@ def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTens
             PlannedTensor(cut_name, shape, kind, made, (name,))
             for cut_name, shape, made in plan_projection(slicing, d_model, role, i)
         ]
+    if graph.needs_output and dense.model.tied_embeddings:
+        embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
+        tensors.append(replace(embedding, name="output.weight"))
     return tuple(tensors)
 
 

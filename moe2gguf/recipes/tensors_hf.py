@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moe2gguf.experts import slicing as cut
 from moe2gguf.gguf.metadata import rope_frequencies
 from moe2gguf.graphs import GRAPHS, find_graph_of
-from moe2gguf.hf.families import DENSE, GLM4_PER_EXPERT, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
+from moe2gguf.hf.families import DENSE, EMBEDDING, GLM4_PER_EXPERT, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.quant.assign import find_stored_type
@@ -65,6 +65,9 @@ def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[Plann
         pairs = rule.permute and not graph.rotates_halves
         made = RotaryPairs((getattr(model, rule.permute),)) if pairs else Copy()
         tensors.append(_plan(graph.rename(rule.target).format(i=i), source.shape, made, [source]))
+    if graph.needs_output and model.tied_embeddings:
+        embedding = checkpoint.tensors[EMBEDDING]
+        tensors.append(_plan("output.weight", embedding.shape, Copy(), [embedding]))
     return tuple(tensors)
 
 

@@ -170,14 +170,15 @@ def test_a_faulty_key_is_one_message(kind: str, key: str, tmp_path: Path) -> Non
     check_faults(*FILES[kind], key, ("missing", *SCALARS, *ARRAYS), tmp_path / "model.gguf")
 
 
-def test_a_faulty_key_of_a_graph_with_a_shared_expert_is_one_message(tmp_path: Path) -> None:
-    """The same for the keys of glm4moe, with a few of the faults."""
+@pytest.mark.parametrize("target", ["glm4moe", "step35"])
+def test_a_faulty_key_of_a_graph_with_a_shared_expert_is_one_message(target: str, tmp_path: Path) -> None:
+    """The same for the keys of its graph, with a few of the faults."""
     folder = checkpoints.make(tmp_path / "hf", num_hidden_layers=2)
-    assert 0 == moe2gguf("convert", folder, tmp_path / "whole.gguf", "--target", "glm4moe", "--experts", 4).returncode
+    assert 0 == moe2gguf("convert", folder, tmp_path / "whole.gguf", "--target", target, "--experts", 4).returncode
     model = rebuilt(tmp_path / "whole.gguf")
     commands = {name: run for name, run in SLICED.items() if name in ("verify", "densify", "set-used")}
 
-    for key in [key for key in model.keys if key.startswith("glm4moe.")]:
+    for key in [key for key in model.keys if key.startswith(f"{target}.")]:
         check_faults(model, commands, key, ("missing", "zero", "array of integers"), tmp_path / "model.gguf")
 
 
@@ -201,7 +202,7 @@ def rebuilt(path: Path) -> g.LlamaFile:
 
 def check_faults(model: g.LlamaFile, commands: dict[str, Run], key: str, faults: Sequence[str], file: Path) -> None:
     """Try the commands with every fault of a key."""
-    for fault in ("missing", *SCALARS, *ARRAYS):
+    for fault in faults:
         file.write_bytes(faulty(model, key, fault))
         for name, run in commands.items():
             what = f"{key} {fault}: {name}"

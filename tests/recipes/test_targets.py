@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from gguf_edit import edit_keys
 from llama_logits import llama_logits_at
 from reference import reference_logits
 
-from moe2gguf import TypeOptions, convert, quantize
+from moe2gguf import TypeOptions, convert, plan_conversion, quantize
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.counts import read_counts
+from moe2gguf.gguf.inspect import inspect
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.verify import verify
@@ -28,8 +30,11 @@ from moe2gguf.recipes.hf_output import write_folder
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
 TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
-TARGETS = ["glm4moe", "deepseek"]
-FAMILIES = ["llama", "llama-tied", "llama-mqa", "yarn-rope", "mistral", "qwen2", "qwen2-tied", "qwen3"]
+TARGETS = ["glm4moe", "deepseek", "step35"]
+FAMILIES = ["llama", "llama-tied", "llama-mqa", "yarn-rope", "mistral", "qwen2", "qwen2-tied", "qwen3", "llama3-rope"]
+REFUSED = {("qwen3", "deepseek"), ("llama3-rope", "deepseek"), ("llama3-rope", "glm4moe")}
+"""Families that a graph cannot carry, and says so."""
+
 N, SHARED = 6, 2
 """Of six experts two are shared, so that four are routed: a power of two, by which `deepseek` amplifies exactly."""
 
@@ -62,8 +67,8 @@ def routed(target: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_experts_are_the_dense_model(family: str, target: str, tmp_path: Path) -> None:
     """llama.cpp's logits are those of transformers, and a prefix of the experts is what numpy says."""
-    if (family, target) == ("qwen3", "deepseek"):
-        pytest.skip("deepseek does not normalize heads, and says so")
+    if (family, target) in REFUSED:
+        pytest.skip("the graph cannot carry the family, and says so")
     source = checkpoints.make(tmp_path / "hf", family)
     file = convert(source, tmp_path / "moe.gguf", flat_options(N, target=target, n_shared=SHARED, preset="exact")).path
 
@@ -93,10 +98,12 @@ def test_the_file_is_sound_and_says_what_it_is(routed: Path, target: str) -> Non
     metadata = {name: field.contents() for name, field in gguf.GGUFReader(routed).fields.items()}
     counts = read_counts(read_gguf(routed))
 
+    assert inspect(routed).n_layer == counts.size.n_layer == 3
     assert verify(routed).problems == ()
     assert metadata["general.architecture"] == target
     assert (metadata[f"{target}.expert_count"], metadata[f"{target}.expert_used_count"]) == (N - SHARED, N - SHARED)
-    assert (metadata[f"{target}.expert_shared_count"], metadata[f"{target}.expert_feed_forward_length"]) == (SHARED, 16)
+    key, shared = ("shared_feed_forward_length", SHARED * 16) if target == "step35" else ("shared_count", SHARED)
+    assert (metadata[f"{target}.expert_{key}"], metadata[f"{target}.expert_feed_forward_length"]) == (shared, 16)
     assert (counts.n_expert, counts.n_used, counts.n_shared) == (N, N, SHARED)
 
 
@@ -108,11 +115,11 @@ def test_the_routers_choices_are_counted(routed: Path) -> None:
     assert np.allclose(loads.sum(1), 2)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "qwen3", "llama3-rope"])
 def test_a_gguf_file_gives_the_same_model(family: str, target: str, tmp_path: Path) -> None:
     """From the dense file as from the folder."""
-    if (family, target) == ("qwen3", "deepseek"):
-        pytest.skip("deepseek does not normalize heads, and says so")
+    if (family, target) in REFUSED:
+        pytest.skip("the graph cannot carry the family, and says so")
     source = checkpoints.make(tmp_path / "hf", family)
     dense = convert(source, tmp_path / "dense.gguf", flat_options(dense=True)).path
     options = flat_options(N, target=target, n_shared=SHARED, preset="exact")
@@ -160,6 +167,21 @@ def test_densify_gives_qwen3_back(tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert verify(tmp_path / "dense.gguf").problems == ()
+
+
+def test_densify_gives_llama3_factors_back(tmp_path: Path) -> None:
+    """The keys of the empty layer are gone, and so is the copy of the embedding."""
+    source = checkpoints.make(tmp_path / "hf", "llama3-rope", tie_word_embeddings=True)
+    moe = convert(source, tmp_path / "moe.gguf", flat_options(N, target="step35", n_shared=SHARED, preset="exact")).path
+    densify(moe, tmp_path / "dense.gguf")
+    reference = convert(source, tmp_path / "reference.gguf", flat_options(dense=True)).path
+    ours, dense = gguf.GGUFReader(tmp_path / "dense.gguf"), gguf.GGUFReader(reference)
+    first, second = ({t.name: t.data for t in reader.tensors} for reader in (ours, dense))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    keys = [{n: f.contents() for n, f in reader.fields.items() if n.startswith("llama.")} for reader in (ours, dense)]
+    assert keys[0] == keys[1]
+    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(moe).tensors}
 
 
 @pytest.mark.parametrize("preset", ["q8_0", "q4_k_m", "q3_k_m"])
@@ -215,6 +237,32 @@ def test_verify_finds_what_llama_cpp_would_compute_wrongly(
     assert problem in "\n".join(verify(broken).problems)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("nextn_predict_layers", None, "these experts are cut for 1, found None"),
+        (
+            "attention.sliding_window_pattern",
+            [0, 1, 0, 0],
+            r"these experts are cut for [0, 0, 0, 1], found [0, 1, 0, 0]",
+        ),
+        ("rope.dimension_count", 16, "these experts are cut for 32, found 16"),
+        ("rope.freq_base_swa", 1.0, "these experts are cut for 500.0, found 1.0"),
+        ("expert_shared_feed_forward_length", 16, "ffn_gate_shexp.weight: expected the shape (16, 64), found (32, 64)"),
+        ("block_count", 3, "blk.2.attn_k.weight"),
+    ],
+)
+def test_verify_finds_a_wrong_empty_layer(key: str, value: object, problem: str, tmp_path: Path) -> None:
+    """llama.cpp would compute another model, or end the process."""
+    source = checkpoints.make(tmp_path / "hf", "llama3-rope")
+    file = convert(
+        source, tmp_path / "moe.gguf", flat_options(N, target="step35", n_shared=SHARED, preset="exact")
+    ).path
+    broken = edit_keys(file, tmp_path / "broken.gguf", {f"step35.{key}": value})
+    assert problem in "\n".join(verify(broken).problems)
+    assert verify(file).problems == ()
+
+
 def test_verify_misses_the_selection_bias(folder: Path, tmp_path: Path) -> None:
     """Without it llama.cpp does not load the file."""
     options = flat_options(N, target="glm4moe", n_shared=SHARED, preset="exact")
@@ -226,7 +274,7 @@ def test_verify_misses_the_selection_bias(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llama3-rope", {}, "no factors for the rotary embedding"),
+        ("llama3-rope", {}, "no factors for the rotary embedding.*choose --target step35"),
         ("llama-bias", {}, "no bias of the attention's output"),
         ("llama", {"amplify": "used"}, "the same at every count"),
         ("llama", {"expert_scale": True}, "does not amplify experts"),
@@ -242,6 +290,16 @@ def test_what_a_graph_cannot_be_given_is_refused(
     with pytest.raises(PlanError, match=message):
         convert(source, tmp_path / "moe.gguf", flat_options(N, target="glm4moe", **options))
     assert not (tmp_path / "moe.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "better"), [("llama", ["glm4moe"]), ("llama3-rope", ["step35"]), ("llama-bias", [])]
+)
+def test_the_better_target_is_named(family: str, better: list[str], tmp_path: Path) -> None:
+    """The one that can carry the model, where the default serves a smaller count."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    notes = " ".join(plan_conversion(source, flat_options(N, used=3)).warnings)
+    assert better == re.findall(r"--target (\w+) makes one file", notes)
 
 
 def test_deepseek_needs_queries_as_wide_as_the_model(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def _run(model: _Model, tokens: Sequence[int], n_expert_used: int | None) -> Arr
     k = model.key("expert_used_count", 0) if n_expert_used is None else n_expert_used
     rotation = _rope_rotation(model, len(tokens))
     x = model["token_embd.weight"][list(tokens)]
-    for i in range(model.key("block_count")):
+    for i in range(model.key("block_count") - model.key("nextn_predict_layers", 0)):
         block = f"blk.{i}."
         x = x + _attention(model, block, _rms_norm(model, x, block + "attn_norm.weight"), rotation)
         norm = "ffn_norm" if block + "ffn_norm.weight" in model else "post_attention_norm"
@@ -127,7 +127,7 @@ def _attention(model: _Model, block: str, x: Array, rotation: NDArray[np.complex
     )
     if block + "attn_q_norm.weight" in model:
         q, k = (_rms_norm(model, x, f"{block}attn_{name}_norm.weight") for x, name in ((q, "q"), (k, "k")))
-    rotate = _rotate_halves if model.architecture in ("glm4moe", "qwen3") else _rotate
+    rotate = _rotate_halves if model.architecture in ("glm4moe", "qwen3", "step35") else _rotate
     q, k = rotate(q, rotation), rotate(k, rotation)
     k, v = (np.repeat(part, n_head // n_head_kv, axis=1) for part in (k, v))
     scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(model.d_head)
@@ -142,7 +142,7 @@ def _mlp(model: _Model, block: str, x: Array, n_expert_used: int) -> Array:
     if block + "ffn_gate_inp.weight" not in model:
         return _swiglu(x, *(model[f"{block}ffn_{name}.weight"] for name in ("gate", "up", "down")))
     logits = x @ model[block + "ffn_gate_inp.weight"].T  # (n_token, n_expert)
-    is_sigmoid = model.architecture == "glm4moe" and model.key("expert_gating_func", 2) == 2
+    is_sigmoid = model.architecture in ("glm4moe", "step35") and model.key("expert_gating_func", 2) == 2
     probabilities = 1 / (1 + np.exp(-logits)) if is_sigmoid else _softmax(logits)
     preferred = probabilities
     if block + "exp_probs_b.bias" in model:
