@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph
 from moe2gguf.limits import Size, estimate_graph
@@ -44,6 +45,14 @@ def read_counts(file: GGUFFile) -> ExpertCounts:
     n_expert, n_used, n_shared = count_experts(partial(_read_count, file))
     n_layer = _read_count(file, "block_count") - (_read_count(file, "nextn_predict_layers") if graph.empty_layer else 0)
     return ExpertCounts(n_expert, n_used, n_shared, Size.of(file.tensors, n_layer, graph))
+
+
+def require_architecture(file: GGUFFile) -> str:
+    """The architecture of a model. Raises GGUFError for a file that is none, such as an importance matrix."""
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise GGUFError(f"{file.path}: has no general.architecture, so it is no model; name the file of a model")
+    return architecture
 
 
 def read_context_length(file: GGUFFile) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError
-from moe2gguf.gguf.counts import ExpertCounts, read_counts
+from moe2gguf.gguf.counts import ExpertCounts, read_counts, require_architecture
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
 from moe2gguf.gguf.made_for import USED_HERE, read_made_for
@@ -31,7 +31,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
     shards = read_shards(Path(path))
     file = merge_shards(shards)
     path = file.path
-    problems, architecture = list[str](), file.metadata.get("general.architecture")
+    problems, architecture = list[str](), require_architecture(file)
     read_count(file, f"{architecture}.expert_count", problems, 0, MAX_EXPERTS)
     read_count(file, f"{architecture}.expert_shared_count", problems, 0, MAX_EXPERTS)
     read_count(file, f"{architecture}.block_count", problems, limit=MAX_LAYERS)

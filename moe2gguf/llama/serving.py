@@ -10,7 +10,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.gguf.counts import read_counts
+from moe2gguf.gguf.counts import read_counts, require_architecture
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import list_shard_paths, name_model, name_view
@@ -27,7 +27,8 @@ class Way:
 
 
 def list_ways(file: GGUFFile) -> list[Way]:
-    """Return what to type for every program that serves such a file."""
+    """Return what to type for every program that serves such a file. Raises GGUFError for one that is no model."""
+    require_architecture(file)
     path, name = shlex.quote(str(file.path)), shlex.quote(file.path.stem)
     counts = list_counts(file)
     override = _override(file, counts[-1]) if len(counts) > 1 else ""

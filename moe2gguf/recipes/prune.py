@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.text import Text, read_text
-from moe2gguf.gguf.counts import ExpertCounts, find_graph, read_counts
+from moe2gguf.gguf.counts import ExpertCounts, find_graph, read_counts, require_architecture
 from moe2gguf.gguf.expected import MAX_LAYERS, check_architecture, is_sliced, read_count
 from moe2gguf.gguf.expert_tensors import ExpertTensors, copy_tensor, find_expert_tensors
 from moe2gguf.gguf.file import Findings, GGUFFile, refuse_alignment
@@ -204,8 +204,9 @@ def _require_counts(file: GGUFFile, options: PruneOptions) -> tuple[ExpertCounts
 
     Raises:
         PlanError: they cannot be read, or do not allow what is wanted.
+        GGUFError: the file is no model.
     """
-    prefix, problems = f"{file.metadata.get('general.architecture')}.", list[str]()
+    prefix, problems = f"{require_architecture(file)}.", list[str]()
     for key in ("expert_count", "expert_used_count", "expert_shared_count"):
         read_count(file, prefix + key, problems, 0, MAX_EXPERTS)
     n_group = read_count(file, prefix + "expert_group_count", problems, 0, MAX_EXPERTS)

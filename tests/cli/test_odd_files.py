@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoints
+import imatrix_files
 import pytest
 import tiny_gguf
 from command import moe2gguf
@@ -174,3 +175,18 @@ def test_a_text_may_come_through_a_pipe(line: str, how: str, files: dict[str, st
     _, said = child.communicate()
 
     assert 0 == child.returncode, said.decode()
+
+
+@pytest.mark.parametrize("line", ["prune ODD OUT --keep 2", "set-used ODD 2", "serve-help ODD"])
+def test_a_file_that_is_no_model_is_refused(line: str, tmp_path: Path) -> None:
+    """An importance matrix is a GGUF file too."""
+    matrix = imatrix_files.write_gguf(
+        tmp_path / "m.gguf", imatrix_files.statistics_for({"blk.0.ffn_up.weight": (8, 32)})
+    )
+    before = matrix.read_bytes()
+
+    done = moe2gguf(*({"ODD": matrix, "OUT": tmp_path / "out.gguf"}.get(word, word) for word in line.split()))
+
+    assert (1, "moe2gguf: ") == (done.returncode, done.stderr[:10])
+    assert "m.gguf: has no general.architecture, so it is no model" in done.stderr
+    assert ([matrix], before) == ([*tmp_path.iterdir()], matrix.read_bytes())
