@@ -120,6 +120,8 @@ def publish(
 
     # Open the model, and plan every variant before the first is made.
     source = open_source(Path(model), name=settings.options.name)
+    if source.model.n_expert:
+        raise PlanError([f"{source.path}: has experts already; name the dense model they were cut from"])
     settings = replace(settings, options=complete_options(source, settings.options)[0])
     variants = list_variants(source, settings, work)
     require_plans(source.path, variants)
@@ -153,8 +155,7 @@ def list_variants(source: Source, settings: PublishSettings, work: Path) -> list
     """A variant for every count and type, named "Model-12of16-Q8_0.gguf"; those of one count share a calibration."""
     metadata = source.card if isinstance(source, Checkpoint) else source.file.metadata
     name = re.sub(r"[^\w.-]+", "-", str(metadata.get("general.name", "model")))
-    n = source.model.n_expert + source.model.n_shared or settings.options.n_expert
-    found = []
+    found, n = [], settings.options.n_expert
     for k in dict.fromkeys(settings.counts or (n,)):
         chosen = replace(settings.options, used=k)
         calibrates = chosen.slices(source.model) and chosen.resolve_method().needs_calibration

@@ -305,8 +305,9 @@ def _find_faster(factor: float, files: _Files, trials: Trials, types: Sequence[s
     counts = files.slice(files.quantize(kinds[0]) if kinds else trials.source)
     if found := find_last(counts, is_fast):
         return found
-    best = max((one.speed.ratio or 0, one.name) for one in trials.found.values() if one.speed)
-    raise PlanError([f"--faster {factor:g}: nothing here is so fast; {best[1]} is {best[0]:.2f} times", *files.notes])
+    timed = [(one.speed.ratio or 0, one.name) for one in trials.found.values() if one.speed]
+    most = "; {1} is {0:.2f} times".format(*max(timed)) if timed else ""
+    raise PlanError([f"--faster {factor:g}: nothing here is so fast{most}", *files.notes])
 
 
 def _find_smallest(limit: float, files: _Files, trials: Trials, types: Sequence[str]) -> RunConfig:

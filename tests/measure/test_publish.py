@@ -28,6 +28,7 @@ from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.hf.hub import upload_folder
 from moe2gguf.measure.publish import list_variants
+from moe2gguf.recipes.hf_output import write_folder
 from moe2gguf.recipes.source import complete_options, open_source
 
 CARD = """---
@@ -161,6 +162,13 @@ def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path
     with pytest.raises(OutputError, match="out: exists"):
         publish(model, tmp_path / "out", settings(tmp_path))
     assert "precious" == (tmp_path / "out" / "mine").read_text()
+    experts = convert(model, tmp_path / "moe.gguf", Options(4)).path
+    with pytest.raises(PlanError, match="has 4 experts already"):
+        publish(experts, tmp_path / "new", settings(tmp_path))
+    folder = write_folder(model, tmp_path / "half", Options(4)).path
+    with pytest.raises(PlanError, match="half: has experts already; name the dense model"):
+        publish(folder, tmp_path / "new", settings(tmp_path))
+    assert not (tmp_path / "new").exists()
     with pytest.raises(OutputError, match="mine: is no folder; name one"):
         publish(model, tmp_path / "out" / "mine", settings(tmp_path))
 

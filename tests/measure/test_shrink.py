@@ -174,6 +174,9 @@ def test_a_short_text_leaves_types(model: Path, tmp_path: Path, speeds: None) ->
 
     assert (0, "Q4_0") == (done.chosen.config.n_expert, done.chosen.config.type)
     assert "no experts were tried: the first four fifths of text.txt: too few tokens" in done.notes[0]
+    nothing = replace(SETTINGS, text=tmp_path / "text.txt", types=("f16",))
+    with pytest.raises(PlanError, match=r"--faster 9: nothing here is so fast\n.*too few tokens"):
+        shrink(model, tmp_path / "no.gguf", Wish(faster=9.0), nothing)
 
 
 def test_an_interrupted_call_goes_on(model: Path, tmp_path: Path, speeds: None, monkeypatch: Any) -> None:
@@ -205,7 +208,7 @@ def test_an_interrupted_call_goes_on(model: Path, tmp_path: Path, speeds: None, 
         ([], 2, "give one wish: --faster, --room or --quality"),
         (["--faster", 2, "--quality", 1.1], 2, "give one wish"),
         (["--faster", 1], 2, "not in the range"),
-        (["--quality", "nan"], 2, "give one wish"),
+        (["--quality", "nan"], 2, "not a finite number"),
         (["--quality", 1.1, "--types", "q9_0"], 1, "type q9_0: unknown"),
         (["--room", "1KB"], 1, "--room 1,000: less"),
         (["--quality", 1.1, "--context", 9], 1, "--context: no effect without --room"),
