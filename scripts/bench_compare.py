@@ -70,8 +70,8 @@ def main(arguments: Sequence[str]) -> None:
 def measure(file: Path, folder: Path, n_window: int, repeat: int, threads: int | None) -> tuple[list[Result], int, int]:
     """Runs in a child process: the repeats, the peak of private memory in bytes, and the size of the vocabulary."""
     from moe2gguf.experts.text import read_text
+    from moe2gguf.gguf.system import count_processors
     from moe2gguf.llama.devices import Setup
-    from moe2gguf.llama.library import count_processors
     from moe2gguf.llama.model import open_model
     from moe2gguf.measure.logits import record_in_process
 
