@@ -13,6 +13,7 @@ from moe2gguf.cli.command import Command
 from moe2gguf.cli.options import (
     FILE,
     ONE,
+    SECONDS,
     devices_from,
     devices_option,
     emit,
@@ -41,7 +42,7 @@ from moe2gguf.cli.options import (
     number("--prompt", "n_prompt", default=512, type=ONE, help="Tokens of the prompt."),
     number("--generate", "n_generate", default=128, type=ONE, help="Tokens to generate."),
     number("--repeat", default=5, type=ONE, help="Number of rounds."),
-    option("--timeout", default=1800.0, show_default=True, help="Seconds allowed per run."),
+    number("--timeout", default=1800.0, type=SECONDS, help="Seconds allowed per run."),
 )
 @json_option
 def bench(

@@ -20,6 +20,7 @@ from moe2gguf.cli.options import (
     FILE,
     ONE,
     SEED_NEEDS_TEMPERATURE,
+    Number,
     device_option,
     number,
     seed_option,
@@ -47,7 +48,7 @@ Ctrl-C stops an answer."""
 @option("--raw", is_flag=True, help="Use no chat template: what you type continues the text.")
 @number("-n", "--tokens", "n_token", default=512, type=ONE, help="Tokens of an answer, at most.")
 @number("--context", "n_context", default=4096, type=click.IntRange(8), help="Tokens of the conversation, at most.")
-@option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 takes the likeliest token.")
+@option("--temperature", default=0.0, show_default=True, type=Number(0), help="0 takes the likeliest token.")
 @seed_option
 @device_option
 @threads_option

@@ -14,12 +14,14 @@ from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     PAGE,
+    SECONDS,
     Size,
     context_option,
     devices_from,
     devices_option,
     emit,
     json_option,
+    number,
     pages_force_option,
     report_option,
     resume_option,
@@ -35,7 +37,6 @@ from moe2gguf.cli.options import (
 @cloup.command(
     cls=Command,
     no_effect=[
-        NoEffect(("--imatrix",), without=("--types",)),
         NoEffect(("--expert-usage",), without=("--json", "--report")),
         NoEffect(("--wide",), beside=("--json",)),
         NoEffect(("--force",), without=("--csv", "--report", "--picture")),
@@ -66,7 +67,7 @@ from moe2gguf.cli.options import (
 @option_group(
     "Running",
     threads_option,
-    option("--timeout", default=600.0, show_default=True, help="Seconds allowed per window."),
+    number("--timeout", default=600.0, type=SECONDS, help="Seconds allowed per window."),
     option(
         "--memory",
         "memory_limit",

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import cloup
 from cloup import option, option_group
 
@@ -14,6 +13,8 @@ from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     FILE,
     NONE,
+    SECONDS,
+    Number,
     context_option,
     device_option,
     emit,
@@ -42,14 +43,12 @@ from moe2gguf.cli.options import (
     used_option,
     device_option,
     threads_option,
-    option(
-        "--timeout", default=3600.0, show_default=True, help="Seconds for the whole run; with --needed for a window."
-    ),
+    option("--timeout", default=3600.0, type=SECONDS, help="Seconds for the whole run; with --needed for a window."),
 )
 @option_group(
     "Need",
     option("--needed", is_flag=True, help="Instead, show how many experts each token's prediction needs."),
-    number("--divergence", "limit", default=0.1, type=click.FloatRange(1e-6), help="How near it must be, in nats."),
+    number("--divergence", "limit", default=0.1, type=Number(1e-6), help="How near it must be, in nats."),
 )
 @option_group(
     "Text",

@@ -21,6 +21,7 @@ from moe2gguf.cli.options import (
     NONE,
     ONE,
     OUT,
+    Number,
     context_option,
     emit,
     force_option,
@@ -32,7 +33,7 @@ from moe2gguf.cli.options import (
 )
 from moe2gguf.experts import methods
 
-RATE = click.FloatRange(0)
+RATE = Number(0)
 
 
 class CountRange(click.ParamType):  # type: ignore[type-arg]
@@ -47,7 +48,10 @@ class CountRange(click.ParamType):  # type: ignore[type-arg]
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value))
         if not match:
             self.fail(f"{value!r} is not a range of counts such as 4..16", param, ctx)
-        return int(match[1]), int(match[2] or match[1])
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            self.fail(f"{value!r} has its larger count first; turn it around", param, ctx)
+        return low, high
 
 
 def fill(record: type[Any], options: Mapping[str, Any], **others: Any) -> Any:
@@ -113,9 +117,7 @@ NO_EFFECT = (
     number("--next-token", default=0.0, type=RATE, help="Weight of the loss on the text itself."),
     number("--accumulate", default=1, type=ONE, help="Parts that a step is computed in."),
     number("--weight-decay", default=0.0, type=RATE, help="Weight decay of AdamW."),
-    option(
-        "--warmup", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Share of steps that warm up."
-    ),
+    option("--warmup", default=0.05, show_default=True, type=Number(0, 1), help="Share of steps that warm up."),
     number("--clip", default=1.0, type=RATE, help="Largest norm of the gradient."),
     number("--lora-rank", default=16, type=ONE, help="Rank with --train lora."),
     option(

@@ -25,7 +25,13 @@ from moe2gguf.cli.options import (
 )
 
 
-@cloup.command(cls=Command, no_effect=[NoEffect(("--seed",), beside=("--prompts",), without=("--router random",))])
+@cloup.command(
+    cls=Command,
+    no_effect=[
+        NoEffect(("--seed",), beside=("--prompts",), without=("--router random",)),
+        NoEffect(("--tokens",), beside=("--router random",), without=("--prompts",)),
+    ],
+)
 @cloup.argument(
     "base", type=MODEL, help="The dense model that attention, norms and embeddings are taken from; or a recipe (.yaml)."
 )

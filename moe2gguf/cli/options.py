@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -42,9 +43,22 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
+class Number(click.FloatRange):
+    """A finite number in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 ONE = click.IntRange(1)
 NONE = click.IntRange(0)
 """Counts from 1 and from 0."""
+
+SECONDS = Number(0, 10**9, min_open=True)
 
 
 def number(*names: str, default: float, type: click.ParamType[Any], help: str) -> Callable[[Any], Any]:
@@ -101,7 +115,10 @@ def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: st
 
 def words(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[str]:
     """Parse `q8_0,q4_k_m`."""
-    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+    found = [part.strip().lower() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not found:
+        raise click.BadParameter(f"{text!r} names nothing; give names such as q8_0,q4_k_m")
+    return [*dict.fromkeys(found)]
 
 
 type_rules = (
@@ -120,7 +137,7 @@ expert_type_rules = (
     option("--type-rules", type=FILE, hidden=True, help="TOML or JSON file with more of these rules."),
     option(
         "--target-bpw",
-        type=click.FloatRange(0.5, 32),
+        type=Number(0.5, 32),
         metavar="BITS",
         help="As --target-size, in bits per weight.",
         hidden=True,

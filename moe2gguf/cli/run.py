@@ -15,6 +15,7 @@ from moe2gguf.cli.options import (
     FILE,
     ONE,
     SEED_NEEDS_TEMPERATURE,
+    Number,
     device_option,
     number,
     seed_option,
@@ -30,7 +31,7 @@ from moe2gguf.cli.options import (
 @option("--raw", is_flag=True, help="Use no chat template: the text goes on where the prompt ends.")
 @used_option
 @number("-n", "--tokens", default=64, type=ONE, help="Tokens to generate.")
-@option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 takes the likeliest token.")
+@option("--temperature", default=0.0, show_default=True, type=Number(0), help="0 takes the likeliest token.")
 @seed_option
 @device_option
 @threads_option

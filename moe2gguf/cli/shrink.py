@@ -16,6 +16,7 @@ from moe2gguf.cli.command import Command, NoEffect
 from moe2gguf.cli.options import (
     ANY,
     OUT,
+    Number,
     Size,
     emit,
     force_option,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from moe2gguf.measure.shrink import Shrunk
     from moe2gguf.measure.trials import Trial
 
-RATIO = click.FloatRange(1, min_open=True)
+RATIO = Number(1, min_open=True)
 
 
 @cloup.command(cls=Command, no_effect=[NoEffect(("--context",), without=("--room",))])
@@ -92,7 +93,7 @@ def shrink(
     from moe2gguf.measure.shrink import shrink as make
 
     given = [wish for wish in (faster, room, quality) if wish is not None]
-    if len(given) != 1 or math.isnan(given[0]):
+    if len(given) != 1:
         raise click.UsageError("give one wish: --faster, --room or --quality")
     done = make(
         model,

@@ -162,9 +162,10 @@ def check_settings(ours: Model, settings: HealSettings) -> list[tuple[Any, str]]
     if ours.n_shared:
         between += f"; the {ours.n_shared} shared ones, which always run, count among them"
     n_process = int(os.environ.get("WORLD_SIZE", "1"))
+    is_inside = least <= low <= high <= most
     return [
-        (ours.n_expert and not least <= low <= high <= most, f"--used-range {low}..{high}: {between}"),
-        (ours.n_expert and outside, f"--evaluate-at {outside}: {between}"),
+        (ours.n_expert and not is_inside, f"--used-range {low}..{high}: {between}"),
+        (ours.n_expert and is_inside and outside, f"--evaluate-at {outside}: {between}"),
         (
             training.layerwise and "lora" in training.parts,
             "--train lora is for whole-model steps; add --layerwise 0",

@@ -173,6 +173,13 @@ def test_run_streams_text(files: Any) -> None:
             "on the Hugging Face Hub? hf download owner/some-model --local-dir some-model",
         ),
         (["inspect", "MODEL/config.json"], 1, "config.json"),
+        (["publish", "MODEL", "out", "--types", ","], 2, "',' names nothing"),
+        (["bench", "MODEL/config.json", "--timeout", "0"], 2, "not in the range"),
+        (
+            ["heal", "MODEL", "o", "--teacher", "MODEL", "--text", "MODEL/config.json", "--used-range", "3..2"],
+            2,
+            "first; turn it around",
+        ),
         (["frobnicate"], 2, "No such command"),
     ],
 )

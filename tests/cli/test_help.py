@@ -120,7 +120,10 @@ def test_options_that_exclude_each_other_are_an_error(arguments: list[str], mess
     ("arguments", "message"),
     [
         (["run", __file__, "-p", "x", "--seed", "3"], "--seed: no effect without --temperature"),
-        (["compare", __file__, "--reference", __file__, "--imatrix", __file__], "--imatrix: no effect without --types"),
+        (
+            ["merge", __file__, __file__, "o", "--router", "random", "--tokens", "9"],
+            "--tokens: no effect with --router random and without --prompts",
+        ),
         (["quantize", __file__, "o", "q8_0", "--imatrix-repair", "ones"], "no effect without --imatrix"),
         (["imatrix", __file__, "o", "--merge", __file__, "--tokens", "5"], "--tokens: no effect without --text"),
         (["prune", __file__, "o", "--keep", "2", "--seed", "1"], "--seed: no effect without --score random"),
@@ -142,6 +145,18 @@ def test_options_that_need_another_are_a_warning(arguments: list[str], message: 
     done = CliRunner().invoke(cli, arguments)
 
     assert message in done.stderr
+
+
+def test_numbers_are_finite() -> None:
+    """No option of any command takes a number that is none, or has no end."""
+    options = [option for command in cli.commands.values() for option in command.params]
+    numbers = [option for option in options if isinstance(option.type, click.types.FloatParamType)]
+
+    assert {"temperature", "timeout", "limit", "lr", "faster"} <= {option.name for option in numbers}
+    for option in numbers:
+        for value in ("nan", "inf"):
+            with pytest.raises(click.BadParameter, match=r"finite number|not in the range"):
+                option.type.convert(value, None, None)
 
 
 def test_the_tables_of_options_without_effect_name_options_of_their_command() -> None:
