@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -25,6 +26,7 @@ EXECUTABLES = [
     *(f"scripts/{name}" for name in SCRIPTS),
     *(f"scripts/experiments/{name}" for name in EXPERIMENTS),
     "vendor/install",
+    "vendor/tools",
 ]
 
 
@@ -170,6 +172,38 @@ class TestVendor:
         assert install.cmake_arguments({"cmake": ["-DA=1"]}) == ["-DA=1"]
         _, flags = install.cmake_arguments({"cmake": ["-DA=1"], "header": "x.hpp"})
         assert shlex.split(flags.partition("=")[2]) == ["-include", str(tmp_path / "a b" / "x.hpp")]
+
+    def test_the_source_package_is_unpacked_once(self, tmp_path: Path) -> None:
+        """An archive that is there is not fetched again, and a folder that is there is not unpacked again."""
+        tools, name = load("vendor/tools"), "llama_cpp_python-1"
+        file = tmp_path / name / "vendor" / "llama.cpp" / "CMakeLists.txt"
+        file.parent.mkdir(parents=True)
+        file.write_text("project(x)")
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / name, name)
+        shutil.rmtree(tmp_path / name)
+
+        source = tools.fetch_source({"name": "llama-cpp-python", "version": "1"}, tmp_path)
+        assert (file.read_text(), source) == ("project(x)", file.parent)
+        file.write_text("mine")
+        assert tools.fetch_source({"name": "llama-cpp-python", "version": "1"}, tmp_path) == source
+
+        assert file.read_text() == "mine"
+        assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.tar.gz"]
+
+    def test_the_programs_are_built_from_it(self, tmp_path: Path) -> None:
+        """Everything that native.toml says reaches CMake; a program that is missing is one line."""
+        tools = load("vendor/tools")
+        native = tools.tomllib.loads(tools.NATIVE.read_text(encoding="utf-8"))["tools"]
+
+        configure, build = tools.build_commands(native, tmp_path / "source", tmp_path, 3)
+        assert set(native["cmake"]) < set(configure)
+        assert build[-len(native["programs"]) :] == native["programs"]
+        assert {str(tmp_path / "build")} == {configure[4], build[2]}
+        with pytest.raises(SystemExit, match="1"):
+            tools.run([sys.executable, "-c", "raise SystemExit(3)"])
+        with pytest.raises(SystemExit, match="1"):
+            tools.run([str(tmp_path / "cmake")])
 
 
 class TestBench:
