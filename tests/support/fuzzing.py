@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf_bytes as g
 import hypothesis
@@ -42,20 +42,27 @@ from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.types import named
+from moe2gguf.llama.serving import list_ways, make_presets
 from moe2gguf.measure.expert_usage import read_calibration_load
 from moe2gguf.measure.grid import plan_grid
 from moe2gguf.quant.assign import Assignment
-from moe2gguf.quant.imatrix import ImportanceMatrix, merge, read_imatrix
+from moe2gguf.quant.imatrix import ImportanceMatrix, read_imatrix
+from moe2gguf.quant.imatrix import merge as merge_matrices
 from moe2gguf.quant.imatrix_match import find_neurons, guide
 from moe2gguf.quant.rules import read_type_rules
 from moe2gguf.recipes.densify import densify
+from moe2gguf.recipes.merge import merge
+from moe2gguf.recipes.merge_options import Donor, MergeOptions
 from moe2gguf.recipes.prune import PruneOptions, prune
 from moe2gguf.recipes.quantize import plan_quantization
+from moe2gguf.recipes.views import write_views
 from moe2gguf.spec import Slicing
 
 ROOM = 512 << 20
 PATIENCE = 10.0
 BATCH = 25  # examples between two looks at the clock
+
+T = TypeVar("T")
 
 Files = dict[str, bytes]  # name in the folder -> content
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -206,7 +213,7 @@ def _places(value: Any, room: int = 3000) -> Iterator[tuple[Any, Any]]:
     while queue and room > 0:
         box = queue.pop(0)
         keys = list(box) if isinstance(box, dict) else list(range(len(box))) if isinstance(box, list) else []
-        for key in keys[:12] + keys[-3:]:
+        for key in keys if len(keys) < 40 else keys[:12] + keys[-3:]:
             room -= 1
             yield box, key
             queue.append(box[key])
@@ -235,6 +242,7 @@ def read_gguf_file(folder: Path) -> None:
         lambda: inspect(path).to_dict(),
         lambda: plan_conversion(path, flat_options(experts=2)).to_dict(),
         lambda: plan_quantization(path, TypeOptions("q8_0", allow_fallback=True)).to_dict(),
+        lambda: merge(path, [Donor(path)] * 2, folder / "merged.gguf", MergeOptions(router="random"), force=True),
     ):
         allowed(step)
 
@@ -246,11 +254,11 @@ def plan_and_show(path: Path) -> None:
 
 def merge_and_check(matrices: Sequence[ImportanceMatrix]) -> None:
     """One matrix of several."""
-    require_sound_sums(merge(matrices))
+    require_sound_sums(merge_matrices(matrices))
 
 
 def sliced_keys() -> Files:
-    """A sliced model as its keys, [kind, value] each, in a file that is edited as values."""
+    """A sliced model as its keys, [kind, value] each, and the [type, shape] of its tensors, edited as values."""
     counts = {"llama.block_count": 1, "llama.context_length": 64, "llama.embedding_length": 32}
     counts |= {"llama.feed_forward_length": 32, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
     counts |= {"llama.attention.key_length": 8, "llama.attention.value_length": 8, "llama.rope.dimension_count": 8}
@@ -265,23 +273,44 @@ def sliced_keys() -> Files:
     keys["moe2gguf.slicing.amplification"] = ["f32", 2.0]
     keys["moe2gguf.calibration.load"] = ["f32", [1.0, 1.0]]
     keys["tokenizer.ggml.tokens"] = ["str", [f"t{i}" for i in range(10)]]
-    return {"keys.json": json.dumps(keys).encode()}
+    tensors = {one.name: [0, one.shape] for one in g.LlamaFile(2, n_layer=1, d_model=32, d_ff=32).tensors.values()}
+    return {"keys.json": json.dumps({"keys": keys, "tensors": tensors}).encode()}
 
 
 def read_keys(folder: Path) -> None:
-    """Everything that computes with the keys of a file with experts; keys that no file can hold are left out."""
-    keys = []
-    for name, pair in json.loads((folder / "keys.json").read_text()).items():
-        with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error):
-            kind, value = pair
-            keys.append(g.array(name, kind, value) if isinstance(value, list) else g.key(name, kind, value))
+    """Everything that computes with the keys and tensors of a file with experts; what no file can hold is left out."""
+    found = json.loads((folder / "keys.json").read_text())
+    keys, tensors = (found.get(part) if isinstance(found, dict) else None for part in ("keys", "tensors"))
     path, out = folder / "model.gguf", folder / "dense.gguf"
-    path.write_bytes(g.gguf(keys, [*g.LlamaFile(n_expert=2, n_layer=1, d_model=32, d_ff=32).tensors.values()]))
+    path.write_bytes(g.gguf([*_make(_make_key, keys)], [*_make(_make_tensor, tensors)]))
     read_gguf_file(folder)
     allowed(lambda: densify(path, out, force=True))
     allowed(lambda: measure(path))
     allowed(lambda: prune(path, out, PruneOptions(keep=1, score="random"), force=True))
+    allowed(lambda: write_views(path, folder, [1], force=True))
+    allowed(lambda: list_ways(read_model(path)))
+    allowed(lambda: make_presets(read_model(path)))
     allowed(lambda: set_used(path, 1))
+
+
+def _make(make: Callable[[str, Any, Any], T], parts: object) -> Iterator[T]:
+    """What can be made of name -> (kind, value)."""
+    for name, pair in parts.items() if isinstance(parts, dict) else ():
+        with contextlib.suppress(
+            AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, struct.error
+        ):
+            yield make(name, *pair)
+
+
+def _make_key(name: str, kind: str, value: Any) -> bytes:
+    return g.array(name, kind, value) if isinstance(value, list) else g.key(name, kind, value)
+
+
+def _make_tensor(name: str, kind: int, shape: list[int]) -> g.Tensor:
+    """In the file it is as small as it is; a large one is refused here, not by what reads it."""
+    if math.prod(shape) > 1 << 16:
+        raise ValueError
+    return (g.f32, g.f16, g.bf16)[kind](name, tuple(shape))
 
 
 def measure(path: Path) -> None:
