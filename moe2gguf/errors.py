@@ -41,6 +41,10 @@ class PlanError(Moe2GgufError):
             "\n".join([f"cannot go on, {head}:", *(f"  - {line}" for line in self.refusals), *([way] if way else [])])
         )
 
+    def name(self, model: str) -> PlanError:
+        """The same with the model in every refusal, where several models are read."""
+        return PlanError([one if model in one else f"{model}: {one}" for one in self.refusals])
+
 
 class CorruptWeightError(Moe2GgufError):
     """A weight is NaN or infinite, or does not fit the requested type."""

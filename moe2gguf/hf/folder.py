@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from moe2gguf.hf.causes import find_cause
 from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, is_ignored, list_expected_tensors
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import find_origin, links_out_of, resolve_inside
-from moe2gguf.hf.safetensors import ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
+from moe2gguf.hf.safetensors import ADAPTER, ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
 from moe2gguf.hf.tokenizer.vocabulary import read_vocabulary
 from moe2gguf.spec import Metadata, Model, Vocabulary
 
@@ -82,6 +83,7 @@ def open_checkpoint(
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
+    _require_config(folder)
     values = read_json(resolve_inside(folder, "config.json"))
     problems: list[str] = []
     warnings = [*_name_links(folder), *_name_adapter(folder)]
@@ -109,6 +111,16 @@ def open_checkpoint(
     warnings += vocabulary.warnings
     made_by = {**config.read_provenance(values), **_describe_origin(folder)}
     return Checkpoint(folder, model, mlp, tensors, vocabulary, metadata, tuple(warnings), made_by)
+
+
+def _require_config(folder: Path) -> None:
+    """Raise CheckpointError for a folder that has what is no model in the place of config.json."""
+    if os.path.lexists(folder / "config.json"):
+        return
+    if (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{folder}: {ADAPTER}")
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder}: has no config.json, but GGUF files; name one of them: {list_names(files)}")
 
 
 def _is_derived(model: Model | None, name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HealError, advise_install
+from moe2gguf.errors import HealError, PlanError, advise_install
 from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
 from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.heal.work import ExpertWeights, HealRun, Log, WorkFolder
@@ -99,7 +99,7 @@ def heal(
         raise HealError(f"healing trains with torch, transformers and accelerate: {install}")
     held_out = [text.held_out] if text.held_out else []
     check_folder_target(out, [student, teacher, *text.files, *held_out], force=force)
-    sliced, dense = open_checkpoint(student), open_checkpoint(teacher)
+    sliced, dense = _open(student), _open(teacher)
     require_fit(sliced, dense, settings)
     data = read_windows(sliced, text)
     folder, manifest = out.with_name(out.name + ".heal"), make_manifest(sliced, dense, data, settings)
@@ -112,6 +112,14 @@ def heal(
             write_healed(sliced, trained, out, make_provenance(data, run, log.lines), log.lines, progress=progress)
             work.remove()
     return Healing(out, tuple(log.lines))
+
+
+def _open(folder: Path) -> Checkpoint:
+    """Open one of the two folders. Raises PlanError, which says which of them is wrong."""
+    try:
+        return open_checkpoint(folder)
+    except PlanError as error:
+        raise error.name(str(folder)) from error
 
 
 def is_main() -> bool:

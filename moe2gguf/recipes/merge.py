@@ -119,7 +119,7 @@ def _plan_models(models: Sequence[str | Path], options: MergeOptions) -> list[Pl
             else:
                 plans.append(make_plan(source, read_inputs(source, wanted)))
         except PlanError as error:
-            problems += [one if str(model) in one else f"{model}: {one}" for one in error.refusals]
+            problems += error.name(str(model)).refusals
     if problems:
         raise PlanError(problems)
     return plans

@@ -176,6 +176,32 @@ def test_a_refusal_names_only_options_of_its_command(inputs: Folder, command: st
     assert not inputs["OUT"].exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("adapter_config.json", "holds an adapter, which is no model"), ("m-q4_0.gguf", "name one of them: m-q4_0.gguf")],
+)
+@pytest.mark.parametrize("command", ["convert ODD OUT", "merge ODD ODD ODD OUT --router random", "densify ODD FOLDER"])
+def test_a_folder_without_a_config_is_told_apart(
+    inputs: Folder, command: str, name: str, said: str, tmp_path: Path
+) -> None:
+    """An adapter alone, and a folder of GGUF files."""
+    (tmp_path / name).write_text("{}")
+
+    done = run({**inputs, "ODD": tmp_path}, command)
+
+    assert 1 == done.returncode
+    assert done.stderr.startswith(f"moe2gguf: {tmp_path}: ")
+    assert said in done.stderr
+
+
+def test_of_two_folders_the_wrong_one_is_named(inputs: Folder) -> None:
+    """In every line of it."""
+    done = run(inputs, "heal HF FOLDER --teacher PREFIX --text TEXT --used-range 2")
+
+    assert [] == [line for line in done.stderr.splitlines()[1:6] if f"  - {inputs['PREFIX']}: " not in line]
+    assert not inputs["FOLDER"].exists()
+
+
 def test_every_option_in_the_package_exists() -> None:
     """No sentence of any module names an option that no command has."""
     known = set().union(ELSEWHERE, *map(options_of, cli.commands))
