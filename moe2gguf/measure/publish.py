@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -132,9 +133,8 @@ def publish(
     if folder.exists() and any(folder.iterdir()) and not work.exists():
         raise OutputError(f"{folder}: exists; choose another name, or remove it")
 
-    with Job(work, _describe_job(source, settings), resume=resume) as job:
+    with Job(work, _describe_job(source, settings), resume=resume) as job, _make_folder(folder):
         # Make the variants, and the dense files to compare them with.
-        folder.mkdir(exist_ok=True)
         ours = {folder / one.name: one for one in variants}
         dense = {work / one.name: one for one in list_dense(settings)}
         reference = {work / DENSE: Variant(DENSE, Options(dense=True))}
@@ -149,6 +149,17 @@ def publish(
         url = hub.upload_folder(folder, upload, private=private) if upload else ""
         job.remove()
     return Publication(folder, files, found, url)
+
+
+@contextlib.contextmanager
+def _make_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; it goes again if nothing is put into it."""
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # as a folder with files in it stays
+            folder.rmdir()
 
 
 def list_variants(source: Source, settings: PublishSettings, work: Path) -> list[Variant]:

@@ -151,6 +151,19 @@ def test_an_interrupted_call_goes_on(model: Path, made: Publication, tmp_path: P
     assert [one.sha256 for one in made.files] == [one.sha256 for one in done.files]
 
 
+def test_a_call_that_is_interrupted_early_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """No folder, as there is no file."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe2gguf.measure.publish.convert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        publish(model, tmp_path / "out", settings(tmp_path, 4, 2))
+
+    assert [] == [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
 def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path: Path) -> None:
     """Every reason at once; a folder with other files is left alone."""
     with pytest.raises(PlanError) as caught:
