@@ -106,7 +106,7 @@ class Graph:
         return {
             "block_count": n_layer + 1,
             "nextn_predict_layers": 1,
-            "attention.sliding_window": SLIDING_WINDOW,
+            "attention.sliding_window": 1,  # llama-server computes again what a longer one may still hold
             "attention.sliding_window_pattern": [0] * n_layer + [1],
             "rope.dimension_count": 2 * d_head,
             "rope.dimension_count_swa": d_head,
@@ -128,9 +128,6 @@ class Graph:
             raise ValueError(f"{self.architecture}: the weight of an expert depends on how many are used")
         return self.weight_scale * (0.5 if self.gating == "sigmoid" else 1 / n_routed)
 
-
-SLIDING_WINDOW = 1 << 22
-"""Positions that a layer sees in the graph `step35` if it does not see all: more than any model has."""
 
 _GLOBALS = (
     GraphTensor("token_embd", ("n_vocab", "d_model")),

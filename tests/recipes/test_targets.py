@@ -79,6 +79,17 @@ def test_all_experts_are_the_dense_model(family: str, target: str, tmp_path: Pat
     assert np.abs(fewer - ours).max() > 1e-2
 
 
+def test_the_empty_layers_window_does_no_harm(tmp_path: Path) -> None:
+    """A text longer than llama.cpp's cache for layers with a sliding window, which here is 256 places."""
+    source = checkpoints.make(tmp_path / "hf", "llama3-rope", max_position_embeddings=2048)
+    options = flat_options(N, target="step35", n_shared=SHARED, preset="exact")
+    tokens = [int(t) for t in np.random.default_rng(1).integers(3, 300, 1100)]
+
+    (ours,) = llama_logits_at(convert(source, tmp_path / "moe.gguf", options).path, tokens, [N])
+
+    assert np.abs(ours - checkpoints.torch_logits(source, tokens)).max() < 1e-3
+
+
 def test_every_count_is_what_numpy_says(routed: Path) -> None:
     """The router chooses by its own bias, and the weights do not depend on the count."""
     counts = range(SHARED + 1, N + 1)
@@ -241,6 +252,7 @@ def test_verify_finds_what_llama_cpp_would_compute_wrongly(
     ("key", "value", "problem"),
     [
         ("nextn_predict_layers", None, "these experts are cut for 1, found None"),
+        ("attention.sliding_window", 4096, "these experts are cut for 1, found 4096"),
         (
             "attention.sliding_window_pattern",
             [0, 1, 0, 0],
