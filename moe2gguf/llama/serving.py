@@ -36,11 +36,11 @@ def list_ways(file: GGUFFile) -> list[Way]:
     folder = f"~/.lmstudio/models/local/{name}"
     drafts = [_draft_with_half(file, counts)] if len(counts) > 1 else []
     return [
-        Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "tried with llama.cpp 7e4c0a9"),
+        Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "tried with llama.cpp 0c1e57098"),
         Way(
             "llama-server, every count",
             (f"moe2gguf serve-help {path} --presets preset.ini", "llama-server --models-preset preset.ini --port 8080"),
-            "tried with llama.cpp 7e4c0a9",
+            "tried with llama.cpp 0c1e57098",
         ),
         *drafts,
         Way(
@@ -78,7 +78,7 @@ def _draft_with_half(file: GGUFFile, counts: Sequence[int]) -> Way:
             f"moe2gguf views {shlex.quote(str(file.path))} {shlex.quote(folder)} --used {first},{last}",
             f"llama-server -m {whole} -md {half} --spec-type draft-simple --port 8080",
         ),
-        "not tried; the options are those of llama.cpp 0c1e57098",
+        "tried with llama.cpp 0c1e57098",
     )
 
 
