@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 ELSEWHERE = {
     "llama.cpp": {"--cpu-moe", "--n-gpu-layers", "--override-kv", "--port", "--kl-divergence", "--models-preset"}
-    | {"--n-cpu-ffn", "--spec-type"},
+    | {"--n-cpu-ffn", "--spec-type", "--models-dir", "--context-shift", "--cache-reuse"},
     "llama-cpp-python": {"--kv"},  # --kv_overrides
     "dask": {"--nthreads"},
     "docker": {"--rm"},
