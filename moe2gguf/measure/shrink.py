@@ -30,14 +30,11 @@ from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.recipes.convert import convert, plan_conversion
 from moe2gguf.recipes.options import DEFAULT_TOKENS, CalibrationOptions, Options
-from moe2gguf.recipes.plan import Plan
+from moe2gguf.recipes.plan import Plan, find_target
 from moe2gguf.recipes.quantize import plan_quantization, quantize
 from moe2gguf.recipes.source import Source, open_source
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-TARGET = "glm4moe"
-"""One file of this graph serves every count of experts."""
-
 T = TypeVar("T")
 
 
@@ -198,7 +195,7 @@ class _Files:
         fit = job.folder / f"{text.label.removesuffix('.txt')}.txt"
         if not fit.exists():  # a conversion that was stopped knows it by the time of its change
             fit.write_text(text.text, encoding="utf-8")
-        self._experts = Options(target=TARGET, calibration=CalibrationOptions(text=fit))
+        self._experts = Options(target=find_target(source.model), calibration=CalibrationOptions(text=fit))
         self.is_own = not source.path.is_file()
         plain = Options(dense=not source.model.n_expert)
         self.dense = self._convert(source.path, "dense.gguf", plain) if self.is_own else source.path

@@ -147,7 +147,8 @@ def folder_refusals(plan: Plan) -> list[str]:
         ),
         (
             graph.hf_class is None,
-            f"--format hf: transformers has no class for --target {options.target}; choose --target glm4moe",
+            f"--format hf: transformers has no class for --target {options.target}; choose --target "
+            f"{'mixtral' if model.rope.kind == 'llama3' else 'glm4moe'}",
         ),
         (
             graph is MIXTRAL and (model.bias_qkv or model.bias_output),

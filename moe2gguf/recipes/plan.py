@@ -205,13 +205,18 @@ def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
     return warnings
 
 
+def find_target(model: Model) -> str:
+    """Return the target whose files serve every count of experts, for a model that such a graph can carry."""
+    return "step35" if model.rope.kind == "llama3" else "glm4moe"
+
+
 def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
     amplified = slicing.n_routed if GRAPHS[slicing.target].gating == "softmax" else n
     fits = slicing.method.router != "zero" and slicing.target == "mixtral"
     if k < n and fits and not model.bias_output:
-        better = "step35" if model.rope.kind == "llama3" else "glm4moe"
+        better = find_target(model)
         warnings.append(BETTER_TARGET.format(better, GRAPHS[better].since))
     if k < n and slicing.method.router == "zero":
         warnings.append(

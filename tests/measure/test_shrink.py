@@ -158,12 +158,22 @@ def test_an_interval_needs_windows(tokens: int, interval: str, model: Path, tmp_
 
 def test_what_cannot_be_cut_has_types(tmp_path: Path, speeds: None) -> None:
     """A model that the graph cannot carry; the reason is told."""
-    model = checkpoints.make(tmp_path / "model", "llama3-rope")
+    model = checkpoints.make(tmp_path / "model", "llama-bias")
 
     done = shrink(model, tmp_path / "out.gguf", Wish(quality=5.0), SETTINGS)
 
     assert (0, "Q4_0") == (done.chosen.config.n_expert, done.chosen.config.type)
-    assert "no experts were tried: --target glm4moe: its graph has no factors" in done.notes[0]
+    assert "no experts were tried: --target glm4moe: its graph has no bias of the attention's output" in done.notes[0]
+
+
+def test_rotary_factors_are_carried(tmp_path: Path, speeds: None) -> None:
+    """LLaMA 3.1's are, in the graph that has them."""
+    model = checkpoints.make(tmp_path / "model", "llama3-rope", dtype="float16", hidden_size=32, intermediate_size=512)
+
+    done = shrink(model, tmp_path / "out.gguf", Wish(quality=50.0), SETTINGS)
+
+    assert done.chosen.config.n_expert
+    assert GGUFReader(done.path).fields["general.architecture"].contents() == "step35"
 
 
 def test_a_short_text_leaves_types(model: Path, tmp_path: Path, speeds: None) -> None:

@@ -319,3 +319,12 @@ def test_deepseek_needs_queries_as_wide_as_the_model(tmp_path: Path) -> None:
     source = checkpoints.make(tmp_path / "hf", "llama-head-dim")
     with pytest.raises(PlanError, match="choose --target glm4moe"):
         convert(source, tmp_path / "moe.gguf", flat_options(N, target="deepseek"))
+
+
+@pytest.mark.parametrize(("family", "other"), [("llama", "glm4moe"), ("llama3-rope", "mixtral")])
+def test_a_target_without_a_class_names_one_that_makes_the_folder(family: str, other: str, tmp_path: Path) -> None:
+    """And it does."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    with pytest.raises(PlanError, match=f"transformers has no class for --target step35; choose --target {other}"):
+        write_folder(source, tmp_path / "moe", flat_options(N, target="step35"))
+    write_folder(source, tmp_path / "moe", flat_options(N, target=other))
