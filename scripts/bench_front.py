@@ -2,8 +2,8 @@
 
 One model, a name of scripts/models or a path. Its dense quants stand beside sliced files of the target glm4moe, with
 and without a refit, at all experts, three quarters, half and a quarter, in the types that suit experts. Beside them,
-with a refit for each count below all: a file of the target mixtral ("mixtral"), and the neurons that matter most, the
-same for every token ("static"), in the type the model has.
+with a refit for each count below all: a file of the target mixtral ("mixtral"), and one in which all experts that run
+but one are the same for every token ("static"), in the type the model has.
 
 They are calibrated on the first 70 % of --text (prose), of --other (code: Python's standard library unless a file is
 given), or of both in turn, and all files are scored on the rest of both, so every figure has one of its own kind of
@@ -43,7 +43,7 @@ PIECE = 4000  # characters
 class Slicing:
     """A calibration: what it is called in file names, the text it sees, and the options of `convert`.
 
-    With {k} in the options there is a file for each count of experts, and {n} is the number of all.
+    With {k} in the options there is a file for each count of experts; {n} is the number of all, {fixed} is k - 1.
     """
 
     name: str
@@ -64,7 +64,7 @@ SLICINGS = (
         for name, words in (("plain", ()), ("refit", ("--refit",)))
     ),
     Slicing("mixtral-prose", "prose", ONE_COUNT),
-    Slicing("static-prose", "prose", (*ONE_COUNT, "--shared", "{k}")),
+    Slicing("static-prose", "prose", (*ONE_COUNT, "--shared", "{fixed}")),
 )
 
 
@@ -166,7 +166,7 @@ class Front:
         n, *counts = self._counts(sliced[0])
         for one in self._chosen(per_count=True):
             for k in counts:
-                words = [word.format(n=n, k=k) for word in one.options]
+                words = [word.format(n=n, k=k, fixed=k - 1) for word in one.options]
                 yield self._convert(self.work / f"{one.name}-{k}.gguf", one, words)
 
     def _chosen(self, *, per_count: bool) -> Iterator[Slicing]:
