@@ -32,8 +32,8 @@ def import_llama() -> ModuleType:
         raise HarnessError(f"llama-cpp-python is broken ({error}): {_INSTALL}") from error
     if not _callbacks:
         _callbacks.append(llama_cpp.llama_log_callback(_keep_line))
-        llama_cpp.llama_log_set(_callbacks[0], None)
         llama_cpp.llama_backend_init()
+    llama_cpp.llama_log_set(_callbacks[0], None)  # each time: another user of the library may have set its own
     module: ModuleType = llama_cpp
     return module
 
