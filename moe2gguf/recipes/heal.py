@@ -165,15 +165,14 @@ def check_settings(ours: Model, settings: HealSettings) -> list[tuple[Any, str]]
     """(whether it is wrong, the reason) of everything that the settings can have wrong for the student `ours`."""
     training, (low, high) = settings.training, settings.training.used_range
     least, most = ours.n_shared + 1, ours.n_shared + ours.n_expert
-    outside = [k for k in settings.evaluation.used if not least <= k <= most]
+    outside = [k for k in settings.evaluation.used if not least <= k <= most and k not in (low, high)]
     between = f"must lie between {least} and {most}, the number of experts"
     if ours.n_shared:
         between += f"; the {ours.n_shared} shared ones, which always run, count among them"
     n_process = int(os.environ.get("WORLD_SIZE", "1"))
-    is_inside = least <= low <= high <= most
     return [
-        (ours.n_expert and not is_inside, f"--used-range {low}..{high}: {between}"),
-        (ours.n_expert and is_inside and outside, f"--evaluate-at {outside}: {between}"),
+        (ours.n_expert and not least <= low <= high <= most, f"--used-range {low}..{high}: {between}"),
+        (ours.n_expert and outside, f"--evaluate-at {outside}: {between}"),
         (
             training.layerwise and "lora" in training.parts,
             "--train lora is for whole-model steps; add --layerwise 0",

@@ -138,11 +138,11 @@ def test_the_folder_tells_how_it_was_healed(models: Models, tmp_path: Path) -> N
 
 def test_counts_without_a_routed_expert_are_refused(models: Models, tmp_path: Path) -> None:
     """The shared experts count, as everywhere, and one more must run."""
-    chosen = HealSettings(Training(used_range=(2, 7)), evaluation=Evaluation((2,)))
+    chosen = HealSettings(Training(used_range=(2, 7)), evaluation=Evaluation((2, 9)))
     with pytest.raises(HealError) as caught:
         run(models, tmp_path / "out", chosen)
     assert "--used-range 2..7: must lie between 3 and 6" in str(caught.value)
-    assert "--evaluate-at [2]" in str(caught.value)
+    assert "--evaluate-at [9]: must lie" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
