@@ -334,4 +334,4 @@ def test_the_command(files: dict[str, Path], tmp_path: Path) -> None:
     assert 3 == len((tmp_path / "rows.csv").read_text().splitlines())
     report = str(tmp_path / "no" / "report.html")
     missing = CliRunner().invoke(cli, ["compare", *arguments, "--force", "--report", report])
-    assert isinstance(missing.exception, HarnessError)
+    assert isinstance(missing.exception, OutputError)

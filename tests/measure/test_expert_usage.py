@@ -18,7 +18,7 @@ from reference import reference_routing
 from moe2gguf import convert
 from moe2gguf.cli import cli
 from moe2gguf.cli.tables_expert_usage import print_experts as show
-from moe2gguf.errors import HarnessError
+from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
@@ -239,4 +239,4 @@ def test_the_command(moe: Path, tmp_path: Path) -> None:
     assert 0 == done.exit_code, done.output
     assert (2, 64) == (json.loads(done.stdout)["n_expert_used"], json.loads(done.stdout)["tokens"])
     missing = CliRunner().invoke(cli, [*arguments, "--report", str(tmp_path / "no" / "report.html")])
-    assert isinstance(missing.exception, HarnessError)
+    assert isinstance(missing.exception, OutputError)
