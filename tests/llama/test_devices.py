@@ -15,23 +15,24 @@ from llama_logits import llama_logits
 
 from moe2gguf.cli.options import devices_from
 from moe2gguf.errors import HarnessError
+from moe2gguf.llama import library
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, choose_reference_device, name_rpc_device, place_on_device, require_devices
-from moe2gguf.llama.library import import_llama
 from moe2gguf.llama.model import open_model
 
 
 def place(path: Path, on_cpu: Literal["experts", "ffn"] | None, tokens: list[int]) -> tuple[np.ndarray, set[str]]:
     """Logits with some weights kept on the CPU, and the tensors that llama.cpp says it placed by such a rule."""
-    lib, placed = import_llama(), set()
+    lib, placed = library.import_llama(), set()
 
     @lib.llama_log_callback
     def keep_names(_level: int, line: bytes, _data: object) -> None:
         if found := re.match(rb"tensor (\S+) .* buffer type overridden to CPU", line):
             placed.add(found[1].decode())
 
-    lib.llama_log_set(keep_names, None)
+    library._callbacks.insert(0, keep_names)  # the log that is set whenever a file is opened
     with open_model(path, Setup(n_context=len(tokens), n_threads=1, on_cpu=on_cpu)) as model:
+        library._callbacks.pop(0)
         return np.array(model.logits(np.array(tokens, np.int32)), np.float64), placed
 
 
