@@ -134,8 +134,10 @@ class Front:
             code.write_text(read_library(), encoding="utf-8")
         for name, text in (("prose", self.options.text), ("code", code)):
             cut_text(self.python, text, self.work / f"{name}-first.txt", self.work / f"{name}-rest.txt")
-        prose, code = ((self.work / f"{name}-first.txt").read_text(encoding="utf-8") for name in ("prose", "code"))
-        (self.work / "both-first.txt").write_text("".join(interleave(prose, code)), encoding="utf-8")
+        both = self.work / "both-first.txt"
+        if not both.exists():  # a conversion that was stopped knows its text by the time of its change
+            firsts = ((self.work / f"{name}-first.txt").read_text(encoding="utf-8") for name in ("prose", "code"))
+            both.write_text("".join(interleave(*firsts)), encoding="utf-8")
 
     @property
     def reference(self) -> Path:

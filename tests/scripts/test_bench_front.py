@@ -1,5 +1,6 @@
 """scripts/bench_front.py: the options it gives to `convert`, and the table it prints."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,23 @@ def test_two_texts_are_mixed_in_equal_pieces() -> None:
 
     assert pieces[1::2] == ["x" * 4000 + "\n"] * 3
     assert [piece[:9] for piece in pieces[::2]] == ["000000000", "000000400", "000000800"]
+
+
+def test_the_mixed_text_is_made_once(tmp_path: Path) -> None:
+    """A stopped conversion goes on only with the same file."""
+    import bench_front as bench
+
+    text = tmp_path / "text.txt"
+    text.write_text("A line of text.\n" * 1000)
+    words = [str(tmp_path), "--text", str(text), "--other", str(text), "--work", str(tmp_path / "work")]
+    front = bench.Front(bench.parse(words), Path(sys.executable))
+
+    front.cut_texts()
+    made = (front.work / "both-first.txt").stat()
+    front.cut_texts()
+
+    assert made.st_size > 2 * bench.PIECE
+    assert (front.work / "both-first.txt").stat().st_mtime_ns == made.st_mtime_ns
 
 
 def test_the_table_is_in_the_order_of_the_divergence() -> None:
