@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -190,6 +191,19 @@ class TestVendor:
 
         assert file.read_text() == "mine"
         assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.tar.gz"]
+
+    def test_a_cut_package_and_a_folder_that_cannot_be_are_one_line(self, tmp_path: Path) -> None:
+        """The object and the way out, without a traceback."""
+        (tmp_path / "file").touch()
+        version = tomllib.loads((ROOT / "vendor" / "native.toml").read_text())["package"]["version"]
+        (tmp_path / f"llama_cpp_python-{version}.tar.gz").write_bytes(b"cut")
+        expected = {tmp_path: "is no whole archive; remove it", tmp_path / "file": "File exists; name another folder"}
+        for folder, words in expected.items():
+            done = subprocess.run(
+                [sys.executable, ROOT / "vendor" / "tools", folder], capture_output=True, text=True, check=False
+            )
+            assert (1, 1) == (done.returncode, done.stderr.count("\n"))
+            assert words in done.stderr
 
     def test_the_programs_are_built_from_it(self, tmp_path: Path) -> None:
         """Everything that native.toml says reaches CMake; a program that is missing is one line."""
