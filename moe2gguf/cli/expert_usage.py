@@ -43,7 +43,7 @@ from moe2gguf.cli.options import (
     used_option,
     device_option,
     threads_option,
-    option("--timeout", default=3600.0, type=SECONDS, help="Seconds for the whole run; with --needed for a window."),
+    number("--timeout", default=3600.0, type=SECONDS, help="Seconds for the whole run; with --needed for a window."),
 )
 @option_group(
     "Need",
