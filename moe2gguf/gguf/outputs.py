@@ -36,7 +36,7 @@ def check_outputs(
     for name, out in outputs.items():
         _require_name(name, out)
         if name not in may_exist:
-            _require_place(out.parent)
+            require_place(out.parent)
     read = {identity: file for path in inputs for file in _files(path) for identity in _identities(file)}
     for name, out in outputs.items():
         if found := _find_input(out, read, whole=name not in may_exist):
@@ -98,7 +98,7 @@ def _require_name(name: str, out: Path) -> None:
         raise OutputError(f"{name}: cannot be written ({error.strerror}); choose another name") from error
 
 
-def _require_place(folder: Path) -> None:
+def require_place(folder: Path) -> None:
     """Raise OutputError where no file can be made."""
     if not folder.is_dir():
         raise OutputError(f"{folder}: no such folder; create it first")

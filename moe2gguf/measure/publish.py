@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HarnessError, OutputError, PlanError
+from moe2gguf.gguf.outputs import require_place
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.resume import Job, checksum_path, describe, describe_record
 from moe2gguf.hf import hub
@@ -126,12 +127,7 @@ def publish(
     settings = replace(settings, options=complete_options(source, settings.options)[0])
     variants = list_variants(source, settings, work)
     require_plans(source.path, variants)
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise OutputError(f"{folder}: is no folder; name one that is not there yet")
-    if not folder.parent.is_dir():
-        raise OutputError(f"{folder.parent}: no such folder; create it first")
-    if folder.exists() and any(folder.iterdir()) and not work.exists():
-        raise OutputError(f"{folder}: exists; choose another name, or remove it")
+    _require_new(folder, work)
 
     with Job(work, _describe_job(source, settings), resume=resume) as job, _make_folder(folder):
         # Make the variants, and the dense files to compare them with.
@@ -149,6 +145,15 @@ def publish(
         url = hub.upload_folder(folder, upload, private=private) if upload else ""
         job.remove()
     return Publication(folder, files, found, url)
+
+
+def _require_new(folder: Path, work: Path) -> None:
+    """Raise OutputError unless the folder can be made, or has what an earlier call made with this `work`."""
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise OutputError(f"{folder}: is no folder; name one that is not there yet")
+    require_place(folder.parent)
+    if folder.exists() and any(folder.iterdir()) and not work.exists():
+        raise OutputError(f"{folder}: exists; choose another name, or remove it")
 
 
 @contextlib.contextmanager
