@@ -74,6 +74,11 @@ class Graph:
         return _SELECTION_BIAS in self.tensors
 
     @property
+    def counts_shared(self) -> bool:
+        """Whether the key with the shared expert's width counts experts, not neurons."""
+        return self.shared_key == "expert_shared_count"
+
+    @property
     def has_rotary_factors(self) -> bool:
         """Whether the graph divides the rotary frequencies, as LLaMA 3.1 and 3.2 need it."""
         return _ROPE_FACTORS[0] in self.tensors

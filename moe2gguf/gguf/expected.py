@@ -222,16 +222,21 @@ def read_dimensions(file: GGUFFile, graph: Graph, problems: list[str]) -> Dimens
             problems.append(f"metadata {keys.name(key)}: {wanted}, found {other}")
     theta = keys.value("rope.freq_base")
     keys.require(graph.describe_layers(n_layer, d_head, theta if isinstance(theta, float) else 10000.0))
-    epsilon = keys.value(name := "attention.layer_norm_rms_epsilon")
-    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_shown(epsilon)}")
-    scaling = keys.value(name := "rope.scaling.type")
-    if scaling not in (None, "none", "linear", "yarn", "longrope"):
-        problems.append(f"metadata {keys.name(name)}: llama.cpp does not know {_shown(scaling)} and would abort")
+    _check_norm_and_scaling(keys)
     n_expert = _n_expert(keys)
     d_expert, d_shared = _expert_widths(keys, d_ff) if n_expert else (0, 0)
     n_vocab = _n_vocab(file, keys)
     return Dimensions(n_layer, d_model, d_ff, n_head, n_head_kv, d_head, n_vocab, n_expert, d_expert, d_shared)
+
+
+def _check_norm_and_scaling(keys: _Keys) -> None:
+    """What has no part in a shape: the norms' epsilon, and how the rotary embedding is stretched."""
+    epsilon = keys.value(name := "attention.layer_norm_rms_epsilon")
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        keys.problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_shown(epsilon)}")
+    scaling = keys.value(name := "rope.scaling.type")
+    if scaling not in (None, "none", "linear", "yarn", "longrope"):
+        keys.problems.append(f"metadata {keys.name(name)}: llama.cpp does not know {_shown(scaling)} and would abort")
 
 
 def _n_expert(keys: _Keys) -> int:
@@ -266,8 +271,7 @@ def _expert_widths(keys: _Keys, d_ff: int) -> tuple[int, int]:
         return d_ff, 0
     _check_gating(keys)
     d_expert = keys.count("expert_feed_forward_length")
-    width = keys.count(graph.shared_key)
-    return d_expert, width * d_expert if graph.shared_key == "expert_shared_count" else width
+    return d_expert, keys.count(graph.shared_key) * (d_expert if graph.counts_shared else 1)
 
 
 def _check_gating(keys: _Keys) -> None:

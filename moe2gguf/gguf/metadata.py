@@ -83,7 +83,7 @@ def _describe_shared(
         "expert_count": n_routed,
         "expert_used_count": n_used,
         "expert_feed_forward_length": d_expert,
-        graph.shared_key: n_shared if graph.shared_key == "expert_shared_count" else n_shared * d_expert,
+        graph.shared_key: n_shared * (1 if graph.counts_shared else d_expert),
         **graph.keys,
         **graph.describe_layers(model.n_layer, model.d_head, model.rope.theta),
     }

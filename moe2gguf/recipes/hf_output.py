@@ -27,7 +27,7 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, SOURCE_DIGEST
 from moe2gguf.gguf.writer import OutputTensor
-from moe2gguf.graphs import MIXTRAL
+from moe2gguf.graphs import GRAPHS, MIXTRAL
 from moe2gguf.hf.families import DENSE, FOLDER_FORMS, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.json_file import read_bytes, read_json
@@ -41,7 +41,7 @@ from moe2gguf.recipes.convert import Conversion
 from moe2gguf.recipes.inputs import read_inputs
 from moe2gguf.recipes.options import Options
 from moe2gguf.recipes.outputs import output_tensors
-from moe2gguf.recipes.plan import Plan, make_plan
+from moe2gguf.recipes.plan import Plan, find_target, make_plan
 from moe2gguf.recipes.source import open_source
 from moe2gguf.recipes.tensors import ExpertSource
 from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, ROLES, plan_sliced_mlp
@@ -127,7 +127,7 @@ def write_folder(
 def folder_refusals(plan: Plan) -> list[str]:
     """Every reason why the target's class in transformers cannot hold what `plan` describes."""
     model, options, kind = plan.model, plan.options, plan.options.types.type
-    graph = options.graph
+    graph, better = options.graph, find_target(model)
     what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
     is_folder = isinstance(plan.source, Checkpoint)
     is_float = kind.lower() in ("auto", "f32", "f16", "bf16")
@@ -148,7 +148,7 @@ def folder_refusals(plan: Plan) -> list[str]:
         (
             graph.hf_class is None,
             f"--format hf: transformers has no class for --target {options.target}; choose --target "
-            f"{'mixtral' if model.rope.kind == 'llama3' else 'glm4moe'}",
+            f"{better if GRAPHS[better].hf_class else 'mixtral'}",
         ),
         (
             graph is MIXTRAL and (model.bias_qkv or model.bias_output),

@@ -284,8 +284,8 @@ def describe_network(file: GGUFFile) -> Network:
     n_expert, found = number("expert_count", 0), (_WITH_VALUES.fullmatch(name) for name in file.tensors)
     values = sorted(int(match[1]) for match in found if match)
     n_empty = int(graph is not None and graph.empty_layer and is_sliced(file))
-    network = Network(architecture, n_layer - n_empty, n_head, n_head_kv, d_model, tied, n_expert)
-    return dataclasses.replace(network, with_values=tuple(values), n_empty=n_empty)
+    sizes = (n_layer - n_empty, n_head, n_head_kv, d_model)
+    return Network(architecture, *sizes, tied, n_expert, with_values=tuple(values), n_empty=n_empty)
 
 
 def _refuse_file(file: GGUFFile) -> list[str]:
