@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from moe2gguf.recipes.write_folder import check_folder_target
 from moe2gguf.spec import Metadata, Model
 
 HELD_OUT_SHARE = 0.1
+_SIZES = ("n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings")
+_SIZES += ("bias_qkv", "head_norms")
+"""Of a model, what teacher and student have in common."""
 
 
 @dataclass(frozen=True)
@@ -129,68 +132,53 @@ def is_main() -> bool:
 
 def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> None:
     """Raise HealError with every reason why `dense` cannot teach `sliced`, or why the settings do not fit."""
-    ours, theirs = sliced.model, dense.model
-    sizes = ["n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings"]
-    sizes += ["bias_qkv", "head_norms"]
-    checks = [
-        (not ours.n_expert, f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"),
-        (
-            theirs.n_expert and (ours.n_expert != 1 or settings.training.layerwise),
-            f"{dense.folder}: has experts; it teaches a dense student, as `moe2gguf convert --experts 1` makes one, "
-            "with --layerwise 0",
-        ),
-        *(
-            (a != b, f"{size} is {a} in the student, {b} in the teacher")
-            for size in sizes
-            for a, b in [(getattr(ours, size), getattr(theirs, size))]
-        ),
-        (
-            sliced.vocabulary.tokens != dense.vocabulary.tokens,
-            "the vocabularies differ; teacher and student must read the same token ids",
-        ),
-        *check_settings(ours, settings),
-    ]
-    found = [reason for wrong, reason in checks if wrong]
-    if (
-        not found
-        and not theirs.n_expert
-        and (digest := sliced.provenance.get(SOURCE_DIGEST)) not in (None, digest_source(dense.tensors))
-    ):
+    found = [*_find_differences(sliced, dense, settings), *refuse_settings(sliced.model, settings)]
+    digest = None if found or dense.model.n_expert else sliced.provenance.get(SOURCE_DIGEST)
+    if digest is not None and digest != digest_source(dense.tensors):
         found = [f"the student was cut from a model with digest {digest}, and the teacher has another"]
     if found:
         raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {reason}" for reason in found)]))
 
 
-def check_settings(ours: Model, settings: HealSettings) -> list[tuple[Any, str]]:
-    """(whether it is wrong, the reason) of everything that the settings can have wrong for the student `ours`."""
+def _find_differences(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> Iterator[str]:
+    """What teacher and student must have in common and have not."""
+    ours, theirs = sliced.model, dense.model
+    if not ours.n_expert:
+        yield f"{sliced.folder}: has no experts; make it with `moe2gguf convert --format hf`"
+    if theirs.n_expert and (ours.n_expert != 1 or settings.training.layerwise):
+        yield (
+            f"{dense.folder}: has experts; it teaches a dense student, as `moe2gguf convert --experts 1` makes one, "
+            "with --layerwise 0"
+        )
+    for size in _SIZES:
+        if (a := getattr(ours, size)) != (b := getattr(theirs, size)):
+            yield f"{size} is {a} in the student, {b} in the teacher"
+    if sliced.vocabulary.tokens != dense.vocabulary.tokens:
+        yield "the vocabularies differ; teacher and student must read the same token ids"
+
+
+def refuse_settings(ours: Model, settings: HealSettings) -> Iterator[str]:
+    """Everything that the settings have wrong for the student `ours`."""
     training, (low, high) = settings.training, settings.training.used_range
     least, most = ours.n_shared + 1, ours.n_shared + ours.n_expert
     outside = [k for k in settings.evaluation.used if not least <= k <= most and k not in (low, high)]
     between = f"must lie between {least} and {most}, the number of experts"
     if ours.n_shared:
         between += f"; the {ours.n_shared} shared ones, which always run, count among them"
-    n_process = int(os.environ.get("WORLD_SIZE", "1"))
-    return [
-        (ours.n_expert and not least <= low <= high <= most, f"--used-range {low}..{high}: {between}"),
-        (ours.n_expert and outside, f"--evaluate-at {outside}: {between}"),
-        (
-            training.layerwise and "lora" in training.parts,
-            "--train lora is for whole-model steps; add --layerwise 0",
-        ),
-        (
-            "attention" in training.parts and not training.steps,
-            "--train attention is for whole-model steps; add --steps, or leave it out",
-        ),
-        (
-            training.layerwise and n_process > 1,
-            "--layerwise runs in one process; run it alone with --steps 0, then heal its folder further",
-        ),
-        (not training.layerwise and not training.steps, "--layerwise 0 --steps 0: nothing is left to do"),
-        (
-            training.batch % training.accumulate,
-            f"--accumulate {training.accumulate}: must divide --batch {training.batch}",
-        ),
-    ]
+    if ours.n_expert and not least <= low <= high <= most:
+        yield f"--used-range {low}..{high}: {between}"
+    if ours.n_expert and outside:
+        yield f"--evaluate-at {outside}: {between}"
+    if training.layerwise and "lora" in training.parts:
+        yield "--train lora is for whole-model steps; add --layerwise 0"
+    if "attention" in training.parts and not training.steps:
+        yield "--train attention is for whole-model steps; add --steps, or leave it out"
+    if training.layerwise and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "--layerwise runs in one process; run it alone with --steps 0, then heal its folder further"
+    if not training.layerwise and not training.steps:
+        yield "--layerwise 0 --steps 0: nothing is left to do"
+    if training.batch % training.accumulate:
+        yield f"--accumulate {training.accumulate}: must divide --batch {training.batch}"
 
 
 def read_windows(checkpoint: Checkpoint, text: HealText) -> HealWindows:

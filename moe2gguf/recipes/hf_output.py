@@ -108,7 +108,7 @@ def write_folder(
     source = open_source(Path(model), name=options.name)
     inputs = read_inputs(source, options)
     plan = make_plan(source, inputs)
-    found = folder_refusals(plan)
+    found = [*folder_refusals(plan)]
     if found or plan.slicing is None or not isinstance(source, Checkpoint):
         raise PlanError(found)
     on_plan(plan)
@@ -124,64 +124,48 @@ def write_folder(
     return Conversion(out, plan, digest.hexdigest(source.tensors), experts.reports)
 
 
-def folder_refusals(plan: Plan) -> list[str]:
+def folder_refusals(plan: Plan) -> Iterator[str]:
     """Every reason why the target's class in transformers cannot hold what `plan` describes."""
     model, options, kind = plan.model, plan.options, plan.options.types.type
-    graph, better = options.graph, find_target(model)
-    what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
-    is_folder = isinstance(plan.source, Checkpoint)
-    is_float = kind.lower() in ("auto", "f32", "f16", "bf16")
-    checks: list[tuple[Any, str]] = [
-        (
-            plan.slicing is None,
-            f"--format hf: this conversion {what}, so the folder would be the source again; use the source",
-        ),
-        (
-            not is_folder,
-            "--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that",
-        ),
-        (options.shard_size is not None, "--shard-size: is for GGUF files; leave it out"),
-        (
-            plan.slicing and plan.slicing.scale_tensor,
-            "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out",
-        ),
-        (
-            graph.hf_class is None,
-            f"--format hf: transformers has no class for --target {options.target}; choose --target "
-            f"{better if GRAPHS[better].hf_class else 'mixtral'}",
-        ),
-        (
-            graph is MIXTRAL and (model.bias_qkv or model.bias_output),
+    is_folder, is_float = isinstance(plan.source, Checkpoint), kind.lower() in ("auto", "f32", "f16", "bf16")
+    if plan.slicing is None:
+        what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
+        yield f"--format hf: this conversion {what}, so the folder would be the source again; use the source"
+    if not is_folder:
+        yield "--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that"
+    if options.shard_size is not None:
+        yield "--shard-size: is for GGUF files; leave it out"
+    if plan.slicing and plan.slicing.scale_tensor:
+        yield "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out"
+    if options.graph.hf_class is None:
+        better = find_target(model)
+        way = better if GRAPHS[better].hf_class else "mixtral"
+        yield f"--format hf: transformers has no class for --target {options.target}; choose --target {way}"
+    if options.graph is MIXTRAL and (model.bias_qkv or model.bias_output):
+        yield (
             f"--format hf: {model.architecture} has attention biases, and transformers' MixtralForCausalLM has none; "
-            "choose --target glm4moe, or write a GGUF file instead, whose graphs have them",
-        ),
-        (
-            not is_float,
-            f"--type {kind}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file",
-        ),
-        (
-            options.types.tensor_types or options.types.type_rules,
-            "--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out",
-        ),
-    ]
-    found = [reason for wrong, reason in checks if wrong]
-    return found + (_find_short_rows(plan) if plan.slicing and is_folder and is_float else [])
+            "choose --target glm4moe, or write a GGUF file instead, whose graphs have them"
+        )
+    if not is_float:
+        yield f"--type {kind}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file"
+    if options.types.tensor_types or options.types.type_rules:
+        yield "--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out"
+    if plan.slicing and is_folder and is_float:
+        yield from _find_short_rows(plan, plan.slicing)
 
 
-def _find_short_rows(plan: Plan) -> list[str]:
+def _find_short_rows(plan: Plan, slicing: Slicing) -> Iterator[str]:
     """Why transformers' default way to compute experts would refuse their rows, if it would."""
     chosen, gate = plan.options.types.type, plan.source.tensors[DENSE.tensors["gate"][0].format(i=0)]
     kind = types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.named(chosen)
-    size = types.FLOATS[kind].itemsize
-    step, slicing, d_model = GROUPED_ROW_BYTES // size, plan.slicing, plan.model.d_model
+    size, d_model = types.FLOATS[kind].itemsize, plan.model.d_model
+    step = GROUPED_ROW_BYTES // size
     needs = f"transformers' {plan.options.graph.hf_class} computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
     if d_model % step:
-        return [f"--format hf: rows of {d_model} numbers have {d_model * size} bytes, and {needs}; write a GGUF file"]
-    if slicing and slicing.d_expert % step:
-        align = math.lcm(slicing.align, step)
+        yield f"--format hf: rows of {d_model} numbers have {d_model * size} bytes, and {needs}; write a GGUF file"
+    elif slicing.d_expert % step:
         rows = f"experts of {slicing.d_expert} neurons have rows of {slicing.d_expert * size} bytes"
-        return [f"--format hf: {rows}, and {needs}; add --align {align}"]
-    return []
+        yield f"--format hf: {rows}, and {needs}; add --align {math.lcm(slicing.align, step)}"
 
 
 def folder_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,6 @@ METHOD_FLAGS = {
     "seed": "--seed",
 }
 """The fields of `Method`, and what the command line calls them."""
-
-Refusals = list[tuple[bool, str]]
-"""(Whether it applies, the message with the way out)."""
 
 
 @dataclass(frozen=True)
@@ -168,36 +165,28 @@ def adopt_calibration(options: Options, saved: SavedCalibration) -> tuple[Option
     Raises:
         CalibrationError: the calibration text among the options cannot be read.
     """
-    record, file = saved.record, saved.path.name
-    theirs = record.method()
+    record, theirs = saved.record, saved.record.method()
     used = record.n_expert_used if options.used is None else options.used
     amplify = options.method.amplify or theirs.amplify
-    text = options.calibration.text
-    refusals = [
-        *_refuse_differences(options, saved, rescaled=record.rescalable and amplify in ("exact", "used")),
-        *_list_messages(
-            [
-                (
-                    text is not None and read_sample(text, record.n_token).digest != record.text,
-                    f"--calibration {text and text.name}: {file} was made from another text, {record.label}",
-                ),
-                (
-                    used <= saved.n_shared < record.n_expert,
-                    f"--used {used}: {file} has layers with {saved.n_shared} shared experts; use more",
-                ),
-                (
-                    options.method.preset == "exact" or options.dense,
-                    "--load-calibration: --preset exact and --dense use no calibration; leave one of them out",
-                ),
-            ]
-        ),
-    ]
+    rescaled = record.rescalable and amplify in ("exact", "used")
+    refusals = [*_refuse_differences(options, saved, rescaled=rescaled), *_refuse_saved_choices(options, saved, used)]
     method = replace(MethodOptions("sparse", **{name: getattr(theirs, name) for name in METHOD_FLAGS}), amplify=amplify)
     calibration = replace(options.calibration, n_token=record.n_token)
     adopted = replace(
         options, target=record.target, experts=record.n_expert, used=used, method=method, calibration=calibration
     )
     return adopted, refusals
+
+
+def _refuse_saved_choices(options: Options, saved: SavedCalibration, used: int) -> Iterator[str]:
+    """Why a saved calibration does not go with the text, the number of used experts or the preset."""
+    record, file, text = saved.record, saved.path.name, options.calibration.text
+    if text is not None and read_sample(text, record.n_token).digest != record.text:
+        yield f"--calibration {text.name}: {file} was made from another text, {record.label}"
+    if used <= saved.n_shared < record.n_expert:
+        yield f"--used {used}: {file} has layers with {saved.n_shared} shared experts; use more"
+    if options.method.preset == "exact" or options.dense:
+        yield "--load-calibration: --preset exact and --dense use no calibration; leave one of them out"
 
 
 def _refuse_differences(options: Options, saved: SavedCalibration, *, rescaled: bool) -> list[str]:
@@ -222,16 +211,13 @@ def refuse_options(model: Model, options: Options, saved: SavedCalibration | Non
     """Every reason, with the way out, why `options` do not fit `model`."""
     found = [
         *_refuse_saved(model, saved),
-        *_list_messages([*_check_counts(model, options), *_check_target_graph(model, options)]),
+        *_refuse_counts(model, options),
+        *_refuse_target_graph(model, options),
         *refuse_type(options.types.type),
         *refuse_target(options.types),
         *_refuse_unknown(options),
     ]
-    return found or _list_messages([*_check_calibration_files(model, options), *_check_method(model, options)])
-
-
-def _list_messages(table: Refusals) -> list[str]:
-    return [message for applies, message in table if applies]
+    return found or [*_refuse_calibration_files(model, options), *_refuse_method(model, options)]
 
 
 def _refuse_saved(model: Model, saved: SavedCalibration | None) -> list[str]:
@@ -248,82 +234,69 @@ def _refuse_saved(model: Model, saved: SavedCalibration | None) -> list[str]:
     ]
 
 
-def _check_counts(model: Model, options: Options) -> Refusals:
-    has_experts, used = model.n_expert > 0, options.used
-    flags = {name: flag for name, flag in METHOD_FLAGS.items() if name != "seed"} | {"preset": "--preset"}
-    idle = [flag for name, flag in flags.items() if getattr(options.method, name) is not None]
-    others = {"--dense": options.dense, "--align": options.align > 1, "--expert-scale": options.expert_scale}
-    idle += [flag for flag, given in others.items() if given]
-    n = model.n_expert + model.n_shared if has_experts else options.n_expert
-    return [
-        (
-            has_experts and options.experts not in (None, n),
-            f"--experts {options.experts}: the checkpoint has {n} experts already, which are kept; leave it out",
-        ),
-        (has_experts and bool(idle), f"{', '.join(idle)}: the checkpoint has {n} experts already; leave it out"),
-        (
-            not has_experts and not 1 <= n <= model.d_ff,
-            f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}",
-        ),
-        (
-            used is not None and not 1 <= used <= n,
-            f"--used {used}: must lie between 1 and the number of experts, {n}",
-        ),
-        (
-            options.align < 1,
-            f"--align {options.align}: must be at least 1; 32 and 256 are the quantization blocks",
-        ),
-    ]
+def _refuse_counts(model: Model, options: Options) -> Iterator[str]:
+    """Numbers of experts that cannot be, and options for experts that the checkpoint has already."""
+    n, used = options.n_expert, options.used
+    if model.n_expert:
+        n = model.n_expert + model.n_shared
+        flags = {name: flag for name, flag in METHOD_FLAGS.items() if name != "seed"} | {"preset": "--preset"}
+        idle = [flag for name, flag in flags.items() if getattr(options.method, name) is not None]
+        others = {"--dense": options.dense, "--align": options.align > 1, "--expert-scale": options.expert_scale}
+        idle += [flag for flag, given in others.items() if given]
+        if options.experts not in (None, n):
+            yield f"--experts {options.experts}: the checkpoint has {n} experts already, which are kept; leave it out"
+        if idle:
+            yield f"{', '.join(idle)}: the checkpoint has {n} experts already; leave it out"
+    elif not 1 <= n <= model.d_ff:
+        yield f"--experts {n}: must lie between 1 and the MLP's width, {model.d_ff}"
+    if used is not None and not 1 <= used <= n:
+        yield f"--used {used}: must lie between 1 and the number of experts, {n}"
+    if options.align < 1:
+        yield f"--align {options.align}: must be at least 1; 32 and 256 are the quantization blocks"
 
 
-def _check_target_graph(model: Model, options: Options) -> Refusals:
+def _refuse_target_graph(model: Model, options: Options) -> Iterator[str]:
     """What a graph cannot be given, or has no use for."""
     graph, target, in_shared = options.graph, options.target, options.in_shared
-    unnormalized = (
-        model.head_norms and graph.architecture in ("llama", "deepseek") and options.slices(model),
-        f"--target {target}: its graph does not normalize queries and keys, which this model needs; choose --target "
-        "glm4moe",
-    )
+    n, k, q_width = options.n_expert, options.n_expert_used, model.n_head * model.d_head
+    if model.head_norms and graph.architecture in ("llama", "deepseek") and options.slices(model):
+        yield (
+            f"--target {target}: its graph does not normalize queries and keys, which this model needs; choose "
+            "--target glm4moe"
+        )
     if not graph.has_shared:
-        return [unnormalized]
-    n, k = options.n_expert, options.n_expert_used
-    q_width = model.n_head * model.d_head
-    return [
-        unnormalized,
-        (
-            model.n_expert > 0,
-            f"--target {target}: the checkpoint has experts already, which stay those of a Mixtral model; leave it out",
-        ),
-        (
-            not 1 <= in_shared < k and not model.n_expert,
+        return
+    if model.n_expert:
+        yield (
+            f"--target {target}: the checkpoint has experts already, which stay those of a Mixtral model; leave it out"
+        )
+    elif not 1 <= in_shared < k:
+        yield (
             f"--shared {in_shared}: --target {target} needs a shared expert, of at least 1 of the {n} experts and of "
-            f"fewer than run (--used {k}); give --shared 1 to {max(1, k - 1)}",
-        ),
-        (
-            options.method.amplify not in (None, "exact"),
+            f"fewer than run (--used {k}); give --shared 1 to {max(1, k - 1)}"
+        )
+    if options.method.amplify not in (None, "exact"):
+        yield (
             f"--amplify {options.method.amplify}: in --target {target} the weights of experts are the same at every "
-            "count; leave it out",
-        ),
-        (
-            options.expert_scale,
-            f"--expert-scale: --target {target} does not amplify experts; leave it out",
-        ),
-        (
-            graph.architecture == "deepseek" and q_width != model.d_model,
+            "count; leave it out"
+        )
+    if options.expert_scale:
+        yield f"--expert-scale: --target {target} does not amplify experts; leave it out"
+    if graph.architecture == "deepseek" and q_width != model.d_model:
+        yield (
             f"--target {target}: its queries are as wide as the model ({model.d_model}), here they are {q_width} wide; "
-            "choose --target glm4moe",
-        ),
-        (
-            model.rope.kind == "llama3" and not graph.has_rotary_factors,
+            "choose --target glm4moe"
+        )
+    if model.rope.kind == "llama3" and not graph.has_rotary_factors:
+        yield (
             f"--target {target}: its graph has no factors for the rotary embedding, which this model needs (LLaMA 3 "
-            "scaling); choose --target step35, or mixtral",
-        ),
-        (
-            model.bias_output,
+            "scaling); choose --target step35, or mixtral"
+        )
+    if model.bias_output:
+        yield (
             f"--target {target}: its graph has no bias of the attention's output, which this model has; choose "
-            "--target mixtral",
-        ),
-    ]
+            "--target mixtral"
+        )
 
 
 def _refuse_unknown(options: Options) -> list[str]:
@@ -341,53 +314,33 @@ def _refuse_unknown(options: Options) -> list[str]:
     ]
 
 
-def _check_calibration_files(model: Model, options: Options) -> Refusals:
-    saves, calibrates = options.calibration.save_to is not None, options.slices(model)
-    return [
-        (
-            saves and not (calibrates and options.resolve_method().needs_calibration),
-            "--save-calibration: these options need no calibration; give --used below --experts",
-        ),
-        (
-            saves and options.calibration.load_from is not None,
-            "--save-calibration: --load-calibration makes no new one; leave one of them out",
-        ),
-    ]
+def _refuse_calibration_files(model: Model, options: Options) -> Iterator[str]:
+    """A calibration to save where none is made."""
+    if options.calibration.save_to is None:
+        return
+    if not (options.slices(model) and options.resolve_method().needs_calibration):
+        yield "--save-calibration: these options need no calibration; give --used below --experts"
+    if options.calibration.load_from is not None:
+        yield "--save-calibration: --load-calibration makes no new one; leave one of them out"
 
 
-def _check_method(model: Model, options: Options) -> Refusals:
+def _refuse_method(model: Model, options: Options) -> Iterator[str]:
     """Choices of a method that contradict each other, or the counts."""
     if not options.slices(model):
-        return []
+        return
     n, k, method = options.n_expert, options.n_expert_used, options.resolve_method()
     shared, n_token = 0 if options.in_shared else method.n_shared or 0, options.n_token(model)
-    by_refit = model.d_ff * 5 // 4 * method.refit
-    least = max(LEAST_TOKENS, 2 * model.d_model, by_refit)
-    without_refit = ", or --no-refit" * (method.refit and least > LEAST_TOKENS)
-    return [
-        (
-            shared >= k and not shared == k == n,
-            f"--shared {shared}: must be below --used {k}, so that there is something to route",
-        ),
-        (
-            shared > 0 and method.router == "zero",
-            "--router zero cannot choose shared experts for every token; choose least-squares",
-        ),
-        (
-            shared > 0 and method.group == "contiguous",
-            "--group contiguous has no important neurons to share; choose another group",
-        ),
-        (
-            method.refit and k == n and not options.in_shared,
-            "--refit corrects for experts that do not run, but all run; give --used below --experts",
-        ),
-        (
-            method.amplify == "any" and (method.router == "zero" or method.n_shared == 0),
-            "--amplify any needs shared experts and a router; add --shared and --router least-squares",
-        ),
-        (
-            method.needs_calibration and n_token < least,
-            f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least {least}"
-            + without_refit,
-        ),
-    ]
+    if shared >= k and not shared == k == n:
+        yield f"--shared {shared}: must be below --used {k}, so that there is something to route"
+    if shared > 0 and method.router == "zero":
+        yield "--router zero cannot choose shared experts for every token; choose least-squares"
+    if shared > 0 and method.group == "contiguous":
+        yield "--group contiguous has no important neurons to share; choose another group"
+    if method.refit and k == n and not options.in_shared:
+        yield "--refit corrects for experts that do not run, but all run; give --used below --experts"
+    if method.amplify == "any" and (method.router == "zero" or method.n_shared == 0):
+        yield "--amplify any needs shared experts and a router; add --shared and --router least-squares"
+    least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 * method.refit)
+    if method.needs_calibration and n_token < least:
+        way = ", or --no-refit" if method.refit and least > LEAST_TOKENS else ""
+        yield f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least {least}{way}"
