@@ -15,7 +15,7 @@ from moe2gguf.llama.devices import Setup, place_on_device
 from moe2gguf.llama.model import Llama, open_model
 from moe2gguf.llama.repack import explain_retry, leave_weights_alone
 
-_N_BATCH = 512
+N_BATCH = 512
 _MIN_P = 0.05
 
 
@@ -187,7 +187,7 @@ def make_setup(n_expert_used: int | Literal["all"] | None, device: str, threads:
     setup = Setup(
         n_expert_used=n_expert_used,
         n_context=0,
-        n_batch=_N_BATCH,
+        n_batch=N_BATCH,
         n_threads=threads,
         kv_type="f16",
         flash_attention=True,
@@ -251,7 +251,7 @@ def _decode_texts(
 def _feed_prompt(model: Llama, cached: list[int], prompt: list[int]) -> Generator[str, bool | None, bool]:
     """Compute what is not cached, with an empty piece after each batch; return whether to stop."""
     while len(cached) < len(prompt):
-        piece = prompt[len(cached) : len(cached) + _N_BATCH]
+        piece = prompt[len(cached) : len(cached) + N_BATCH]
         cached += piece
         model.feed(piece, [False] * (len(piece) - 1) + [len(cached) == len(prompt)])
         if (yield ""):

@@ -10,12 +10,13 @@ from typing import Any
 from moe2gguf.errors import CrashError, HarnessError
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.system import count_processors
-from moe2gguf.llama.devices import choose_reference_device, place_on_device, require_devices
+from moe2gguf.llama.devices import choose_reference_device, require_devices
+from moe2gguf.llama.generate import make_setup
 from moe2gguf.llama.machine import describe_load, describe_machine
 from moe2gguf.llama.repack import explain_retry, leave_weights_alone
 from moe2gguf.measure.grid import RunConfig, note_other_counts, plan_grid, plan_run
 from moe2gguf.measure.metrics import as_json
-from moe2gguf.measure.speed import Run, Speed, benchmark_setup, measure_bandwidth, run_once, summarize_runs
+from moe2gguf.measure.speed import Run, Speed, measure_bandwidth, run_once, summarize_runs
 
 TIMEOUT = 1800.0
 """Seconds that one run may take, load and warm-up included."""
@@ -93,8 +94,8 @@ class Timed:
         if self.reason:
             return
         one = self.config
-        setup = benchmark_setup(timing.threads, one.n_expert_used if one.n_expert else None)
-        setup = replace(place_on_device(setup, one.device), repack=self.repack)
+        setup = make_setup(one.n_expert_used if one.n_expert else None, one.device, timing.threads)
+        setup = replace(setup, repack=self.repack)
         try:
             limits: dict[str, Any] = {"seed": seed, "timeout": timing.timeout, "verify": self.verify}
             run = run_once(one.path, setup, timing.n_prompt, timing.n_generate, **limits)

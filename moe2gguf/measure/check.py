@@ -119,7 +119,7 @@ def compare_with_dense(
     temporary folder has no room for n_token * n_vocab * 4 bytes.
     """
     sliced, dense = Path(sliced), Path(dense)
-    setup = Setup(n_context=n_context, n_batch=_N_BATCH, n_threads=threads or count_processors())
+    setup = Setup(n_context=n_context, n_batch=_N_BATCH, n_threads=threads)
     facts = run_in_child(read_facts, sliced, what=f"reading {sliced}")
     wanted: int | Literal["all"] = "all" if n_expert_used is None else n_expert_used
     text = read_text().text[: 16 * (n_token + n_context)] if text is None else text

@@ -16,7 +16,6 @@ from typing import Any
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.devices import Setup, choose_reference_device, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.bench import Bench, Timing, time_grid
@@ -341,7 +340,7 @@ class Runner:
         return self._references[key]
 
     def _setup(self, one: RunConfig) -> Setup:
-        setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads or count_processors())
+        setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads)
         return replace(place_on_device(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)
 
 

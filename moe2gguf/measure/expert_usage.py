@@ -17,7 +17,6 @@ from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
@@ -62,7 +61,7 @@ def measure_expert_usage(
     if one.refusal:
         raise HarnessError(f"{path}: {one.refusal}")
     text = text or read_text()
-    setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads or count_processors())
+    setup = Setup(n_expert_used=one.n_expert_used, n_context=n_context, n_threads=threads)
     tally = tally_in_child(path, place_on_device(setup, device), text.text, n_token, timeout)
     expected, why = read_calibration_load(file, read_counts(file), one.n_expert_used)
     return ExpertUse(

@@ -153,10 +153,10 @@ def _summarize(scores: TokenScores, n: int) -> Summary:
     acceptance, acceptance_error = _mean(scores.overlap)
     return Summary(
         n_token=n,
-        perplexity=_exp(nll),
-        perplexity_error=_exp(nll) * nll_error,
-        perplexity_base=_exp(nll_base),
-        perplexity_base_error=_exp(nll_base) * nll_base_error,
+        perplexity=exp(nll),
+        perplexity_error=exp(nll) * nll_error,
+        perplexity_base=exp(nll_base),
+        perplexity_base_error=exp(nll_base) * nll_base_error,
         log_ratio=nll - nll_base,
         log_ratio_error=_root(nll_error**2 + nll_base_error**2 - 2 * covariance),
         correlation=_ratio(covariance, nll_error * nll_base_error),
@@ -321,7 +321,8 @@ def _mean(x: Floats) -> tuple[float, float]:
     return float(np.mean(x)), float(np.std(x)) / math.sqrt(len(x) - 1) if len(x) > 1 else math.nan
 
 
-def _exp(x: float) -> float:
+def exp(x: float) -> float:
+    """Return e to the x, infinity where that is too large."""
     return math.exp(x) if x < 700 else math.inf
 
 

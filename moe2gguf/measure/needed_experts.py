@@ -23,7 +23,6 @@ from moe2gguf.gguf.expected import is_sliced
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
@@ -124,7 +123,7 @@ def measure_needed_experts(
     file = read_model(path)
     _require_partial_sums(file)
     counts, kl = read_counts(file), list[NDArray[np.float64]]()
-    setup = place_on_device(Setup(n_context=n_context, n_threads=threads or count_processors()), device)
+    setup = place_on_device(Setup(n_context=n_context, n_threads=threads), device)
     smaller, fixed = range(counts.n_shared + 1, counts.n_expert), list[FixedCount]()
     with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder, progress("sweep", len(smaller) + 1) as advance:
         full = replace(setup, n_expert_used=counts.n_expert)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from moe2gguf.measure.metrics import Summary
 from moe2gguf.measure.results import Recommendation, ResultRow
 
 TOLERANCE = 0.05
@@ -32,17 +33,7 @@ def recommend(rows: Sequence[ResultRow]) -> Recommendation | None:
     Recommended is the fastest row whose KL divergence is at most TOLERANCE. Where none is, it is the row closest to the
     reference, and the reason tells so.
     """
-    sound = {row.config.label: row for row in rows if row.status == "ok" and row.quality and row.speed}
-    points = [
-        (label, row.quality.summary.kl_mean, row.speed.generation.median)
-        for label, row in sound.items()
-        if row.quality and row.speed
-    ]
-    if not points:
-        return None
-    front = find_pareto_front(points)
-    label = next((label for label, kl, _ in front if kl <= TOLERANCE), front[-1][0])
-    return Recommendation(tuple(point[0] for point in front), label, _explain(sound[label], len(sound)))
+    return _choose((row, row.speed.generation.median) for row in rows if row.speed)
 
 
 def judge_quality(rows: Sequence[ResultRow]) -> Recommendation | None:
@@ -51,28 +42,30 @@ def judge_quality(rows: Sequence[ResultRow]) -> Recommendation | None:
     It is the one that reads the fewest bytes per token of those whose KL divergence is at most TOLERANCE, and where
     there is none, the closest to the reference.
     """
-    sound = {row.config.label: row for row in rows if row.status == "ok" and row.quality}
-    points = [
-        (label, row.quality.summary.kl_mean, -float(row.config.active_bytes))
-        for label, row in sound.items()
-        if row.quality
-    ]
-    if not points:
+    return _choose((row, -float(row.config.active_bytes)) for row in rows)
+
+
+def _choose(rows: Iterable[tuple[ResultRow, float]]) -> Recommendation | None:
+    """The front of the sound rows, each with a number of which more is better, and the one to take."""
+    sound = {
+        row.config.label: (row, row.quality.summary, number)
+        for row, number in rows
+        if row.status == "ok" and row.quality
+    }
+    if not sound:
         return None
-    front = find_pareto_front(points)
+    front = find_pareto_front((label, summary.kl_mean, number) for label, (_, summary, number) in sound.items())
     label = next((label for label, kl, _ in front if kl <= TOLERANCE), front[-1][0])
-    return Recommendation(tuple(point[0] for point in front), label, _explain(sound[label], len(sound)))
+    row, summary, _ = sound[label]
+    return Recommendation(tuple(point[0] for point in front), label, _explain(row, summary, len(sound)))
 
 
-def _explain(row: ResultRow, n: int) -> str:
-    if not row.quality:
-        return ""
+def _explain(row: ResultRow, summary: Summary, n: int) -> str:
     best, gain = "smallest", f"{row.config.active_bytes / 1e6:,.0f} MB of weights per token"
     if row.speed:
         best, gain = "fastest", f"{row.speed.generation.median:.1f} tokens/s"
     if row.speed and row.speed.ratio is not None:
         gain += f" ({row.speed.ratio:.2f} x the reference)"
-    summary = row.quality.summary
     cost = summary.perplexity / summary.perplexity_base - 1
     quality = f"KL divergence {summary.kl_mean:.2g}, perplexity {cost:+.1%}"
     if summary.kl_mean <= TOLERANCE:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from moe2gguf.gguf.system import count_processors
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.generate import N_BATCH
 from moe2gguf.llama.model import Llama, open_model
 
-N_BATCH = 512
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 """Numbers of drafted tokens whose verification is timed."""
 
@@ -78,19 +78,6 @@ class Speed:
     bound: float | None = None
     ratio: float | None = None
     verification: tuple[float, ...] = ()
-
-
-def benchmark_setup(n_threads: int | None, n_expert_used: int | None) -> Setup:
-    """Return the settings people run with: f16 cache, flash attention, weights rearranged for the processor."""
-    return Setup(
-        n_expert_used=n_expert_used,
-        n_context=0,
-        n_batch=N_BATCH,
-        n_threads=n_threads,
-        kv_type="f16",
-        flash_attention=True,
-        repack=True,
-    )
 
 
 def run_once(

@@ -16,6 +16,7 @@ from moe2gguf.measure.bench import Timing, time_grid
 from moe2gguf.measure.compare import CompareSettings, Runner
 from moe2gguf.measure.grid import Measurement, RunConfig, plan_run
 from moe2gguf.measure.intervals import Interval, paired_interval
+from moe2gguf.measure.metrics import exp
 from moe2gguf.measure.results import Quality
 from moe2gguf.measure.speed import Speed
 
@@ -73,8 +74,8 @@ class Trials:
         if not isinstance(answer, Quality) or answer.summary.n_bad:
             raise HarnessError(f"{one.label}: its logits are not finite, it cannot be scored")
         log = paired_interval(answer.window_nll, answer.window_nll_base)
-        self._add(one, perplexity=Interval(*map(_exp, (log.mean, log.low, log.high))))
-        return _exp(log.mean)
+        self._add(one, perplexity=Interval(*map(exp, (log.mean, log.low, log.high))))
+        return exp(log.mean)
 
     def time(self, one: RunConfig, timing: Timing = SEARCH) -> tuple[float, float]:
         """Return the speeds of generation and of prompts over the source's, both timed in turns.
@@ -90,7 +91,3 @@ class Trials:
     def _add(self, one: RunConfig, **measured: Any) -> None:
         self.found[one] = replace(self.found.get(one, Trial(one)), **measured)
         self._on_trial(self.found[one])
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf

@@ -20,7 +20,6 @@ from moe2gguf.errors import PlanError, list_names
 from moe2gguf.gguf.dense_model import DenseFile
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_model_target
-from moe2gguf.gguf.system import count_processors
 from moe2gguf.gguf.types import FLOATS, require_kernels
 from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.hf.folder import SOURCE_REPOSITORY
@@ -94,7 +93,7 @@ def merge(
     require_kernels(tensor.type for tensor in tensors if not tensor.copied)
 
     # Find the routers, from the states of the prompts in the base.
-    setup = Setup(n_context=max(8, min(N_CONTEXT, plans[0].model.n_context)), n_threads=threads or count_processors())
+    setup = Setup(n_context=max(8, min(N_CONTEXT, plans[0].model.n_context)), n_threads=threads)
     found, held_out = find_routers(plans[0], donors, options, out, setup, progress)
     routers |= found
 

@@ -23,7 +23,6 @@ from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.set_used import require_count
 from moe2gguf.gguf.shards import lay_out_shards, read_model
-from moe2gguf.gguf.system import count_processors
 from moe2gguf.gguf.writer import write_model
 from moe2gguf.limits import MAX_EXPERTS
 from moe2gguf.llama.child import stream_from_child
@@ -152,7 +151,7 @@ def prune(
     # Score the experts of every layer on a text, and keep the best.
     text, sums = text or read_text(), dict[int, LayerSums]()
     if options.score != "random":
-        setup = Setup(n_context=options.n_context, n_threads=threads or count_processors())
+        setup = Setup(n_context=options.n_context, n_threads=threads)
         sums = _watch(file.path, place_on_device(setup, device), text, options.n_token, progress)
     scores = score_layers(tensors, sums, options)
     kept = {i: keep_best(score, options.keep - counts.n_shared, n_group) for i, score in scores.items()}

@@ -12,9 +12,10 @@ import tiny_gguf
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
+from moe2gguf.llama.generate import make_setup
 from moe2gguf.llama.model import open_model
 from moe2gguf.measure import speed
-from moe2gguf.measure.speed import Run, benchmark_setup, measure_bandwidth, run_once, spread_of, summarize_runs
+from moe2gguf.measure.speed import Run, measure_bandwidth, run_once, spread_of, summarize_runs
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def fed(path: Path, n_prompt: int, n_generate: int) -> list[tuple[int, int, int,
             batches.append((self.n_past, len(tokens), int(np.sum(scored)), int(tokens[0]) == tiny_gguf.BOS))
             return super().feed(tokens, scored)
 
-    with open_model(path, benchmark_setup(1, None)) as model:
+    with open_model(path, make_setup(None, "cpu", 1)) as model:
         model.__class__ = Watched
         model.start(1024)
         rng = np.random.default_rng(0)
@@ -58,43 +59,43 @@ def test_tokens_are_fed_as_llama_bench_does(files: dict[str, Path]) -> None:
 
 def test_more_experts_take_longer(files: dict[str, Path]) -> None:
     """Four of four wide experts are slower than one of four, prompt and generation."""
-    slow = [run_once(files["large"], benchmark_setup(1, 4), 64, 16, seed=i) for i in range(3)]
-    quick = [run_once(files["large"], benchmark_setup(1, 1), 64, 16, seed=i) for i in range(3)]
+    slow = [run_once(files["large"], make_setup(4, "cpu", 1), 64, 16, seed=i) for i in range(3)]
+    quick = [run_once(files["large"], make_setup(1, "cpu", 1), 64, 16, seed=i) for i in range(3)]
     for name in ("prompt_speed", "generation_speed"):
         assert max(getattr(run, name) for run in slow) < max(getattr(run, name) for run in quick)
 
 
 def test_a_run_is_in_its_units(files: dict[str, Path]) -> None:
     """Tokens per second, seconds and bytes; what was not asked for is zero."""
-    run = run_once(files["large"], benchmark_setup(1, None), 64, 0)
+    run = run_once(files["large"], make_setup(None, "cpu", 1), 64, 0)
     assert run.prompt_speed == pytest.approx(64 / run.first_token)
     assert 0.0 == run.generation_speed
     assert 0 < run.load < 60
     assert files["large"].stat().st_size < run.peak_memory < 2**31
-    assert 0.0 == run_once(files["small"], benchmark_setup(1, None), 0, 2).prompt_speed
+    assert 0.0 == run_once(files["small"], make_setup(None, "cpu", 1), 0, 2).prompt_speed
 
 
 def test_verification_is_timed_where_it_is_asked_for(files: dict[str, Path]) -> None:
     """A time for every draft length, of more tokens a longer one, and less than the tokens take one by one."""
-    run = run_once(files["large"], benchmark_setup(1, None), 8, 16, verify=True)
+    run = run_once(files["large"], make_setup(None, "cpu", 1), 8, 16, verify=True)
     assert len(speed.DRAFT_LENGTHS) == len(run.verification)
     assert 0 < run.verification[0] < run.verification[-1] < (speed.DRAFT_LENGTHS[-1] + 1) / run.generation_speed
     found = summarize_runs([run, run, run])
     assert run.verification == found.verification
-    assert () == run_once(files["small"], benchmark_setup(1, None), 1, 1).verification
+    assert () == run_once(files["small"], make_setup(None, "cpu", 1), 1, 1).verification
 
 
 def test_time_and_file_errors_are_clear(files: dict[str, Path], tmp_path: Path) -> None:
     """A run that takes too long is stopped; a file that is not there is named."""
     with pytest.raises(HarnessError, match="no answer within"):
-        run_once(files["large"], benchmark_setup(1, None), 64, 16, timeout=1e-3)
+        run_once(files["large"], make_setup(None, "cpu", 1), 64, 16, timeout=1e-3)
     with pytest.raises(HarnessError, match="nowhere"):
-        run_once(tmp_path / "nowhere", benchmark_setup(1, None), 1, 1)
+        run_once(tmp_path / "nowhere", make_setup(None, "cpu", 1), 1, 1)
 
 
 def test_settings_are_those_people_run_with() -> None:
     """Unlike the ones for measuring quality."""
-    setup = benchmark_setup(3, 2)
+    setup = make_setup(2, "cpu", 3)
     assert ("f16", True, True, 3, 2) == (
         setup.kv_type,
         setup.flash_attention,

@@ -372,14 +372,11 @@ def _describe_method(found: Comparison) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"not readable any more: {error.strerror}"
-    return digest.hexdigest()
 
 
 def _file_name(one: RunConfig) -> str:
