@@ -142,11 +142,7 @@ def _names(out: Path) -> Iterator[Path]:
     """Every file that is written for an output: unfinished ones and shards too."""
     yield from (out.with_name(out.name + ending) for ending in _UNFINISHED)
     if out.suffix == ".gguf" and out.parent.is_dir():
-        yield from (
-            file
-            for file in sorted(out.parent.glob("*.gguf"))
-            if (m := _SHARD.fullmatch(file.name)) and m[1] == out.stem
-        )
+        yield from sorted(_set_of(out.stem, out.parent))
 
 
 def _set_of(stem: str, folder: Path) -> Iterator[Path]:

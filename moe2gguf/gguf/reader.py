@@ -72,7 +72,6 @@ def read_gguf(path: str | Path) -> GGUFFile:
     Raises GGUFError, naming file, key or tensor, what was expected and what was found.
     """
     path = Path(path)
-    path = Path(path)
     with open_gguf(path) as file:
         try:
             return _Header(path, file).parse()

@@ -164,11 +164,6 @@ def write_tensors(
             pool.shutdown(cancel_futures=True)
 
 
-def write_over(descriptor: int, data: bytes, offset: int) -> None:
-    """Write `data` at `offset`, over a placeholder of the same length."""
-    write_at(descriptor, memoryview(data), offset)
-
-
 @dataclass(frozen=True)
 class _Writer:
     """Writes the tensors of one open file; `write` runs in several threads until `stop` is set."""

@@ -69,8 +69,7 @@ def run_in_child(
     Raises the Moe2GgufError the function raised, HarnessError when the process died, took too long or ran out of
     memory, RuntimeError with the child's traceback for every other exception, which is a defect of ours.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    stream = _converse(function, args, what, lambda: deadline, timeout, memory_limit)
+    stream = _converse(function, args, what, timeout, memory_limit, whole=True)
     while True:
         try:
             next(stream)
@@ -91,11 +90,7 @@ def stream_from_child(
     The child runs at most a few items ahead. The generator's return value is this one's. Closing the iterator
     ends the child. `timeout` is the longest wait for one item, in seconds; all else as in `run_in_child`.
     """
-
-    def deadline() -> float | None:
-        return None if timeout is None else time.monotonic() + timeout
-
-    return (yield from _converse(function, args, what, deadline, timeout, memory_limit))
+    return (yield from _converse(function, args, what, timeout, memory_limit))
 
 
 def converse_with_child(
@@ -110,33 +105,32 @@ def converse_with_child(
     What is sent into this generator is what the child's `yield` returns there; until then the child waits. All else as
     in `stream_from_child`.
     """
-
-    def deadline() -> float | None:
-        return None if timeout is None else time.monotonic() + timeout
-
-    return (yield from _converse(function, args, what, deadline, timeout, memory_limit, in_step=True))
+    return (yield from _converse(function, args, what, timeout, memory_limit, in_step=True))
 
 
 def _converse(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     what: str | None,
-    deadline: Callable[[], float | None],
     timeout: float | None,
     memory_limit: int | None,
     *,
+    whole: bool = False,
     in_step: bool = False,
 ) -> Generator[Any, Any, Any]:
+    """Yield the items of a child; `timeout` is for each of them or the `whole`, `in_step` it waits for an answer."""
     if function.__module__ == "__main__":
         raise ValueError(f"{function.__qualname__} must live in an importable module to run in a child process")
     if memory_limit is not None and sys.platform != "linux":
         raise HarnessError(f"a memory limit needs Linux, this is {sys.platform}: run without it")
+    began = time.monotonic()
     child = _Child(what or function.__qualname__, memory_limit)
     try:
         child.begin((function, args, memory_limit, in_step))
         while True:
             try:
-                kind, value = child.receive(deadline())
+                began = began if whole else time.monotonic()
+                kind, value = child.receive(None if timeout is None else began + timeout)
             except queue.Empty:
                 raise HarnessError(
                     f"{child.what}: no answer within {timeout:g} s, the process was stopped; "

@@ -168,11 +168,9 @@ class Llama:
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of a token, perhaps a part of a character; control tokens have none."""
-        from ctypes import create_string_buffer
-
         size = 64
         while True:
-            buffer = create_string_buffer(size)
+            buffer = ctypes.create_string_buffer(size)
             n = self.lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
             if n >= 0:
                 return buffer.raw[:n]
@@ -289,9 +287,7 @@ def _facts(lib: ModuleType, model: int, path: Path) -> Facts:
 
 
 def _text_value(lib: ModuleType, model: int, key: str) -> str | None:
-    from ctypes import create_string_buffer
-
-    buffer = create_string_buffer(256)
+    buffer = ctypes.create_string_buffer(256)
     n = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return None if n < 0 else buffer.value.decode("utf-8", "replace")
 

@@ -30,14 +30,10 @@ class NodeWatcher(ABC):
         self.callback = lib.ggml_backend_sched_eval_callback(self._node)
         self.problem = ""
         self.seen = False
-        self.words: NDArray[Any] = np.empty(0, np.int64)
+        self.words: NDArray[Any] = np.empty(0, np.int64)  # tokens of the batch to come, or numbers that stand for them
         self._kinds = kinds
         ggml = declare(lib._lib, "ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get")
         self._name, self._size, self._get = ggml.ggml_get_name, ggml.ggml_nbytes, ggml.ggml_backend_tensor_get
-
-    def expect(self, words: NDArray[np.int64] | NDArray[np.int32]) -> None:
-        """The batch to come has these words (n_token,): its tokens, or numbers that stand for them."""
-        self.words = words
 
     @abstractmethod
     def take(self, kind: bytes, layer: int, data: NDArray[Any]) -> None:
@@ -78,7 +74,7 @@ def watch_window(
     model.clear()
     for start in range(0, len(window), model.setup.n_batch):
         part = slice(start, start + model.setup.n_batch)
-        watcher.expect(words[part])
+        watcher.words = words[part]
         model.feed(window[part], np.ones(len(window[part]), np.bool_))
         if watcher.problem or not watcher.seen:
             problem = watcher.problem or "no node ffn_moe_topk in its graph"

@@ -19,8 +19,9 @@ from moe2gguf.gguf.layout import Layout, find_array, find_value
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
 from moe2gguf.gguf.outputs import check_model_target, check_target, list_model_paths
 from moe2gguf.gguf.resume import describe_job
+from moe2gguf.gguf.system import write_at
 from moe2gguf.gguf.types import require_kernels
-from moe2gguf.gguf.writer import write_model, write_over
+from moe2gguf.gguf.writer import write_model
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.progress import Progress, silent
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
@@ -169,7 +170,7 @@ def _fill_in(plan: Plan, experts: ExpertSource, digest: SourceDigest, descriptor
     """Replace the placeholders in a header: the digest over the source, and (not in later shards) the experts' load."""
     require_own_calibration(plan, digest)
     text = digest.hexdigest(plan.source.tensors)
-    write_over(descriptor, text.encode(), find_value(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
+    write_at(descriptor, memoryview(text.encode()), find_value(layout, SOURCE_DIGEST, DIGEST_PLACEHOLDER))
     if experts.reports and layout is plan.files[0][1]:
         load = np.array([report.load for report in experts.reports], "<f4")
-        write_over(descriptor, load.tobytes(), find_array(layout, CALIBRATION_LOAD, load.size))
+        write_at(descriptor, memoryview(load.tobytes()), find_array(layout, CALIBRATION_LOAD, load.size))

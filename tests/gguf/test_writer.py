@@ -22,7 +22,8 @@ from moe2gguf.gguf import types, writer
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.replace_files import replace_files
-from moe2gguf.gguf.writer import OutputTensor, write_over, write_tensors
+from moe2gguf.gguf.system import write_at
+from moe2gguf.gguf.writer import OutputTensor, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {f"t{i}": RNG.standard_normal((i + 1, 64)).astype(np.float32) for i in range(9)}
@@ -226,7 +227,7 @@ def test_a_placeholder_is_replaced(tmp_path: Path) -> None:
     """The digest that is known only at the end."""
     with replace_files(tmp_path / "x", [tmp_path / "x"], 8) as (_, (part,)), part.open("wb", buffering=0) as file:
         file.write(b"ab0000gh")
-        write_over(file.fileno(), b"cdef", 2)
+        write_at(file.fileno(), memoryview(b"cdef"), 2)
 
     assert b"abcdefgh" == (tmp_path / "x").read_bytes()
 
