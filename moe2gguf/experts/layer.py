@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.experts.slicing import Order, contiguous_order, plain_scale, zero_router
+from moe2gguf.experts.slicing import Order, contiguous_order, plain_scale
 from moe2gguf.spec import Slicing
 
 
@@ -92,10 +92,14 @@ class LayerExperts:
 
     @classmethod
     def plain(cls, d_ff: int, d_model: int, slicing: Slicing) -> LayerExperts:
-        """Make the experts of the preset `exact`: contiguous slices of whole grains, a zero router, one scale."""
+        """Make the experts of the preset `exact`: contiguous slices of whole grains, a zero router, one scale.
+
+        Equal logits select well-defined experts only where all are used: which ones llama.cpp picks among them is not
+        defined (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-cpu/ops.cpp#L8707-L8757).
+        """
         n = slicing.n_expert
         order = contiguous_order(d_ff, n, slicing.align, slicing.grain)
-        return cls(order, zero_router(n, d_model), plain_scale(slicing), bias=np.zeros(n, np.float32))
+        return cls(order, np.zeros((n, d_model), np.float32), plain_scale(slicing), bias=np.zeros(n, np.float32))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by the names that files have for them, without those that are left out."""

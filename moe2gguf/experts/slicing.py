@@ -128,12 +128,3 @@ def _count_rows(width: int) -> int:
 def _is_run(neurons: NDArray[np.int64]) -> bool:
     """Whether the neurons are consecutive, so that a view serves instead of a copy."""
     return bool(neurons[0] != PADDING and (np.diff(neurons) == 1).all())
-
-
-def zero_router(n_expert: int, d_model: int) -> NDArray[np.float32]:
-    """Return the router (n_expert, d_model) that gives every expert the same logit, and so the same weight.
-
-    It selects well-defined experts only where all of them are used: which ones llama.cpp picks among equals is
-    not defined (https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-cpu/ops.cpp#L8707-L8757).
-    """
-    return np.zeros((n_expert, d_model), np.float32)

@@ -192,7 +192,7 @@ def carried_metadata(
     """The file's metadata in its order with `changes`, for `architecture`, and how what is unchanged was stored."""
     file = replace_prefix(dense.file, "llama", architecture)
     metadata = {**file.metadata, **changes}
-    return metadata, {key: kind for key, kind in file.types.items() if metadata[key] is file.metadata[key]}
+    return metadata, file.kinds_of(metadata)
 
 
 def largest_block(dense: DenseFile, d_expert: int, n_expert: int) -> int:

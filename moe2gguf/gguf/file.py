@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from moe2gguf.errors import GGUFError, name_odd_file
-from moe2gguf.spec import MetadataValue
+from moe2gguf.spec import Metadata, MetadataValue
 
 CHUNK = 16 << 20
 
@@ -114,6 +114,10 @@ class GGUFFile:
     def files(self) -> tuple[Path, ...]:
         """Every file that holds a part of it: one, or the shards that were read as one."""
         return tuple(dict.fromkeys([self.path, *(tensor.file for tensor in self.tensors.values())]))
+
+    def kinds_of(self, metadata: Metadata) -> dict[str, ValueType]:
+        """How the values in `metadata` are stored that are this file's own, unchanged."""
+        return {key: kind for key, kind in self.types.items() if metadata.get(key) is self.metadata[key]}
 
     def read_tensor(self, tensor: TensorInfo) -> npt.NDArray[np.generic]:
         """The whole tensor: an array of its shape, or for block types the blocks as uint8 (n_rows, row_bytes).

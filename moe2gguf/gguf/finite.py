@@ -38,43 +38,31 @@ class _Field(NamedTuple):
     exponent: int
 
 
-def _halves(*offsets: int) -> tuple[_Field, ...]:
-    return tuple(_Field("<u2", offset, _HALF) for offset in offsets)
-
-
 # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-common.h#L180, read as in ggml_validate_row_data:
 # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c#L5380
 # Integers and NVFP4 are absent: each of their bytes is a number. IQ1_M, whose scale is scattered, is in `_bad_blocks`.
+_BY_OFFSETS = {
+    (0,): "F16 Q4_0 Q5_0 Q8_0 Q1_0 IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
+    (0, 2): "Q4_1 Q5_1 Q8_1 Q4_K Q5_K",
+    (52,): "TQ1_0",
+    (64,): "TQ2_0",
+    (80, 82): "Q2_K",
+    (108,): "Q3_K",
+    (208,): "Q6_K",
+}
+"""The types with f16 numbers at these places of a block, such as its scale."""
+
 FIELDS: dict[int, tuple[_Field, ...]] = {
-    GGMLType.F32: (_Field("<u4", 0, 0x7F800000),),
-    GGMLType.F16: _halves(0),
+    GGMLType[name]: tuple(_Field("<u2", offset, _HALF) for offset in offsets)
+    for offsets, names in _BY_OFFSETS.items()
+    for name in names.split()
+} | {
     GGMLType.BF16: (_Field("<u2", 0, 0x7F80),),
+    GGMLType.F32: (_Field("<u4", 0, 0x7F800000),),
     GGMLType.F64: (_Field("<u8", 0, 0x7FF0000000000000),),
-    GGMLType.Q4_0: _halves(0),
-    GGMLType.Q4_1: _halves(0, 2),
-    GGMLType.Q5_0: _halves(0),
-    GGMLType.Q5_1: _halves(0, 2),
-    GGMLType.Q8_0: _halves(0),
-    GGMLType.Q8_1: _halves(0, 2),
-    GGMLType.Q2_K: _halves(80, 82),
-    GGMLType.Q3_K: _halves(108),
-    GGMLType.Q4_K: _halves(0, 2),
-    GGMLType.Q5_K: _halves(0, 2),
-    GGMLType.Q6_K: _halves(208),
     GGMLType.Q8_K: (_Field("<u4", 0, 0x7F800000),),
-    GGMLType.IQ1_S: _halves(0),
-    GGMLType.IQ2_XXS: _halves(0),
-    GGMLType.IQ2_XS: _halves(0),
-    GGMLType.IQ2_S: _halves(0),
-    GGMLType.IQ3_XXS: _halves(0),
-    GGMLType.IQ3_S: _halves(0),
-    GGMLType.IQ4_NL: _halves(0),
-    GGMLType.IQ4_XS: _halves(0),
-    GGMLType.TQ1_0: _halves(52),
-    GGMLType.TQ2_0: _halves(64),
     GGMLType.MXFP4: (_Field("u1", 0, 0xFF),),  # a power of two, where 255 is NaN
-    GGMLType.Q1_0: _halves(0),
-    LaterType.Q2_0: _halves(0),
+    LaterType.Q2_0: (_Field("<u2", 0, _HALF),),
 }
 
 

@@ -161,22 +161,23 @@ def _make_ending(number: int, count: int) -> str:
     return f"-{number + 1:05d}-of-{count:05d}.gguf"
 
 
-def lay_out_shards(
+def lay_out_files(
     metadata: Mapping[str, MetadataValue],
     tensors: Sequence[T],
     kinds: Mapping[str, ValueType],
     max_bytes: int | None,
 ) -> tuple[tuple[tuple[T, ...], Layout], ...]:
-    """Cut a file into shards of at most `max_bytes` each, headers included: the tensors of each, and where they stand.
+    """The tensors of each file of a model, and where they stand: one file, or shards of at most `max_bytes` each.
 
-    Empty where the whole file is no larger, or `max_bytes` is None. The keys `EVERYWHERE` stand in all shards, the
-    others in the first.
+    There is one file where it is no larger, header included, or `max_bytes` is None. The keys `EVERYWHERE` stand in all
+    shards, the others in the first.
 
     Raises:
         PlanError: a tensor or the metadata alone is larger than a shard, or there would be too many shards.
     """
-    if max_bytes is None or lay_out(metadata, tensors, kinds).file_size <= max_bytes:
-        return ()
+    whole = lay_out(metadata, tensors, kinds)
+    if max_bytes is None or whole.file_size <= max_bytes:
+        return ((tuple(tensors), whole),)
     alignment, kinds = int(str(metadata.get("general.alignment", ALIGNMENT))), {**kinds, **KINDS}
     heads = (metadata, {key: metadata[key] for key in EVERYWHERE if key in metadata})
     empty = [len(lay_out(_number_shard(head, 0, 1, 0), [], kinds).header) + alignment for head in heads]

@@ -75,15 +75,11 @@ def read_remote_headers(folder: Path) -> dict[str, StoredTensor] | None:
     with explained(origin.repository), ThreadPoolExecutor() as pool:
         headers = [*pool.map(read, (file.name for file in files))]
     return {
-        name: StoredTensor(name, one.dtype, tuple(one.shape), file, *_place(one.data_offsets))
+        name: StoredTensor(name, one.dtype, tuple(one.shape), file, start, end - start)
         for file, header in zip(files, headers, strict=True)
         for name, one in header.tensors.items()
+        for start, end in [one.data_offsets]
     }
-
-
-def _place(offsets: tuple[int, int]) -> tuple[int, int]:
-    """Return where a tensor begins behind the header, and its bytes."""
-    return offsets[0], offsets[1] - offsets[0]
 
 
 @contextlib.contextmanager

@@ -85,22 +85,22 @@ class StoredTensor:
                 _read_into(file, block, self, seen)
                 yield block
 
-    def equals(self, other: StoredTensor, rows: int = 1024) -> bool:
+    def equals(self, other: StoredTensor) -> bool:
         """Return whether `other` has the same shape and the same numbers, whatever the type."""
         if self.shape != other.shape or not {self.dtype, other.dtype} <= DTYPES.keys():
             return False
         n_row = self.shape[0] if self.shape else 1
-        ours, theirs = (one.blocks(max(one.n_bytes // max(n_row, 1), 1) * rows) for one in (self, other))
+        ours, theirs = (one.blocks(max(one.n_bytes // max(n_row, 1), 1) * 1024) for one in (self, other))
         pairs = zip(ours, theirs, strict=True)
         return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in pairs)
 
-    def is_zero(self, max_bytes: int = 1 << 24) -> bool:
+    def is_zero(self) -> bool:
         """Return whether every element is zero."""
-        return not any(block.any() for block in self.blocks(max_bytes))
+        return not any(block.any() for block in self.blocks(PIECE))
 
 
 def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> None:
-    view = _view_bytes(block)
+    view = block.reshape(-1).view(np.uint8).data
     while view:
         count = file.readinto(view[:PIECE])  # type: ignore[attr-defined]
         if not count:
@@ -158,11 +158,8 @@ def _find_single_file(folder: Path) -> Path:
 def list_shards(folder: Path) -> list[Path]:
     """List the files that the index of `folder` names, whether they are there or not; none without an index."""
     index = resolve_inside(folder, INDEX)
-    return (
-        [resolve_inside(folder, name) for name in sorted(set(_read_weight_map(index).values()))]
-        if index.exists()
-        else []
-    )
+    names = sorted(set(_read_weight_map(index).values())) if index.exists() else []
+    return [resolve_inside(folder, name) for name in names]
 
 
 def _list_indexed_files(folder: Path) -> list[Path]:
@@ -322,7 +319,3 @@ def digest_source(tensors: Mapping[str, Readable]) -> str:
         for _ in digest.blocks(tensor, PIECE):
             pass
     return digest.hexdigest(tensors)
-
-
-def _view_bytes(array: Array) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moe2gguf.gguf import types
-from moe2gguf.gguf.file import ValueType
 from moe2gguf.gguf.kernels import IGNORES_IMPORTANCE
-from moe2gguf.gguf.layout import Layout, lay_out, mean_bits_per_weight
-from moe2gguf.gguf.shards import lay_out_shards
+from moe2gguf.gguf.layout import Layout, mean_bits_per_weight
 from moe2gguf.quant.assign import Assignment
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.tensors import PlannedTensor
@@ -65,17 +63,6 @@ class FilePlan:
             "warnings": list(self.warnings),
             "refusals": [],
         }
-
-
-def lay_out_files(
-    metadata: Metadata,
-    tensors: Sequence[PlannedTensor],
-    kinds: Mapping[str, ValueType],
-    shard_size: int | None,
-) -> tuple[PlannedFile, ...]:
-    """One file, or shards of at most `shard_size` bytes; arguments and errors as `lay_out_shards`."""
-    shards = lay_out_shards(metadata, tensors, kinds, shard_size)
-    return shards or ((tuple(tensors), lay_out(metadata, tensors, kinds)),)
 
 
 def list_warnings(guidance: Guidance, tensors: Sequence[PlannedTensor]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -88,7 +88,8 @@ def merge(
     routers: Routers = {}
     tensors = list(_stack(plans, routers, average=options.attention == "average"))
     metadata, notes = _make_metadata(plans, tensors, options)
-    layout = lay_out(metadata, tensors, _list_kinds(plans[0], metadata))
+    source = plans[0].source
+    layout = lay_out(metadata, tensors, source.file.kinds_of(metadata) if isinstance(source, DenseFile) else {})
     check_model_target(out, 1, [file for plan in plans for file in plan.source.own_files], force=force)
     require_kernels(tensor.type for tensor in tensors if not tensor.copied)
 
@@ -255,11 +256,3 @@ def _list_parents(plans: Sequence[Plan]) -> dict[str, MetadataValue]:
     once = [one for i, one in enumerate(parents) if one not in parents[:i]]
     found: dict[str, MetadataValue] = {"general.base_model.count": len(once)}
     return found | {f"general.base_model.{i}.{key}": text for i, one in enumerate(once) for key, text in one.items()}
-
-
-def _list_kinds(plan: Plan, metadata: Metadata) -> Mapping[str, Any]:
-    """How the keys that are kept from a GGUF file are stored there."""
-    if not isinstance(plan.source, DenseFile):
-        return {}
-    file = plan.source.file
-    return {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}

@@ -11,12 +11,13 @@ from moe2gguf.errors import PlanError
 from moe2gguf.experts.saved import SavedCalibration
 from moe2gguf.experts.slicing import expert_width
 from moe2gguf.gguf.layout import active_bytes
+from moe2gguf.gguf.shards import lay_out_files
 from moe2gguf.graphs import GRAPHS, find_graph_of
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.limits import Size, check_expert_counts, expert_count_warnings
 from moe2gguf.quant.rules import Rule
 from moe2gguf.recipes.draft import Wanted, draft_file
-from moe2gguf.recipes.file_plan import FilePlan, lay_out_files
+from moe2gguf.recipes.file_plan import FilePlan
 from moe2gguf.recipes.inputs import Inputs
 from moe2gguf.recipes.options import CalibrationOptions, Options
 from moe2gguf.recipes.source import Source, fit_slicing

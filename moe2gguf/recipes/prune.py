@@ -17,12 +17,11 @@ from moe2gguf.gguf.counts import ExpertCounts, find_graph, read_counts, require_
 from moe2gguf.gguf.expected import MAX_LAYERS, check_architecture, is_sliced, read_count
 from moe2gguf.gguf.expert_tensors import ExpertTensors, copy_tensor, find_expert_tensors
 from moe2gguf.gguf.file import Findings, GGUFFile, refuse_alignment
-from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.set_used import require_count
-from moe2gguf.gguf.shards import lay_out_shards, read_model
+from moe2gguf.gguf.shards import lay_out_files, read_model
 from moe2gguf.gguf.writer import write_model
 from moe2gguf.limits import MAX_EXPERTS
 from moe2gguf.llama.child import stream_from_child
@@ -161,9 +160,9 @@ def prune(
         **_change_metadata(file, counts, tensors, options.keep, n_used),
         **_record(file, counts, options, text, kept),
     }
-    kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
+    kinds = file.kinds_of(metadata)
     outputs = [copy_tensor(file, name, kept.get(tensors.layer_of.get(name, -1))) for name in file.tensors]
-    files = lay_out_shards(metadata, outputs, kinds, shard_size) or ((outputs, lay_out(metadata, outputs, kinds)),)
+    files = lay_out_files(metadata, outputs, kinds, shard_size)
     check_model_target(out, len(files), file.files, force=force)
     path, _ = write_model(out, files, threads=threads, progress=progress)
     unseen = () if options.score == "random" else [i for i in kept if i not in sums]

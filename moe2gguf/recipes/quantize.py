@@ -24,7 +24,7 @@ from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.resume import describe_job
-from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.shards import lay_out_files, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.progress import Progress, silent
@@ -33,7 +33,7 @@ from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatr
 from moe2gguf.quant.presets import Network
 from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.quant.target import choose_types, refuse_target
-from moe2gguf.recipes.file_plan import FilePlan, lay_out_files, list_warnings
+from moe2gguf.recipes.file_plan import FilePlan, list_warnings
 from moe2gguf.recipes.inputs import TypeInputs, read_type_inputs
 from moe2gguf.recipes.tensors import Copy, PlannedTensor
 from moe2gguf.spec import MetadataValue
@@ -188,7 +188,7 @@ def make_plan(
         for tensor in assigned.set_types(stored)
     )
     metadata = {**_make_metadata(file, assigned, options, inputs.rules), **record_imatrix(inputs.matrix, options)}
-    kinds = {key: kind for key, kind in file.types.items() if metadata.get(key) is file.metadata[key]}
+    kinds = file.kinds_of(metadata)
     return QuantizationPlan(
         source=file,
         options=options,

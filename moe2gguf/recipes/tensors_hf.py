@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moe2gguf.experts import slicing as cut
 from moe2gguf.gguf.metadata import rope_frequencies
 from moe2gguf.graphs import GRAPHS, find_graph_of
-from moe2gguf.hf.families import DENSE, EMBEDDING, GLM4_PER_EXPERT, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
+from moe2gguf.hf.families import DENSE, EMBEDDING, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.quant.assign import find_stored_type
@@ -73,8 +73,6 @@ def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[Plann
 
 def _plan_mlp(checkpoint: Checkpoint, slicing: Slicing | None, i: int) -> list[PlannedTensor]:
     """The MLP of layer `i`: experts that are there already, the dense one, or one that is cut."""
-    if checkpoint.mlp is GLM4_PER_EXPERT:
-        return _plan_shared_and_routed(checkpoint, i)
     if checkpoint.mlp is not DENSE:
         return _plan_existing_experts(checkpoint, i)
     if slicing is not None:
@@ -94,35 +92,19 @@ def plan_sliced_mlp(checkpoint: Checkpoint, slicing: Slicing, i: int) -> list[Pl
 
 
 def _plan_existing_experts(checkpoint: Checkpoint, i: int) -> list[PlannedTensor]:
-    """The router and the experts of a Mixtral checkpoint, merged."""
-    model = checkpoint.model
-    stacked = (model.n_expert, model.d_ff, model.d_model)
-    shapes = {"gate": stacked, "up": stacked, "down": (model.n_expert, model.d_model, model.d_ff)}
-    fused = checkpoint.mlp is MIXTRAL_FUSED
-    parts: list[tuple[str, str, Operation]] = [
-        ("gate", "gate_up" if fused else "gate", Half(0) if fused else Stack()),
-        ("up", "gate_up" if fused else "up", Half(1) if fused else Stack()),
-        ("down", "down", Copy() if fused else Stack()),
-    ]
-    router = _find_sources(checkpoint, "router", i)
-    return [
-        _plan(f"blk.{i}.ffn_gate_inp.weight", router[0].shape, Copy(), router),
-        *(
-            _plan(f"blk.{i}.ffn_{role}_exps.weight", shapes[role], made, _find_sources(checkpoint, source, i))
-            for role, source, made in parts
-        ),
-    ]
-
-
-def _plan_shared_and_routed(checkpoint: Checkpoint, i: int) -> list[PlannedTensor]:
-    """The router, the routed experts and the shared one of a folder for the graph `glm4moe`."""
-    tensors = []
+    """The router, the experts of a checkpoint that has them, stacked, and the shared one if there is one."""
+    tensors, stored = [], checkpoint.mlp.tensors
     for part, role in ROLES.items():
-        sources = _find_sources(checkpoint, role, i)
-        stacked = "{e}" in checkpoint.mlp.tensors[role][0]
-        shape = (len(sources), *sources[0].shape) if stacked else sources[0].shape
         name = f"blk.{i}.{part}.{'bias' if role == 'bias' else 'weight'}"
-        tensors.append(_plan(name, shape, Stack() if stacked else Copy(), sources))
+        if role in stored:
+            sources = _find_sources(checkpoint, role, i)
+            stacked, shape = "{e}" in stored[role][0], sources[0].shape
+            made: Operation = Stack() if stacked else Copy()
+            tensors.append(_plan(name, (len(sources), *shape) if stacked else shape, made, sources))
+        elif role in ("gate", "up") and "gate_up" in stored:
+            sources = _find_sources(checkpoint, "gate_up", i)
+            n_expert, height, d_model = sources[0].shape
+            tensors.append(_plan(name, (n_expert, height // 2, d_model), Half(int(role == "up")), sources))
     return tensors
 
 

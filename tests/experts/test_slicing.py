@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe2gguf.experts.layer import LayerExperts
 from moe2gguf.experts.slicing import (
     PADDING,
     PIECE,
@@ -15,8 +16,8 @@ from moe2gguf.experts.slicing import (
     expert_width,
     slice_columns,
     slice_rows,
-    zero_router,
 )
+from moe2gguf.spec import Slicing
 
 WIDTHS = st.integers(1, 300)
 EXPERTS = st.integers(1, 40)
@@ -138,6 +139,6 @@ def test_pieces_are_the_whole(dtype: Any, factor: float) -> None:
 
 def test_the_zero_router_is_zero_and_f32() -> None:
     """Every expert weighs the same."""
-    router = zero_router(3, 5)
+    router = LayerExperts.plain(6, 5, Slicing(3, 3, 2)).router
 
     assert ((3, 5), np.float32, 0.0) == (router.shape, router.dtype, np.abs(router).max())

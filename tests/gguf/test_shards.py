@@ -16,17 +16,17 @@ from llama_logits import llama_logits
 from moe2gguf.errors import GGUFError, PlanError
 from moe2gguf.gguf.layout import Entry, lay_out
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.gguf.shards import lay_out_shards, list_shard_paths, read_model, read_shards
+from moe2gguf.gguf.shards import lay_out_files, list_shard_paths, read_model, read_shards
 from moe2gguf.gguf.verify import verify
 
 TOKENS = [1, 60, 200, 280, 290, 17, 33]
 
 
 def write_set(whole: Path, stem: Path, max_bytes: int) -> list[Path]:
-    """The file `whole` as a set of shards, made by `lay_out_shards`."""
+    """The file `whole` as a set of shards, made by `lay_out_files`."""
     file = read_gguf(whole)
     entries = [Entry(t.name, t.shape, t.type) for t in file.tensors.values()]
-    shards = lay_out_shards(file.metadata, entries, file.types, max_bytes)
+    shards = lay_out_files(file.metadata, entries, file.types, max_bytes)
     paths = list_shard_paths(stem, len(shards))
     for path, (tensors, layout) in zip(paths, shards, strict=True):
         raw = bytearray(layout.header.ljust(layout.file_size, b"\0"))
@@ -109,7 +109,7 @@ def twice(shards: Any, whole: Any) -> None:
     """Another set with as many shards and tensors, cut elsewhere."""
     file = read_gguf(whole)
     entries = [Entry(t.name, t.shape, t.type) for t in reversed(file.tensors.values())]
-    layouts = lay_out_shards(file.metadata, entries, file.types, 100_000)
+    layouts = lay_out_files(file.metadata, entries, file.types, 100_000)
     assert len(layouts) == len(shards)
     layout = layouts[-2][1]
     shards[-2].write_bytes(layout.header.ljust(layout.file_size, b"\0"))
@@ -189,10 +189,10 @@ def test_metadata_that_is_too_large_is_named() -> None:
     """A vocabulary cannot be cut: the first shard must hold it."""
     metadata, tensors = {"general.name": "x" * 5000}, [Entry("t", (4, 8), gguf.GGMLQuantizationType.F32)]
     with pytest.raises(PlanError, match=r"--shard-size 4,000: too small for the metadata; give at least") as caught:
-        lay_out_shards(metadata, tensors, {}, 4000)
+        lay_out_files(metadata, tensors, {}, 4000)
     enough = int(str(caught.value).split("at least ")[1].removesuffix(" bytes").replace(",", ""))
 
-    assert [(), tuple(tensors)] == [group for group, _ in lay_out_shards(metadata, tensors, {}, enough)]
+    assert [(), tuple(tensors)] == [group for group, _ in lay_out_files(metadata, tensors, {}, enough)]
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(300, 5000))
@@ -201,13 +201,13 @@ def test_no_shard_is_larger_than_asked(sizes: Any, limit: Any) -> None:
     tensors = [Entry(f"t{i}", (n, 8), gguf.GGMLQuantizationType.F32) for i, n in enumerate(sizes)]
     metadata = {"general.name": "x" * 100, "moe2gguf.source.sha256": "0" * 20}
     try:
-        shards = lay_out_shards(metadata, tensors, {}, limit)
+        shards = lay_out_files(metadata, tensors, {}, limit)
     except PlanError as error:
         shards, refusal = None, str(error)
     if shards is None:
         assert "--shard-size" in refusal
         return
 
-    assert (lay_out(metadata, tensors).file_size <= limit) == (not shards)
-    assert tensors == [tensor for group, _ in shards for tensor in group] or not shards
+    assert (lay_out(metadata, tensors).file_size <= limit) == (len(shards) == 1)
+    assert tensors == [tensor for group, _ in shards for tensor in group]
     assert all(layout.file_size <= limit for _, layout in shards)

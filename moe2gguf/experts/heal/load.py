@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe2gguf.hf.folder import Checkpoint, open_checkpoint
+from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.write_config import describe_config
 
 
-def load_model(folder: Path) -> Any:
+def build_model(checkpoint: Checkpoint) -> Any:
     """The model of a folder, float32, on the CPU.
 
     `from_pretrained` would also load pickled weights and adapters, and offer to run Python files. Here the class
     follows from the config that we have checked, and every parameter is copied from a safetensors file.
-
-    Raises:
-        PlanError, CheckpointError: the folder is not a sound checkpoint.
     """
-    return build_model(open_checkpoint(folder))
-
-
-def build_model(checkpoint: Checkpoint) -> Any:
-    """As `load_model`, of a folder that is open."""
     values = describe_config(checkpoint.model)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):  # no time for numbers that are replaced at once

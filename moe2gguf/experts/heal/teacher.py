@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe2gguf.experts.heal.load import load_model
+from moe2gguf.experts.heal.load import build_model
 from moe2gguf.experts.heal.settings import Windows
+from moe2gguf.hf.folder import open_checkpoint
 
 KEPT_BYTES = 4 << 30
 """Hidden states are kept up to this size; windows beyond it run through the dense model every time."""
@@ -22,8 +23,7 @@ class Teacher:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        model = load_model(folder)
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = build_model(open_checkpoint(folder)).requires_grad_(False).to(device)
         self._device = device
         self._kept: dict[bytes, Tensor] = {}
         self._bytes = 0
