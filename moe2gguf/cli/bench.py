@@ -8,43 +8,31 @@ from typing import Any
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command
-from moe2gguf.cli.options import (
-    FILE,
-    ONE,
-    SECONDS,
-    devices_from,
-    devices_option,
-    emit,
-    json_option,
-    number,
-    rpc_option,
-    threads_option,
-    used_list_option,
-)
 
 
 @cloup.command(cls=Command)
-@cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to time.")
+@cloup.argument("files", nargs=-1, required=True, type=opt.FILE, metavar="FILES", help="The GGUF files to time.")
 @option_group(
     "What to time",
     option(
-        "--reference", type=FILE, metavar="DENSE", help="File, dense as a rule, to which the speeds are also given."
+        "--reference", type=opt.FILE, metavar="DENSE", help="File, dense as a rule, to which the speeds are also given."
     ),
-    used_list_option,
-    devices_option,
-    rpc_option,
+    opt.used_list_option,
+    opt.devices_option,
+    opt.rpc_option,
 )
 @option_group(
     "Running",
-    threads_option,
-    number("--prompt", "n_prompt", default=512, type=ONE, help="Tokens of the prompt."),
-    number("--generate", "n_generate", default=128, type=ONE, help="Tokens to generate."),
-    number("--repeat", default=5, type=ONE, help="Number of rounds."),
-    number("--timeout", default=1800.0, type=SECONDS, help="Seconds allowed per run."),
+    opt.threads_option,
+    opt.number("--prompt", "n_prompt", default=512, type=opt.ONE, help="Tokens of the prompt."),
+    opt.number("--generate", "n_generate", default=128, type=opt.ONE, help="Tokens to generate."),
+    opt.number("--repeat", default=5, type=opt.ONE, help="Number of rounds."),
+    opt.number("--timeout", default=1800.0, type=opt.SECONDS, help="Seconds allowed per run."),
 )
-@json_option
+@opt.json_option
 def bench(
     files: tuple[Path, ...],
     reference: Path | None,
@@ -72,12 +60,12 @@ def bench(
     found = bench_files(
         files,
         used=used,
-        devices=devices_from(device, rpc),
+        devices=opt.devices_from(device, rpc),
         reference=reference,
         timing=Timing(**options),
         on_run=display_compare.run_done,
     )
     display.warnings(found.notes)
-    emit(found.to_dict(), as_json, lambda: display_compare.speeds(found))
+    opt.emit(found.to_dict(), as_json, lambda: display_compare.speeds(found))
     if not found.ok:
         raise SystemExit(1)

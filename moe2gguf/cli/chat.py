@@ -14,19 +14,9 @@ import click
 import cloup
 from cloup import option
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command
-from moe2gguf.cli.options import (
-    FILE,
-    ONE,
-    SEED_NEEDS_TEMPERATURE,
-    Number,
-    device_option,
-    number,
-    seed_option,
-    threads_option,
-    used_option,
-)
 from moe2gguf.cli.prompt import read_line
 from moe2gguf.errors import HarnessError
 
@@ -41,17 +31,17 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
-@cloup.command(cls=Command, no_effect=SEED_NEEDS_TEMPERATURE)
-@cloup.argument("file", type=FILE, help="The GGUF file to talk with.")
-@used_option
+@cloup.command(cls=Command, no_effect=opt.SEED_NEEDS_TEMPERATURE)
+@cloup.argument("file", type=opt.FILE, help="The GGUF file to talk with.")
+@opt.used_option
 @option("--system", default="", metavar="TEXT", help="What the model is told before the first message.")
 @option("--raw", is_flag=True, help="Use no chat template: what you type continues the text.")
-@number("-n", "--tokens", "n_token", default=512, type=ONE, help="Tokens of an answer, at most.")
-@number("--context", "n_context", default=4096, type=click.IntRange(8), help="Tokens of the conversation, at most.")
-@option("--temperature", default=0.0, show_default=True, type=Number(0), help="0 takes the likeliest token.")
-@seed_option
-@device_option
-@threads_option
+@opt.number("-n", "--tokens", "n_token", default=512, type=opt.ONE, help="Tokens of an answer, at most.")
+@opt.number("--context", "n_context", default=4096, type=click.IntRange(8), help="Tokens of the conversation, at most.")
+@opt.temperature_option
+@opt.seed_option
+@opt.device_option
+@opt.threads_option
 @option("--json", "as_json", is_flag=True, help="Print every answer as a line of JSON.")
 def chat(file: Path, used: int | None, as_json: bool, **options: Any) -> None:
     """Talk with a model, with its chat template.

@@ -9,29 +9,9 @@ from typing import Any
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
-from moe2gguf.cli.options import (
-    FILE,
-    PAGE,
-    SECONDS,
-    Size,
-    context_option,
-    devices_from,
-    devices_option,
-    emit,
-    json_option,
-    number,
-    pages_force_option,
-    report_option,
-    resume_option,
-    rpc_option,
-    text_option,
-    threads_option,
-    tokens_option,
-    used_list_option,
-    words,
-)
 
 
 @cloup.command(
@@ -42,44 +22,44 @@ from moe2gguf.cli.options import (
         NoEffect(("--force",), without=("--csv", "--report", "--picture")),
     ],
 )
-@cloup.argument("files", nargs=-1, required=True, type=FILE, metavar="FILES", help="The GGUF files to compare.")
+@cloup.argument("files", nargs=-1, required=True, type=opt.FILE, metavar="FILES", help="The GGUF files to compare.")
 @option_group(
     "What to compare",
     option(
         "--reference",
         required=True,
-        type=FILE,
+        type=opt.FILE,
         metavar="DENSE",
         help="The file to compare with, dense as a rule; one with experts runs at its own count.",
     ),
-    used_list_option,
-    devices_option,
-    rpc_option,
-    option("--types", callback=words, metavar="T,T", help="Also in these types, such as q8_0,q4_k_m."),
-    option("--imatrix", type=FILE, help="Importance matrix for --types, of this model or its dense original."),
+    opt.used_list_option,
+    opt.devices_option,
+    opt.rpc_option,
+    option("--types", callback=opt.words, metavar="T,T", help="Also in these types, such as q8_0,q4_k_m."),
+    option("--imatrix", type=opt.FILE, help="Importance matrix for --types, of this model or its dense original."),
 )
 @option_group(
     "Text",
-    text_option,
-    tokens_option,
-    context_option,
+    opt.text_option,
+    opt.tokens_option,
+    opt.context_option,
 )
 @option_group(
     "Running",
-    threads_option,
-    number("--timeout", default=600.0, type=SECONDS, help="Seconds allowed per window."),
+    opt.threads_option,
+    opt.number("--timeout", default=600.0, type=opt.SECONDS, help="Seconds allowed per window."),
     option(
         "--memory",
         "memory_limit",
         hidden=True,
-        type=Size(),
+        type=opt.Size(),
         metavar="SIZE",
         help="RAM that a run may take (Linux).  [default: no limit]",
     ),
     option(
         "--room",
         hidden=True,
-        type=Size(),
+        type=opt.Size(),
         metavar="SIZE",
         help="Disk space for the logits of DENSE.  [default: 8GiB, at most half of what is free]",
     ),
@@ -90,7 +70,7 @@ from moe2gguf.cli.options import (
         metavar="FILE",
         help="File of finished rows.  [default: in the cache folder]",
     ),
-    resume_option,
+    opt.resume_option,
 )
 @option_group(
     "Results",
@@ -98,11 +78,11 @@ from moe2gguf.cli.options import (
     option("--tasks", is_flag=True, help="Also count the solved of 300 tasks with exact answers, and repetitions."),
     option("--expert-usage", is_flag=True, help="Also count which experts are used (for --json and --report)."),
     option("--wide", is_flag=True, help="Print all columns."),
-    json_option,
-    option("--csv", "csv_file", type=PAGE, metavar="FILE.csv", help="Also write the rows as a table."),
-    report_option,
-    option("--picture", type=PAGE, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
-    pages_force_option,
+    opt.json_option,
+    option("--csv", "csv_file", type=opt.PAGE, metavar="FILE.csv", help="Also write the rows as a table."),
+    opt.report_option,
+    option("--picture", type=opt.PAGE, metavar="FILE", help="Also draw quality against speed, as .svg or .png."),
+    opt.pages_force_option,
 )
 def compare(
     files: tuple[Path, ...],
@@ -162,7 +142,7 @@ def compare(
         experts=expert_usage,
         progress=display.progress,
         used=used,
-        devices=devices_from(device, rpc),
+        devices=opt.devices_from(device, rpc),
         settings=make_settings(text, tokens or None, resume=resume, threads=threads, **options),
         timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None,
         on_row=display_compare.row_done,
@@ -175,6 +155,6 @@ def compare(
         write_page(make_page(found, sys.argv), report)
     if picture:
         write_picture(found, picture)
-    emit(found.to_dict(), as_json, lambda: display_compare.comparison(found, wide=wide))
+    opt.emit(found.to_dict(), as_json, lambda: display_compare.comparison(found, wide=wide))
     if not found.ok:
         raise SystemExit(1)

@@ -13,28 +13,10 @@ import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
 from moe2gguf.cli.command import Command, Input, NoEffect
-from moe2gguf.cli.options import (
-    ANY,
-    FILE,
-    NONE,
-    OUT,
-    PAGE,
-    Size,
-    emit,
-    expert_type_rules,
-    force_option,
-    json_option,
-    refusals_as_json,
-    report_option,
-    resume_option,
-    shard_size_option,
-    take,
-    threads_option,
-    type_rules,
-)
 from moe2gguf.experts import methods
 from moe2gguf.graphs import GRAPHS
 
@@ -58,8 +40,8 @@ NO_EFFECT = (
 
 
 @cloup.command(cls=Command, no_effect=NO_EFFECT)
-@cloup.argument("model", type=ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
-@cloup.argument("out", type=OUT, required=False, help="The GGUF file to write.")
+@cloup.argument("model", type=opt.ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
+@cloup.argument("out", type=opt.OUT, required=False, help="The GGUF file to write.")
 @option_group(
     "What to make",
     option(
@@ -97,16 +79,20 @@ NO_EFFECT = (
     option(
         "--calibration",
         "text",
-        type=FILE,
+        type=opt.FILE,
         help="Text, or JSONL with a text field.  [default: a built-in mix of eight genres]",
     ),
     option(
-        "--save-calibration", "save_to", type=PAGE, metavar="FILE", help="Save the calibration for further conversions."
+        "--save-calibration",
+        "save_to",
+        type=opt.PAGE,
+        metavar="FILE",
+        help="Save the calibration for further conversions.",
     ),
     option(
         "--load-calibration",
         "load_from",
-        type=FILE,
+        type=opt.FILE,
         metavar="FILE",
         help="Reuse a saved calibration; options that are not given are taken from it.",
     ),
@@ -119,9 +105,9 @@ NO_EFFECT = (
         show_default=True,
         help="Type of the weights: auto (as stored), f32, f16, bf16, q8_0, q4_k_m, iq4_xs or another of llama.cpp.",
     ),
-    *type_rules,
+    *opt.type_rules,
 )
-@option_group("Output", shard_size_option, force_option, resume_option, threads_option, json_option)
+@option_group("Output", opt.shard_size_option, opt.force_option, opt.resume_option, opt.threads_option, opt.json_option)
 @option_group(
     "Before and after",
     option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop; nothing is converted."),
@@ -132,12 +118,14 @@ NO_EFFECT = (
         help="Compare the result with this dense file in llama.cpp (auto makes one and removes it), and its token ids "
         "with the folder's tokenizer.",
     ),
-    report_option,
+    opt.report_option,
 )
 @option_group(
     "Expert options: slicing and calibration",
     option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped into experts."),
-    option("--shared", "n_shared", type=NONE, metavar="N", help="Experts that every token uses.  [default: by --used]"),
+    option(
+        "--shared", "n_shared", type=opt.NONE, metavar="N", help="Experts that every token uses.  [default: by --used]"
+    ),
     option("--router", type=click.Choice([*methods.ROUTERS]), help="How the router's weights are made."),
     option("--refit/--no-refit", default=None, help="Refit the down projections at --used by least squares."),
     option(
@@ -161,7 +149,7 @@ NO_EFFECT = (
     option(
         "--calibration-memory",
         "memory",
-        type=Size(),
+        type=opt.Size(),
         default="4GB",
         show_default=True,
         help="RAM for hidden states; the rest is spilled to disk.",
@@ -170,7 +158,7 @@ NO_EFFECT = (
     option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.  [default: 0]"),
     hidden=True,
 )
-@option_group("Expert options: types", *expert_type_rules, hidden=True)
+@option_group("Expert options: types", *opt.expert_type_rules, hidden=True)
 def convert(
     model: Path,
     out: Path | None,
@@ -206,9 +194,9 @@ def convert(
     if out is None and not plan_only:
         raise click.UsageError("Missing argument 'OUT' (only --plan works without).")
     chosen = Options(
-        types=take(TypeOptions, options),
-        method=take(MethodOptions, options),
-        calibration=take(CalibrationOptions, options),
+        types=opt.take(TypeOptions, options),
+        method=opt.take(MethodOptions, options),
+        calibration=opt.take(CalibrationOptions, options),
         **options,
     )
     look_at = functools.partial(_look_at, report)
@@ -231,17 +219,17 @@ def _look_at(report: Path | None, plan: Plan) -> None:
 def _show_plan(model: Path, options: Options, as_json: bool, look_at: Callable[[Plan], None]) -> None:
     from moe2gguf.recipes.convert import plan_conversion
 
-    with refusals_as_json(as_json):
+    with opt.refusals_as_json(as_json):
         plan = plan_conversion(model, options, progress=display.progress)
     look_at(plan)
-    emit(plan.to_dict(), as_json, lambda: tables_convert.print_plan(plan))
+    opt.emit(plan.to_dict(), as_json, lambda: tables_convert.print_plan(plan))
 
 
 def _write_folder(model: Path, out: Path, options: Options, as_json: bool, **arguments: Any) -> None:
     from moe2gguf.recipes.hf_output import write_folder
 
     done = write_folder(model, out, options, progress=display.progress, **arguments)
-    emit(done.to_dict(), as_json, lambda: tables_convert.print_folder(done))
+    opt.emit(done.to_dict(), as_json, lambda: tables_convert.print_folder(done))
     heal = ["heal", out, "HEALED", "--teacher", model, "--text", "TEXT", "--used-range", f"K..{done.plan.n_expert}"]
     display.next_steps(["moe2gguf", *heal], ["moe2gguf", "convert", out, f"{out.name}.gguf"])
 
@@ -283,7 +271,7 @@ def _write_file(
     threads = arguments["threads"]
     checked = compare_conversion(done, check, threads=threads, progress=display.progress) if check else None
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
-    emit(result, as_json, lambda: tables_convert.print_conversion(done, checked))
+    opt.emit(result, as_json, lambda: tables_convert.print_conversion(done, checked))
     run = display.suggest_running(done.path, done.plan.metadata)
     measure = ["moe2gguf", "compare", done.path, "--reference", "DENSE.gguf"]
     display.next_steps(run, *([measure] if done.plan.n_expert else []))

@@ -9,23 +9,8 @@ from typing import Any
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import (
-    FILE,
-    NONE,
-    SECONDS,
-    Number,
-    context_option,
-    device_option,
-    emit,
-    json_option,
-    number,
-    pages_force_option,
-    report_option,
-    text_option,
-    threads_option,
-    used_option,
-)
 
 
 @cloup.command(
@@ -37,26 +22,28 @@ from moe2gguf.cli.options import (
         NoEffect(("--force",), without=("--report",)),
     ],
 )
-@cloup.argument("file", type=FILE, help="A GGUF file with experts.")
+@cloup.argument("file", type=opt.FILE, help="A GGUF file with experts.")
 @option_group(
     "Running",
-    used_option,
-    device_option,
-    threads_option,
-    number("--timeout", default=3600.0, type=SECONDS, help="Seconds for the whole run; with --needed for a window."),
+    opt.used_option,
+    opt.device_option,
+    opt.threads_option,
+    opt.number(
+        "--timeout", default=3600.0, type=opt.SECONDS, help="Seconds for the whole run; with --needed for a window."
+    ),
 )
 @option_group(
     "Need",
     option("--needed", is_flag=True, help="Instead, show how many experts each token's prediction needs."),
-    number("--divergence", "limit", default=0.1, type=Number(1e-6), help="How near it must be, in nats."),
+    opt.number("--divergence", "limit", default=0.1, type=opt.Number(1e-6), help="How near it must be, in nats."),
 )
 @option_group(
     "Text",
-    text_option,
-    number("--tokens", default=4096, type=NONE, help="Tokens to read, with --needed to score; 0 means all."),
-    context_option,
+    opt.text_option,
+    opt.number("--tokens", default=4096, type=opt.NONE, help="Tokens to read, with --needed to score; 0 means all."),
+    opt.context_option,
 )
-@option_group("Results", json_option, report_option, pages_force_option)
+@option_group("Results", opt.json_option, opt.report_option, opt.pages_force_option)
 def expert_usage(
     file: Path,
     text: Path | None,
@@ -98,7 +85,7 @@ def expert_usage(
         settings = {"text": words, "n_token": tokens or None, "n_context": n_context, **options}
         need = measure_needed_experts(file, limit=limit, progress=display.progress, **settings)
         display.warnings(need.notes)
-        emit(need.to_dict(), as_json, lambda: display_experts.print_needed(need))
+        opt.emit(need.to_dict(), as_json, lambda: display_experts.print_needed(need))
         return
     if report:
         plotly_script()
@@ -107,4 +94,4 @@ def expert_usage(
     display.warnings(found.notes)
     if report:
         write_page(make_page(found, sys.argv), report)
-    emit(found.to_dict(), as_json, lambda: display_experts.print_experts(found))
+    opt.emit(found.to_dict(), as_json, lambda: display_experts.print_experts(found))

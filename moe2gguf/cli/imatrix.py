@@ -9,20 +9,9 @@ import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import (
-    FILE,
-    NONE,
-    OUT,
-    context_option,
-    emit,
-    force_option,
-    json_option,
-    number,
-    resume_option,
-    threads_option,
-)
 
 
 class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
@@ -45,13 +34,13 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
         )
     ],
 )
-@cloup.argument("model", type=FILE, help="The GGUF file to collect from, best in f16, bf16 or f32.")
-@cloup.argument("out", type=OUT, help="The importance matrix to write.")
+@cloup.argument("model", type=opt.FILE, help="The GGUF file to collect from, best in f16, bf16 or f32.")
+@cloup.argument("out", type=opt.OUT, help="The importance matrix to write.")
 @option_group(
     "What to collect",
-    option("--text", type=FILE, help="Text of the kind the model is meant for, or JSONL with a text field."),
-    number("--tokens", "n_token", default=65536, type=NONE, help="Tokens; 0 means all."),
-    context_option,
+    option("--text", type=opt.FILE, help="Text of the kind the model is meant for, or JSONL with a text field."),
+    opt.number("--tokens", "n_token", default=65536, type=opt.NONE, help="Tokens; 0 means all."),
+    opt.context_option,
     option(
         "-k",
         "--used",
@@ -61,9 +50,11 @@ class UsedOrAll(click.ParamType):  # type: ignore[type-arg]
         help="Experts used per token.  [default: as in the file]",
     ),
     option("--output-matrix", "vocabulary", is_flag=True, help="Include output.weight, which llama.cpp leaves out."),
-    option("--merge", "merged", multiple=True, type=FILE, help="Add this matrix of the same model; may be repeated."),
+    option(
+        "--merge", "merged", multiple=True, type=opt.FILE, help="Add this matrix of the same model; may be repeated."
+    ),
 )
-@option_group("Output", force_option, resume_option, threads_option, json_option)
+@option_group("Output", opt.force_option, opt.resume_option, opt.threads_option, opt.json_option)
 def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bool, **options: Any) -> None:
     """Collect an importance matrix from a text.
 
@@ -79,5 +70,5 @@ def imatrix(model: Path, out: Path, text: Path | None, n_token: int, as_json: bo
 
     done = collect_imatrix(model, out, text, n_token=n_token or None, progress=display.progress, **options)
     display.warnings([*done.notes, *([done.advice] if done.advice else [])])
-    emit(done.to_dict(), as_json, lambda: display.print_collection(done))
+    opt.emit(done.to_dict(), as_json, lambda: display.print_collection(done))
     display.next_steps(["moe2gguf", "quantize", model, "OUT.gguf", "q4_k_m", "--imatrix", out])

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import (
-    FILE,
-    MODEL,
-    ONE,
-    OUT,
-    emit,
-    force_option,
-    json_option,
-    number,
-    seed_option,
-    threads_option,
-)
+
+if TYPE_CHECKING:
+    from moe2gguf.recipes.merge_options import Merge
 
 
 @cloup.command(
@@ -33,13 +25,15 @@ from moe2gguf.cli.options import (
     ],
 )
 @cloup.argument(
-    "base", type=MODEL, help="The dense model that attention, norms and embeddings are taken from; or a recipe (.yaml)."
+    "base",
+    type=opt.MODEL,
+    help="The dense model that attention, norms and embeddings are taken from; or a recipe (.yaml).",
 )
-@cloup.argument("donors", type=MODEL, nargs=-1, metavar="[DONORS]", help="The dense models that become experts.")
-@cloup.argument("out", type=OUT, help="The GGUF file to write.")
+@cloup.argument("donors", type=opt.MODEL, nargs=-1, metavar="[DONORS]", help="The dense models that become experts.")
+@cloup.argument("out", type=opt.OUT, help="The GGUF file to write.")
 @option_group(
     "Experts",
-    option("--prompts", type=FILE, multiple=True, help="What an expert is for: text or JSONL, one file per donor."),
+    option("--prompts", type=opt.FILE, multiple=True, help="What an expert is for: text or JSONL, one file per donor."),
     option(
         "--router",
         type=click.Choice(["regression", "hidden", "random"]),
@@ -51,9 +45,11 @@ from moe2gguf.cli.options import (
         type=click.Choice(["base", "average"]),
         help="Whose attention and norms: the base's, or the mean of the donors'.  [default: base]",
     ),
-    option("--used", type=ONE, help="Experts used per token.  [default: 2]"),
-    number("--tokens", "n_token", default=2048, type=ONE, help="Tokens of each expert's prompts that are read."),
-    seed_option,
+    option("--used", type=opt.ONE, help="Experts used per token.  [default: 2]"),
+    opt.number(
+        "--tokens", "n_token", default=2048, type=opt.ONE, help="Tokens of each expert's prompts that are read."
+    ),
+    opt.seed_option,
 )
 @option_group(
     "Output",
@@ -61,9 +57,9 @@ from moe2gguf.cli.options import (
         "--type", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all matrices.  [default: as they are stored]"
     ),
     option("--name", help="The model's name in the metadata."),
-    force_option,
-    threads_option,
-    json_option,
+    opt.force_option,
+    opt.threads_option,
+    opt.json_option,
 )
 def merge(
     base: Path,
@@ -88,7 +84,6 @@ def merge(
       moe2gguf merge base.gguf base.gguf code.gguf both.gguf --router random --used 1
       moe2gguf merge recipe.yaml both.gguf
     """
-    from moe2gguf.cli.tables_merge import print_merge
     from moe2gguf.recipes.merge import merge as write_merged
     from moe2gguf.recipes.merge_inputs import Recipe, read_donors, read_recipe
     from moe2gguf.recipes.merge_options import MergeOptions
@@ -105,5 +100,29 @@ def merge(
         recipe.base, recipe.donors, out, settings, force=force, threads=threads, progress=display.progress
     )
     display.warnings(done.notes)
-    emit(done.to_dict(), as_json, lambda: print_merge(done))
+    opt.emit(done.to_dict(), as_json, lambda: _print(done))
     display.next_steps(["moe2gguf", "compare", out, "--reference", recipe.base])
+
+
+def _print(done: Merge) -> None:
+    """The table, and the mean."""
+    n, k = len(done.experts), done.options.used
+    display.out().print(f"wrote {done.path}: {n} experts, {k} used per token", markup=False)
+    if not done.layers:
+        return
+    table = display.make_table("layer", "accuracy", *(f"expert {e}" for e in range(n)), numbers=slice(None))
+    for one in done.layers:
+        shares = ["" if first is None else f"{first:.0%}" for first in one.first]
+        if k < n:
+            shares = [f"{share} ({runs:.0%})" if share else "" for share, runs in zip(shares, one.runs, strict=True)]
+        table.add_row(str(one.layer), f"{one.accuracy:.1%}", *shares)
+    display.print_table(table)
+    console = display.out()
+    for e, name in enumerate(done.experts):
+        console.print(f"expert {e}: {name}", markup=False)
+    more = " (in brackets: that run it at all)" if k < n else ""
+    console.print(
+        f"Of tokens that no router has seen {done.accuracy:.1%} choose the expert first whose prompt they are from, "
+        f"over all layers; by guessing it were {1 / n:.1%}. By expert: its own tokens that choose it first{more}.",
+        markup=False,
+    )

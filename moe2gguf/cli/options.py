@@ -98,6 +98,7 @@ text_option = option(
 context_option = number("--context", "n_context", default=512, type=click.IntRange(8), help="Tokens per window.")
 tokens_option = number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all.")
 seed_option = number("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.")
+temperature_option = number("--temperature", default=0.0, type=Number(0), help="0 takes the likeliest token.")
 SEED_NEEDS_TEMPERATURE = (
     NoEffect(("--seed",), without=("--temperature",)),
     NoEffect(("--seed",), beside=("--temperature 0",)),

@@ -9,25 +9,9 @@ import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import (
-    FILE,
-    NONE,
-    ONE,
-    OUT,
-    context_option,
-    device_option,
-    emit,
-    force_option,
-    json_option,
-    number,
-    seed_option,
-    shard_size_option,
-    take,
-    text_option,
-    threads_option,
-)
 
 NO_EFFECT = (
     NoEffect(("--seed",), without=("--score random",)),
@@ -36,12 +20,12 @@ NO_EFFECT = (
 
 
 @cloup.command(cls=Command, no_effect=NO_EFFECT)
-@cloup.argument("model", type=FILE, help="A GGUF file with experts.")
-@cloup.argument("out", type=OUT, help="The GGUF file to write.")
+@cloup.argument("model", type=opt.FILE, help="A GGUF file with experts.")
+@cloup.argument("out", type=opt.OUT, help="The GGUF file to write.")
 @option_group(
     "Experts",
-    option("--keep", type=ONE, required=True, help="Experts that stay in each layer."),
-    option("-k", "--used", type=ONE, help="Experts used per token.  [default: as before, as far as they stay]"),
+    option("--keep", type=opt.ONE, required=True, help="Experts that stay in each layer."),
+    option("-k", "--used", type=opt.ONE, help="Experts used per token.  [default: as before, as far as they stay]"),
     option(
         "--score",
         type=click.Choice(["reap", "total", "frequency", "random"]),
@@ -49,16 +33,16 @@ NO_EFFECT = (
         show_default=True,
         help="What tells which experts stay.",
     ),
-    seed_option,
+    opt.seed_option,
 )
 @option_group(
     "Text",
-    text_option,
-    number("--tokens", default=8192, type=NONE, help="Tokens to read; 0 means all."),
-    context_option,
+    opt.text_option,
+    opt.number("--tokens", default=8192, type=opt.NONE, help="Tokens to read; 0 means all."),
+    opt.context_option,
 )
-@option_group("Running", device_option, threads_option)
-@option_group("Output", shard_size_option, force_option, json_option)
+@option_group("Running", opt.device_option, opt.threads_option)
+@option_group("Output", opt.shard_size_option, opt.force_option, opt.json_option)
 def prune(model: Path, out: Path, text: Path | None, tokens: int, as_json: bool, **options: Any) -> None:
     """Leave out the experts that a text needs least.
 
@@ -77,9 +61,9 @@ def prune(model: Path, out: Path, text: Path | None, tokens: int, as_json: bool,
     from moe2gguf.recipes.prune import prune as write_pruned
 
     options["n_token"] = tokens or None
-    settings = take(PruneOptions, options)
+    settings = opt.take(PruneOptions, options)
     words = read_text(text, bytes_to_read(tokens + settings.n_context if tokens else None))
     done = write_pruned(model, out, settings, words, progress=display.progress, **options)
     display.warnings(done.notes)
-    emit(done.to_dict(), as_json, lambda: display.out().print(done.describe(), markup=False))
+    opt.emit(done.to_dict(), as_json, lambda: display.out().print(done.describe(), markup=False))
     display.next_steps(["moe2gguf", "compare", out, "--reference", model])

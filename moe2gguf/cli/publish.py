@@ -10,21 +10,9 @@ import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, ContinuedOutput, NoEffect
-from moe2gguf.cli.options import (
-    ANY,
-    FILE,
-    context_option,
-    emit,
-    json_option,
-    resume_option,
-    text_option,
-    threads_option,
-    tokens_option,
-    whole_numbers,
-    words,
-)
 from moe2gguf.graphs import GRAPHS
 
 if TYPE_CHECKING:
@@ -33,40 +21,47 @@ if TYPE_CHECKING:
 
 
 @cloup.command(cls=Command, no_effect=[NoEffect(("--private",), without=("--upload",))])
-@cloup.argument("model", type=ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
+@cloup.argument("model", type=opt.ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
 @cloup.argument("folder", type=ContinuedOutput(path_type=Path), help="The folder to make.")
 @option_group(
     "What to publish",
     option(
-        "--types", callback=words, default="q8_0,q4_k_m", show_default=True, metavar="T,T", help="Types of the files."
+        "--types",
+        callback=opt.words,
+        default="q8_0,q4_k_m",
+        show_default=True,
+        metavar="T,T",
+        help="Types of the files.",
     ),
     option(
         "-k",
         "--used",
-        callback=whole_numbers,
+        callback=opt.whole_numbers,
         metavar="K,K",
         help="Experts used per token.  [default: all]",
     ),
     option("-e", "--experts", type=int, help="Experts per layer.  [default: as convert]"),
     option("--target", type=click.Choice([*GRAPHS]), help="Graph of llama.cpp to write for.  [default: mixtral]"),
     option("--name", help="Name of the model in metadata and file names."),
-    option("--calibration", type=FILE, help="Text to fit the experts to.  [default: a built-in mix of eight genres]"),
-    option("--imatrix", type=FILE, help="Importance matrix of the dense model, for the types."),
+    option(
+        "--calibration", type=opt.FILE, help="Text to fit the experts to.  [default: a built-in mix of eight genres]"
+    ),
+    option("--imatrix", type=opt.FILE, help="Importance matrix of the dense model, for the types."),
 )
 @option_group(
     "How to measure",
-    text_option,
-    tokens_option,
-    context_option,
+    opt.text_option,
+    opt.tokens_option,
+    opt.context_option,
     option("--speed", is_flag=True, help="Also measure the speed."),
-    threads_option,
+    opt.threads_option,
 )
 @option_group(
     "Where to",
     option("--upload", metavar="OWNER/NAME", help="Send the folder to this repository on the Hugging Face Hub."),
     option("--private", is_flag=True, help="Make a new repository private."),
-    resume_option,
-    json_option,
+    opt.resume_option,
+    opt.json_option,
 )
 def publish(
     model: Path,
@@ -129,7 +124,7 @@ def publish(
         on_plan=warn_once(),
         on_row=row_done,
     )
-    emit(done.to_dict(), as_json, lambda: _print(done))
+    opt.emit(done.to_dict(), as_json, lambda: _print(done))
     if not upload:
         display.next_steps(["hf", "upload", "OWNER/NAME", done.folder])
 

@@ -9,22 +9,10 @@ import click
 import cloup
 from cloup import option, option_group
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli import tables_convert
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import (
-    FILE,
-    OUT,
-    emit,
-    expert_type_rules,
-    force_option,
-    json_option,
-    refusals_as_json,
-    resume_option,
-    shard_size_option,
-    threads_option,
-    type_rules,
-)
 
 NO_EFFECT = (
     NoEffect(("--imatrix-repair",), without=("--imatrix",)),
@@ -33,17 +21,17 @@ NO_EFFECT = (
 
 
 @cloup.command(cls=Command, no_effect=NO_EFFECT)
-@cloup.argument("source", type=FILE, help="The GGUF file to quantize, in f32, f16 or bf16.")
-@cloup.argument("out", type=OUT, help="The GGUF file to write.")
+@cloup.argument("source", type=opt.FILE, help="The GGUF file to quantize, in f32, f16 or bf16.")
+@cloup.argument("out", type=opt.OUT, help="The GGUF file to write.")
 @cloup.argument("type", required=False, help="q4_k_m, iq4_xs, q8_0 or another of llama.cpp; auto keeps them as stored.")
 @option_group(
     "Types",
-    *type_rules,
+    *opt.type_rules,
     option("--allow-requantize", is_flag=True, help="Also convert tensors that are quantized already."),
 )
-@option_group("Output", shard_size_option, force_option, resume_option, threads_option, json_option)
+@option_group("Output", opt.shard_size_option, opt.force_option, opt.resume_option, opt.threads_option, opt.json_option)
 @option_group("Before", option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop."))
-@option_group("Expert options: types", *expert_type_rules, hidden=True)
+@option_group("Expert options: types", *opt.expert_type_rules, hidden=True)
 def quantize(
     source: Path,
     out: Path,
@@ -78,10 +66,10 @@ def quantize(
     types = TypeOptions(**options)
     arguments: dict[str, Any] = {"allow_requantize": allow_requantize, "shard_size": shard_size}
     if plan_only:
-        with refusals_as_json(as_json):
+        with opt.refusals_as_json(as_json):
             plan = plan_quantization(source, types, **arguments, progress=display.progress)
         display.warnings(plan.warnings)
-        emit(plan.to_dict(), as_json, lambda: tables_convert.print_quantization_plan(plan))
+        opt.emit(plan.to_dict(), as_json, lambda: tables_convert.print_quantization_plan(plan))
         return
     done = write(
         source,
@@ -94,6 +82,6 @@ def quantize(
         progress=display.progress,
         on_plan=lambda plan: display.warnings(plan.warnings),
     )
-    emit(done.to_dict(), as_json, lambda: tables_convert.print_quantization(done))
+    opt.emit(done.to_dict(), as_json, lambda: tables_convert.print_quantization(done))
     run = display.suggest_running(done.path, done.plan.metadata)
     display.next_steps(run, ["moe2gguf", "compare", done.path, "--reference", source])

@@ -9,32 +9,22 @@ import click
 import cloup
 from cloup import option
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command
-from moe2gguf.cli.options import (
-    FILE,
-    ONE,
-    SEED_NEEDS_TEMPERATURE,
-    Number,
-    device_option,
-    number,
-    seed_option,
-    threads_option,
-    used_option,
-)
 
 
-@cloup.command(cls=Command, no_effect=SEED_NEEDS_TEMPERATURE)
-@cloup.argument("file", type=FILE, help="The GGUF file to run.")
+@cloup.command(cls=Command, no_effect=opt.SEED_NEEDS_TEMPERATURE)
+@cloup.argument("file", type=opt.FILE, help="The GGUF file to run.")
 @cloup.argument("prompt", required=False, default=None, help="What to say to it.")
 @option("-p", "--prompt", "prompt_option", metavar="PROMPT", help="The same as an option.")
 @option("--raw", is_flag=True, help="Use no chat template: the text goes on where the prompt ends.")
-@used_option
-@number("-n", "--tokens", default=64, type=ONE, help="Tokens to generate.")
-@option("--temperature", default=0.0, show_default=True, type=Number(0), help="0 takes the likeliest token.")
-@seed_option
-@device_option
-@threads_option
+@opt.used_option
+@opt.number("-n", "--tokens", default=64, type=opt.ONE, help="Tokens to generate.")
+@opt.temperature_option
+@opt.seed_option
+@opt.device_option
+@opt.threads_option
 def run(
     file: Path,
     prompt: str | None,

@@ -11,23 +11,9 @@ import cloup
 from cloup import option, option_group
 from rich.markup import escape
 
+from moe2gguf.cli import options as opt
 from moe2gguf.cli import tables as display
 from moe2gguf.cli.command import Command, NoEffect
-from moe2gguf.cli.options import (
-    ANY,
-    OUT,
-    Number,
-    Size,
-    emit,
-    force_option,
-    json_option,
-    number,
-    resume_option,
-    text_option,
-    threads_option,
-    tokens_option,
-    words,
-)
 from moe2gguf.cli.publish import warn_once
 from moe2gguf.gguf.reader import read_gguf
 
@@ -35,34 +21,34 @@ if TYPE_CHECKING:
     from moe2gguf.measure.shrink import Shrunk
     from moe2gguf.measure.trials import Trial
 
-RATIO = Number(1, min_open=True)
+RATIO = opt.Number(1, min_open=True)
 
 
 @cloup.command(cls=Command, no_effect=[NoEffect(("--context",), without=("--room",))])
-@cloup.argument("model", type=ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
-@cloup.argument("out", type=OUT, help="The GGUF file to write.")
+@cloup.argument("model", type=opt.ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
+@cloup.argument("out", type=opt.OUT, help="The GGUF file to write.")
 @option_group(
     "One wish",
     option("--faster", type=RATIO, metavar="F", help="Generate at least F times as fast on this machine."),
-    option("--room", type=Size(), metavar="SIZE", help="Need at most so many bytes for the file and its cache."),
+    option("--room", type=opt.Size(), metavar="SIZE", help="Need at most so many bytes for the file and its cache."),
     option("--quality", type=RATIO, metavar="Q", help="Have at most Q times the perplexity, and read the least."),
 )
 @option_group(
     "How",
     option(
         "--types",
-        callback=words,
+        callback=opt.words,
         default="q8_0,q6_k,q5_k_m,q4_k_m,q4_0",
         show_default=True,
         metavar="T,T",
         help="Types that are tried.",
     ),
-    number("--context", "n_context", default=4096, type=click.IntRange(1), help="Tokens in the cache of --room."),
-    text_option,
-    tokens_option,
-    threads_option,
+    opt.number("--context", "n_context", default=4096, type=click.IntRange(1), help="Tokens in the cache of --room."),
+    opt.text_option,
+    opt.tokens_option,
+    opt.threads_option,
 )
-@option_group("Output", force_option, resume_option, json_option)
+@option_group("Output", opt.force_option, opt.resume_option, opt.json_option)
 def shrink(
     model: Path,
     out: Path,
@@ -105,7 +91,7 @@ def shrink(
         on_trial=_tell,
         **options,
     )
-    emit(done.to_dict(), as_json, lambda: _print(done))
+    opt.emit(done.to_dict(), as_json, lambda: _print(done))
     display.next_steps(display.suggest_running(done.path, read_gguf(done.path).metadata))
 
 

@@ -46,10 +46,8 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
     more = ("accepted", "99 %", "top-5", "RMS dp", "corr", "max dlogit", "NaN") if wide else ()
     columns = ("file", "used", "perplexity", "KL mean", "top-1", *more)
     devices = wide or len({row.config.device for row in found.rows}) > 1
-    table = Table(*columns, "type", *["device"] * devices, box=None, pad_edge=False)
+    table = display.make_table(*columns, "type", *["device"] * devices, numbers=slice(2, len(columns)))
     table.columns[0].overflow = "fold"
-    for column in table.columns[2 : len(columns)]:
-        column.justify = "right"
     for row in found.rows:
         c = row.config
         used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"
@@ -109,7 +107,7 @@ def _tasks(found: Comparison) -> None:
     if not found.tasks:
         return
     kinds = next(iter(found.tasks.values())).shares
-    table = Table("tasks solved", *kinds, "repeated 4-grams", box=None, pad_edge=False)
+    table = display.make_table("tasks solved", *kinds, "repeated 4-grams")
     for label, scores in found.tasks.items():
         table.add_row(escape(label), *map(describe_share, scores.shares.values()), f"{scores.repeated:.0%}")
     display.print_table(table)
@@ -206,10 +204,7 @@ def speeds(found: Bench) -> None:
 
 def _speed_table() -> Table:
     columns = ("", "prompt tokens/s", "generation tokens/s", "bound", "x reference", "first token", "memory", "")
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[1:7]:
-        column.justify = "right"
-    return table
+    return display.make_table(*columns, numbers=slice(1, 7))
 
 
 def _speed_cells(speed: Speed) -> tuple[str, ...]:

@@ -126,18 +126,8 @@ def print_folder(done: Conversion) -> None:
 def print_layers(reports: Sequence[LayerReport]) -> None:
     """What calibration found, layer by layer."""
     console = display.out()
-    columns = (
-        "layer",
-        "shared",
-        "used by tokens",
-        "energy kept",
-        "best choice",
-        "hit rate",
-        "load",
-        "constant",
-        "after refit",
-    )
-    table = display.make_table(*columns, numbers=slice(None))
+    columns = ("layer", "shared", "used by tokens", "energy kept", "best choice", "hit rate", "load", "constant")
+    table = display.make_table(*columns, "after refit", numbers=slice(None))
     for i, report in enumerate(reports):
         routed = report.load[report.n_shared :]
         table.add_row(
