@@ -213,8 +213,13 @@ def _collect_and_save(
     threads: int | None,
     progress: Progress,
 ) -> Collected:
-    """Go on after the windows of `before`; the job gets what is done so far every `SAVE_EVERY` seconds."""
-    stream = collect_sums(model, text.text, settings, before, threads=threads)
+    """Go on after the windows of `before`; the job gets what is done so far every `SAVE_EVERY` seconds.
+
+    Raises:
+        HarnessError: llama.cpp cannot run the file, the text is too short, or activations are not finite.
+    """
+    arguments = model, text.text, settings, before, threads, SAVE_EVERY
+    stream = stream_from_child(_collect, *arguments, what=f"running {model}")
     done, n_window, _ = next(stream)
     with progress("collect", n_window * settings.n_context) as advance:
         advance(done * settings.n_context)
@@ -285,25 +290,14 @@ def find_scarce_experts(matrix: ImportanceMatrix) -> tuple[Coverage, ...]:
     )
 
 
-def collect_sums(
-    path: Path, text: str, settings: CollectionSettings, before: Collected, *, threads: int | None = None
-) -> Generator[tuple[int, int, Sums | None], None, Collected]:
-    """Run `text` through the file in a child process and add to what there is `before`; returns all sums.
-
-    Yields (windows done, windows in all, None), and every `SAVE_EVERY` seconds the sums so far in the place of None.
-    What is continued has the same sums to the bit as what was not stopped.
-
-    Raises:
-        HarnessError: llama.cpp cannot run the file, the text is too short, or activations are not finite.
-    """
-    arguments = path, text, settings, before, threads, SAVE_EVERY
-    collected: Collected = yield from stream_from_child(_collect, *arguments, what=f"running {path}")
-    return collected
-
-
 def _collect(
     path: Path, text: str, settings: CollectionSettings, before: Collected, threads: int | None, save_every: float
 ) -> Generator[tuple[int, int, Sums | None], None, Collected]:
+    """Run `text` through the file, in a child process, and add to what there is `before`; returns all sums.
+
+    Yields (windows done, windows in all, None), and every `save_every` seconds the sums so far in the place of None.
+    What is continued has the same sums to the bit as what was not stopped.
+    """
     sums, n_context = before.sums, settings.n_context
     setup = Setup(n_expert_used=settings.n_expert_used, n_context=0, n_batch=min(BATCH, n_context), n_threads=threads)
     with open_model(path, setup) as model:
