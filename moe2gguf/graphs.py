@@ -3,8 +3,6 @@
 How many experts such a graph has room for is in `moe2gguf.limits`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal

@@ -1,7 +1,5 @@
 """How long work tells what it has done."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager

@@ -16,8 +16,6 @@ Glossary (used in every shape in this project; arrays are in numpy order, row-ma
     n_token        tokens in a batch or a text
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

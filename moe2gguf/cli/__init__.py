@@ -4,8 +4,6 @@ Results go to stdout (`--json` for machines), progress and notes to stderr. Exit
 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
-from __future__ import annotations
-
 import gc
 import signal
 import sys

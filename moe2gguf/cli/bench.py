@@ -1,7 +1,5 @@
 """The command bench: measure the speed of files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

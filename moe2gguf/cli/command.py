@@ -1,7 +1,5 @@
 """What every command has: hints for the spellings of other programs, and a second page of help for experts."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

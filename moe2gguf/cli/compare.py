@@ -1,7 +1,5 @@
 """The command compare: measure the quality of files against the dense model."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command densify: a model with experts becomes a dense one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cloup

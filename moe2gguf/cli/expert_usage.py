@@ -1,7 +1,5 @@
 """The command expert-usage: show which experts a text uses."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command imatrix: collect an importance matrix."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

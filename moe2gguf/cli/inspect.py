@@ -1,7 +1,5 @@
 """The command inspect: show what a GGUF file holds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cloup

@@ -1,7 +1,5 @@
 """What several commands share: option decorators, parameter types, and printing a result."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """A line that a person types, and signals that are seen while the program waits for it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """The command prune: a file with fewer experts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command quantize: a GGUF file is written again with smaller types."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command run: generate text."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command serve-help: what to type to serve a file with other programs."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command set-used: change how many experts a file uses per token."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cloup

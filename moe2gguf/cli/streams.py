@@ -1,7 +1,5 @@
 """Standard output and error that may be full, closed, or unable to show a character."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """The command verify: check a GGUF file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cloup

@@ -6,8 +6,6 @@ return to the first (sequential refit), hence later layers mend what earlier one
 all sets are on disk, so that a stopped calibration resumes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Routers for experts that were whole models: which of them knows a token, from the states of tokens that each does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -5,8 +5,6 @@ are the shared experts. Nothing here sees a token: a first grouping is made from
 later one from the energy that each neuron would keep in each expert (`moe2gguf.experts.stats`).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

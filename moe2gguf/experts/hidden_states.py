@@ -4,8 +4,6 @@ Rows are read piece by piece (`chunks`), so that results do not depend on where 
 its owner: nobody changes it in place.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The table of methods: what each does and where it comes from. The command line, the docs and reports read it."""
 
-from __future__ import annotations
-
 GROUPS = {
     "contiguous": "neighboring neurons (https://huggingface.co/kalomaze/Mistral-7b-MoEified-8x)",
     "activations": "balanced k-means on which neurons contribute to the output together (CMoE, "

@@ -4,8 +4,6 @@ Shapes: x (n_token, d_model) is the MLP's input, behind its norm; h (n_token, d_
 activations; `down` is kept as (d_ff, d_model), one row per neuron, so that the MLP's output is h @ down.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ order of the logits counts, every chosen expert weighs 1/k, and with all experts
 Nothing here sees a token: routers are solved from the moments of the inputs (`moe2gguf.experts.stats`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

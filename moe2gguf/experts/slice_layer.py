@@ -4,8 +4,6 @@ The steps, in order: group the neurons, fit the router to the groups, scale the 
 projections. Each step sums what it needs over the tokens (`moe2gguf.experts.stats`) and solves it from the sums.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from dataclasses import replace

@@ -5,8 +5,6 @@ place of each expert, with `PADDING` for a zero neuron. Every neuron stands in e
 of error, since silu(0) * 0 = 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ What comes out are small matrices, from which `grouping`, `routing` and `refit` 
 token. Shapes and letters are those of `moe2gguf.experts.mlp`; k is the number of experts used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

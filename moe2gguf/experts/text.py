@@ -1,7 +1,5 @@
 """Calibration text, and the windows of tokens made of it."""
 
-from __future__ import annotations
-
 import codecs
 import functools
 import hashlib

@@ -5,8 +5,6 @@ bytes. Every block type is linear in its scales, hence a power of two multiplies
 multiplies the scales exactly: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml-quants.c
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -5,8 +5,6 @@ router chooses from, and the shared expert is as wide as `expert_shared_count` o
 count: of 16 experts, 4 of which are shared, 8 run per token if the router chooses 4 of 12.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

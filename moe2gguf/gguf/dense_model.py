@@ -5,8 +5,6 @@ is rotated with j + d_head / 2 instead of its neighbor, and arch `qwen3` normali
 of q and k change places where the target's layout is another: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L3052-L3117
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

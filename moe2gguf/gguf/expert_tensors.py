@@ -3,8 +3,6 @@
 An expert is a run of whole rows in each of these tensors, so it can be left out without decoding anything.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence

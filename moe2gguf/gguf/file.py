@@ -3,8 +3,6 @@
 How the header is read, without trusting it, is in `reader`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field

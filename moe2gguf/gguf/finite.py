@@ -1,7 +1,5 @@
 """Whether every value of a file is finite: elements of float tensors, the scales of block types."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

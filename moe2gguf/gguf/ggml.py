@@ -1,7 +1,5 @@
 """The C declarations of ggml that are used through ctypes: two structures, and the signatures of functions."""
 
-from __future__ import annotations
-
 import ctypes
 from typing import Any
 

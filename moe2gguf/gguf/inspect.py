@@ -1,7 +1,5 @@
 """What a GGUF file contains, from its header alone: as a record for programs and as tables for people."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

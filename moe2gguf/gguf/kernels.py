@@ -7,8 +7,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/ggml.c#L8067
 Some of its checks end the process instead of failing; everything they test is tested here first.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.util

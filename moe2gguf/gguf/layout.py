@@ -3,8 +3,6 @@
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, little endian).
 """
 
-from __future__ import annotations
-
 import math
 import re
 import struct

@@ -1,7 +1,5 @@
 """The number of experts per token that a sliced file was made for, where its weights serve only that one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/models/llama.cpp#L3-L37
 (`expert_weights_scale`, per-layer expert counts) are not written.
 """
 
-from __future__ import annotations
-
 import math
 from importlib.metadata import version
 

@@ -1,7 +1,5 @@
 """The rule for every output: it is no file that is read, and it replaces a file only where that is wanted."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

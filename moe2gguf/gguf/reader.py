@@ -5,8 +5,6 @@ hostile header costs no more than a small multiple of its own size. The checks a
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/src/gguf.cpp#L480
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from itertools import pairwise

@@ -4,8 +4,6 @@ An error or a full disk leaves nothing; an interrupt or a crash leaves at most t
 run of the same job continues.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -5,8 +5,6 @@ rotates the neighbors 2j and 2j + 1 ("pairs"):
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model.cpp#L3052-L3117
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Changing one count in a finished file, in place."""
 
-from __future__ import annotations
-
 import os
 import struct
 from pathlib import Path

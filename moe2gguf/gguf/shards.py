@@ -4,8 +4,6 @@ Every shard says its number (from 0), their count and the number of tensors of a
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model-loader.cpp#L595-L671
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One tensor of a GGUF file, read whole or in pieces of rows, as it is stored or as numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

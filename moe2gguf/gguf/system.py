@@ -4,8 +4,6 @@ Windows has no lock that a folder could hold, and no way to read or write at a p
 there two processes on one folder are the user's care, and threads take turns.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

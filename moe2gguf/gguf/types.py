@@ -1,7 +1,5 @@
 """Tensor types: which there are, how large, and how an array becomes their bytes."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterable

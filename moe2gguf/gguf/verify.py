@@ -3,8 +3,6 @@
 Written apart from the writer: the two agree because both follow llama.cpp, not because they share code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

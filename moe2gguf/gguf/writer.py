@@ -3,8 +3,6 @@
 Nothing has its final name that is not complete and verified, see `moe2gguf.gguf.replace_files`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import threading

@@ -5,8 +5,6 @@ llama.cpp's own converter. The name is the card's, else that of config.json's `_
 that of the model's repository on the Hub or of its folder.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

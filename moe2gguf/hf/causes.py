@@ -1,7 +1,5 @@
 """Why tensors of a folder are others than config.json says, where there is one reason for many of them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

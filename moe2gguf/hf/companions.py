@@ -1,7 +1,5 @@
 """The small files that make a checkpoint's weights usable: tokenizer, chat templates, generation settings, licence."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """config.json -> hyper-parameters, with typed reads that collect every problem instead of stopping at the first."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

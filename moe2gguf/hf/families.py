@@ -6,8 +6,6 @@ Adding a family means adding a row to `FAMILIES`; an architecture that cannot be
 Targets and their shapes are those of the graph `qwen3` in `moe2gguf.graphs`, which has every tensor of these families.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

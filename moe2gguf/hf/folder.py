@@ -1,7 +1,5 @@
 """A Hugging Face folder, opened: hyper-parameters, vocabulary, and lazy tensors, with every problem found at once."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

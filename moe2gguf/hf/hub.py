@@ -4,8 +4,6 @@ What talks to the Hub is huggingface_hub: its cache, its token, its `HF_ENDPOINT
 https://huggingface.co/docs/huggingface_hub/guides/download
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

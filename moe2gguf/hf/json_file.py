@@ -1,7 +1,5 @@
 """A JSON file of a checkpoint, read strictly: bounded, without duplicate keys, without surprises further down."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

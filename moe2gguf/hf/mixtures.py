@@ -3,8 +3,6 @@
 `convert` makes experts of a dense model, so it refuses these; what a user can do with them is said instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

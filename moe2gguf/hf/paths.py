@@ -1,7 +1,5 @@
 """Which files may be read as part of a checkpoint: names stay in its folder, links to files are followed."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Both generations of readers find their keys: `rope_theta` and `rope_scaling` are
 by vLLM.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from moe2gguf.graphs import GRAPHS

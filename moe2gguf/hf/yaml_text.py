@@ -1,7 +1,5 @@
 """YAML from outside: plain values only, and no text that grows when it is read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

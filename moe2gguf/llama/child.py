@@ -6,8 +6,6 @@ bindings and nothing of the user's (see `moe2gguf.llama.warm`); the user's `__ma
 and answers are pickles over its own two pipes, never files; `moe2gguf.llama.serve` is the other end of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -4,8 +4,6 @@ llama-cpp-python has no functions for GPUs, RPC servers and the place of single 
 it links, in a child process only.
 """
 
-from __future__ import annotations
-
 import ctypes
 import socket
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """llama.cpp as a library: imported when first needed, its log kept, its files opened. Used in a child process only."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

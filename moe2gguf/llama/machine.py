@@ -1,7 +1,5 @@
 """What numbers depend on besides the files: the versions and the machine they were measured with."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version

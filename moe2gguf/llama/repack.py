@@ -4,8 +4,6 @@ Its kernels for rearranged weights (AMX tiles above all) have ended processes th
 run that is ended by one of these signals is tried once more with the weights as they are in the file.
 """
 
-from __future__ import annotations
-
 import signal
 from dataclasses import replace
 

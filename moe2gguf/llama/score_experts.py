@@ -1,7 +1,5 @@
 """What each expert adds to the answer of its layer, summed over a text. Used in a child process only."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The child's side of `moe2gguf.llama.child`: one request on standard input, its answers on standard output."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import queue

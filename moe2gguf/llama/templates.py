@@ -3,8 +3,6 @@
 The engine is llama-cpp-python's, a Jinja sandbox set up as transformers sets up its own.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Token ids from the vocabulary of a GGUF file, as llama.cpp's own tokenizer makes them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ never loads a model, starts no threads and answers only its parent, over a socke
 that socket closes. Linux only: elsewhere a library that was loaded before a fork may not work after it.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

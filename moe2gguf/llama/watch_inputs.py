@@ -5,8 +5,6 @@ What llama.cpp's own tool collects:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/imatrix/imatrix.cpp#L248-L455
 """
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import dataclass, field
 from types import ModuleType

@@ -1,7 +1,5 @@
 """What goes into every MLP of a file, or which experts it runs, token by token. Used in a child process."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path

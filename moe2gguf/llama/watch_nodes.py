@@ -7,8 +7,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-graph.cpp#L2074-L
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/include/ggml-backend.h#L309 (the callback).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from types import ModuleType
 from typing import Any

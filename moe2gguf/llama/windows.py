@@ -1,7 +1,5 @@
 """A text as windows of tokens, as llama.cpp's own tools cut it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How fast each file, expert count and device runs; rounds are interleaved, so that noise hits all alike."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Is a sliced file still its dense model? Both run in llama.cpp on the same tokens."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from contextlib import closing

@@ -5,8 +5,6 @@ network, and a measurement whose worker is lost can be made by any other. Files 
 machines share.
 """
 
-from __future__ import annotations
-
 import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence

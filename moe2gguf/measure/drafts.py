@@ -11,8 +11,6 @@ min(1, p / q), which llama.cpp's server does not do:
 https://github.com/ggml-org/llama.cpp/blob/001d906a6d86e2490e394361e7cc6f478b100088/common/speculative.cpp
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What is measured: one file at one number of experts on one device, each checked before anything runs."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter

@@ -5,8 +5,6 @@ asks for it, and every position computes an output, so that the last layer sees 
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/imatrix/imatrix.cpp#L799
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field

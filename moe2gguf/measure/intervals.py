@@ -5,8 +5,6 @@ assumes; tokens of one window are not. Two files are compared on the same window
 of the text out of the difference.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

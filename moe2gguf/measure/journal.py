@@ -1,7 +1,5 @@
 """Finished measurements, one JSON object per line, so that an interrupted comparison goes on where it stopped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import AbstractContextManager

@@ -5,8 +5,6 @@ Only scored positions are computed to logits, a batch at a time, so memory is at
 n_token * n_vocab * 4 bytes, or what `record_reference` is given: see `compact`.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Only files that are sliced here, for a graph that weighs a chosen expert alike a
 experts are then the dense model, and fewer are a plain partial sum of it.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Mapping, Sequence

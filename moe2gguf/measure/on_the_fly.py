@@ -1,7 +1,5 @@
 """A comparison whose files are also quantized on the fly, and removed when it is done."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

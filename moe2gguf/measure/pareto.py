@@ -1,7 +1,5 @@
 """Quality against speed: which runs nothing beats in both, and which one is recommended."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from moe2gguf.measure.metrics import Summary

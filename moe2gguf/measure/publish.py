@@ -1,7 +1,5 @@
 """A folder that can be published: variants of one model, measured, with a model card; and its way to the Hub."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import re

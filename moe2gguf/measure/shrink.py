@@ -5,8 +5,6 @@ experts where they might make the smallest type that keeps the quality faster st
 lost less than slices that are as fast (docs/results/quants.md).
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Sequence

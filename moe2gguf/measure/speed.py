@@ -5,8 +5,6 @@ cache before each, one warm-up of each, whole batches timed:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/llama-bench/llama-bench.cpp#L2168
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Are the token ids of a converted file those of its folder's tokenizer? Both read texts made of its own tokens."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

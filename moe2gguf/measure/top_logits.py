@@ -13,8 +13,6 @@ The overlap sum min(p, q) splits likewise: exact over the kept entries, and betw
 rest, with p over the kept entries here. `overlap` is the sum over the kept ones, `overlap_slack` the room above it.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

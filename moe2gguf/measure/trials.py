@@ -1,7 +1,5 @@
 """Files at a count of experts against the dense file that they come from: perplexity and speed, each as a ratio."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Which experts run, seen in llama.cpp's own graph while it computes. Used in a child process only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType

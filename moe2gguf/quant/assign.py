@@ -1,7 +1,5 @@
 """Rules give every tensor a type, and everything that does not fit is named before anything is written."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

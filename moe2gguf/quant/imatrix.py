@@ -6,8 +6,6 @@ For each input column a file holds the sum of squares over the tokens seen, and 
 per tensor, and says 1.0 where it has no data. Both are untrusted: everything is checked as it is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath

@@ -5,8 +5,6 @@ the dense model serves experts as well. Every expert's gate and up projection se
 columns of a down projection are neurons, which are picked in the order in which the experts hold them.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -8,8 +8,6 @@ several down projections, such as that of a shared expert, its six smallest file
 tensors; here it is the first eighth of the layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

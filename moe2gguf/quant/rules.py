@@ -4,8 +4,6 @@ A pattern is a regular expression that must match a tensor's whole name; the fir
 tried on the tensors that may be quantized at all, the matrices; norms, biases and routers stay as they are.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -9,8 +9,6 @@ Per tensor only the lower convex hull of (bytes, error) matters; taking its step
 for the last step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """A dense model becomes a GGUF file of architecture `llama` with experts: `convert`, from top to bottom."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

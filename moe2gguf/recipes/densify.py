@@ -1,7 +1,5 @@
 """The recipe of `moe2gguf densify`: a model with experts becomes the dense model whose MLPs hold all of them."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The tensors, types and metadata of a file to come, as far as the kind of its source decides them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 

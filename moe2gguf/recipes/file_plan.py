@@ -1,7 +1,5 @@
 """A GGUF file (or set of shards) to come, as a value: what the plans of `convert` and of `quantize` have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

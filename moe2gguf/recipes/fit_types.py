@@ -1,7 +1,5 @@
 """The step that `--target-size` and `--target-bpw` need: weights are read to choose the types of a plan."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from moe2gguf.gguf.layout import lay_out

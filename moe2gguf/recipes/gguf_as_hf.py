@@ -3,8 +3,6 @@
 One tensor is decoded at a time. Biases that a file leaves out are zeros, as they are in llama.cpp's graph.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The recipe of `moe2gguf heal`: a sliced model is trained for a while against the dense model it was cut from."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/modeling_glm4_moe.py).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -3,8 +3,6 @@
 They are read before a plan is made, so that `make_plan` reads nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from moe2gguf.errors import PlanError, advise_install

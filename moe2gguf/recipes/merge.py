@@ -1,7 +1,5 @@
 """Dense models of one shape become the experts of one file, and nothing is decoded: `merge`, from top to bottom."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

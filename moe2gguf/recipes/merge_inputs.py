@@ -1,7 +1,5 @@
 """What a merge is made of, from files: prompts as texts, or a recipe in YAML as mergekit has it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What a merge is made of, how its experts are chosen, and what became of it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean

@@ -1,7 +1,5 @@
 """The routers of a merge: prompts run through the base, and what the finished file does with those kept back."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence

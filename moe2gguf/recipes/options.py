@@ -1,7 +1,5 @@
 """What the user chooses about a conversion, and every choice that is refused before a weight is read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The second pass: planned tensors become tensors that the writer can write."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """The first pass: from a model's description to every tensor, byte and refusal of the file; no weight is read."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A GGUF file with experts becomes one with fewer of them, and nothing is decoded: `prune`, from top to bottom."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version

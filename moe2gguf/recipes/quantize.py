@@ -1,7 +1,5 @@
 """A GGUF file becomes the same file with other tensor types: `quantize`, from top to bottom."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

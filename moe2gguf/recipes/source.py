@@ -1,7 +1,5 @@
 """What a conversion may start from: a Hugging Face folder, a model of the Hub, or a dense GGUF file."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing here reads a weight. `moe2gguf.recipes.tensors_hf` and `moe2gguf.recipes
 two kinds of source, and make their arrays.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Whole rows move and whole blocks are cut as bytes. Numbers are decoded and quant
 chosen, or where a down projection's neurons leave their blocks.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The tensors of a file to come that is made from a Hugging Face folder: planned first, made in the second pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

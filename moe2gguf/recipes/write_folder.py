@@ -3,8 +3,6 @@
 A folder under the final name is always complete: a crash leaves at most `NAME.partial`, which the next run replaces.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Scores of the whole model on held-out text, at every count of experts used that matters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

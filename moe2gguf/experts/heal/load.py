@@ -1,7 +1,5 @@
 """A whole model in transformers, made of a folder's checked config and tensors and of nothing else that lies there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

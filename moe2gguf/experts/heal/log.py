@@ -1,7 +1,5 @@
 """The lines of a healing run's log: one per healed layer, per step and per evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias

@@ -6,8 +6,6 @@ gradient of the hidden states is kept (as fused linear cross-entropy kernels do,
 section 3.2, but for any loss).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ m = d_shared + n_expert * d_expert. All are computed, and those of experts that 
 is a few large products; the shared ones weigh one.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """What both stages share: which weights train, their optimizer, and the check for NaN and infinity."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

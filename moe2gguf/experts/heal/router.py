@@ -8,8 +8,6 @@ https://arxiv.org/abs/1308.3432). Ordering-only rows stay ordering-only, and row
 other people's models) have scale 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ Everything random is a function of the seed and the step's number, so a continue
 no state to keep.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The sliced model as transformers' own class, with routers that learn; and its experts as a folder has them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

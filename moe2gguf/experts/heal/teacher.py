@@ -1,7 +1,5 @@
 """The dense model, frozen: its hidden states of a window of text are computed once and kept."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

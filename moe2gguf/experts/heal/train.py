@@ -1,7 +1,5 @@
 """The whole model end to end: distillation by accelerate's loop, with checkpoints, evaluation and the best kept."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tokens that a checkpoint adds to its vocabulary, from the three files that may list them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

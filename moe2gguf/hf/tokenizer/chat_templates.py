@@ -1,7 +1,5 @@
 """Chat templates: copied, never rendered."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -23,8 +23,6 @@ What is left is a token made by two pairs that share a symbol without being a ru
 takes the left one, as SentencePiece does, where tokenizer.json could prefer the right.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """What a SentencePiece-style tokenizer.json does with spaces, found by watching it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer

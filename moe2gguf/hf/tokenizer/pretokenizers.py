@@ -25,8 +25,6 @@ https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-vocab.cpp#L2154
 
 # ruff: noqa: RUF001 - look-alike characters are what we probe with
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -6,8 +6,6 @@ https://github.com/google/sentencepiece/blob/v0.2.0/src/sentencepiece_model.prot
 (encoding: https://protobuf.dev/programming-guides/encoding/).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

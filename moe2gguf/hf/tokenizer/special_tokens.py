@@ -1,7 +1,5 @@
 """Tokens with a role: which ids they have, and which of them are put around a text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

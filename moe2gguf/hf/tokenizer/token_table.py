@@ -1,7 +1,5 @@
 """One row per token id: text, type and score, and everything that can be wrong with them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

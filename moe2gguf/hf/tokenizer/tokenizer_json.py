@@ -1,7 +1,5 @@
 """tokenizer.json: the tokenizer as the `tokenizers` package runs it, and its parts as checked values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,8 +13,6 @@ with a space prefix llama.cpp puts one before every stretch of text between spec
 scheme "first" puts one at the start only, and none before a text that starts with a space.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

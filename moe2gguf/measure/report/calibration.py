@@ -1,7 +1,5 @@
 """A calibration as one HTML page: words, figures of every layer, a table, and what it was made from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from statistics import fmean

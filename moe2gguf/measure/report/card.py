@@ -4,8 +4,6 @@ The front matter is written and read again by huggingface_hub:
 https://huggingface.co/docs/hub/model-cards
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

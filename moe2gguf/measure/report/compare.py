@@ -1,7 +1,5 @@
 """A comparison as one HTML page: words first, then figures, every number in a table, and how it was measured."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

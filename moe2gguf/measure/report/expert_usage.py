@@ -1,7 +1,5 @@
 """Which experts run, as one HTML page: words, heat maps, and a line for every expert."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from typing import Any

@@ -4,8 +4,6 @@ A page is a `Page`, made of `Figure` and `Table`; everything in it is plain text
 which are HTML. A content security policy forbids all network, so a page can be opened, mailed and kept.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json
