@@ -149,9 +149,18 @@ _ROPE_FACTORS = (
     GraphTensor("rope_factors_long", ("d_head/2",), required=False, f32=True),
     GraphTensor("rope_factors_short", ("d_head/2",), required=False, f32=True),
 )
+_OUTPUT = GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True)
+_BIASED_OUTPUT = replace(_OUTPUT, bias=True)
+_FFN_NORM = GraphTensor("blk.{i}.ffn_norm", ("d_model",))
+_SECOND_NORM = replace(_FFN_NORM, name="blk.{i}.post_attention_norm")
 _HEAD_NORMS = (
     GraphTensor("blk.{i}.attn_q_norm", ("d_head",), required=False),
     GraphTensor("blk.{i}.attn_k_norm", ("d_head",), required=False),
+)
+_DENSE_MLP = (
+    GraphTensor("blk.{i}.ffn_gate", ("d_ff", "d_model"), "dense"),
+    GraphTensor("blk.{i}.ffn_up", ("d_ff", "d_model"), "dense"),
+    GraphTensor("blk.{i}.ffn_down", ("d_model", "d_ff"), "dense"),
 )
 _EXPERTS = (
     GraphTensor("blk.{i}.ffn_gate_inp", ("n_expert", "d_model"), "experts", f32=True),
@@ -165,6 +174,8 @@ _SHARED_EXPERT = (
     GraphTensor("blk.{i}.ffn_down_shexp", ("d_model", "d_shared"), "experts"),
 )
 _SELECTION_BIAS = GraphTensor("blk.{i}.exp_probs_b", ("n_expert",), "experts", f32=True, ending="bias")
+_SIGMOID_EXPERTS = (*_EXPERTS, _SELECTION_BIAS, *_SHARED_EXPERT)
+_DENSE_WITH_EXTRAS = tuple(replace(tensor, bias=True, scales=True) for tensor in _DENSE_MLP)
 
 _PLAIN_SIGMOIDS: Mapping[str, MetadataValue] = {
     "expert_gating_func": 2,
@@ -172,44 +183,16 @@ _PLAIN_SIGMOIDS: Mapping[str, MetadataValue] = {
     "expert_weights_scale": 2.0,
 }
 
-
-def _dense_mlp(*, extras: bool) -> tuple[GraphTensor, ...]:
-    """The MLP of a layer without experts; with `extras` it may have biases and scales."""
-    shapes = {"gate": ("d_ff", "d_model"), "up": ("d_ff", "d_model"), "down": ("d_model", "d_ff")}
-    return tuple(
-        GraphTensor(f"blk.{{i}}.ffn_{role}", shape, "dense", bias=extras, scales=extras)
-        for role, shape in shapes.items()
-    )
-
-
 GRAPHS = {
     "mixtral": Graph(
         "llama",
-        (
-            *_GLOBALS,
-            *_ROPE_FACTORS,
-            *_ATTENTION,
-            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), bias=True, scales=True),
-            GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
-            *_dense_mlp(extras=True),
-            *_EXPERTS,
-        ),
+        (*_GLOBALS, *_ROPE_FACTORS, *_ATTENTION, _BIASED_OUTPUT, _FFN_NORM, *_DENSE_WITH_EXTRAS, *_EXPERTS),
         since="December 2023",
         hf_class="MixtralForCausalLM",
     ),
     "glm4moe": Graph(
         "glm4moe",
-        (
-            *_GLOBALS,
-            *_ATTENTION,
-            *_HEAD_NORMS,
-            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True),
-            GraphTensor("blk.{i}.post_attention_norm", ("d_model",)),
-            *_dense_mlp(extras=False),
-            *_EXPERTS,
-            _SELECTION_BIAS,
-            *_SHARED_EXPERT,
-        ),
+        (*_GLOBALS, *_ATTENTION, *_HEAD_NORMS, _OUTPUT, _SECOND_NORM, *_DENSE_MLP, *_SIGMOID_EXPERTS),
         gating="sigmoid",
         keys=_PLAIN_SIGMOIDS,
         rotates_halves=True,
@@ -219,15 +202,7 @@ GRAPHS = {
     ),
     "deepseek": Graph(
         "deepseek",
-        (
-            *_GLOBALS,
-            *_ATTENTION,
-            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True),
-            GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
-            *_dense_mlp(extras=False),
-            *_EXPERTS,
-            *_SHARED_EXPERT,
-        ),
+        (*_GLOBALS, *_ATTENTION, _OUTPUT, _FFN_NORM, *_DENSE_MLP, *_EXPERTS, *_SHARED_EXPERT),
         gating="softmax",
         layer_nodes=48,
         since="December 2024",
@@ -235,17 +210,8 @@ GRAPHS = {
     "step35": Graph(
         "step35",
         (
-            *_GLOBALS[:2],
-            GraphTensor("output", ("n_vocab", "d_model"), scales=True),
-            *_ROPE_FACTORS,
-            *_ATTENTION,
-            *_HEAD_NORMS,
-            GraphTensor("blk.{i}.attn_output", ("d_model", "d_q"), scales=True),
-            GraphTensor("blk.{i}.ffn_norm", ("d_model",)),
-            *_dense_mlp(extras=False),
-            *_EXPERTS,
-            _SELECTION_BIAS,
-            *_SHARED_EXPERT,
+            *(*_GLOBALS[:2], replace(_GLOBALS[2], required=True), *_ROPE_FACTORS),
+            *(*_ATTENTION, *_HEAD_NORMS, _OUTPUT, _FFN_NORM, *_DENSE_MLP, *_SIGMOID_EXPERTS),
         ),
         gating="sigmoid",
         keys=_PLAIN_SIGMOIDS,
