@@ -244,15 +244,10 @@ def _score_chunk(reference: ReferenceChunk, logits: NDArray[np.float32], targets
     return TokenScores(
         nll=nll,
         nll_base=nll_base,
-        kl=found.kl,
         p_change=np.exp(-nll) - np.exp(-nll_base),
         same_top=same_top,
         top5_overlap=top5_overlap,
-        max_difference=found.max_difference,
-        kl_slack=found.kl_slack,
-        overlap=found.overlap,
-        overlap_slack=found.overlap_slack,
-        n_bad=found.n_bad,
+        **found._asdict(),
     )
 
 

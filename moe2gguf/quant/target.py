@@ -116,16 +116,14 @@ def refuse_target(options: TypeOptions) -> list[str]:
     """Why a target, if there is one, does not go with the other choices."""
     if not options.has_target:
         return []
-    table = {
-        "--target-size and --target-bpw: give one of them": options.target_size is not None
-        and options.target_bpw is not None,
-        f"type {options.type}: a target chooses the types; leave it out, or pin some by --tensor-type": (
-            options.type.lower() != AUTO
-        ),
-        "--pure: has no meaning with a target; leave it out": options.pure,
-        "--llama-cpp-mix: has no meaning with a target; leave it out": options.llama_cpp_mix,
-    }
-    return [message for message, applies in table.items() if applies]
+    refusals = []
+    if options.target_size is not None and options.target_bpw is not None:
+        refusals.append("--target-size and --target-bpw: give one of them")
+    if options.type.lower() != AUTO:
+        refusals.append(f"type {options.type}: a target chooses the types; leave it out, or pin some by --tensor-type")
+    flags = {"--pure": options.pure, "--llama-cpp-mix": options.llama_cpp_mix}
+    refusals += [f"{name}: has no meaning with a target; leave it out" for name, given in flags.items() if given]
+    return refusals
 
 
 def _compute_budget(options: TypeOptions, tensors: Sequence[OutputTensor], fixed: int, header_size: int) -> int:
