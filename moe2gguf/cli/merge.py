@@ -105,7 +105,6 @@ def merge(
 
 
 def _print(done: Merge) -> None:
-    """The table, and the mean."""
     n, k = len(done.experts), done.options.used
     display.out().print(f"wrote {done.path}: {n} experts, {k} used per token", markup=False)
     if not done.layers:

@@ -141,7 +141,6 @@ def warn_once() -> Callable[[Plan], None]:
 
 
 def _print(done: Publication) -> None:
-    """What was measured, and where the files are."""
     from moe2gguf.cli.tables_compare import comparison
 
     comparison(done.found)

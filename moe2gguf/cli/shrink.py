@@ -135,7 +135,6 @@ def _print(done: Shrunk) -> None:
 
 
 def _cells(trial: Trial) -> list[str]:
-    """A line of the table."""
     one, ratio = trial.config, trial.speed and trial.speed.ratio
     perplexity = f"{trial.perplexity.mean:.3f}" if trial.perplexity else ""
     sizes = [f"{one.file_size:,}", f"{one.active_bytes:,}"]

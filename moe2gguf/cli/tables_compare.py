@@ -132,7 +132,6 @@ def _devices(found: Comparison) -> None:
 
 
 def _workers(found: Comparison) -> None:
-    """Who of a cluster measured how many rows."""
     counts = Counter(row.quality.worker for row in found.rows if row.quality and row.quality.worker)
     if counts:
         words = ", ".join(f"{escape(name)} {n}" for name, n in counts.items())

@@ -224,7 +224,6 @@ class _Writer:
             self.job.record(tensor.name, checksum.hexdigest(), hashes)
 
     def _encode(self, tensor: OutputTensor) -> Iterator[memoryview]:
-        """Yield the bytes of the tensor in its type, in order."""
         label = f"{tensor.name} (from {list_names(tensor.sources)})" if tensor.sources else tensor.name
         matrices = tensor.importance() if tensor.importance and tensor.type not in types.FLOATS else None
         row = 0

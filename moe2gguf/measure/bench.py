@@ -180,7 +180,6 @@ def time_grid(
 
 
 def _add_ratio(speed: Speed | None, reference: Speed | None) -> Speed | None:
-    """Return a speed with its ratio to the reference's."""
     if speed is None or reference is None:
         return speed
     return replace(speed, ratio=speed.generation.median / reference.generation.median)

@@ -129,7 +129,6 @@ def _select_calibrated(source: Source) -> dict[str, Readable]:
 def _calibrate_on_text(
     plan: Plan, model: CalibrationModel, text: Text, slicing: Slicing, work: Path, progress: Progress, *, resume: bool
 ) -> list[LayerReport]:
-    """Make the experts of every layer in `work`."""
     from moe2gguf.experts.calibration import CalibrationSettings, calibrate
 
     options, dense = plan.options.calibration, plan.model
@@ -145,7 +144,6 @@ def _calibrate_on_text(
 
 
 def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> CalibrationRecord:
-    """Describe what the calibration of a plan is made from."""
     model = plan.model
     return CalibrationRecord(
         checkpoint=identity,

@@ -72,7 +72,6 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _refuse(values: dict[Any, Any]) -> Iterator[str]:
-    """Everything that is wrong with a recipe."""
     yield from _refuse_keys(values)
     experts = values.get("experts")
     if not isinstance(values.get("base_model"), str) or not isinstance(experts, list):
@@ -92,7 +91,6 @@ def _refuse_keys(values: dict[Any, Any]) -> Iterator[str]:
 
 
 def _refuse_expert(row: dict[Any, Any]) -> Iterator[str]:
-    """Everything that is wrong with an expert of a recipe."""
     if not isinstance(row.get("source_model"), str):
         yield "needs source_model, a name"
     for key, value in row.items():

@@ -242,7 +242,6 @@ def _require_tensors(file: GGUFFile, counts: ExpertCounts) -> ExpertTensors:
 
 
 def _choose_used(counts: ExpertCounts, options: PruneOptions) -> int:
-    """How many experts run per token afterwards."""
     return options.used or min(counts.n_used, options.keep)
 
 

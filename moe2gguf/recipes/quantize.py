@@ -224,7 +224,6 @@ def _require_kernels(plan: QuantizationPlan) -> None:
 
 
 def _list_stored(file: GGUFFile) -> list[PlannedTensor]:
-    """The tensors of the file with the types in which they are stored."""
     return [PlannedTensor(info.name, info.shape, info.type, Copy(), (info.name,)) for info in file.tensors.values()]
 
 

@@ -46,7 +46,6 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether config.json of `folder` has our mark."""
     try:
         values = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -156,7 +155,6 @@ def _cut_into_shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[
 
 
 def _read_whole(tensor: OutputTensor) -> NDArray[np.generic]:
-    """The whole tensor in its own type."""
     data = b"".join(bytes(types.encode(block, tensor.type, tensor.name)) for block in check_blocks(tensor))
     return np.frombuffer(data, types.FLOATS[tensor.type]).reshape(tensor.shape)
 

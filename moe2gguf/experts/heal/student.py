@@ -123,7 +123,6 @@ def read_layers(model: Any) -> Iterator[ExpertWeights]:
 
 
 def _unwrap(model: Any) -> Any:
-    """The model without peft's wrapping."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

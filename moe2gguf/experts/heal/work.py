@@ -207,7 +207,6 @@ def _parse(path: Path, text: str) -> LogLine:
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write `path`, an .npz."""
     np.savez(path, **arrays)  # type: ignore[arg-type]  # a keyword could be allow_pickle; none is
 
 

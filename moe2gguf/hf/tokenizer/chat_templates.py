@@ -41,7 +41,6 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
 
 
 def _read_files(folder: Path) -> list[tuple[str, str]]:
-    """Return the templates that are files."""
     names = {"default": "chat_template.jinja"}
     extra = resolve_inside(folder, _FOLDER)
     if extra.is_dir():
@@ -62,7 +61,6 @@ def _read_text(path: Path) -> str:
 
 
 def _read_entry(entry: Any, path: Path) -> list[tuple[str, str]]:
-    """Return the templates of a `chat_template` entry in a JSON file."""
     if entry is None:
         return []
     if isinstance(entry, str):

@@ -134,5 +134,4 @@ def _merge_run(length: int, order: Mapping[tuple[int, int], float]) -> list[int]
 
 
 def _is_run(text: str) -> bool:
-    """Say whether a text repeats one character."""
     return text == text[0] * len(text)

@@ -184,7 +184,6 @@ def build(steps: Sequence[str]) -> pre_tokenizers.PreTokenizer:
 
 @cache
 def _make_cutter(steps: tuple[str, ...]) -> Cut:
-    """Return the cut that the steps make."""
     pre_tokenizer = build(steps)
     return lambda text: [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]
 
@@ -228,7 +227,6 @@ def _merges_reach_all(tokenizer: Tokenizer) -> bool:
 
 
 def _describe_unknown(tokenizer: Tokenizer, ignore_merges: bool, alike: Sequence[PreTokenizer]) -> str:
-    """Say what was found instead of a known pre-tokenizer."""
     found = f"normalizer {_shorten(tokenizer.normalizer)}, pre_tokenizer {_shorten(tokenizer.pre_tokenizer)}"
     names = ", ".join(list_known_names())
     if alike:
@@ -246,6 +244,5 @@ def _describe_unknown(tokenizer: Tokenizer, ignore_merges: bool, alike: Sequence
 
 
 def _shorten(part: object) -> str:
-    """Return a component's own description, shortened."""
     text = repr(part)
     return text if len(text) <= 400 else text[:400] + "..."

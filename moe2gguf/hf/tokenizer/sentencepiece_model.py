@@ -79,7 +79,6 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
 
 def _load(data: bytes, path: Path) -> SentencePieceProcessor:
-    """Let the sentencepiece package load the model."""
     processor = SentencePieceProcessor()
     try:
         loaded = processor.LoadFromSerializedProto(data)

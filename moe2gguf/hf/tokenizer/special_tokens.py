@@ -167,7 +167,6 @@ def _read_content(token: Any) -> str | None:
 
 
 def _take_first(number: Any) -> int | None:
-    """Return an id, or the first of a list of them."""
     if isinstance(number, list) and number:
         number = number[0]
     return number if type(number) is int else None

@@ -91,7 +91,6 @@ class TokenTable:
                 self.problems.append(f"{row.text!r} is both id {ids[row.text]} and id {id_}; llama.cpp aborts on it")
 
     def _name_ids(self, ids: list[int]) -> str:
-        """Name some ids with their tokens."""
         return list_names([f"{id_} {self.rows[id_].text!r}" for id_ in ids], _SHOWN)
 
 

@@ -89,7 +89,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _read_vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Return model.vocab, a mapping of strings to integers."""
     vocab = _read_mapping(model, "vocab", path)
     wrong = [token for token, id_ in vocab.items() if type(id_) is not int]
     if wrong:
@@ -123,7 +122,6 @@ def _read_added(content: Mapping[str, Any], path: Path) -> list[Any]:
 
 
 def _read_mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    """Return the object under `key`."""
     value = content.get(key)
     if not isinstance(value, dict):
         raise VocabularyError(f"{path}: {key} is {type(value).__name__}, expected an object")
@@ -131,7 +129,6 @@ def _read_mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str,
 
 
 def _read_optional(content: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    """Return the value under `key`, of the given type or None."""
     value = content.get(key)
     if value is not None and not isinstance(value, kind):
         raise VocabularyError(f"{path}: model.{key} is {value!r}, expected {kind.__name__}")

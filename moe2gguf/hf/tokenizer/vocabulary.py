@@ -138,7 +138,6 @@ def _fill(table: TokenTable, files: _Files, problems: list[str]) -> _Kind:
 
 
 def _fill_byte_level(table: TokenTable, tokenizer: TokenizerJson, files: _Files, problems: list[str]) -> _Kind:
-    """Enter a byte-level BPE vocabulary."""
     for text, id_ in tokenizer.vocab.items():
         table.put(id_, text, TokenType.NORMAL)
     kind = _Kind("gpt2", merges=[f"{left} {right}" for left, right in tokenizer.merges])
@@ -218,7 +217,6 @@ def _find_disagreements(model: SentencePieceModel, tokenizer: TokenizerJson) -> 
 
 
 def _collect_added(files: _Files, problems: list[str]) -> list[AddedToken]:
-    """Return the added tokens of all files."""
     listed = files.tokenizer.added if files.tokenizer else []
     if files.tokenizer:
         runtime = files.tokenizer.runtime.get_added_tokens_decoder()
@@ -283,7 +281,6 @@ def _find_special(
 
 
 def _read_optional_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file that need not be there."""
     path = resolve_inside(folder, name)
     return read_json(path) if path.exists() else {}
 

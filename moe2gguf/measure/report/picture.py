@@ -71,7 +71,6 @@ def _draw_over_speed(axes: Axes, found: Comparison, points: list[Point]) -> None
 
 
 def _draw_over_count(axes: Axes, points: list[Point]) -> None:
-    """Draw a line per file over its numbers of experts."""
     for name, group in group_by_file(points).items():
         ordered = sorted(group, key=lambda point: point.config.n_expert_used)
         x = [point.config.n_expert_used for point in ordered]
