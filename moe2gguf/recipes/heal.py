@@ -25,8 +25,8 @@ from moe2gguf.recipes.write_folder import check_folder_target
 from moe2gguf.spec import Metadata, Model
 
 HELD_OUT_SHARE = 0.1
-_SIZES = ("n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings")
-_SIZES += ("bias_qkv", "head_norms")
+_SIZES = ["n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings"]
+_SIZES += ["bias_qkv", "head_norms"]
 """Of a model, what teacher and student have in common."""
 
 

@@ -77,7 +77,7 @@ def _both_logits(path: Path, tokens: list[int]) -> list[np.ndarray]:
         with open_model(path, Setup(n_context=0, n_threads=1)) as model:
             observer = RoutingWatcher(model.lib, model.facts.n_expert, model.n_expert_used, 1)
             model.start(len(tokens), observer.callback if is_watched else None)
-            observer.expect(np.zeros(len(tokens), np.int64))
+            observer.words = np.zeros(len(tokens), np.int64)
             out.append(model.logits(np.array(tokens, np.int32)))
             assert bool(observer.layers) == is_watched
     return out
