@@ -43,7 +43,8 @@ def test_every_command_is_a_function(command: str) -> None:
 def test_paths_may_be_strings(name: str) -> None:
     """Every parameter that takes a path takes a string too."""
     function: Callable[..., Any] = getattr(moe2gguf, name)
-    texts = {key: str(one.annotation) for key, one in introspection.signature(function).parameters.items()}
+    parameters = introspection.signature(function).parameters
+    texts = {key: str(one.annotation).replace("pathlib.", "") for key, one in parameters.items()}
 
     assert {} == {key: text for key, text in texts.items() if "Path" in text.replace("str | Path", "")}
 
