@@ -61,7 +61,7 @@ LINES = {
     ("densify", "source"): "densify ODD OUT",
     ("heal", "student"): "heal ODD OUT --used-range 2 --teacher HF --text TEXT",
     ("heal", "teacher"): f"{HEAL} --teacher ODD --text TEXT",
-    ("heal", "texts"): f"{HEAL} --teacher HF --text ODD",
+    ("heal", "files"): f"{HEAL} --teacher HF --text ODD",
     ("heal", "held_out"): f"{HEAL} --teacher HF --text TEXT --held-out ODD",
     ("merge", "base"): "merge ODD DENSE DENSE OUT --router random",
     ("merge", "donors"): "merge DENSE DENSE ODD OUT --router random",

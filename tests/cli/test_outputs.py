@@ -148,7 +148,7 @@ def test_a_folder_that_holds_an_input_is_no_output(tmp_path: Path) -> None:
     text = tmp_path / "healed" / "text.txt"
     text.write_text("precious")
 
-    done = run(arguments("heal", {"texts": text, "out": tmp_path / "healed"}, tmp_path))
+    done = run(arguments("heal", {"files": text, "out": tmp_path / "healed"}, tmp_path))
 
     assert "which is read" in str(done.exception)
     assert "precious" == text.read_text()
