@@ -1,9 +1,10 @@
 """front: sliced or a smaller quant? Dense quants against sliced files at every count, on two kinds of text, timed.
 
 One model, a name of scripts/models or a path. Its dense quants stand beside sliced files of the target glm4moe, with
-and without a refit, at all experts, three quarters, half and a quarter, in the types that suit experts. Beside them,
-with a refit for each count below all: a file of the target mixtral ("mixtral"), and one in which all experts that run
-but one are the same for every token ("static"), in the type the model has.
+and without a refit, at all experts, three quarters, half and a quarter, in the types that suit experts. The files named
+"wide" have a shared expert of half of the MLP, and no count below it. Beside them, with a refit for each count below
+all: a file of the target mixtral ("mixtral"), and one in which all experts that run but one are the same for every
+token ("static"), in the type the model has.
 
 They are calibrated on the first 70 % of --text (prose), of --other (code: Python's standard library unless a file is
 given), or of both in turn, and all files are scored on the rest of both, so every figure has one of its own kind of
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from steps import cut_text, moe2gguf, same_settings
 
 NEEDED = ("moe2gguf", "llama_cpp", "torch", "transformers")
 DENSE_TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
-EXPERT_TYPES = ("q4_k_m", "q5_k_m", "iq4_xs")
+EXPERT_TYPES = ("q4_k", "q5_k", "iq4_xs")
+ROUTED = r"blk\..*_exps\.weight"
 SHARES = (1.0, 0.75, 0.5, 0.25)
 SCORED = 255  # tokens of a window of 512 that compare scores
 TEXT_BYTES = 3_000_000
@@ -43,7 +46,8 @@ PIECE = 4000  # characters
 class Slicing:
     """A calibration: what it is called in file names, the text it sees, and the options of `convert`.
 
-    With {k} in the options there is a file for each count of experts; {n} is the number of all, {fixed} is k - 1.
+    With {k} in the options there is a file for each count of experts; {n} is the number of all, {half} of half of them
+    and {fixed} is k - 1.
     """
 
     name: str
@@ -55,14 +59,23 @@ class Slicing:
         """Whether a file serves one count of experts."""
         return "{k}" in self.options
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether half of all experts are the shared one."""
+        return "{half}" in self.options
 
+
+EVERY_COUNT = ("--target", "glm4moe")
+WIDE = (*EVERY_COUNT, "--shared", "{half}")
 ONE_COUNT = ("--target", "mixtral", "--experts", "{n}", "--used", "{k}")
 SLICINGS = (
     *(
-        Slicing(f"{name}-{text}", text, ("--target", "glm4moe", *words))
+        Slicing(f"{name}-{text}", text, (*EVERY_COUNT, *words))
         for text in ("prose", "code", "both")
         for name, words in (("plain", ()), ("refit", ("--refit",)))
     ),
+    Slicing("wide-plain-both", "both", WIDE),
+    Slicing("wide-refit-both", "both", (*WIDE, "--refit")),
     Slicing("mixtral-prose", "prose", ONE_COUNT),
     Slicing("static-prose", "prose", (*ONE_COUNT, "--shared", "{fixed}")),
 )
@@ -73,9 +86,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     front = Front(options, python_with(NEEDED, extra="run", name="front"))
     front.cut_texts()
-    dense, sliced = list(front.make_dense()), list(front.make_sliced())
-    fitted = list(front.make_fitted(sliced))
-    rows = {text: front.measure(text, dense, sliced, fitted) for text in ("prose", "code")}
+    groups = front.make_groups()
+    rows = {text: [row for group in groups for row in front.measure(text, group)] for text in ("prose", "code")}
     about = {"model": front.model.name, "machine": machine(), "settings": front.settings, "windows": options.windows}
     result = about | {"rows": rows}
     if options.json:
@@ -106,9 +118,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.quick:
-        options.calibration_tokens, options.windows, options.slicings = 2048, 1, ["plain-prose"]
+        options.calibration_tokens, options.windows, options.slicings = 2048, 1, ["plain-prose", "wide-plain-both"]
         options.types, options.expert_types = ["q8_0"], ["q8_0"]
     return options
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that are compared in one run, at the same counts of experts; at their own where there are none."""
+
+    name: str
+    files: Sequence[Path]
+    counts: Sequence[int] = ()
 
 
 class Front:
@@ -153,32 +174,51 @@ class Front:
             if kind not in self.reference.name.lower():
                 yield self._quantize(self.reference, self.work / f"dense-{kind}.gguf", kind)
 
-    def make_sliced(self) -> Iterator[Path]:
-        """A sliced file of every calibration, in every type; blocks of a quantized source's own type are copied."""
-        for one in self._chosen(per_count=False):
-            path = self._convert(self.work / f"{one.name}.gguf", one, one.options)
-            for kind in self.options.expert_types:
-                has_it = kind in self.reference.name.lower()
-                yield path if has_it else self._quantize(path, self.work / f"{one.name}-{kind}.gguf", kind)
+    def make_groups(self) -> list[Group]:
+        """All files."""
+        dense, sliced = list(self.make_dense()), list(self.make_sliced(wide=False))
+        return [
+            Group("all", [*dense, *sliced], self.list_counts(self.n_expert // 4 + 1) if sliced else ()),
+            Group("wide", list(self.make_sliced(wide=True)), self.list_counts(self.n_expert // 2 + 1)),
+            Group("fitted", list(self.make_fitted())),
+        ]
 
-    def make_fitted(self, sliced: Sequence[Path]) -> Iterator[Path]:
-        """The files that serve one count each, of those below all that `sliced` files are measured at."""
-        if not sliced:
-            return
-        n, *counts = self._counts(sliced[0])
+    def make_sliced(self, *, wide: bool) -> Iterator[Path]:
+        """A sliced file of every calibration that serves all counts, or all from half on, in every type."""
+        for one in self._chosen(per_count=False):
+            if one.is_wide == wide:
+                path = self._convert(self.work / f"{one.name}.gguf", one)
+                if self.model.is_file():  # its blocks are copied
+                    yield path
+                for kind in self.options.expert_types:
+                    yield self._quantize_experts(path, self.work / f"{one.name}-{kind}.gguf", kind)
+
+    def make_fitted(self) -> Iterator[Path]:
+        """The files that serve one count each, of those below all that the other files are measured at."""
         for one in self._chosen(per_count=True):
-            for k in counts:
-                words = [word.format(n=n, k=k, fixed=k - 1) for word in one.options]
-                yield self._convert(self.work / f"{one.name}-{k}.gguf", one, words)
+            for k in self.list_counts(self.n_expert // 4 + 1)[1:]:
+                yield self._convert(self.work / f"{one.name}-{k}.gguf", one, k)
 
     def _chosen(self, *, per_count: bool) -> Iterator[Slicing]:
         names = self.options.slicings or [one.name for one in SLICINGS]
         return (one for one in SLICINGS if one.name in names and one.per_count == per_count)
 
-    def _convert(self, path: Path, one: Slicing, words: Sequence[str]) -> Path:
+    @cached_property
+    def n_expert(self) -> int:
+        """The number of experts that fits the model."""
+        planned = moe2gguf(self.python, "convert", self.model, "--plan", "--json", *EVERY_COUNT)
+        return int(json.loads(planned)["expert_count"])
+
+    def list_counts(self, least: int) -> list[int]:
+        """All experts, three quarters, half and a quarter of them, but at least so many."""
+        return sorted({max(least, round(self.n_expert * share)) for share in SHARES}, reverse=True)
+
+    def _convert(self, path: Path, one: Slicing, k: int = 0) -> Path:
         """Convert the model, unless that is done; in F16, or with the blocks of a quantized source."""
         if not path.exists():
             print(f"  {path.stem}", file=sys.stderr, flush=True)
+            n = self.n_expert
+            words = [word.format(n=n, half=n // 2, k=k, fixed=k - 1) for word in one.options]
             text = ["--calibration", self.work / f"{one.text}-first.txt"]
             text += ["--calibration-tokens", self.options.calibration_tokens]
             as_is = [] if self.model.is_file() else ["--type", "f16"]
@@ -192,28 +232,27 @@ class Front:
             moe2gguf(self.python, "quantize", source, path, kind, *allowed, *self.threads)
         return path
 
-    def measure(
-        self, text: str, dense: Sequence[Path], sliced: Sequence[Path], fitted: Sequence[Path]
-    ) -> list[dict[str, Any]]:
-        """A row per dense and fitted file, and per sliced file and count, scored on the rest of a text."""
-        print(f"  {text}", file=sys.stderr, flush=True)
-        used = ["--used", ",".join(map(str, self._counts(sliced[0])))] if sliced else []
-        rows = self._compare(text, text, [*dense, *sliced], used)
-        return rows + (self._compare(text, f"{text}-fitted", fitted, []) if fitted else [])
+    def _quantize_experts(self, source: Path, path: Path, kind: str) -> Path:
+        """Quantize what the router chooses from, unless that is done; of a model in floats all other matrices too."""
+        if not self.model.is_file():
+            return self._quantize(source, path, {"q4_k": "q4_k_m", "q5_k": "q5_k_m"}.get(kind, kind))
+        if not path.exists():
+            rule = ["--tensor-type", f"{ROUTED}={kind}", "--allow-requantize"]
+            moe2gguf(self.python, "quantize", source, path, "auto", *rule, *self.threads)
+        return path
 
-    def _compare(self, text: str, journal: str, files: Sequence[Path], used: Sequence[str]) -> list[dict[str, Any]]:
+    def measure(self, text: str, group: Group) -> list[dict[str, Any]]:
+        """A row per dense file, and per sliced file and count, scored on the rest of a text."""
+        if not group.files:
+            return []
+        print(f"  {text}, {group.name}", file=sys.stderr, flush=True)
+        used = ["--used", ",".join(map(str, group.counts))] if group.counts else []
         scored = ["--text", self.work / f"{text}-rest.txt", "--tokens", self.options.windows * SCORED]
         speed = [] if self.options.no_speed or text != "prose" else ["--speed"]
-        kept = ["--journal", self.work / f"{journal}.jsonl", "--json", *self.threads]
-        command = ["compare", *files, "--reference", self.reference, *used, *scored, *speed, *kept]
+        kept = ["--journal", self.work / f"{text}-{group.name}.jsonl", "--json", *self.threads]
+        command = ["compare", *group.files, "--reference", self.reference, *used, *scored, *speed, *kept]
         measured = json.loads(moe2gguf(self.python, *command))
         return [flat(row, measured["reference_speed"]) for row in measured["rows"]]
-
-    def _counts(self, path: Path) -> list[int]:
-        """The numbers of experts of a sliced file: all, three quarters, half, a quarter."""
-        experts = json.loads(moe2gguf(self.python, "inspect", path, "--json"))["experts"]
-        n, shared = experts["count"], experts["shared"]
-        return sorted({max(shared + 1, round(n * share)) for share in SHARES}, reverse=True)
 
 
 def read_library() -> str:

@@ -20,10 +20,10 @@ def test_every_slicing_s_options_are_those_of_the_command(tmp_path: Path) -> Non
     import bench_front as bench
 
     for one in bench.SLICINGS:
-        words = [word.format(n=16, k=12, fixed=11) for word in one.options]
+        words = [word.format(n=16, half=8, k=12, fixed=11) for word in one.options]
         context = cli.commands["convert"].make_context("convert", [str(tmp_path), str(tmp_path / "out"), *words])
         assert context.params["target"] == ("mixtral" if one.per_count else "glm4moe")
-    assert len({one.name for one in bench.SLICINGS}) == len(bench.SLICINGS) == 8
+    assert len({one.name for one in bench.SLICINGS}) == len(bench.SLICINGS) == 10
 
 
 def test_two_texts_are_mixed_in_equal_pieces() -> None:
