@@ -157,16 +157,9 @@ def _find_differences(sliced: Checkpoint, dense: Checkpoint, settings: HealSetti
 
 def refuse_settings(ours: Model, settings: HealSettings) -> Iterator[str]:
     """Everything that the settings have wrong for the student `ours`."""
-    training, (low, high) = settings.training, settings.training.used_range
-    least, most = ours.n_shared + 1, ours.n_shared + ours.n_expert
-    outside = [k for k in settings.evaluation.used if not least <= k <= most and k not in (low, high)]
-    between = f"must lie between {least} and {most}, the number of experts"
-    if ours.n_shared:
-        between += f"; the {ours.n_shared} shared ones, which always run, count among them"
-    if ours.n_expert and not least <= low <= high <= most:
-        yield f"--used-range {low}..{high}: {between}"
-    if ours.n_expert and outside:
-        yield f"--evaluate-at {outside}: {between}"
+    training = settings.training
+    if ours.n_expert:
+        yield from _refuse_counts(ours, settings)
     if training.layerwise and "lora" in training.parts:
         yield "--train lora is for whole-model steps; add --layerwise 0"
     if "attention" in training.parts and not training.steps:
@@ -177,6 +170,20 @@ def refuse_settings(ours: Model, settings: HealSettings) -> Iterator[str]:
         yield "--layerwise 0 --steps 0: nothing is left to do"
     if training.batch % training.accumulate:
         yield f"--accumulate {training.accumulate}: must divide --batch {training.batch}"
+
+
+def _refuse_counts(ours: Model, settings: HealSettings) -> Iterator[str]:
+    """Numbers of used experts that the student `ours` cannot run with."""
+    low, high = settings.training.used_range
+    least, most = ours.n_shared + 1, ours.n_shared + ours.n_expert
+    outside = [k for k in settings.evaluation.used if not least <= k <= most and k not in (low, high)]
+    between = f"must lie between {least} and {most}, the number of experts"
+    if ours.n_shared:
+        between += f"; the {ours.n_shared} shared ones, which always run, count among them"
+    if not least <= low <= high <= most:
+        yield f"--used-range {low}..{high}: {between}"
+    if outside:
+        yield f"--evaluate-at {outside}: {between}"
 
 
 def read_windows(checkpoint: Checkpoint, text: HealText) -> HealWindows:

@@ -47,6 +47,9 @@ from moe2gguf.recipes.write_folder import MARK, check_folder_target, to_json, wr
 from moe2gguf.spec import Metadata, MetadataValue, Model, Slicing
 
 Array = NDArray[Any]
+FOLDER_TYPES = ("auto", "f32", "f16", "bf16")
+"""The types that a folder can hold."""
+
 MAX_CARD_BYTES = 4 << 20
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "initializer_range", "torch_dtype", "dtype")
@@ -123,16 +126,22 @@ def write_folder(
 
 
 def folder_refusals(plan: Plan) -> Iterator[str]:
-    """Every reason why the target's class in transformers cannot hold what `plan` describes."""
-    model, options, kind = plan.model, plan.options, plan.options.types.type
-    is_folder, is_float = isinstance(plan.source, Checkpoint), kind.lower() in ("auto", "f32", "f16", "bf16")
+    """Every reason why `plan` cannot be written as a folder of the target's class in transformers."""
+    is_folder, is_float = isinstance(plan.source, Checkpoint), plan.options.types.type.lower() in FOLDER_TYPES
     if plan.slicing is None:
-        what = "keeps the checkpoint's own experts" if model.n_expert else "leaves the model dense"
+        what = "keeps the checkpoint's own experts" if plan.model.n_expert else "leaves the model dense"
         yield f"--format hf: this conversion {what}, so the folder would be the source again; use the source"
     if not is_folder:
         yield "--format hf: a folder is made from a Hugging Face folder, not from a GGUF file; start from that"
-    if options.shard_size is not None:
-        yield "--shard-size: is for GGUF files; leave it out"
+    yield from _refuse_class(plan)
+    yield from _refuse_folder_options(plan.options)
+    if plan.slicing and is_folder and is_float:
+        yield from _find_short_rows(plan, plan.slicing)
+
+
+def _refuse_class(plan: Plan) -> Iterator[str]:
+    """What the target's class lacks."""
+    model, options = plan.model, plan.options
     if plan.slicing and plan.slicing.scale_tensor:
         yield "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out"
     if options.graph.hf_class is None:
@@ -144,12 +153,17 @@ def folder_refusals(plan: Plan) -> Iterator[str]:
             f"--format hf: {model.architecture} has attention biases, and transformers' MixtralForCausalLM has none; "
             "choose --target glm4moe, or write a GGUF file instead, whose graphs have them"
         )
-    if not is_float:
-        yield f"--type {kind}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file"
-    if options.types.tensor_types or options.types.type_rules:
+
+
+def _refuse_folder_options(options: Options) -> Iterator[str]:
+    """Options that are for GGUF files."""
+    chosen = options.types
+    if options.shard_size is not None:
+        yield "--shard-size: is for GGUF files; leave it out"
+    if chosen.type.lower() not in FOLDER_TYPES:
+        yield f"--type {chosen.type}: a Hugging Face folder holds auto, f32, f16 or bf16; quantize a GGUF file"
+    if chosen.tensor_types or chosen.type_rules:
         yield "--tensor-type, --type-rules: types of single tensors are for GGUF files; leave them out"
-    if plan.slicing and is_folder and is_float:
-        yield from _find_short_rows(plan, plan.slicing)
 
 
 def _find_short_rows(plan: Plan, slicing: Slicing) -> Iterator[str]:

@@ -255,15 +255,20 @@ def _refuse_counts(model: Model, options: Options) -> Iterator[str]:
 
 def _refuse_target_graph(model: Model, options: Options) -> Iterator[str]:
     """What a graph cannot be given, or has no use for."""
-    graph, target, in_shared = options.graph, options.target, options.in_shared
-    n, k, q_width = options.n_expert, options.n_expert_used, model.n_head * model.d_head
+    graph, target = options.graph, options.target
     if model.head_norms and graph.architecture in ("llama", "deepseek") and options.slices(model):
         yield (
             f"--target {target}: its graph does not normalize queries and keys, which this model needs; choose "
             "--target glm4moe"
         )
-    if not graph.has_shared:
-        return
+    if graph.has_shared:
+        yield from _refuse_idle_options(model, options)
+        yield from _refuse_missing_parts(model, options)
+
+
+def _refuse_idle_options(model: Model, options: Options) -> Iterator[str]:
+    """What a graph with a shared expert has no use for."""
+    target, in_shared, n, k = options.target, options.in_shared, options.n_expert, options.n_expert_used
     if model.n_expert:
         yield (
             f"--target {target}: the checkpoint has experts already, which stay those of a Mixtral model; leave it out"
@@ -280,6 +285,11 @@ def _refuse_target_graph(model: Model, options: Options) -> Iterator[str]:
         )
     if options.expert_scale:
         yield f"--expert-scale: --target {target} does not amplify experts; leave it out"
+
+
+def _refuse_missing_parts(model: Model, options: Options) -> Iterator[str]:
+    """What a model has and a graph with a shared expert has not."""
+    graph, target, q_width = options.graph, options.target, model.n_head * model.d_head
     if graph.architecture == "deepseek" and q_width != model.d_model:
         yield (
             f"--target {target}: its queries are as wide as the model ({model.d_model}), here they are {q_width} wide; "
@@ -326,19 +336,24 @@ def _refuse_method(model: Model, options: Options) -> Iterator[str]:
     """Choices of a method that contradict each other, or the counts."""
     if not options.slices(model):
         return
-    n, k, method = options.n_expert, options.n_expert_used, options.resolve_method()
-    shared, n_token = 0 if options.in_shared else method.n_shared or 0, options.n_token(model)
-    if shared >= k and not shared == k == n:
-        yield f"--shared {shared}: must be below --used {k}, so that there is something to route"
-    if shared > 0 and method.router == "zero":
-        yield "--router zero cannot choose shared experts for every token; choose least-squares"
-    if shared > 0 and method.group == "contiguous":
-        yield "--group contiguous has no important neurons to share; choose another group"
-    if method.refit and k == n and not options.in_shared:
-        yield "--refit corrects for experts that do not run, but all run; give --used below --experts"
+    n, k, method, n_token = options.n_expert, options.n_expert_used, options.resolve_method(), options.n_token(model)
+    if not options.in_shared:
+        yield from _refuse_routed_only(method, method.n_shared or 0, n, k)
     if method.amplify == "any" and (method.router == "zero" or method.n_shared == 0):
         yield "--amplify any needs shared experts and a router; add --shared and --router least-squares"
     least = max(LEAST_TOKENS, 2 * model.d_model, model.d_ff * 5 // 4 * method.refit)
     if method.needs_calibration and n_token < least:
         way = ", or --no-refit" if method.refit and least > LEAST_TOKENS else ""
         yield f"--calibration-tokens {n_token}: too few for a stable solve of this width; at least {least}{way}"
+
+
+def _refuse_routed_only(method: Method, shared: int, n: int, k: int) -> Iterator[str]:
+    """What a graph whose router always chooses `shared` of n experts, k of them used, cannot be given."""
+    if shared >= k and not shared == k == n:
+        yield f"--shared {shared}: must be below --used {k}, so that there is something to route"
+    if shared > 0 and method.router == "zero":
+        yield "--router zero cannot choose shared experts for every token; choose least-squares"
+    if shared > 0 and method.group == "contiguous":
+        yield "--group contiguous has no important neurons to share; choose another group"
+    if method.refit and k == n:
+        yield "--refit corrects for experts that do not run, but all run; give --used below --experts"
