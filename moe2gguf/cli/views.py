@@ -20,13 +20,14 @@ from moe2gguf.cli.options import FILE, emit, force_option, json_option, used_lis
 def views(file: Path, folder: Path, used: list[int], force: bool, as_json: bool) -> None:
     """Offer one file as a model for each number of experts.
 
-    Each view is a small file with its own count, beside a second file with the weights, which exists once on disk.
-    Ollama, LM Studio and llama-server offer every view as a model of its own, and a view can draft for another one.
+    Each view is a folder with a small file that has its own count, and a second one with the weights, which exists once
+    on disk. llama-server and LM Studio offer every view as a model of its own, and a view can draft for another one.
+    Ollama reads no model in two files.
 
     \b
     Example:
       moe2gguf views moe.gguf models --used 16,12,8
-      llama-server -m models/moe-k16-00001-of-00002.gguf -md models/moe-k8-00001-of-00002.gguf --spec-type draft-simple
+      llama-server --models-dir models
     """
     from moe2gguf.recipes.views import write_views
 

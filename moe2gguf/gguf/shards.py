@@ -150,9 +150,10 @@ def name_model(file: Path) -> str:
     return file.name.removesuffix(".gguf").partition("-00001-of-")[0]
 
 
-def name_view(file: Path, n_expert_used: int) -> str:
-    """Return what the view of a model with so many experts is called."""
-    return f"{name_model(file)}-k{n_expert_used}"
+def list_view_paths(folder: Path, file: Path, n_expert_used: int) -> list[Path]:
+    """Return the two files of the view of a model with so many experts; each view has a folder of its own."""
+    name = f"{name_model(file)}-k{n_expert_used}"
+    return list_shard_paths(folder / name / name, 2)
 
 
 def _make_ending(number: int, count: int) -> str:

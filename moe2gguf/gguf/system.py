@@ -81,12 +81,17 @@ def link_or_copy(source: Path, target: Path) -> bool:
     Raises OSError as `shutil.copyfile` does.
     """
     target.unlink(missing_ok=True)
+    way = os.path.relpath(os.path.realpath(source), os.path.realpath(target.parent))
+    for link, origin in ((os.link, source), (os.symlink, way)):
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            link(origin, target)
+            return True
     try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-        return False
-    return True
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+    return False
 
 
 def open_locked(folder: Path) -> int:

@@ -13,7 +13,7 @@ from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.counts import read_counts, require_architecture
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.made_for import read_made_for
-from moe2gguf.gguf.shards import list_shard_paths, name_model, name_view
+from moe2gguf.gguf.shards import list_view_paths, name_model
 from moe2gguf.llama.templates import ChatTemplate, Message, read_template, special_token
 
 
@@ -29,7 +29,8 @@ class Way:
 def list_ways(file: GGUFFile) -> list[Way]:
     """Return what to type for every program that serves such a file. Raises GGUFError for one that is no model."""
     require_architecture(file)
-    path, name = shlex.quote(str(file.path)), shlex.quote(file.path.stem)
+    path, name = shlex.quote(str(file.path)), shlex.quote(name_model(file.path))
+    whole, merging = (path, []) if len(file.files) == 1 else (f"{name}.gguf", [_merge(file)])
     counts = list_counts(file)
     override = _override(file, counts[-1]) if len(counts) > 1 else ""
     other, in_python = (f" {option} {override}" if override else "" for option in ("--override-kv", "--kv_overrides"))
@@ -51,13 +52,14 @@ def list_ways(file: GGUFFile) -> list[Way]:
         Way(
             "Ollama",
             (
-                f"moe2gguf serve-help {path} --modelfile Modelfile",
+                *merging,
+                f"moe2gguf serve-help {whole} --modelfile Modelfile",
                 f"ollama create {name} -f Modelfile",
                 f"ollama run {name}",
             ),
             "not tried with this program; the Modelfile passes modelfile-lint 0.2.1",
         ),
-        Way("LM Studio", (f"mkdir -p {folder}", f"ln {path} {folder}/"), "not tried"),
+        Way("LM Studio", (f"mkdir -p {folder}", f"ln {shlex.join(map(str, file.files))} {folder}/"), "not tried"),
         Way(
             "vLLM, from a folder",
             (f"moe2gguf convert MODEL {name} --format hf", f"vllm serve ./{name}"),
@@ -66,12 +68,16 @@ def list_ways(file: GGUFFile) -> list[Way]:
     ]
 
 
+def _merge(file: GGUFFile) -> str:
+    """Return the line that makes one file of a set of shards: https://github.com/ollama/ollama/issues/5245."""
+    return shlex.join(["llama-gguf-split", "--merge", str(file.path), f"{name_model(file.path)}.gguf"])
+
+
 def _draft_with_half(file: GGUFFile, counts: Sequence[int]) -> Way:
     """Return how the file with its fewest experts drafts for itself, from views of one set of weights."""
     first, last = counts[0], counts[-1]
     folder = f"{name_model(file.path)}-views"
-    views = [list_shard_paths(Path(folder, name_view(file.path, k)), 2)[0] for k in (first, last)]
-    whole, half = (shlex.quote(str(view)) for view in views)
+    whole, half = (shlex.quote(str(list_view_paths(Path(folder), file.path, k)[0])) for k in (first, last))
     return Way(
         f"llama-server, {last} experts draft for {first}",
         (
@@ -104,7 +110,7 @@ def make_presets(file: GGUFFile) -> str:
     counts = list_counts(file)
     if not counts:
         raise HarnessError(f"{path}: is dense, it has no counts to choose from: give it to llama-server -m")
-    sections = [f"[{path.stem}-{k}]\nmodel = {path}\noverride-kv = {_override(file, k)}\n" for k in counts]
+    sections = [f"[{name_model(path)}-{k}]\nmodel = {path}\noverride-kv = {_override(file, k)}\n" for k in counts]
     return "\n".join(["version = 1\n", *sections])
 
 
@@ -114,7 +120,11 @@ def make_modelfile(file: GGUFFile) -> tuple[str, bool]:
     Ollama's templates are no Jinja. A template that only puts words around messages is carried: it is read off
     conversations that the file's own makes, and held against others. Where it does more, Ollama looks for the template
     among those that it knows.
+
+    Raises HarnessError for a set of shards, which Ollama does not read.
     """
+    if len(file.files) > 1:
+        raise HarnessError(f"{file.path}: Ollama reads one file, not {len(file.files)}; join them: {_merge(file)}")
     lines = [f"FROM {file.path.absolute()}"]
     template = read_template(file)
     if template is None:

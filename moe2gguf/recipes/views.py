@@ -1,14 +1,17 @@
 """The recipe of `moe2gguf views`: one set of weights under several names, one for each number of used experts.
 
-A view is a set of two shards as llama.cpp reads them. The first holds the metadata alone, with its own count; the
-second holds the tensors, and is one file on disk for all views, by links. So programs that offer every file as a model
-of its own offer each count, and one view can draft for another:
+A view is a folder with a set of two shards as llama.cpp reads them. The first holds the metadata alone, with its own
+count; the second holds the tensors, and is one file on disk for all views, by links. So programs that offer every
+folder as a model offer each count, and one view can draft for another:
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-model-loader.cpp#L595-L671
+https://github.com/ggml-org/llama.cpp/blob/0c1e57098/common/preset.cpp#L387-L445
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.outputs import check_target, write_whole
 from moe2gguf.gguf.set_used import require_count
-from moe2gguf.gguf.shards import lay_out_apart, list_shard_paths, name_view, read_model
+from moe2gguf.gguf.shards import lay_out_apart, list_view_paths, read_model
 from moe2gguf.gguf.system import link_or_copy
 from moe2gguf.gguf.writer import write_model
 from moe2gguf.progress import Progress, silent
@@ -43,7 +46,7 @@ class Views:
 def write_views(
     source: str | Path, folder: str | Path, used: Sequence[int], *, force: bool = False, progress: Progress = silent
 ) -> Views:
-    """Write a view of the file `source` into `folder` for every count of `used`: NAME-kK-00001-of-00002.gguf.
+    """Write a view of the file `source` for every count of `used`: FOLDER/NAME-kK/NAME-kK-00001-of-00002.gguf.
 
     Args:
         source: a GGUF file with experts, or a shard of one.
@@ -63,24 +66,41 @@ def write_views(
         raise GGUFError(f"{file.path}: has no experts; a view is of a number of them")
     for k in used:
         require_count(file, counts, k)
-    targets = {k: list_shard_paths(folder / name_view(file.path, k), 2) for k in used}
-    _make_folder(folder)
-    for target in (path for pair in targets.values() for path in pair):
-        check_target(target, file.files, force=force)
-
-    # Write the first view as a set of two shards, then each other one as a header beside a link to its weights.
+    targets = {k: list_view_paths(folder, file.path, k) for k in used}
     tensors = [copy_tensor(file, name) for name in file.tensors]
     layouts = {k: lay_out_apart(_change_count(file, counts, k), tensors, file.types) for k in used}
     first, *others = used
-    stem = folder / f"{name_view(file.path, first)}.gguf"
-    write_model(stem, [([], layouts[first][0]), (tensors, layouts[first][1])], progress=progress)
-    linked = [_add_view(layouts[k][0], targets[k], weights=targets[first][1]) for k in others]
+    head, weights = targets[first]
+    with _make_folders([*reversed(head.parents), *(targets[k][0].parent for k in others)]):
+        for target in (path for pair in targets.values() for path in pair):
+            check_target(target, file.files, force=force)
+
+        # Write the first view as a set of two shards, then each other one as a header beside a link to its weights.
+        stem = head.with_name(f"{head.parent.name}.gguf")
+        write_model(stem, [([], layouts[first][0]), (tensors, layouts[first][1])], progress=progress)
+        linked = [_add_view(layouts[k][0], targets[k], weights) for k in others]
     return Views({k: pair[0] for k, pair in targets.items()}, all(linked))
+
+
+@contextlib.contextmanager
+def _make_folders(folders: Sequence[Path]) -> Iterator[None]:
+    """Make the folders that are missing; if the block fails, they are gone again. Raises OutputError."""
+    made: list[Path] = []
+    try:
+        for folder in folders:
+            if not folder.is_dir():
+                _make_folder(folder)
+                made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
 

@@ -46,23 +46,29 @@ def test_threads_read_and_write_at_places(tmp_path: Path, monkeypatch: pytest.Mo
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_second_name_is_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+@pytest.mark.parametrize("missing", [[], ["link"], ["link", "symlink"]])
+def test_a_second_name_is_a_link_or_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
     """A copy where the file system has no links; what had the name is replaced, not written into."""
 
     def fail(*_: object) -> None:
         raise PermissionError
 
-    if not links:
-        monkeypatch.setattr(os, "link", fail)
     (tmp_path / "a").write_text("new")
     (tmp_path / "b").write_text("old")
-    os.symlink(tmp_path / "b", tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    target = tmp_path / "d" / "c"
+    os.symlink(tmp_path / "b", target)
+    for name in missing:
+        monkeypatch.setattr(os, name, fail)
 
-    assert links is link_or_copy(tmp_path / "a", tmp_path / "c")
+    links = link_or_copy(tmp_path / "a", target)
 
-    assert ("new", "old") == ((tmp_path / "c").read_text(), (tmp_path / "b").read_text())
-    assert links is (tmp_path / "a").samefile(tmp_path / "c")
+    assert links is (len(missing) < 2)
+    assert ("new", "old") == (target.read_text(), (tmp_path / "b").read_text())
+    assert links is (tmp_path / "a").samefile(target)
+    assert target.is_symlink() is (missing == ["link"])
 
 
 def test_a_folder_has_one_lock(tmp_path: Path) -> None:

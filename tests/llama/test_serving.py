@@ -20,6 +20,7 @@ from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.llama.serving import list_counts, list_ways, make_modelfile, make_presets
 from moe2gguf.llama.templates import read_template
+from moe2gguf.recipes.views import write_views
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou "
@@ -140,6 +141,21 @@ def test_the_command_prints_lines_and_writes_files(tmp_path: Path) -> None:
     assert (tmp_path / "p.ini").read_text().startswith("version = 1\n")
     assert 1 == moe2gguf("serve-help", path, *files).returncode
     assert 0 == moe2gguf("serve-help", path, *files, "--force").returncode
+
+
+def test_a_model_in_several_files_is_joined_for_ollama(tmp_path: Path) -> None:
+    """Ollama reads one file; everything else gets all of them, and the model's own name."""
+    whole = file_with(tmp_path / "a.gguf", None).path
+    first = write_views(whole, tmp_path, [8]).paths[8]
+
+    ways = {way.program: way.commands for way in list_ways(read_model(first))}
+    done = moe2gguf("serve-help", first, "--modelfile", tmp_path / "Modelfile")
+
+    assert ways["Ollama"][0] == f"llama-gguf-split --merge {first} a-k8.gguf"
+    assert ways["Ollama"][1] == "moe2gguf serve-help a-k8.gguf --modelfile Modelfile"
+    assert str(first.with_name("a-k8-00002-of-00002.gguf")) in ways["LM Studio"][1]
+    assert "[a-k8-4]" in make_presets(read_model(first))
+    assert (1, True) == (done.returncode, f"Ollama reads one file, not 2; join them: {ways['Ollama'][0]}" in done.stderr)
 
 
 def test_a_file_that_serves_several_counts_drafts_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import checkpoints
@@ -38,7 +39,8 @@ def test_every_view_is_the_file_at_its_count(file: Path, tmp_path: Path) -> None
 
     for k, one, other in zip(COUNTS, ours, llama_logits_at(file, TOKENS, COUNTS), strict=True):
         assert np.array_equal(one, other), k
-    weights = sorted((tmp_path / "views").glob("*-00002-of-00002.gguf"))
+    assert sorted(path.name for path in (tmp_path / "views").iterdir()) == [f"moe-k{k}" for k in sorted(COUNTS)]
+    weights = sorted((tmp_path / "views").glob("*/*-00002-of-00002.gguf"))
     assert len(weights) == 3
     assert len({os.stat(path).st_ino for path in weights}) == 1
     assert views.linked
@@ -46,17 +48,41 @@ def test_every_view_is_the_file_at_its_count(file: Path, tmp_path: Path) -> None
     assert len(gguf.GGUFReader(views.paths[4]).tensors) == 0
 
 
-def test_views_are_copies_where_links_fail(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system without them."""
+@pytest.mark.parametrize("missing", [["link"], ["link", "symlink"]])
+def test_views_are_symbolic_links_or_copies_where_hard_links_fail(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    """As on a file system without them; either is a model that llama.cpp loads, also from where the folder is moved."""
 
     def fail(*_: object) -> None:
         raise OSError(1, "no links")
 
-    monkeypatch.setattr(os, "link", fail)
-    views = write_views(file, tmp_path, [8, 4])
-    assert not views.linked
-    assert [p.stat().st_nlink for p in sorted(tmp_path.glob("*-00002-of-*"))] == [1, 1]
-    assert verify(views.paths[4]).problems == ()
+    for name in missing:
+        monkeypatch.setattr(os, name, fail)
+    views = write_views(file, tmp_path / "a", [8, 4])
+    assert views.linked is (missing == ["link"])
+    assert [path.is_symlink() for path in sorted((tmp_path / "a").glob("*/*-00002-of-*"))] == [views.linked, False]
+    moved = (tmp_path / "a").rename(tmp_path / "b") / "moe-k4" / views.paths[4].name
+    assert verify(moved).problems == ()
+    assert np.array_equal(llama_logits_of([moved], TOKENS)[0], llama_logits_at(file, TOKENS, [4])[0])
+
+
+def test_a_view_that_fails_leaves_nothing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder, no half of a copy, and what was there stays: here the disk is full at the second view."""
+
+    def fill(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    old = write_views(file, tmp_path / "old", [8]).paths[8]
+    for module, name in ((os, "link"), (os, "symlink"), (shutil, "copyfile")):
+        monkeypatch.setattr(module, name, fill)
+
+    for place in ("old", "new/er"):
+        with pytest.raises(OutputError, match="cannot be written: No space left"):
+            write_views(file, tmp_path / place, [8, 4], force=True)
+
+    assert sorted(tmp_path.rglob("*")) == sorted([old.parents[1], old.parent, *old.parent.iterdir()])
+    assert verify(old).problems == ()
 
 
 def test_what_cannot_be_a_view_is_refused(file: Path, tmp_path: Path) -> None:
@@ -76,7 +102,7 @@ def test_what_cannot_be_a_view_is_refused(file: Path, tmp_path: Path) -> None:
 def test_views_may_lie_beside_their_file(file: Path) -> None:
     """The folder holds an input, and no view replaces it: not those that it is made of itself either."""
     assert 0 == moe2gguf("views", file, file.parent, "--used", "8,4").returncode
-    first = file.parent / "moe-k8-00001-of-00002.gguf"
+    first = file.parent / "moe-k8" / "moe-k8-00001-of-00002.gguf"
 
     done = moe2gguf("views", first, file.parent, "--used", "4", "--force")
 
@@ -88,7 +114,9 @@ def test_views_are_replaced_only_when_told(file: Path, tmp_path: Path) -> None:
     """And the command says where they are."""
     done = moe2gguf("views", file, tmp_path, "--used", "8,4")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [str(tmp_path / f"moe-k{k}-00001-of-00002.gguf") for k in (8, 4)]
+    assert done.stdout.splitlines() == [
+        str(tmp_path / f"moe-k{k}" / f"moe-k{k}-00001-of-00002.gguf") for k in (8, 4)
+    ]
     with pytest.raises(OutputError, match="exists"):
         write_views(file, tmp_path, [4])
     write_views(file, tmp_path, [4], force=True)
