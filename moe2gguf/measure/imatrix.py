@@ -5,9 +5,11 @@ asks for it, and every position computes an output, so that the last layer sees 
 https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/imatrix/imatrix.cpp#L799
 """
 
+import math
+import re
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +17,12 @@ import numpy as np
 
 from moe2gguf.errors import HarnessError, ImportanceError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
+from moe2gguf.gguf.counts import read_counts
+from moe2gguf.gguf.file import GGUFFile, TensorInfo, listing
 from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.resume import Job, describe
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.machine import read_package_version
@@ -26,7 +31,7 @@ from moe2gguf.llama.watch_inputs import Sums, Watcher
 from moe2gguf.llama.windows import Windows, cut_windows
 from moe2gguf.measure.grid import digest_identity, note_long_windows
 from moe2gguf.progress import Progress, silent
-from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, merge, read_imatrix, write_imatrix
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, identify_model, merge, read_imatrix, write_imatrix
 from moe2gguf.quant.imatrix_match import FEW
 
 SAVE_EVERY = 20.0
@@ -160,28 +165,37 @@ def collect_imatrix(
     if text is None and not merged:
         raise ImportanceError("nothing to collect from: give --text, or --merge matrices")
     check_target(out, [model, *others, *([text] if text else [])], force=force)
-    parts = [read_imatrix(path) for path in others]
+    file = read_model(model)
+    identity = identify_model({name: SourceTensor(file, info) for name, info in file.tensors.items()})
+    parts = [_read_merged(path, file, identity) for path in others]
+    notes = [
+        f"{path}: does not say of which model it is; its tensors have the names and widths of {model}"
+        for path, part in zip(others, parts, strict=True)
+        if not part.model
+    ]
+    if n_expert_used == "all" and not read_counts(file).n_expert:
+        notes.append(f"--used all: no effect, for {model} has no experts")
     if text is None:
-        matrix = _write_sum(parts, model, out, others, n_context, force)
-        return Collection(out, matrix, 0, 0, len(merged), find_scarce_experts(matrix))
+        matrix = _write_sum(parts, identity, out, [model, *others], n_context, force)
+        return Collection(out, matrix, 0, 0, len(merged), find_scarce_experts(matrix), tuple(notes))
     words = read_text(text, bytes_to_read(n_token and n_token + n_context))
     settings = CollectionSettings(n_token, n_context, n_expert_used, vocabulary)
     with Job(out.with_name(out.name + ".work"), _describe(model, words, settings), resume=resume) as job:
         before = _load(job)
         collected = _collect_and_save(model, words, settings, before, job, threads, progress)
-        matrix = _write_sum([_matrix(collected, words, n_context), *parts], model, out, others, n_context, force)
+        parts = [_matrix(collected, words, n_context), *parts]
+        matrix = _write_sum(parts, identity, out, [model, *others], n_context, force)
         job.remove()
     done, resumed = collected.n_window * n_context, before.n_window * n_context
-    notes = tuple(note_long_windows([model], n_context))
-    return Collection(out, matrix, done, resumed, len(merged), find_scarce_experts(matrix), notes)
+    notes += note_long_windows([model], n_context)
+    return Collection(out, matrix, done, resumed, len(merged), find_scarce_experts(matrix), tuple(notes))
 
 
 def _write_sum(
-    parts: Sequence[ImportanceMatrix], model: Path, out: Path, merged: Sequence[Path], n_context: int, force: bool
+    parts: Sequence[ImportanceMatrix], identity: str, out: Path, sources: Sequence[Path], n_context: int, force: bool
 ) -> ImportanceMatrix:
-    matrix = merge(parts, n_context)
-    _require_this_model(matrix, model)
-    write_imatrix(matrix, out, [model, *merged], force=force)
+    matrix = replace(merge(parts, n_context), model=identity)
+    write_imatrix(matrix, out, sources, force=force)
     return matrix
 
 
@@ -264,17 +278,33 @@ def _matrix(collected: Collected, text: Text, n_context: int) -> ImportanceMatri
     return ImportanceMatrix(entries, (text.label,), collected.n_window, n_context)
 
 
-def _require_this_model(matrix: ImportanceMatrix, model: Path) -> None:
-    """What was merged must be of this model: no other tensors, no other widths."""
-    tensors = read_model(model).tensors
-    wrong = [
-        name
+def _read_merged(path: Path, file: GGUFFile, identity: str) -> ImportanceMatrix:
+    """Read a matrix to merge, which must be of this model: no other tensors, widths, layers or norms."""
+    matrix = read_imatrix(path)
+    reasons = [
+        f"{name} has another shape there or is missing"
         for name, entry in matrix.entries.items()
-        if name not in tensors or entry.sums.size // len(entry.counts) != tensors[name].shape[-1]
+        if not _fits(entry, file.tensors.get(name))
     ]
-    if wrong:
-        named = ", ".join(wrong[:3])
-        raise ImportanceError(f"a merged importance matrix is not of {model}: {named} has another width or is missing")
+    predicting = _find_layers(name for name in file.tensors if ".nextn." in name)
+    if missing := _find_layers(file.tensors) - predicting - _find_layers(matrix.entries):
+        reasons.append(f"it has nothing for {len(missing)} of the layers, such as {min(missing)}")
+    if matrix.model not in ("", identity):
+        reasons.append("it was collected from a model with other norms")
+    if reasons:
+        raise ImportanceError(listing(path, [f"is not of {file.path}: {reason}" for reason in reasons], limit=3))
+    return matrix
+
+
+def _fits(entry: Activity, tensor: TensorInfo | None) -> bool:
+    if tensor is None or not tensor.shape:
+        return False
+    n_mat = math.prod(tensor.shape[:-2])
+    return len(entry.counts) in (1, n_mat) and entry.sums.size == n_mat * tensor.shape[-1]
+
+
+def _find_layers(names: Iterable[str]) -> set[int]:
+    return {int(match[1]) for name in names if (match := re.match(r"blk\.(\d{1,9})\.", name))}
 
 
 def find_scarce_experts(matrix: ImportanceMatrix) -> tuple[Coverage, ...]:

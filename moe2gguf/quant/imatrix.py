@@ -6,10 +6,12 @@ For each input column a file holds the sum of squares over the tokens seen, and 
 per tensor, and says 1.0 where it has no data. Both are untrusted: everything is checked as it is read.
 """
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
@@ -26,6 +28,9 @@ from moe2gguf.spec import MetadataValue
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+MODEL = "moe2gguf.imatrix.model"
+"""What `identify_model` says of the model; llama.cpp passes over the key, and its own files have none."""
+
 MAX_FILE = 8 << 30
 MAX_LABEL = 120  # characters of a text's name that are kept
 LARGEST = 1e12
@@ -33,6 +38,7 @@ LARGEST = 1e12
 
 _MAX_COUNT = 1 << 52
 _MAX_CHUNKS = (1 << 31) - 1
+_NORMS = re.compile(r"(output|blk\.\d+\.attn)_norm\.weight")
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Activity:
 class ImportanceMatrix:
     """A whole file: `entries` by tensor name, the names of the texts, and how many chunks of how many tokens.
 
-    `legacy`: read from a `.dat`, whose counts are chunks and whose experts without data say 1.0.
+    `legacy`: read from a `.dat`, whose counts are chunks and whose experts without data say 1.0. `model`: see
+    `identify_model`; "" where the file does not say.
     """
 
     entries: Mapping[str, Activity]
@@ -67,11 +74,27 @@ class ImportanceMatrix:
     chunk_count: int
     chunk_size: int
     legacy: bool = False
+    model: str = ""
 
     @property
     def is_per_expert(self) -> bool:
         """Whether it was collected from a file with experts."""
         return any("_exps." in name for name in self.entries)
+
+
+class Numbers(Protocol):
+    """A tensor that can be read."""
+
+    def read(self) -> NDArray[np.generic]:
+        """Return all of it."""
+
+
+def identify_model(tensors: Mapping[str, Numbers]) -> str:
+    """Return a digest of a model's norms, which are the same numbers in all its types and slices."""
+    digest = hashlib.sha256()
+    for name in sorted(filter(_NORMS.fullmatch, tensors)):
+        digest.update(name.encode() + tensors[name].read().astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
@@ -122,7 +145,7 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
             problems.append(f"{shown(name)}: {error}")
     if problems:
         raise ImportanceError(listing(file.path, problems))
-    return ImportanceMatrix(entries, datasets, chunk_count, chunk_size)
+    return ImportanceMatrix(entries, datasets, chunk_count, chunk_size, model=str(file.metadata.get(MODEL, "")))
 
 
 def _find_pairs(file: GGUFFile) -> tuple[list[str], list[str]]:
@@ -172,6 +195,7 @@ def write_imatrix(matrix: ImportanceMatrix, out: Path, sources: Sequence[Path] =
         DATASETS: [*matrix.datasets] or ["unknown"],
         CHUNK_COUNT: matrix.chunk_count,
         CHUNK_SIZE: matrix.chunk_size,
+        **({MODEL: matrix.model} if matrix.model else {}),
     }
     tensors = [tensor for name in sorted(matrix.entries) for tensor in _pair(name, matrix.entries[name])]
     layout = lay_out(metadata, tensors)

@@ -22,7 +22,7 @@ from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.writer import Importance
 from moe2gguf.quant.assign import Assignment, may_quantize
-from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, label
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, Numbers, identify_model, label
 from moe2gguf.quant.rules import VOCABULARY, TypeOptions
 from moe2gguf.spec import MetadataValue
 
@@ -123,6 +123,13 @@ def guide(
         if found.fewest < FEW:
             few[tensor.name] = found.fewest
     return Guidance(importance, problems, few)
+
+
+def note_other_model(matrix: ImportanceMatrix | None, tensors: Mapping[str, Numbers]) -> list[str]:
+    """Return a warning where the matrix says that it is of a model with other norms than these tensors'."""
+    if matrix is None or matrix.model in ("", identify_model(tensors)):
+        return []
+    return ["--imatrix: was collected from a model with other norms, so from another one, or before it was trained"]
 
 
 def record_imatrix(matrix: ImportanceMatrix | None, options: TypeOptions) -> dict[str, MetadataValue]:

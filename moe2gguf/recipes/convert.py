@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from moe2gguf.gguf.types import require_kernels
 from moe2gguf.gguf.writer import write_model
 from moe2gguf.hf.safetensors import SourceDigest
 from moe2gguf.progress import Progress, silent
+from moe2gguf.quant.imatrix import ImportanceMatrix
+from moe2gguf.quant.imatrix_match import note_other_model
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
 from moe2gguf.recipes.fit_types import fit_types
 from moe2gguf.recipes.inputs import read_inputs
@@ -102,7 +104,7 @@ def convert(
     # Open the model, read what the options name, and plan every tensor and byte.
     source = open_source(Path(model), name=options.name)
     inputs = read_inputs(source, options)
-    plan = fit_types(make_plan(source, inputs), inputs, progress)
+    plan = _compare_models(fit_types(make_plan(source, inputs), inputs, progress), inputs.types.matrix)
     _check_targets(plan, out, force=force)
     on_plan(plan)
 
@@ -138,6 +140,12 @@ def plan_conversion(model: str | Path, options: Options | None = None, *, progre
     source = open_source(Path(model), name=options.name, weights=options.types.has_target)
     inputs = read_inputs(source, options)
     return fit_types(make_plan(source, inputs), inputs, progress)
+
+
+def _compare_models(plan: Plan, matrix: ImportanceMatrix | None) -> Plan:
+    """The plan, with a warning where the importance matrix is of another model."""
+    norms = {one.name: plan.source.tensors[one.sources[0]] for one in plan.tensors if one.sources}
+    return replace(plan, warnings=(*plan.warnings, *note_other_model(matrix, norms)))
 
 
 def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:

@@ -27,7 +27,7 @@ from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor, write_model
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import Assignment, assign, may_quantize
-from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, record_imatrix
+from moe2gguf.quant.imatrix_match import KEYS, find_neurons, guide, note_other_model, record_imatrix
 from moe2gguf.quant.presets import Network
 from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.quant.target import choose_types, refuse_target
@@ -185,6 +185,7 @@ def make_plan(
         )
         for tensor in assigned.set_types(stored)
     )
+    sources = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
     metadata = {**_make_metadata(file, assigned, options, inputs.rules), **record_imatrix(inputs.matrix, options)}
     kinds = file.kinds_of(metadata)
     return QuantizationPlan(
@@ -194,7 +195,11 @@ def make_plan(
         metadata=metadata,
         tensors=tensors,
         files=lay_out_files(metadata, tensors, kinds, None if open_types else shard_size),
-        warnings=(*assigned.warnings, *list_warnings(guidance, tensors)),
+        warnings=(
+            *assigned.warnings,
+            *list_warnings(guidance, tensors),
+            *note_other_model(inputs.matrix, sources),
+        ),
         allow_requantize=allow_requantize,
         shard_size=shard_size,
         has_open_types=open_types,

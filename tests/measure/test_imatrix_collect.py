@@ -190,13 +190,56 @@ def test_matrices_merge(files: Any, tmp_path: Path) -> None:
         for name, entry in once.matrix.entries.items():
             np.testing.assert_array_equal(2 * entry.sums, found.matrix.entries[name].sums)
             np.testing.assert_array_equal(2 * entry.counts, found.matrix.entries[name].counts)
-    some = {name: (entry.sums, entry.counts) for name, entry in once.matrix.entries.items() if "attn" in name}
-    imatrix_files.write_gguf(tmp_path / "foreign.gguf", {**some, "x.weight": (np.ones((1, 4)), [1])})  # type: ignore[dict-item]
-    with pytest.raises(ImportanceError, match=r"x\.weight has another width or is missing"):
-        collect_imatrix(files["routed"], tmp_path / "d.gguf", None, merged=[tmp_path / "foreign.gguf"])
     with pytest.raises(ImportanceError, match="nothing to collect"):
         collect_imatrix(files["dense"], tmp_path / "d.gguf", None)
     assert not (tmp_path / "d.gguf").exists()
+
+
+def statistics(done: Any) -> dict[str, Any]:
+    return {name: (entry.sums[None], entry.counts) for name, entry in done.matrix.entries.items()}
+
+
+def test_a_matrix_of_another_model_is_not_merged(files: Any, tmp_path: Path) -> None:
+    """Before anything is collected: another tensor, one layer less, and (in our own files) other norms."""
+    weights = tiny_gguf.dense_weights(n_layer=2)
+    weights["blk.1.attn_norm.weight"] = weights["blk.1.attn_norm.weight"] * np.float32(1.5)
+    twin = {**files, "twin": tiny_gguf.write_gguf(tmp_path / "twin.gguf", weights)}
+    found = statistics(collected(twin, "twin", tmp_path / "other.gguf", n_token=CONTEXT))
+    first = {name: value for name, value in found.items() if name.startswith("blk.0.")}
+    imatrix_files.write_gguf(tmp_path / "shallow.gguf", first)
+    imatrix_files.write_gguf(tmp_path / "foreign.gguf", {**found, "x.weight": (np.ones((1, 4)), [1])})  # type: ignore[dict-item]
+    reasons = {
+        "other": "it was collected from a model with other norms",
+        "shallow": "it has nothing for 1 of the layers, such as 1",
+        "foreign": "x.weight has another shape there or is missing",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ImportanceError) as refused:
+            collect_imatrix(files["dense"], tmp_path / "d.gguf", tmp_path / "none", merged=[tmp_path / f"{name}.gguf"])
+        assert f"{tmp_path / name}.gguf: 1 problem(s):\n  - is not of {files['dense']}: {reason}" == str(refused.value)
+    assert not (tmp_path / "d.gguf").exists()
+
+
+def test_a_matrix_that_does_not_say_its_model_is_merged_with_a_warning(files: Any, tmp_path: Path) -> None:
+    """One of llama.cpp's own; ours are of the model in whatever type it is stored."""
+    f16 = tiny_gguf.write_gguf(tmp_path / "f16.gguf", tiny_gguf.dense_weights(n_layer=2), f16=True)
+    own = collected({**files, "f16": f16}, "f16", tmp_path / "own.gguf", n_token=CONTEXT)
+    imatrix_files.write_gguf(tmp_path / "theirs.gguf", statistics(own))
+
+    done = collect_imatrix(
+        files["dense"], tmp_path / "d.gguf", None, merged=[tmp_path / "own.gguf", tmp_path / "theirs.gguf"]
+    )
+
+    assert [f"{tmp_path / 'theirs.gguf'}: does not say of which model it is"] == [
+        note.partition(";")[0] for note in done.notes
+    ]
+    assert done.matrix.model == own.matrix.model == read_imatrix(tmp_path / "d.gguf").model != ""
+
+
+def test_all_experts_of_a_dense_file_are_no_choice(files: Any, tmp_path: Path) -> None:
+    """The option changes nothing, and that is said."""
+    done = collected(files, "dense", tmp_path / "d.gguf", n_token=CONTEXT, n_expert_used="all")
+    assert (f"--used all: no effect, for {files['dense']} has no experts",) == done.notes
 
 
 def test_experts_without_tokens_are_named(files: Any, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from moe2gguf import convert, plan_conversion
 from moe2gguf.errors import ImportanceError, PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.source_tensor import SourceTensor
+from moe2gguf.quant.imatrix import Activity, ImportanceMatrix, identify_model, write_imatrix
 from moe2gguf.quant.presets import FILE_TYPE_NAMES
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import plan_quantization, quantize
@@ -372,3 +374,25 @@ def test_calibrated_experts_get_the_importance_of_their_own_neurons(tmp_path: Pa
     assert {name: expected[name] for name in own} == {name: found[name] for name in own}
     other = theirs(sliced, tmp_path / "theirs.gguf", "Q4_K_S", own | unpermuted, pure=True)
     assert {*unpermuted} == {name for name in own if other[name] != found[name]}
+
+
+def test_a_matrix_of_another_model_is_mentioned(tmp_path: Path) -> None:
+    """Its norms tell, in every type and slice of a model; llama.cpp's own files do not say."""
+    warning = "--imatrix: was collected from a model with other norms, so from another one, or before it was trained"
+    folder = checkpoints.make(tmp_path / "hf", "llama")
+    dense = convert(folder, tmp_path / "dense.gguf", flat_options(dense=True, type="f16")).path
+    other = convert(checkpoints.make(tmp_path / "other", "llama", seed=1), tmp_path / "o.gguf", flat_options(dense=True))
+    for model, known in ((dense, True), (other.path, False)):
+        file = read_gguf(model)
+        entries = {name: Activity(s[0], np.array(n)) for name, (s, n) in statistics_of(model).items()}
+        identity = identify_model({name: SourceTensor(file, info) for name, info in file.tensors.items()})
+        matrix = tmp_path / f"{known}.gguf"
+        write_imatrix(ImportanceMatrix(entries, ("x",), 1, 512, model=identity), matrix)
+        for target in (None, "glm4moe"):
+            options = flat_options(*([] if target is None else [4]), dense=target is None, target=target)
+            options = change_options(options, type="q8_0", imatrix=matrix)
+            for source in (folder, dense):
+                done = convert(source, tmp_path / "out.gguf", options, force=True)
+                assert (warning in done.plan.warnings) != known
+        plan = plan_quantization(dense, TypeOptions("q4_0", imatrix=matrix, allow_fallback=True))
+        assert (warning in plan.warnings) != known
