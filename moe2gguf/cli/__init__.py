@@ -31,7 +31,7 @@ from moe2gguf.cli.run import run
 from moe2gguf.cli.serve_help import serve_help
 from moe2gguf.cli.set_used import set_used
 from moe2gguf.cli.shrink import shrink
-from moe2gguf.cli.streams import prepare_streams
+from moe2gguf.cli.streams import ReaderGoneError, prepare_streams
 from moe2gguf.cli.tables import shorten, start_clock
 from moe2gguf.cli.verify import verify
 from moe2gguf.cli.views import views
@@ -117,6 +117,8 @@ def run_program(arguments: list[str]) -> int:
         return 143 if terminated else 130
     except click.ClickException as error:
         error.show()
+        return error.exit_code
+    except ReaderGoneError as error:
         return error.exit_code
     except Moe2GgufError as error:
         click.echo(f"moe2gguf: {shorten(str(error), whole='--verbose' in arguments)}", err=True)

@@ -99,11 +99,8 @@ class Command(cloup.Command):
         no_effect: Sequence[NoEffect] = (),
         **kwargs: Any,
     ) -> None:
-        params = params or []
         self._no_effect = no_effect
-        if any(isinstance(one, click.Option) and one.hidden for one in params):
-            params = [*params, _help_all()]
-        super().__init__(*args, params=[*params, _verbose()], **kwargs)
+        super().__init__(*args, params=[*(params or []), _help_all(), _verbose()], **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, or name our option where they have another program's."""
@@ -127,7 +124,9 @@ class Command(cloup.Command):
             sys.stdout.flush()
         except StreamError as error:
             written = [name for name, path in outputs.items() if is_written(path)]
-            raise StreamError(f"{error}; {', '.join(written)} was written" if written else str(error)) from error
+            if not written:
+                raise
+            raise StreamError(f"{error}; {', '.join(written)} was written") from error
         return result
 
     def _options(self) -> list[click.Option]:

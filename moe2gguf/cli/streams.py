@@ -12,6 +12,10 @@ class StreamError(Moe2GgufError):
     """Standard output cannot be written."""
 
 
+class ReaderGoneError(StreamError):
+    """Whoever read standard output wanted no more of it, as `head` does."""
+
+
 class StandardOutput(io.TextIOWrapper):
     """Standard output: a failed write is a `StreamError`, and what its encoding cannot show is replaced."""
 
@@ -34,7 +38,8 @@ class StandardOutput(io.TextIOWrapper):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
-        return StreamError(f"standard output cannot be written: {error.strerror}")
+        kind = ReaderGoneError if isinstance(error, BrokenPipeError) else StreamError
+        return kind(f"standard output cannot be written: {error.strerror}")
 
 
 class StandardError(io.TextIOWrapper):

@@ -56,6 +56,16 @@ def test_what_standard_output_refuses_is_one_message(
     assert out.read_bytes().startswith(b"GGUF")
 
 
+def test_a_reader_that_wants_no_more_is_no_error(tmp_path: Path) -> None:
+    """As with `| head -1`: nothing on standard error, where nothing was written that has to be named."""
+    file = tiny_gguf.write_gguf(tmp_path / "m.gguf", tiny_gguf.dense_weights(n_layer=1))
+    command = ["bash", "-c", '"$@" | (exec <&-; cat missing 2>/dev/null)', "bash", *PROGRAM, "inspect", str(file)]
+
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert "" == done.stderr
+
+
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
 def test_a_file_that_was_changed_in_place_is_named(tmp_path: Path, redirection: str) -> None:
     """Its count is the new one, and the message says so."""
