@@ -45,7 +45,7 @@ def serve_help(file: Path, modelfile: Path | None, presets: Path | None, as_json
         written[presets] = make_presets(header)
     for path, text in written.items():
         with write_whole(path) as partial:
-            partial.write_text(text, "utf-8")
+            partial.write_bytes(text.encode("utf-8", "surrogateescape"))  # a path may be no UTF-8
     ways = list_ways(header)
 
     def show() -> None:

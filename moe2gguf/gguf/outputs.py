@@ -53,10 +53,12 @@ def write_whole(target: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, target)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+        raise
 
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
