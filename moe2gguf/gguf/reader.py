@@ -146,7 +146,7 @@ class _Header:
 
     def version(self) -> int:
         if self.file_size < 24:
-            raise self.fail(f"a GGUF file has at least 24 bytes, this one {self.file_size}")
+            raise self.fail(f"a GGUF file has at least 24 bytes, this one {self.file_size}; fetch it again")
         magic = self.take(4)
         if magic != b"GGUF":
             raise self.fail(f"not a GGUF file; it starts with {_NOT_GGUF.get(magic, repr(magic))}")

@@ -80,7 +80,10 @@ def open_checkpoint(
         PlanError: everything else that is wrong, all of it in one list.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: neither a Hugging Face model folder nor a GGUF file")
+        found = "neither a Hugging Face model folder nor a GGUF file" if folder.exists() else "no such file or folder"
+        raise CheckpointError(
+            f"{folder}: {found}; name a model's folder or file, or OWNER/NAME on the Hugging Face Hub"
+        )
     _require_config(folder)
     values = read_json(resolve_inside(folder, "config.json"))
     problems: list[str] = []
@@ -119,6 +122,7 @@ def _require_config(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {ADAPTER}")
     if files := sorted(path.name for path in folder.glob("*.gguf")):
         raise CheckpointError(f"{folder}: has no config.json, but GGUF files; name one of them: {list_names(files)}")
+    raise CheckpointError(f"{folder}: has no config.json, so it is no model; name a Hugging Face folder or a GGUF file")
 
 
 def _is_derived(model: Model | None, name: str) -> bool:

@@ -158,7 +158,11 @@ def test_run_streams_text(files: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["convert", "nowhere", "out.gguf"], 1, "nowhere: neither a Hugging Face model folder nor a GGUF file"),
+        (
+            ["convert", "nowhere", "out.gguf"],
+            1,
+            "nowhere: no such file or folder; name a model's folder or file",
+        ),
         (["convert", "owner/some-model", "out.gguf"], 1, "hf download owner/some-model --local-dir some-model"),
         (["convert", "MODEL"], 2, "Missing argument 'OUT'"),
         (["convert", "MODEL", "no/such/folder/out.gguf"], 1, "no such folder"),

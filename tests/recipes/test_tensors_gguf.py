@@ -318,7 +318,7 @@ def test_other_refusals(dense: Any, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no model at all, but long enough for one")
     with pytest.raises(GGUFError, match="not a GGUF file"):
         plan_conversion(tmp_path / "text")
-    with pytest.raises(CheckpointError, match="neither a Hugging Face model folder nor a GGUF file"):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         plan_conversion(tmp_path / "absent")
     with pytest.raises(OutputError, match="would replace"):
         convert(dense("Q8_0"), dense("Q8_0"), flat_options(experts=4), force=True)
