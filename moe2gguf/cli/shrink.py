@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 RATIO = opt.Number(1, min_open=True)
 
 
-@cloup.command(cls=Command, no_effect=[NoEffect(("--context",), without=("--room",))])
+@cloup.command(
+    cls=Command, no_effect=[NoEffect(("--context",), without=("--room",)), NoEffect(("--types",), beside=("--room",))]
+)
 @cloup.argument("model", type=opt.ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
 @cloup.argument("out", type=opt.OUT, help="The GGUF file to write.")
 @option_group(

@@ -68,7 +68,9 @@ def compare_types(
             found = replace(found, experts=_count_experts(found, options.get("settings") or CompareSettings()))
     if not wanted:
         return found
-    return replace(found, settings=found.settings | {"made": {one.path.name: one.origin for one in wanted}})
+    warnings = dict.fromkeys(warning for one in wanted for warning in one.plan.warnings)
+    settings = found.settings | {"made": {one.path.name: one.origin for one in wanted}}
+    return replace(found, settings=settings, notes=(*found.notes, *warnings))
 
 
 def _count_experts(found: Comparison, settings: CompareSettings) -> tuple[ExpertUse, ...]:
