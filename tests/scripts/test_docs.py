@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,22 @@ def test_every_option_exists(page: Path) -> None:
     known = options().union(*ELSEWHERE.values())
 
     assert set() == set(OPTION.findall(page.read_text(encoding="utf-8"))) - known
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "log" not in p.parts], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are those of its own command, with values that they take, and no argument is missing."""
+    monkeypatch.setattr(click.Path, "convert", lambda _type, value, *_: value)  # the files are the reader's
+    blocks = re.findall(
+        r"^```(?:sh|bash|console)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        before, command, rest = line.partition("moe2gguf ")
+        words = shlex.split(rest.partition("|")[0].partition(" > ")[0], comments=True)
+        if command and words and (before in ("", "$ ") or before.endswith("| ")):
+            cli.commands[words[0]].make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
