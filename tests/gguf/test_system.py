@@ -47,9 +47,7 @@ def test_threads_read_and_write_at_places(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("missing", [[], ["link"], ["link", "symlink"]])
-def test_a_second_name_is_a_link_or_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]
-) -> None:
+def test_a_second_name_is_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]) -> None:
     """A copy where the file system has no links; what had the name is replaced, not written into."""
 
     def fail(*_: object) -> None:

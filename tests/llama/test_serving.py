@@ -155,7 +155,10 @@ def test_a_model_in_several_files_is_joined_for_ollama(tmp_path: Path) -> None:
     assert ways["Ollama"][1] == "moe2gguf serve-help a-k8.gguf --modelfile Modelfile"
     assert str(first.with_name("a-k8-00002-of-00002.gguf")) in ways["LM Studio"][1]
     assert "[a-k8-4]" in make_presets(read_model(first))
-    assert (1, True) == (done.returncode, f"Ollama reads one file, not 2; join them: {ways['Ollama'][0]}" in done.stderr)
+    assert (1, True) == (
+        done.returncode,
+        f"Ollama reads one file, not 2; join them: {ways['Ollama'][0]}" in done.stderr,
+    )
 
 
 def test_a_file_that_serves_several_counts_drafts_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

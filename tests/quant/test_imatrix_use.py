@@ -381,7 +381,9 @@ def test_a_matrix_of_another_model_is_mentioned(tmp_path: Path) -> None:
     warning = "--imatrix: was collected from a model with other norms, so from another one, or before it was trained"
     folder = checkpoints.make(tmp_path / "hf", "llama")
     dense = convert(folder, tmp_path / "dense.gguf", flat_options(dense=True, type="f16")).path
-    other = convert(checkpoints.make(tmp_path / "other", "llama", seed=1), tmp_path / "o.gguf", flat_options(dense=True))
+    other = convert(
+        checkpoints.make(tmp_path / "other", "llama", seed=1), tmp_path / "o.gguf", flat_options(dense=True)
+    )
     for model, known in ((dense, True), (other.path, False)):
         file = read_gguf(model)
         entries = {name: Activity(s[0], np.array(n)) for name, (s, n) in statistics_of(model).items()}

@@ -114,9 +114,7 @@ def test_views_are_replaced_only_when_told(file: Path, tmp_path: Path) -> None:
     """And the command says where they are."""
     done = moe2gguf("views", file, tmp_path, "--used", "8,4")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [
-        str(tmp_path / f"moe-k{k}" / f"moe-k{k}-00001-of-00002.gguf") for k in (8, 4)
-    ]
+    assert done.stdout.splitlines() == [str(tmp_path / f"moe-k{k}" / f"moe-k{k}-00001-of-00002.gguf") for k in (8, 4)]
     with pytest.raises(OutputError, match="exists"):
         write_views(file, tmp_path, [4])
     write_views(file, tmp_path, [4], force=True)
