@@ -242,7 +242,7 @@ def _lack_all(n_mat: int, width: int, why: str) -> _Found:
 
 def _fill_with_ones(found: _Found) -> list[NDArray[np.float32]]:
     """Return the importance of every matrix, (width,) each; a matrix without data counts all its columns alike."""
-    means = np.ascontiguousarray(found.means(), np.float32)
+    means = np.array(found.means(), np.float32, order="C")
     means[[*found.empty]] = 1
     return [*means]
 

@@ -28,9 +28,9 @@ def test_no_more_options_are_shown_than_a_person_reads(command: str) -> None:
     assert len(shown(command)) <= MOST.get(command, OTHERS)
 
 
-@pytest.mark.parametrize("command", sorted({*cli.commands} - {"completion"}))
+@pytest.mark.parametrize("command", sorted({*cli.commands} - {"completion", "densify"}))
 def test_the_second_page_shows_every_option(command: str) -> None:
-    """--help-all has them all, --help afterwards no more than before."""
+    """--help-all has them all, --help afterwards no more than before. That of densify names another command's."""
     before, everything = shown(command), shown(command, "--help-all")
     options = {
         max(option.opts, key=len)
