@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,8 +223,9 @@ def _speed_cells(speed: Speed) -> tuple[str, ...]:
 
 def write_csv(found: Comparison, path: Path) -> None:
     """Write the lines of `Comparison.flat`, numbers unrounded. Raises OutputError if the file cannot be written."""
-    lines = found.flat()
-    with write_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
-        writer.writeheader()
-        writer.writerows(lines)
+    lines, table = found.flat(), io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    with write_whole(path) as partial:
+        partial.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))  # a path may be no UTF-8

@@ -179,7 +179,7 @@ def write_page(page: Page, target: Path) -> None:
     """Write a page, whole or not at all. Raises HarnessError without plotly, OutputError for an error of the disk."""
     text = render_page(page, plotly_script())
     with write_whole(target) as partial:
-        partial.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8", errors="replace")  # a path may be no UTF-8
 
 
 # --- figures ---

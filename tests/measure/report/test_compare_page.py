@@ -16,6 +16,7 @@ import pytest
 from comparisons import LIMIT, NASTY, candidate, measured
 from html_page import Page
 
+from moe2gguf.cli.tables_compare import write_csv
 from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.measure import metrics
 from moe2gguf.measure.report import page as pages
@@ -184,6 +185,19 @@ def test_writing_is_all_or_nothing(found: Comparison, tmp_path: Path, monkeypatc
         write_page(make_page(found, ["prog"]), tmp_path / "file" / "out.html")
     with pytest.raises(OutputError, match="cannot be written"):
         write_page(make_page(found, ["prog"]), tmp_path / "no" / "out.html")
+
+
+def test_a_path_that_is_no_utf_8(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is UTF-8 all the same; the table has the name's own bytes."""
+    monkeypatch.setattr(pages, "plotly_script", lambda: "/* plotly */")
+    odd = [replace(row, config=replace(row.config, name="caf\udce9.gguf")) for row in found.rows]
+    odd_found = replace(found, rows=tuple(odd), pairs=(), recommendation=None)
+
+    write_page(make_page(odd_found, ["prog", "caf\udce9.gguf"]), tmp_path / "out.html")
+    write_csv(odd_found, tmp_path / "out.csv")
+
+    assert "caf?.gguf" in (tmp_path / "out.html").read_text("utf-8")
+    assert b"caf\xe9.gguf" in (tmp_path / "out.csv").read_bytes()
 
 
 def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
