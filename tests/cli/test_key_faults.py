@@ -160,7 +160,7 @@ def test_the_sound_file_passes_every_command(kind: str, tmp_path: Path) -> None:
         done = run(tmp_path / "model.gguf")
         assert 0 == done.returncode, (name, done.stderr)
         for path in [*tmp_path.glob("out-*"), *tmp_path.glob("model-k*")]:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize(("kind", "key"), cases())
@@ -219,4 +219,4 @@ def check_faults(model: g.LlamaFile, commands: dict[str, Run], key: str, faults:
                 assert words.replace("\n", "").isprintable(), (what, words)
             for path in [*file.parent.glob("*out-*"), *file.parent.glob("model-k*")]:
                 assert not done.returncode or name == "set-used", (what, path)
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import struct
 import sys
 import time
@@ -457,7 +458,7 @@ TARGETS = [*targets(Path())]
 def write(folder: Path, files: Files) -> None:
     """Exactly these files."""
     for path in folder.iterdir():
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, data in files.items():
         (folder / name).write_bytes(data)
 
