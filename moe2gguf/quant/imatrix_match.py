@@ -127,7 +127,7 @@ def guide(
 
 def note_other_model(matrix: ImportanceMatrix | None, tensors: Mapping[str, Numbers]) -> list[str]:
     """Return a warning where the matrix says that it is of a model with other norms than these tensors'."""
-    if matrix is None or matrix.model in ("", identify_model(tensors)):
+    if matrix is None or not matrix.model or matrix.model == identify_model(tensors):
         return []
     return ["--imatrix: was collected from a model with other norms, so from another one, or before it was trained"]
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,8 @@ def quantize(
     inputs = read_type_inputs(options)
     plan = make_plan(file, options, inputs, allow_requantize=allow_requantize, shard_size=shard_size)
     plan = fit_types(plan, inputs, progress)
+    norms = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
+    plan = replace(plan, warnings=(*plan.warnings, *note_other_model(inputs.matrix, norms)))
     on_plan(plan)
     _require_kernels(plan)
     check_model_target(out, len(plan.files), [*file.files, *options.files], force=force)
@@ -185,7 +187,6 @@ def make_plan(
         )
         for tensor in assigned.set_types(stored)
     )
-    sources = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
     metadata = {**_make_metadata(file, assigned, options, inputs.rules), **record_imatrix(inputs.matrix, options)}
     kinds = file.kinds_of(metadata)
     return QuantizationPlan(
@@ -195,11 +196,7 @@ def make_plan(
         metadata=metadata,
         tensors=tensors,
         files=lay_out_files(metadata, tensors, kinds, None if open_types else shard_size),
-        warnings=(
-            *assigned.warnings,
-            *list_warnings(guidance, tensors),
-            *note_other_model(inputs.matrix, sources),
-        ),
+        warnings=(*assigned.warnings, *list_warnings(guidance, tensors)),
         allow_requantize=allow_requantize,
         shard_size=shard_size,
         has_open_types=open_types,

@@ -393,5 +393,7 @@ def test_a_matrix_of_another_model_is_mentioned(tmp_path: Path) -> None:
             for source in (folder, dense):
                 done = convert(source, tmp_path / "out.gguf", options, force=True)
                 assert (warning in done.plan.warnings) != known
-        plan = plan_quantization(dense, TypeOptions("q4_0", imatrix=matrix, allow_fallback=True))
-        assert (warning in plan.warnings) != known
+        done_again = quantize(
+            dense, tmp_path / "q.gguf", TypeOptions("q4_0", imatrix=matrix, allow_fallback=True), force=True
+        )
+        assert (warning in done_again.plan.warnings) != known
