@@ -210,8 +210,15 @@ GRAPHS = {
     "step35": Graph(
         "step35",
         (
-            *(*_GLOBALS[:2], replace(_GLOBALS[2], required=True), *_ROPE_FACTORS),
-            *(*_ATTENTION, *_HEAD_NORMS, _OUTPUT, _FFN_NORM, *_DENSE_MLP, *_SIGMOID_EXPERTS),
+            *_GLOBALS[:2],
+            replace(_GLOBALS[2], required=True),
+            *_ROPE_FACTORS,
+            *_ATTENTION,
+            *_HEAD_NORMS,
+            _OUTPUT,
+            _FFN_NORM,
+            *_DENSE_MLP,
+            *_SIGMOID_EXPERTS,
         ),
         gating="sigmoid",
         keys=_PLAIN_SIGMOIDS,

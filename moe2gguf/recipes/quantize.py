@@ -120,8 +120,8 @@ def quantize(
     inputs = read_type_inputs(options)
     plan = make_plan(file, options, inputs, allow_requantize=allow_requantize, shard_size=shard_size)
     plan = fit_types(plan, inputs, progress)
-    norms = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
-    plan = replace(plan, warnings=(*plan.warnings, *note_other_model(inputs.matrix, norms)))
+    stored = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
+    plan = replace(plan, warnings=(*plan.warnings, *note_other_model(inputs.matrix, stored)))
     on_plan(plan)
     _require_kernels(plan)
     check_model_target(out, len(plan.files), [*file.files, *options.files], force=force)
