@@ -1,14 +1,17 @@
 """The rule for every output: it is no file that is read, and it replaces a file only where that is wanted."""
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.shards import list_shard_paths
+from moe2gguf.gguf.system import disk_bytes, sync
 
 _UNFINISHED = ("", ".partial", ".work")
 """Endings of the names that are written to before an output has its own."""
@@ -52,13 +55,22 @@ def write_whole(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+            raise output_error(target, error) from error
         raise
+
+
+def output_error(target: Path, error: Exception) -> OutputError:
+    """Return what a disk error means, in words."""
+    reason = getattr(error, "strerror", None) or error
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(f"{target}: no room left while writing ({reason}); nothing was kept")
+    return OutputError(f"{target}: cannot be written ({reason}); nothing was kept")
 
 
 def check_target(target: Path, sources: Iterable[Path], *, force: bool) -> None:
@@ -78,13 +90,22 @@ def list_model_paths(out: Path, n_shard: int) -> list[Path]:
     return [out] if n_shard == 1 else list_shard_paths(out.with_suffix("") if out.suffix == ".gguf" else out, n_shard)
 
 
-def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool) -> None:
-    """`check_target` for every file of a model; `out` must not be a folder."""
+def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, force: bool, size: int = 0) -> None:
+    """`check_target` for every file of a model, of `size` bytes together; `out` must not be a folder."""
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; name a file in it")
     sources = tuple(sources)
     for target in list_model_paths(out, n_shard):
         check_target(target, sources, force=force)
+    require_room(out, size)
+
+
+def require_room(out: Path, size: int) -> None:
+    """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work on `out` has taken."""
+    taken = sum(map(disk_bytes, out.with_name(out.name + ".partial").rglob("*")))
+    free = shutil.disk_usage(out.parent).free + taken
+    if free < size:
+        raise OutputError(f"{out.parent}: {free:,} bytes are free, {out.name} needs {size:,}; make room first")
 
 
 def _require_name(name: str, out: Path) -> None:

@@ -5,15 +5,13 @@ run of the same job continues.
 """
 
 import contextlib
-import errno
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moe2gguf.errors import OutputError
+from moe2gguf.gguf.outputs import output_error, require_room
 from moe2gguf.gguf.resume import Job, partial_path
-from moe2gguf.gguf.system import disk_bytes, open_here, sync
+from moe2gguf.gguf.system import open_here, sync
 
 
 @contextlib.contextmanager
@@ -26,7 +24,7 @@ def replace_files(
     SystemExit) of a job that has a `manifest`. Arguments and errors as in `write_model`.
     """
     folder = partial_path(out)
-    require_room(folder, size)
+    require_room(out, size)
     kept = (KeyboardInterrupt, SystemExit) if manifest is not None else ()
     with Job(folder, manifest or {}, resume=resume and manifest is not None) as job:
         try:
@@ -87,18 +85,3 @@ def _move_back(part: Path, target: Path) -> None:
         target.replace(part)
     except OSError:
         target.unlink(missing_ok=True)
-
-
-def require_room(folder: Path, size: int) -> None:
-    """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work has taken already."""
-    taken = sum(map(disk_bytes, folder.rglob("*")))
-    free = shutil.disk_usage(folder.parent).free + taken
-    if free < size:
-        raise OutputError(f"{folder.parent}: {free:,} bytes are free, the file needs {size:,}; make room first")
-
-
-def output_error(target: Path, error: OSError) -> OutputError:
-    """Return what a disk error means, in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(f"{target}: no room left while writing ({error.strerror}); nothing was kept")
-    return OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was kept")

@@ -8,6 +8,7 @@ read and hashed again before it is reused, and a piece that differs is made anew
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -151,7 +152,7 @@ class Job:
 
     Raises:
         OutputError: the folder holds another job's work (every difference is named) or no work at all, another process
-            uses it, or it cannot be written.
+            uses it, or it cannot be written, in the `with` statement too.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, str], *, resume: bool = True) -> None:
@@ -178,6 +179,11 @@ class Job:
         os.close(self._descriptor)
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted) and self.n_finished:
             raise Interrupted(_describe_kept(self.folder, self.n_finished)) from error
+        if isinstance(error, OSError) and _is_about(error, self.folder):
+            raise OutputError(
+                f"{self.folder}: cannot be written ({error.strerror or error}); remove what is in the way, or make "
+                "room, then repeat the command: it goes on with what is finished"
+            ) from error
 
     @property
     def n_finished(self) -> int:
@@ -375,6 +381,13 @@ def _checksum_facts(facts: Mapping[str, Any]) -> str:
 
 def _describe_kept(place: Path, n: int) -> str:
     return f"{place} keeps what is finished ({n} piece{'s'[: n > 1]}); the same command goes on there"
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """Whether a disk was full or read-only, or a file of the folder was the matter."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return True
+    return isinstance(error.filename, str) and folder.absolute() in Path(error.filename).absolute().parents
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -62,7 +62,7 @@ def count_entries_to_keep(n_token: int, n_vocab: int, n_byte: int) -> int | None
     if n_kept < min(MIN_KEPT, n_vocab):
         raise HarnessError(
             f"the logits of {n_token} tokens do not fit in {n_byte / 2**20:.0f} MiB, not even the {MIN_KEPT} largest "
-            "of each: score fewer tokens or allow more room"
+            "of each: score fewer tokens, allow more room, or set TMPDIR to a larger disk"
         )
     return min(n_kept, n_vocab)
 

@@ -134,13 +134,7 @@ def _calibrate_on_text(
     options, dense = plan.options.calibration, plan.model
     n_token, n_context = plan.options.n_token(dense), calibration_window(dense)
     settings = CalibrationSettings(n_token, n_context, options.device, options.memory)
-    try:
-        return calibrate(model, text, slicing, settings, work, progress, resume=resume)
-    except OSError as error:
-        raise CalibrationError(
-            f"{work}: cannot be written ({error.strerror or error}); calibration keeps its finished layers there: "
-            "remove what is in the way, make room, or write to another folder"
-        ) from error
+    return calibrate(model, text, slicing, settings, work, progress, resume=resume)
 
 
 def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> CalibrationRecord:

@@ -157,7 +157,7 @@ def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:
     fresh = [tensor for tensor in plan.tensors if not tensor.copied]
     require_kernels((tensor.type for tensor in fresh), importance=any(tensor.guided for tensor in fresh))
     read = [*plan.source.own_files, *plan.options.files]
-    check_model_target(out, len(plan.files), read, force=force)
+    check_model_target(out, len(plan.files), read, force=force, size=plan.file_size)
     if kept := plan.options.calibration.save_to:
         if os.path.realpath(kept) in {os.path.realpath(path) for path in list_model_paths(out, len(plan.files))}:
             raise OutputError(f"{kept}: is the file to write already; keep the calibration under another name")

@@ -88,7 +88,8 @@ def merge(
     metadata, notes = _make_metadata(plans, tensors, options)
     source = plans[0].source
     layout = lay_out(metadata, tensors, source.file.kinds_of(metadata) if isinstance(source, DenseFile) else {})
-    check_model_target(out, 1, [file for plan in plans for file in plan.source.own_files], force=force)
+    read = [file for plan in plans for file in plan.source.own_files]
+    check_model_target(out, 1, read, force=force, size=layout.file_size)
     require_kernels(tensor.type for tensor in tensors if not tensor.copied)
 
     # Find the routers, from the states of the prompts in the base.

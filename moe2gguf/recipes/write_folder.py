@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
-from moe2gguf.gguf.outputs import check_outputs
+from moe2gguf.gguf.outputs import check_outputs, output_error, require_room
 from moe2gguf.gguf.system import sync
 from moe2gguf.gguf.writer import OutputTensor, check_blocks
 from moe2gguf.hf.companions import copy_companions
@@ -74,8 +75,9 @@ def write_hf_folder(
         CorruptWeightError: a value is NaN, infinite, or too large for its type.
         CheckpointError: a source cannot be read, or a link leads out of its folder.
     """
-    with _replace_folder(out) as partial:
-        with progress("write", sum(tensor.n_bytes for tensor in tensors)) as advance:
+    size = sum(tensor.n_bytes for tensor in tensors)
+    with _replace_folder(out, size) as partial:
+        with progress("write", size) as advance:
             write_shards(partial, tensors, advance)
         for name, text in make_texts().items():
             (partial / name).write_text(text, "utf-8")
@@ -84,13 +86,14 @@ def write_hf_folder(
 
 
 @contextlib.contextmanager
-def _replace_folder(out: Path) -> Iterator[Path]:
+def _replace_folder(out: Path, size: int) -> Iterator[Path]:
     """An empty `OUT.partial`; it gets the final name if the block succeeds, and is removed if it does not.
 
     Raises:
-        OutputError: a disk error.
+        OutputError: there is no room for `size` bytes, or a disk error.
     """
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    require_room(out, size)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -109,8 +112,8 @@ def _replace_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if not out.exists() and old.exists():
             old.rename(out)
-        if isinstance(error, OSError):
-            raise OutputError(f"{out}: cannot be written ({error.strerror or error}); nothing was kept") from error
+        if isinstance(error, (OSError, SafetensorError)):  # the latter is what safetensors makes of the former
+            raise output_error(out, error) from error
         raise
 
 

@@ -1,0 +1,98 @@
+"""A disk that fills while a command writes: one sentence that names the file, and nothing that looks finished."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import checkpoints
+import pytest
+from command import moe2gguf
+
+from moe2gguf.errors import OutputError
+from moe2gguf.gguf.outputs import write_whole
+
+resource = pytest.importorskip("resource")
+
+HF, MOE, OUT, TEXT = "HF", "MOE", "OUT", "TEXT"
+LINES = {
+    "folder": f"convert {HF} {OUT} --experts 4 --format hf",
+    "dense folder": f"densify {MOE} {OUT}",
+    "calibration": f"convert {HF} {OUT} --experts 4 --used 2 --calibration {TEXT} --calibration-tokens 1024",
+    "shrink": f"shrink {HF} {OUT} --quality 2 --types q8_0 --text {TEXT}",
+    "healing": f"heal {MOE} {OUT} --teacher {HF} --text {TEXT} --used-range 2 --tokens 1024 --layerwise 0 --steps 1",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What stands for the words in capitals."""
+    folder = tmp_path_factory.mktemp("full")
+    hf = checkpoints.make(folder / "hf", hidden_size=32, intermediate_size=256, num_hidden_layers=1)
+    assert 0 == moe2gguf("convert", hf, folder / "moe", "--experts", 4, "--format", "hf").returncode
+    (folder / "text.txt").write_text("hello the world " * 800)
+    return {HF: hf, MOE: folder / "moe", TEXT: folder / "text.txt"}
+
+
+@contextmanager
+def limit_files(n_byte: int) -> Iterator[None]:
+    """No file of this process grows over `n_byte` bytes, which it meets as it would meet a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_byte, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_full_disk_is_one_sentence(line: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever writes the file: Python, NumPy or safetensors."""
+    words = {**files, OUT: tmp_path / "out"}
+
+    with limit_files(4096):
+        done = moe2gguf(*(words.get(word, word) for word in line.split()))
+
+    assert 1 == done.returncode
+    message = done.stderr[done.stderr.index("moe2gguf: ") :]
+    assert f"moe2gguf: {tmp_path / 'out'}" in message
+    assert os.strerror(errno.EFBIG) in message
+    assert 1 == message.count("\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "dense folder", "calibration"])
+def test_what_does_not_fit_is_known_before_anything_is_made(
+    kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much is needed is said; a calibration, which takes long, does not begin."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    words = {**files, OUT: tmp_path / "out"}
+
+    done = moe2gguf(*(words.get(word, word) for word in LINES[kind].split()))
+
+    assert 1 == done.returncode
+    assert f"moe2gguf: {tmp_path}: 10,000 bytes are free, out needs " in done.stderr
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_at_the_flush_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some disks tell only then that there is no room: a table or page must have been flushed to replace another."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "rows.csv").write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OutputError, match=r"rows.csv: no room left while writing \(No space left on device\)"),
+        write_whole(tmp_path / "rows.csv") as partial,
+    ):
+        partial.write_text("new")
+
+    assert ["old"] == [file.read_text() for file in tmp_path.iterdir()]
