@@ -163,8 +163,9 @@ def check_expert_counts(n_expert: int, n_expert_used: int, size: Size, n_shared:
             f"Use {n_shared + 1} or more."
         )
     if n_expert_used > n_expert >= 1:
-        refusals.append(f"{n_expert_used} experts per token: there are only {n_expert}. Use {n_expert} or fewer.")
-    if n_expert_used > limit:
+        most = min(n_expert, limit)
+        refusals.append(f"{n_expert_used} experts per token: there are only {n_expert}. Use {most} or fewer.")
+    elif n_expert_used > limit:
         refusals.append(
             f"{n_expert_used} experts per token: llama.cpp can run {limit} in this model of {size.n_layer} layers and "
             f"{size.n_tensor} tensors. Its graph has room for about {POOL_PER_TENSOR} nodes per tensor and each used "

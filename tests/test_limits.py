@@ -255,8 +255,10 @@ def test_impossible_counts_are_refused(n_expert: int, n_expert_used: int, senten
 
 
 def test_all_refusals_come_at_once() -> None:
-    """Too many experts, more used than there are, and over the graph's limit are three sentences."""
-    assert len(check_expert_counts(2000, 3000, Size(30, 302))) == 3
+    """Too many experts, and more used than there are, for which the limit that counts is named."""
+    too_many, used = check_expert_counts(2000, 3000, Size(30, 302))
+    assert too_many.startswith("2000 experts: llama.cpp loads at most 1024")
+    assert used == "3000 experts per token: there are only 2000. Use 16 or fewer."
 
 
 def test_warnings_name_the_settings_that_would_abort() -> None:

@@ -37,7 +37,7 @@ Ctrl-C stops an answer."""
 @option("--system", default="", metavar="TEXT", help="What the model is told before the first message.")
 @option("--raw", is_flag=True, help="Use no chat template: what you type continues the text.")
 @opt.number("-n", "--tokens", "n_token", default=512, type=opt.ONE, help="Tokens of an answer, at most.")
-@opt.number("--context", "n_context", default=4096, type=click.IntRange(8), help="Tokens of the conversation, at most.")
+@opt.number("--context", "n_context", default=4096, type=opt.Whole(8), help="Tokens of the conversation, at most.")
 @opt.temperature_option
 @opt.seed_option
 @opt.device_option

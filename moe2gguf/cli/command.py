@@ -56,16 +56,24 @@ class Input(click.Path):
     """A file or folder that is read: no output may be the same file."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, or an error that says how a model gets here from the Hugging Face Hub."""
+        """The path, or an error that says what to name instead, or how a model gets here from the Hugging Face Hub."""
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            model = find_model_id(Path(value))
-            if model is None:
-                raise
-            name = model.repository
-            hint = f"Is it on the Hugging Face Hub? hf download {name} --local-dir {Path(name).name}"
-            raise click.BadParameter(f"{error.message} {hint}", ctx, param) from error
+            hint = _advise(Path(value))
+            raise click.BadParameter(f"{error.message}{hint}", ctx, param) from error
+
+
+def _advise(path: Path) -> str:
+    """What to do about a path that is not what was wanted, or nothing."""
+    if (path / "config.json").is_file():
+        return f" `moe2gguf convert {path} OUT.gguf --dense` makes a GGUF file of a model's folder."
+    if path.exists():
+        return " Name a file in it." if path.is_dir() else " Name a folder."
+    if model := find_model_id(path):
+        name = model.repository
+        return f" Is it on the Hugging Face Hub? hf download {name} --local-dir {Path(name).name}"
+    return ""
 
 
 class ChangedInput(Input):
@@ -211,7 +219,7 @@ def _help_all() -> click.Option:
             click.echo(text, color=ctx.color)
             ctx.exit()
 
-    help_text = "Show this message with the options for experts, and exit."
+    help_text = "Show this message with all other options, and exit."
     names = ["--help-all"]
     return cloup.Option(names, is_flag=True, is_eager=True, expose_value=False, callback=show, help=help_text)
 

@@ -65,7 +65,7 @@ NO_EFFECT = (
         type=click.Choice(["gguf", "hf"]),
         default="gguf",
         show_default=True,
-        help="gguf: a file for llama.cpp. hf: a folder that transformers loads as MixtralForCausalLM.",
+        help="gguf: a file for llama.cpp. hf: a folder for transformers, as mixtral or glm4moe.",
     ),
     option("--name", help="Name of the model in the metadata."),
 )
@@ -121,7 +121,7 @@ NO_EFFECT = (
     opt.report_option,
 )
 @option_group(
-    "Expert options: slicing and calibration",
+    "More: slicing and calibration",
     option("--group", type=click.Choice([*methods.GROUPS]), help="How neurons are grouped into experts."),
     option(
         "--shared", "n_shared", type=opt.NONE, metavar="N", help="Experts that every token uses.  [default: by --used]"
@@ -155,10 +155,10 @@ NO_EFFECT = (
         help="RAM for hidden states; the rest is spilled to disk.",
     ),
     option("--torch-device", "device", help="Device of the calibration in torch.  [default: cuda, mps or cpu]"),
-    option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.  [default: 0]"),
+    option("--seed", type=opt.Whole(0, 2**31 - 1), help="Seed of the random numbers.  [default: 0]"),
     hidden=True,
 )
-@option_group("Expert options: types", *opt.expert_type_rules, hidden=True)
+@option_group("More: types", *opt.expert_type_rules, hidden=True)
 def convert(
     model: Path,
     out: Path | None,
@@ -183,7 +183,7 @@ def convert(
       moe2gguf convert SmolLM2-135M-Instruct moe.gguf --experts 8 --check auto
       moe2gguf convert HuggingFaceTB/SmolLM2-135M-Instruct --plan
       moe2gguf convert dense-q4_k_m.gguf moe-q4_k_m.gguf --experts 7 --shard-size 2GB
-      moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf --experts 16 --align 32 --type q8_0
+      moe2gguf convert SmolLM2-135M-Instruct moe-q8.gguf --experts 16 --type q8_0
       moe2gguf convert SmolLM2-135M-Instruct half.gguf --experts 16 --used 8 --calibration text.txt
       moe2gguf convert SmolLM2-135M-Instruct half --experts 16 --used 8 --format hf
       moe2gguf convert Qwen3-0.6B every-count.gguf --target glm4moe

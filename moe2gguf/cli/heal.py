@@ -61,9 +61,7 @@ NO_EFFECT = (
     ),
     option("--text", "files", required=True, multiple=True, type=opt.FILE, help="Training text; may be repeated."),
     option("--held-out", type=opt.FILE, help="Text to evaluate on.  [default: the last tenth of --text]"),
-    option(
-        "--tokens", "n_token", default=65536, show_default=True, type=click.IntRange(1024), help="Tokens of the text."
-    ),
+    option("--tokens", "n_token", default=65536, show_default=True, type=opt.Whole(1024), help="Tokens of the text."),
     opt.context_option,
 )
 @option_group(
@@ -98,7 +96,7 @@ NO_EFFECT = (
 )
 @option_group("Output", opt.force_option, opt.resume_option, opt.json_option)
 @option_group(
-    "Expert options",
+    "More",
     opt.number("--top", default=0, type=opt.NONE, help="Compare the N likeliest tokens; 0: all."),
     opt.number("--next-token", default=0.0, type=RATE, help="Weight of the loss on the text itself."),
     opt.number("--accumulate", default=1, type=opt.ONE, help="Parts that a step is computed in."),

@@ -41,8 +41,16 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    name = "integer"
+
+
 class Number(click.FloatRange):
     """A finite number in a range."""
+
+    name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""
@@ -52,8 +60,8 @@ class Number(click.FloatRange):
         return number
 
 
-ONE = click.IntRange(1)
-NONE = click.IntRange(0)
+ONE = Whole(1)
+NONE = Whole(0)
 """Counts from 1 and from 0."""
 
 SECONDS = Number(0, 10**9, min_open=True)
@@ -87,15 +95,15 @@ shard_size_option = option(
 threads_option = option(
     "-t",
     "--threads",
-    type=click.IntRange(1),
+    type=Whole(1),
     help="Number of CPU threads.  [default: one per core; at most 4 to read and write files]",
 )
 text_option = option(
     "--text", type=FILE, help="Text file, or JSONL with a text field.  [default: a built-in mix of eight genres]"
 )
-context_option = number("--context", "n_context", default=512, type=click.IntRange(8), help="Tokens per window.")
+context_option = number("--context", "n_context", default=512, type=Whole(8), help="Tokens per window.")
 tokens_option = number("--tokens", default=2048, type=NONE, help="Tokens to score; 0 means all.")
-seed_option = number("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of the random numbers.")
+seed_option = number("--seed", default=0, type=Whole(0, 2**31 - 1), help="Seed of the random numbers.")
 temperature_option = number("--temperature", default=0.0, type=Number(0), help="0 takes the likeliest token.")
 SEED_NEEDS_TEMPERATURE = (
     NoEffect(("--seed",), without=("--temperature",)),
@@ -159,7 +167,7 @@ expert_type_rules = (
 )
 
 
-used_option = option("-k", "--used", type=click.IntRange(1), help="Experts used per token.  [default: as in the file]")
+used_option = option("-k", "--used", type=Whole(1), help="Experts used per token.  [default: as in the file]")
 used_list_option = option(
     "-k", "--used", callback=whole_numbers, metavar="K,K", help="Experts used per token.  [default: as in the file]"
 )

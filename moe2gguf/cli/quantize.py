@@ -29,7 +29,7 @@ NO_EFFECT = (
 )
 @option_group("Output", opt.shard_size_option, opt.force_option, opt.resume_option, opt.threads_option, opt.json_option)
 @option_group("Before", option("--plan", "plan_only", is_flag=True, help="Print what would be written and stop."))
-@option_group("Expert options: types", *opt.expert_type_rules, hidden=True)
+@option_group("More: types", *opt.expert_type_rules, hidden=True)
 def quantize(
     source: Path,
     out: Path,

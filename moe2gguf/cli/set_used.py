@@ -23,5 +23,6 @@ def set_used(file: Path, count: int) -> None:
     """
     from moe2gguf.gguf.set_used import set_used as change
 
-    change(file, count)
+    note = change(file, count)
     display.out().print(f"{file}: now uses {count} experts per token", markup=False)
+    display.warnings([note] if note else [])

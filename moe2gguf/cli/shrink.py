@@ -45,7 +45,7 @@ RATIO = opt.Number(1, min_open=True)
         metavar="T,T",
         help="Types that are tried.",
     ),
-    opt.number("--context", "n_context", default=4096, type=click.IntRange(1), help="Tokens in the cache of --room."),
+    opt.number("--context", "n_context", default=4096, type=opt.Whole(1), help="Tokens in the cache of --room."),
     opt.text_option,
     opt.tokens_option,
     opt.threads_option,

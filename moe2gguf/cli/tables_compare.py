@@ -14,7 +14,7 @@ from rich.table import Table
 from moe2gguf.cli import tables as display
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.pareto import judge_quality
-from moe2gguf.measure.results import describe_gains
+from moe2gguf.measure.results import describe_drafts
 from moe2gguf.measure.tasks import describe_share
 
 if TYPE_CHECKING:
@@ -168,11 +168,14 @@ def _choice(found: Comparison) -> None:
             mark = "front" if row.config.label in found.recommendation.front else ""
             table.add_row(escape(row.config.label), *_speed_cells(row.speed), mark)
     display.print_table(table)
+    console.print(
+        "median (lowest - highest); bound: tokens/s for which the memory's bandwidth allows the weights to be read;"
+    )
+    console.print("front: no other row is better in both quality and speed")
     console.print()
     console.print(f"take {escape(found.recommendation.label)}: {escape(found.recommendation.reason)}")
-    for row in found.rows:
-        if words := describe_gains(row):
-            console.print(f"{escape(row.config.label)} as a draft of the reference: {words}")
+    for label, words in describe_drafts(found.rows).items():
+        console.print(f"{escape(label)} as a draft of the reference: {words}")
 
 
 def run_done(one: RunConfig, run: Run) -> None:

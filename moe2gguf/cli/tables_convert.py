@@ -10,13 +10,23 @@ from rich.markup import escape
 
 from moe2gguf.cli import tables as display
 from moe2gguf.experts.layer import LayerReport
+from moe2gguf.graphs import GRAPHS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moe2gguf.measure.check import Check
     from moe2gguf.recipes.convert import Conversion
     from moe2gguf.recipes.densify import Densified
     from moe2gguf.recipes.plan import Plan
     from moe2gguf.recipes.quantize import Quantization, QuantizationPlan
+
+EXACT = {
+    "known": "what all its experts compute together, since its metadata says how they were scaled",
+    "even": "what all its experts compute together, since its routers are zero",
+    "one": "the one expert of each layer",
+}
+"""What a dense model is that has the experts' own weights, by `Densified.how`."""
 
 WEAK = 0.95
 """Shared experts should be used by at least this share of tokens."""
@@ -81,6 +91,10 @@ def _print_active(console: Console, plan: Plan) -> None:
         table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
     console.print(table)
     console.print("speed-up: the limit that memory bandwidth sets, relative to the dense model; bench measures it")
+    if plan.slicing and plan.slicing.method.router == "zero":
+        console.print(
+            "these plain slices are for all experts: with fewer the text falls apart; --used fits them to a text"
+        )
 
 
 def print_conversion(done: Conversion, checked: Check | None) -> None:
@@ -106,30 +120,40 @@ def _count_reused(done: Conversion | Quantization) -> str:
 
 
 def print_densified(done: Densified) -> None:
-    """One line: the output, and where the factors come from; or how far averaged experts are apart."""
-    what = f"factors: {done.how}"
+    """One line: the output, and why it computes the same; or how far averaged experts are apart."""
+    what = EXACT.get(done.how, "")
     if done.apart:
         mean, most = sum(done.apart.values()) / len(done.apart), max(done.apart.values())
         what = f"the average of experts that are {mean:.0%} of their length away from it, {most:.0%} in a layer"
-    display.out().print(f"wrote {escape(str(done.path))}: dense; {what}")
+    display.out().print(f"wrote {escape(str(done.path))}: {_measure(done.path):,} bytes, dense; {what}")
 
 
 def print_folder(done: Conversion) -> None:
     """One line for the folder, then the layers."""
-    size = sum(file.stat().st_size for file in done.path.rglob("*") if file.is_file())
-    what = f"{done.plan.n_expert} experts, {done.plan.n_expert_used} used"
-    display.out().print(f"wrote {escape(str(done.path))}: {size:,} bytes, MixtralForCausalLM, {what}")
+    kind = GRAPHS[done.plan.slicing.target].hf_class if done.plan.slicing else GRAPHS["mixtral"].hf_class
+    what = f"{kind}, {done.plan.n_expert} experts, {done.plan.n_expert_used} used"
+    display.out().print(f"wrote {escape(str(done.path))}: {_measure(done.path):,} bytes, {what}")
     if done.layers:
         print_layers(done.layers)
+
+
+def _measure(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def print_layers(reports: Sequence[LayerReport]) -> None:
     """What calibration found, layer by layer."""
     console = display.out()
-    columns = ("layer", "shared", "used by tokens", "energy kept", "best choice", "hit rate", "load", "constant")
-    table = display.make_table(*columns, "after refit", numbers=slice(None))
+    has_constant = any(report.constant_min is not None for report in reports)
+    has_refit = any(report.refit_error is not None for report in reports)
+    columns = ("layer", "shared", "used by tokens", "energy kept", "best choice", "hit rate", "load")
+    more = [*["constant"] * has_constant, *["after refit"] * has_refit]
+    table = display.make_table(*columns, *more, numbers=slice(None))
     for i, report in enumerate(reports):
         routed = report.load[report.n_shared :]
+        constant = "" if report.constant_min is None else f"{report.constant_min:.2f}"
         table.add_row(
             str(i),
             str(report.n_shared),
@@ -138,18 +162,23 @@ def print_layers(reports: Sequence[LayerReport]) -> None:
             _format_share(report.energy_oracle),
             _format_share(report.hit_rate),
             f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
-            "" if report.constant_min is None else f"{report.constant_min:.2f}",
-            _format_share(report.refit_error),
+            *[constant] * has_constant,
+            *[_format_share(report.refit_error)] * has_refit,
         )
     console.print(table)
     console.print(
         "shared: number of shared experts, and the share of tokens that use them\n"
         "energy kept: share of the routed experts' output that the chosen experts hold; best choice: the same if the "
         "experts with the largest outputs were chosen; hit rate: share of choices that are the same\n"
-        "load: share of tokens that the least and the most used routed expert get\n"
-        "constant: smallest value, on held-out tokens, of the direction by which the router chooses the shared experts "
-        "(ideal: 1); after refit: error that the refit leaves"
+        "load: share of tokens that the least and the most used routed expert get"
     )
+    if has_constant:
+        console.print(
+            "constant: smallest value, on held-out tokens, of the direction by which the router chooses the shared "
+            "experts (ideal: 1)"
+        )
+    if has_refit:
+        console.print("after refit: error that the refit leaves")
     if weak := [i for i, report in enumerate(reports) if report.shared_rate < WEAK]:
         display.warnings(
             [f"some tokens do not use the shared experts in layers {weak}; fewer shared experts may be better"]

@@ -153,7 +153,7 @@ def _experts(file: GGUFFile) -> Experts | None:
         return None
     stacks = (t.shape for t in file.tensors.values() if t.name.endswith(".ffn_down_exps.weight") and len(t.shape) == 3)
     d_expert = next((shape[2] for shape in stacks), None)
-    note = made_for.reason if (made_for := read_made_for(file.metadata)) else ""
+    note = made_for.summary if (made_for := read_made_for(file.metadata)) else ""
     return Experts(counts.n_expert, counts.n_used or None, d_expert, note, counts.n_shared)
 
 
@@ -240,7 +240,7 @@ def _summarize_experts(experts: Experts) -> list[tuple[str, str]]:
     used = "an unclear number" if experts.used is None else str(experts.used)
     shared = f", {experts.shared} of these shared" if experts.shared else ""
     width = f", each {experts.d_expert:,} wide" if experts.d_expert else ""
-    note = [("", f"{experts.note}; more or fewer make it worse")] if experts.note else []
+    note = [("", experts.note)] if experts.note else []
     return [("experts", f"{experts.count}, of which a token uses {used}{shared}{width}"), *note]
 
 

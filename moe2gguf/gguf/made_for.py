@@ -23,6 +23,11 @@ class MadeFor:
     others: range = range(0)
     only_all: bool = False
 
+    @property
+    def summary(self) -> str:
+        """A sentence on the count."""
+        return f"{self.reason}; {'fewer' if self.only_all else 'more or fewer'} make it worse"
+
     def note(self, name: str, used: Iterable[int]) -> str:
         """A sentence on the file `name` that runs with these numbers of experts; empty where they are right."""
         wrong = [k for k in dict.fromkeys(used) if k != self.count and k not in self.others]

@@ -149,7 +149,9 @@ class _Header:
             raise self.fail(f"a GGUF file has at least 24 bytes, this one {self.file_size}; fetch it again")
         magic = self.take(4)
         if magic != b"GGUF":
-            raise self.fail(f"not a GGUF file; it starts with {_NOT_GGUF.get(magic, repr(magic))}")
+            model = self.path.parent if self.path.with_name("config.json").is_file() else None
+            way = f"; name its folder, {model}, which `moe2gguf convert` makes a GGUF file of" if model else ""
+            raise self.fail(f"not a GGUF file; it starts with {_NOT_GGUF.get(magic, repr(magic))}{way}")
         version = self.u32()
         if version and version & 0xFFFF == 0:
             raise self.fail("a big-endian GGUF; this program reads little-endian ones, convert it first")

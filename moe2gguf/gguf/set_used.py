@@ -17,10 +17,11 @@ from moe2gguf.gguf.system import write_at
 from moe2gguf.limits import MAX_EXPERTS, check_expert_counts
 
 
-def set_used(path: str | Path, n_expert_used: int) -> None:
+def set_used(path: str | Path, n_expert_used: int) -> str:
     """Make `n_expert_used` the number of experts that run per token when the program that runs the file says nothing.
 
-    The count contains the shared experts. Four bytes are overwritten, so the file is whole at every moment.
+    The count contains the shared experts. Four bytes are overwritten, so the file is whole at every moment. Returns a
+    sentence where the experts are an arbitrary choice at this count, as those of a router of zeros; else nothing.
 
     Raises:
         GGUFError: not a file with experts, a count llama.cpp cannot run, or experts that were amplified or
@@ -38,7 +39,7 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
     counts, used_key = read_counts(file), f"{architecture}.expert_used_count"
     if not counts.n_expert or not counts.n_used:
         raise GGUFError(f"{path}: has no experts; only a file with an expert_count has a count to change")
-    require_count(file, counts, n_expert_used)
+    note = require_count(file, counts, n_expert_used)
     values = {USED_HERE: n_expert_used, used_key: n_expert_used - counts.n_shared}
     with path.open("r+b", buffering=0) as stream:
         header = stream.read(min(shards[0].data_offset, MAX_HEADER))
@@ -46,18 +47,24 @@ def set_used(path: str | Path, n_expert_used: int) -> None:
             if key in file.metadata:
                 write_at(stream.fileno(), memoryview(struct.pack("<I", value)), _value_offset(header, key, path))
         os.fsync(stream.fileno())
+    return note
 
 
-def require_count(file: GGUFFile, counts: ExpertCounts, n_expert_used: int) -> None:
-    """Raise GGUFError for a count that llama.cpp cannot run, or a file whose weights serve another one alone."""
+def require_count(file: GGUFFile, counts: ExpertCounts, n_expert_used: int) -> str:
+    """Return a sentence where the choice of so many experts is arbitrary, else nothing.
+
+    Raises GGUFError for a count that llama.cpp cannot run, or a file whose weights serve another one alone.
+    """
     if refusals := check_expert_counts(counts.n_expert, n_expert_used, counts.size, counts.n_shared):
         raise GGUFError(f"{file.path}: " + " ".join(refusals))
     made_for = read_made_for(file.metadata)
-    if made_for and not made_for.only_all and made_for.note(file.path.name, [n_expert_used]):
+    note = made_for.note(file.path.name, [n_expert_used]) if made_for else ""
+    if made_for and note and not made_for.only_all:
         raise GGUFError(
             f"{file.path}: {made_for.reason}, and {n_expert_used} would make it worse. Convert again: "
             f"`moe2gguf convert MODEL OUT --used {n_expert_used}`, or --no-refit --amplify any"
         )
+    return note
 
 
 def _value_offset(header: bytes, key: str, path: Path) -> int:

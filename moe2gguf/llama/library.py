@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,15 @@ from moe2gguf.errors import HarnessError
 _WARN = 3  # ggml_log_level: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/ggml/include/ggml.h#L652
 _CONT = 5
 _INSTALL = "pip install -U llama-cpp-python"
+_MISSING = f"llama-cpp-python is not installed: {_INSTALL}"
 _log: deque[str] = deque(maxlen=20)
 _callbacks: list[Any] = []  # llama.cpp keeps a bare pointer to the function: it must outlive every call
+
+
+def require_llama() -> None:
+    """Raise HarnessError if the binding is missing; nothing is imported."""
+    if find_spec("llama_cpp") is None:
+        raise HarnessError(_MISSING)
 
 
 def import_llama() -> ModuleType:
@@ -22,8 +30,8 @@ def import_llama() -> ModuleType:
     try:
         from llama_cpp import llama_cpp
     except ModuleNotFoundError as error:
-        state = "not installed" if error.name == "llama_cpp" else f"broken ({error})"
-        raise HarnessError(f"llama-cpp-python is {state}: {_INSTALL}") from error
+        broken = f"llama-cpp-python is broken ({error}): {_INSTALL}"
+        raise HarnessError(_MISSING if error.name == "llama_cpp" else broken) from error
     except (ImportError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise MemoryError from error

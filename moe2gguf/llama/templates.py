@@ -11,6 +11,7 @@ from typing import Any
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.llama.child import converse_with_child
+from moe2gguf.llama.library import require_llama
 
 TIMEOUT = 30.0
 """Seconds for one text, the start of the process included."""
@@ -37,8 +38,9 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt that ends where the next answer begins.
 
-        Raises HarnessError where the template fails, takes too long or needs too much memory.
+        Raises HarnessError where the template fails, takes too long or needs too much memory, or llama.cpp is missing.
         """
+        require_llama()
         try:
             if self._talk is None:
                 self._talk = converse_with_child(

@@ -33,6 +33,11 @@ class DraftGains:
     greedy: DraftGain
     sampled: DraftGain
 
+    @property
+    def best(self) -> float:
+        """The larger speed-up of both."""
+        return max(self.greedy.speed_up, self.sampled.speed_up)
+
 
 def expect_tokens(acceptance: float, n_draft: int) -> float:
     """Return the mean number of tokens of a round with `n_draft` drafted ones: 1 to n_draft + 1."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HarnessError, OutputError, PlanError
+from moe2gguf.errors import HarnessError, OutputError, PlanError, list_names
 from moe2gguf.gguf.outputs import require_place
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.resume import Job, checksum_path, describe, describe_record
@@ -188,14 +188,17 @@ def list_dense(settings: PublishSettings) -> list[Variant]:
 
 def require_plans(model: Path, variants: Sequence[Variant]) -> None:
     """Raise PlanError with what is wrong with any of the variants; nothing is read or written for it."""
-    refusals: dict[str, None] = {}
+    refusals: dict[str, list[str]] = {}
     for one in variants:
         try:
             plan_conversion(model, one.options)
         except PlanError as error:
-            refusals |= dict.fromkeys(f"`moe2gguf convert {one.name}` is refused: {line}" for line in error.refusals)
+            for line in error.refusals:
+                refusals.setdefault(line, []).append(one.name)
     if refusals:
-        raise PlanError([*refusals])
+        raise PlanError(
+            [f"`moe2gguf convert {list_names(names, 1)}` is refused: {line}" for line, names in refusals.items()]
+        )
 
 
 def _describe_job(source: Source, settings: PublishSettings) -> dict[str, str]:

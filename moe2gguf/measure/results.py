@@ -279,21 +279,26 @@ def summarize_quality(windows: Iterable[TokenScores], seconds: float) -> Quality
     )
 
 
-def describe_gains(row: ResultRow) -> str:
-    """Return in words what a row gives as a draft of the reference; empty where that was not measured."""
-    if not (row.draft and row.quality):
-        return ""
-    summary = row.quality.summary
-    parts = []
-    for how, share, gain in (
-        ("greedy", summary.top1, row.draft.greedy),
-        ("sampled", summary.acceptance, row.draft.sampled),
-    ):
-        found = f"{gain.speed_up:.2f} x its speed with {gain.n_draft} drafted"
-        if gain.speed_up <= 1:
-            found = f"no faster at any length (best {found})"
-        parts.append(f"{how} {share:.1%} accepted, {found}")
-    return "; ".join(parts)
+def describe_drafts(rows: Iterable[ResultRow]) -> dict[str, str]:
+    """Return by label, in words, what the rows give that make the reference faster as a draft.
+
+    Where none does it is the best of them; where none was measured there is nothing.
+    """
+    drafts = {row.config.label: (row.draft, row.quality.summary) for row in rows if row.draft and row.quality}
+    faster = [label for label, (draft, _) in drafts.items() if draft.best > 1]
+    best = max(drafts, key=lambda label: drafts[label][0].best, default=None)
+    words = {}
+    for label in faster or [one for one in (best,) if one]:
+        draft, summary = drafts[label]
+        parts = [
+            f"{how} {share:.1%} accepted, {gain.speed_up:.2f} x its speed with {gain.n_draft} drafted"
+            for how, share, gain in (
+                ("greedy", summary.top1, draft.greedy),
+                ("sampled", summary.acceptance, draft.sampled),
+            )
+        ]
+        words[label] = "; ".join([*parts, *([] if faster else ["so no file here makes it faster as a draft"])])
+    return words
 
 
 def is_above_noise(measured: Quality, kl_limit: float) -> bool:

@@ -274,6 +274,8 @@ def _find(wish: Wish, files: _Files, trials: Trials, types: Sequence[str], cache
 
 def _find_for_room(room: int, files: _Files, cache: int) -> RunConfig:
     """The types that lose least; the cache goes first."""
+    if room <= cache:
+        raise PlanError([f"--room {room:,}: the cache alone takes {cache:,} bytes; give more, or a smaller --context"])
     where = f"--room {room:,}: less {cache:,} bytes for the cache, {room - cache:,} are left for the file"
     if files.size <= room - cache and not files.is_own:
         raise PlanError([f"{where}, and {files.dense} of {files.size:,} fits already"])

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -71,8 +71,7 @@ class Assignment:
         for one in self.fallbacks:
             groups.setdefault((one.wanted, one.used), []).append(one.tensor)
         return [
-            f"{wanted.name} does not fit {list_names(names)}: {used.name} instead, {types.bits_per_weight(used):g} "
-            f"bits per weight for {types.bits_per_weight(wanted):g}"
+            f"{wanted.name} does not fit {list_names(names)}: {used.name} instead, {_compare_bits(used, wanted)}"
             for (wanted, used), names in groups.items()
         ]
 
@@ -127,7 +126,7 @@ def assign(
     base: Sequence[Rule] | None = None,
     own: Sequence[Rule] | None = None,
     *,
-    slices: bool = True,
+    list_cuts: Callable[[int], list[str]] = lambda _block: [],
 ) -> Assignment:
     """Choose the type of every tensor.
 
@@ -138,7 +137,7 @@ def assign(
         guided: the names of tensors that have an importance.
         base: rules in place of those that `--type` stands for.
         own: the user's rules (None: they are read, see `read_own_rules`).
-        slices: whether the width of the experts can still be chosen, which refusals then advise.
+        list_cuts: ways to give experts a width of whole blocks, which refusals advise where it can still be chosen.
 
     Raises:
         PlanError: the options name unknown types, broken patterns or an unreadable file, or the preset is not known for
@@ -157,7 +156,7 @@ def assign(
             chosen[tensor.name] = rules[decided].type
 
     # Where blocks do not fit the rows, llama.cpp's substitute is taken, or the type refused.
-    fallbacks, misfits = _fit_blocks(tensors, chosen, allow=options.allow_fallback, slices=slices)
+    fallbacks, misfits = _fit_blocks(tensors, chosen, options.allow_fallback, list_cuts)
     refusals = [
         *_refuse_idle_rules([rule for i, rule in enumerate(own) if not counts[i]], tensors),
         *misfits,
@@ -186,10 +185,10 @@ def _refuse_idle_rules(rules: Sequence[Rule], tensors: Sequence[Entry]) -> list[
 
 
 def _fit_blocks(
-    tensors: Sequence[Entry], chosen: dict[str, TensorType], *, allow: bool, slices: bool
+    tensors: Sequence[Entry], chosen: dict[str, TensorType], allow: bool, list_cuts: Callable[[int], list[str]]
 ) -> tuple[list[Fallback], list[str]]:
     """Write substitutes for the types whose blocks do not fit their rows into `chosen`; return them, and refusals."""
-    fallbacks, misfits = [], dict[tuple[TensorType, int], list[str]]()
+    fallbacks, misfits = [], dict[int, list[Entry]]()
     for tensor in tensors:
         kind, width = chosen[tensor.name], tensor.shape[-1] if tensor.shape else 1
         if width % types.block_size(kind) == 0:
@@ -199,8 +198,8 @@ def _fit_blocks(
             fallbacks.append(Fallback(tensor.name, kind, substitute))
             chosen[tensor.name] = substitute
         else:
-            misfits.setdefault((kind, width), []).append(tensor.name)
-    return fallbacks, [_describe_misfit(kind, width, names, slices=slices) for (kind, width), names in misfits.items()]
+            misfits.setdefault(types.block_size(kind), []).append(tensor)
+    return fallbacks, [_describe_misfits(block, misfit, chosen, list_cuts) for block, misfit in misfits.items()]
 
 
 def _find_substitute(kind: TensorType, width: int) -> TensorType | None:
@@ -211,18 +210,34 @@ def _find_substitute(kind: TensorType, width: int) -> TensorType | None:
     return types.named("F16") if width % types.block_size(substitute) else substitute
 
 
-def _describe_misfit(kind: TensorType, width: int, names: Sequence[str], *, slices: bool) -> str:
-    block, substitute = types.block_size(kind), _find_substitute(kind, width)
-    can_pad = slices and "_exps." in names[0]
-    ways = [f"pad the experts with --align {block}", "choose another --experts"] if can_pad else []
-    if substitute:
-        bits = f"{types.bits_per_weight(substitute):g} bits per weight for {types.bits_per_weight(kind):g}"
-        ways.append(f"take {substitute.name} there with --allow-fallback ({bits})")
-    ways.append("give them another type with --tensor-type, or choose another type for all")
+def _describe_misfits(
+    block: int, tensors: Sequence[Entry], chosen: Mapping[str, TensorType], list_cuts: Callable[[int], list[str]]
+) -> str:
+    """One sentence for all tensors whose rows are no multiple of `block`, and what can be done, at which price."""
+    widths, instead = dict[int, list[str]](), dict[tuple[TensorType, TensorType], None]()
+    more_bytes = 0
+    for tensor in tensors:
+        kind, width = chosen[tensor.name], tensor.shape[-1]
+        widths.setdefault(width, []).append(tensor.name)
+        if substitute := _find_substitute(kind, width):
+            instead[kind, substitute] = None
+            more_bytes += types.n_bytes(tensor.shape, substitute) - types.n_bytes(tensor.shape, kind)
+    kinds = [*dict.fromkeys(chosen[tensor.name].name for tensor in tensors)]
+    rows = " and ".join(f"{width} ({list_names(names, 1)})" for width, names in widths.items())
+    ways = list_cuts(block) if all(re.search(r"ffn_down_\w*exp", tensor.name) for tensor in tensors) else []
+    if instead:
+        pairs = [f"{used.name} for {wanted.name}, {_compare_bits(used, wanted)}" for wanted, used in instead]
+        price = f"{more_bytes:,} bytes more in all"
+        ways.append(f"take larger types there with --allow-fallback ({'; '.join([*pairs, price])})")
+    ways.append("choose another type, for all or with --tensor-type")
     return (
-        f"{kind.name} needs rows whose width is a multiple of {block}, but {width} is the width of "
-        f"{list_names(names)}; " + " or ".join(ways)
+        f"{' and '.join(kinds)} need{'s' if len(kinds) == 1 else ''} rows whose width is a multiple of {block}, which "
+        f"{rows} {'is' if len(widths) == 1 else 'are'} not: " + ", or ".join(ways)
     )
+
+
+def _compare_bits(used: TensorType, wanted: TensorType) -> str:
+    return f"{types.bits_per_weight(used):g} bits per weight for {types.bits_per_weight(wanted):g}"
 
 
 def _refuse_without_importance(

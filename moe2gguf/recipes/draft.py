@@ -19,7 +19,7 @@ from moe2gguf.quant.rules import Rule, TypeOptions
 from moe2gguf.recipes import tensors_gguf, tensors_hf
 from moe2gguf.recipes.file_plan import list_warnings
 from moe2gguf.recipes.inputs import TypeInputs
-from moe2gguf.recipes.source import Source
+from moe2gguf.recipes.source import Source, list_whole_cuts
 from moe2gguf.recipes.tensors import PlannedTensor
 from moe2gguf.spec import Calibration, Metadata, MetadataValue, Slicing
 
@@ -116,8 +116,12 @@ def _assign(source: Source, wanted: Wanted, stored: Sequence[PlannedTensor]) -> 
     options, inputs = wanted.options, wanted.inputs
     guidance = guide(inputs.matrix, stored, neurons, options.imatrix_repair)
     network = _describe_network(source, wanted.slicing, importance=inputs.matrix is not None)
-    slices = wanted.slicing is not None
-    return guidance, assign(stored, options, network, guidance.importance, wanted.base, inputs.rules, slices=slices)
+
+    def list_cuts(block: int) -> list[str]:
+        return list_whole_cuts(source, wanted.slicing, block) if wanted.slicing else []
+
+    arguments = (guidance.importance, wanted.base, inputs.rules)
+    return guidance, assign(stored, options, network, *arguments, list_cuts=list_cuts)
 
 
 def _mark_guided(guidance: Guidance, tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:

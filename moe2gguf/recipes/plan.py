@@ -209,10 +209,21 @@ def find_target(model: Model) -> str:
     return "step35" if model.rope.kind == "llama3" else "glm4moe"
 
 
+def _warn_of_scales(slicing: Slicing) -> list[str]:
+    gating = GRAPHS[slicing.target].gating
+    amplified = slicing.n_routed if gating == "softmax" else slicing.n_expert
+    rounds = bool(amplified & (amplified - 1))
+    if slicing.scale_tensor:
+        way = "; a power of two of experts needs none" if rounds else ""
+        return [f"the file has tensors of expert scales, which older builds of llama.cpp refuse to load{way}"]
+    if rounds and gating != "sigmoid":
+        return [f"{amplified} is not a power of two: amplified weights are rounded once more to the file's type"]
+    return []
+
+
 def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
     warnings = []
     n, k = slicing.n_expert, slicing.n_expert_used
-    amplified = slicing.n_routed if GRAPHS[slicing.target].gating == "softmax" else n
     fits = slicing.method.router != "zero" and slicing.target == "mixtral"
     if k < n and fits and not model.bias_output:
         better = find_target(model)
@@ -224,13 +235,7 @@ def _warn_of_slicing(model: Model, slicing: Slicing) -> list[str]:
         )
     if slicing.method.refit and not slicing.in_shared:
         warnings.append(f"refitted to {k} experts: with all {n} on, the file is no longer the dense model")
-    if slicing.scale_tensor:
-        warnings.append("the file has tensors of expert scales, which older builds of llama.cpp refuse to load")
-    elif amplified & (amplified - 1) and GRAPHS[slicing.target].gating != "sigmoid":
-        warnings.append(
-            f"{amplified} is not a power of two: amplified weights are rounded once more to the file's type"
-        )
-    return warnings
+    return [*warnings, *_warn_of_scales(slicing)]
 
 
 def _check_counts(model: Model, slicing: Slicing | None, names: Sequence[str]) -> tuple[list[str], list[str]]:

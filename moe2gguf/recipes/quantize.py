@@ -175,7 +175,7 @@ def make_plan(
     stored = _list_stored(file)
     guidance = guide(inputs.matrix, stored, find_neurons(file), options.imatrix_repair)
     network = dataclasses.replace(describe_network(file), importance=inputs.matrix is not None)
-    assigned = assign(stored, options, network, guidance.importance, base, inputs.rules, slices=False)
+    assigned = assign(stored, options, network, guidance.importance, base, inputs.rules)
     refusals = [*assigned.refusals, *_refuse_sources(file, assigned, allow_requantize)]
     if refusals := [*refusals, *guidance.refusals(stored, assigned)]:
         raise PlanError(refusals, _join_ways(refusals))

@@ -8,11 +8,12 @@ from typing import TypeAlias
 from moe2gguf.experts.slicing import expert_width, plain_scale
 from moe2gguf.gguf.blocks import is_power_of_two
 from moe2gguf.gguf.dense_model import DenseFile, largest_block, open_dense
+from moe2gguf.graphs import GRAPHS, Graph
 from moe2gguf.hf import hub
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
 from moe2gguf.limits import Size, max_experts_used
 from moe2gguf.recipes.options import Options
-from moe2gguf.spec import Slicing
+from moe2gguf.spec import Model, Slicing
 
 Source: TypeAlias = Checkpoint | DenseFile
 """Both have `path`, `model`, `tensors`, `files`, `own_files` and `warnings`."""
@@ -62,20 +63,40 @@ def _choose_counts(source: Source, options: Options) -> tuple[Options, list[str]
     n_block, rest = divmod(source.model.d_ff, block)
     if rest or n_block % default == 0:
         return options, []
-    per_layer = graph.layer_tensors + 3 * source.model.bias_qkv
-    limit = max_experts_used(Size(source.model.n_layer, 2 + source.model.n_layer * per_layer, graph=graph))
-    whole = [n for n in range(2, min(limit, 4 * default) + 1) if n_block % n == 0]
+    whole = [n for n in _list_dividing(source.model, graph, n_block) if n <= 4 * default]
     if whole:
         n = min(whole, key=lambda n: abs(math.log(n / default)))
         others = [str(other) for other in whole if other != n]
         also = f"; so do {', '.join(others)} (--experts)" if others else ""
         return dataclasses.replace(options, experts=n), [f"{n} experts divide the {n_block} blocks of every MLP{also}"]
-    width = expert_width(source.model.d_ff, default, block)
-    price = default * width / source.model.d_ff - 1
-    note = (
-        f"{default} experts are padded to {width} neurons, whole blocks of {block}: {price:.0%} more bytes in the MLPs"
-    )
+    width, price = _price_padding(source.model.d_ff, default, block)
+    note = f"{default} experts are padded to {width} neurons, whole blocks of {block}: {price}"
     return dataclasses.replace(options, align=block), [note]
+
+
+def _list_dividing(model: Model, graph: Graph, n_block: int) -> list[int]:
+    """The numbers of experts that divide so many blocks and that llama.cpp can run all at once, 64 at most."""
+    per_layer = graph.layer_tensors + 3 * model.bias_qkv
+    limit = max_experts_used(Size(model.n_layer, 2 + model.n_layer * per_layer, graph=graph))
+    return [n for n in range(2, min(limit, 64) + 1) if n_block % n == 0]
+
+
+def _price_padding(d_ff: int, n_expert: int, block: int) -> tuple[int, str]:
+    """The width of experts that are padded to whole blocks, and what that costs, in words."""
+    width = expert_width(d_ff, n_expert, block)
+    return width, f"{n_expert * width / d_ff - 1:.0%} more bytes in the MLPs"
+
+
+def list_whole_cuts(source: Source, slicing: Slicing, block: int) -> list[str]:
+    """The ways to give the experts of a cut a width of whole blocks, each with its option and its price."""
+    n_block, rest = divmod(source.model.d_ff, block)
+    counts = [] if rest else _list_dividing(source.model, GRAPHS[slicing.target], n_block)
+    listed = ", ".join(map(str, counts))
+    ways = [f"choose --experts {' or '.join(listed.rsplit(', ', 1))}, which divide the blocks evenly"] if counts else []
+    if isinstance(source, Checkpoint) or n_block >= slicing.n_expert:
+        _, price = _price_padding(source.model.d_ff, slicing.n_expert, block)
+        ways.append(f"pad the experts with --align {block}, {price}")
+    return ways
 
 
 def fit_slicing(source: Source, slicing: Slicing) -> Slicing:

@@ -20,6 +20,7 @@ from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.graphs import GRAPHS, Graph, find_graph_of
 from moe2gguf.hf.safetensors import SourceDigest
+from moe2gguf.recipes.source import list_whole_cuts
 from moe2gguf.recipes.tensors import (
     Copy,
     ExpertColumns,
@@ -186,6 +187,7 @@ def refuse_blocks(
         and tensor.type == dense.tensors[tensor.sources[0]].info.type
         and tensor.type not in types.FLOATS
         and _moves_neurons(slicing, tensor.type)
+        and slicing.d_expert % types.block_size(tensor.type) == 0  # others were refused with their types
     ]
     if again and not allow and not slicing.method.needs_calibration:
         found.append(_split_blocks(dense, slicing, again))
@@ -199,16 +201,14 @@ def refuse_blocks(
 
 def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[PlannedTensor]) -> str:
     block = max(types.block_size(tensor.type) for tensor in again)
-    n_block = dense.model.d_ff // block
-    whole = [n for n in range(2, 65) if n_block % n == 0]
-    ways = [f"choose --experts {' or '.join(map(str, whole))}, which divide them evenly"] if whole else []
-    if n_block >= slicing.n_expert:
-        ways.append(f"pad the experts with --align {block}")
-    ways.append("quantize these tensors again with --allow-fallback")
-    ways.append("give them another type with --tensor-type")
+    ways = [
+        *list_whole_cuts(dense, slicing, block),
+        "quantize these tensors again with --allow-fallback",
+        "give them another type with --tensor-type",
+    ]
     return (
         f"{slicing.n_expert} experts of {slicing.d_expert} neurons cut through the blocks of {block} in which "
-        f"{_list_names(again)} are stored ({n_block} blocks); " + " or ".join(ways)
+        f"{_list_names(again)} are stored: " + ", or ".join(ways)
     )
 
 

@@ -169,6 +169,8 @@ def test_run_streams_text(files: Any) -> None:
         (["convert", "MODEL", "/dev/full", "--force"], 1, "not a regular file"),
         (["convert", "MODEL", "out.gguf", "-e", "1000"], 1, "--experts 1000"),
         (["convert", "MODEL", "out.gguf", "-e", "x"], 2, "not a valid integer"),
+        (["convert", "MODEL", "out.gguf", "-t", "x"], 2, "not a valid integer."),
+        (["shrink", "MODEL", "out.gguf", "--quality", "10%"], 2, "not a valid number."),
         (["convert", "MODEL", "out.gguf", "--frobnicate"], 2, "No such option"),
         (["verify", "nowhere"], 2, "does not exist"),
         (
@@ -176,7 +178,10 @@ def test_run_streams_text(files: Any) -> None:
             2,
             "on the Hugging Face Hub? hf download owner/some-model --local-dir some-model",
         ),
-        (["inspect", "MODEL/config.json"], 1, "config.json"),
+        (["inspect", "MODEL/config.json"], 1, "name its folder, MODEL, which `moe2gguf convert` makes a GGUF file of"),
+        (["convert", "MODEL/model.safetensors", "out.gguf"], 1, "name its folder, MODEL, which"),
+        (["inspect", "MODEL"], 2, "`moe2gguf convert MODEL OUT.gguf --dense` makes a GGUF file of a model's folder."),
+        (["inspect", "."], 2, "Name a file in it."),
         (["publish", "MODEL", "out", "--types", ","], 2, "',' names nothing"),
         (["bench", "MODEL/config.json", "--timeout", "0"], 2, "not in the range"),
         (
@@ -195,7 +200,7 @@ def test_wrong_input_is_one_clear_error(
     done = moe2gguf(*(argument.replace("MODEL", str(model)) for argument in arguments))
 
     assert code == done.returncode, done.stderr
-    assert words in done.stderr
+    assert words.replace("MODEL", str(model)) in done.stderr
     assert "Traceback" not in done.stderr
     assert [] == list(tmp_path.iterdir())
 
@@ -297,7 +302,7 @@ def test_quantize_plan_shows_rules_and_refusals(files: Any) -> None:
     assert "bits per weight" in shown.stdout
     assert not os.path.exists("unused.gguf")
     assert 1 == refused.returncode
-    assert all("Q4_K needs rows whose width" in text for text in json.loads(refused.stdout)["refusals"])
+    assert all("rows whose width" in text for text in json.loads(refused.stdout)["refusals"])
 
     sliced = moe2gguf("quantize", files[0], "unused.gguf", "q4_k", "--plan")
     assert "ffn_down_exps" in sliced.stderr

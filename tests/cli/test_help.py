@@ -1,4 +1,4 @@
-"""The help: how many options it shows, the options for experts, and hints for the spellings of other programs."""
+"""The help: how many options it shows, the page with all of them, and hints for the spellings of other programs."""
 
 from __future__ import annotations
 

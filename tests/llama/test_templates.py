@@ -70,6 +70,13 @@ def test_a_template_that_fails_is_one_message_with_the_way_out(text: str, words:
     assert "\n" not in message
 
 
+def test_without_llama_cpp_the_template_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine is llama-cpp-python's."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(HarnessError, match=r"^llama-cpp-python is not installed: pip install -U llama-cpp-python$"):
+        template(CHATML).render(TALK)
+
+
 def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sandbox has no limit for nested loops."""
     monkeypatch.setattr(templates, "TIMEOUT", 5.0)

@@ -27,10 +27,11 @@ from moe2gguf.llama.devices import DEVICES
 from moe2gguf.measure import compare as recipe
 from moe2gguf.measure.bench import Timing
 from moe2gguf.measure.compare import compare, make_settings
+from moe2gguf.measure.drafts import DraftGain, DraftGains
 from moe2gguf.measure.grid import list_notes
 from moe2gguf.measure.metrics import TAIL, as_json
 from moe2gguf.measure.report.compare import summarize
-from moe2gguf.measure.results import Comparison, ResultRow
+from moe2gguf.measure.results import Comparison, ResultRow, describe_drafts
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +318,28 @@ def test_speed_joins_the_rows_and_names_a_choice(
     comparison(found, wide=True)
     text = " ".join(capsys.readouterr().out.split())
     assert "accepted" in text
-    assert "moe.gguf k=4/4 as a draft of the reference: greedy 100.0% accepted" in text
-    assert "moe.gguf k=4/4</code> as a draft of the reference: greedy" in "".join(summarize(found))
+    drafts = describe_drafts(found.rows)
+    assert set(drafts) <= {"moe.gguf k=4/4", "moe.gguf k=2/4"}
+    for label, words in drafts.items():
+        assert f"{label} as a draft of the reference: {words}" in text
+        assert f"{label}</code> as a draft of the reference: {words}" in "".join(summarize(found))
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_drafts_that_are_no_faster_are_not_listed(files: dict[str, Path], tmp_path: Path) -> None:
+    """Of several the best is named, with the verdict."""
+    timing = Timing(n_prompt=8, n_generate=4, repeat=1, threads=1)
+    found = compare([files["moe"]], files["dense"], used=[4, 2], settings=settings(tmp_path), timing=timing)
+    slow, slower, quick = DraftGain(1, 0.5), DraftGain(1, 0.4), DraftGain(3, 1.5)
+    first = replace(found.rows[0], draft=DraftGains(slow, slower))
+    second, third = (replace(found.rows[1], draft=DraftGains(slower, gain)) for gain in (quick, slower))
+
+    assert ["moe.gguf k=2/4"] == [*describe_drafts([first, second])]
+    assert describe_drafts([first, second])["moe.gguf k=2/4"].endswith(", 1.50 x its speed with 3 drafted")
+    ((label, words),) = describe_drafts([first, third]).items()
+    assert "moe.gguf k=4/4" == label
+    assert words.endswith("; so no file here makes it faster as a draft")
+    assert {} == describe_drafts([])
 
 
 def test_the_command(files: dict[str, Path], tmp_path: Path) -> None:

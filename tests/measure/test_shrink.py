@@ -93,6 +93,7 @@ def test_a_large_room_needs_no_other_type(model: Path, tmp_path: Path, speeds: N
     for source, room, reason in (
         ("dense.gguf", 10**9, "fits already"),
         ("dense.gguf", 20_000, r"--room 20,000: less [\d,]+ bytes for the cache, .* a file of .* reachable are"),
+        ("dense.gguf", 1000, r"--room 1,000: the cache alone takes [\d,]+ bytes; give more, or a smaller --context"),
         ("q8.gguf", 30_000, "is quantized, and would lose twice: give the folder"),
     ):
         with pytest.raises(PlanError, match=reason):
@@ -220,7 +221,7 @@ def test_an_interrupted_call_goes_on(model: Path, tmp_path: Path, speeds: None, 
         (["--faster", 1], 2, "not in the range"),
         (["--quality", "nan"], 2, "not a finite number"),
         (["--quality", 1.1, "--types", "q9_0"], 1, "type q9_0: unknown"),
-        (["--room", "1KB"], 1, "--room 1,000: less"),
+        (["--room", "1KB"], 1, "--room 1,000: the cache alone takes"),
         (["--quality", 1.1, "--context", 9], 1, "--context: no effect without --room"),
     ],
 )

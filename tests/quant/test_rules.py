@@ -36,9 +36,9 @@ def tensors(d_expert: Any = 96) -> Any:
 NETWORK = Network("llama", 3, 8, 2, 256, True, 4)
 
 
-def choose(d_expert: Any = 256, **options: Any) -> Any:
+def choose(d_expert: Any = 256, list_cuts: Any = lambda _block: [], **options: Any) -> Any:
     """The assignment for those tensors."""
-    return assign(tensors(d_expert), TypeOptions(**options), NETWORK)
+    return assign(tensors(d_expert), TypeOptions(**options), NETWORK, list_cuts=list_cuts)
 
 
 def names(found: Any) -> Any:
@@ -136,19 +136,31 @@ def test_everything_wrong_with_the_rules_is_listed_at_once(tmp_path: Path) -> No
         assert word in str(caught.value)
 
 
-def test_a_type_that_does_not_fit_lists_tensors_and_ways_out() -> None:
-    """96 wide rows in blocks of 256: the plan refuses, with what each way would give."""
-    (refusal,) = choose(96, type="q4_k").refusals
+def test_a_type_that_does_not_fit_is_one_refusal_with_ways_out() -> None:
+    """96 wide rows in blocks of 256: the plan refuses, with what each way would give, those of the cut first."""
+    (refusal,) = choose(96, lambda block: [f"cut into {block}"], type="q4_k").refusals
 
-    for words in (
-        "Q4_K needs rows whose width is a multiple of 256, but 96 is the width of blk.0.ffn_down_exps.weight",
-        "blk.2.ffn_down_exps.weight",
-        "--align 256",
-        "another --experts",
-        "take Q5_0 there with --allow-fallback (5.5 bits per weight for 4.5)",
-        "--tensor-type",
-    ):
-        assert words in refusal
+    bytes_more = 3 * 4 * 256 * 96 * (5.5 - 4.5) / 8
+    assert (
+        "Q4_K needs rows whose width is a multiple of 256, which 96 (blk.0.ffn_down_exps.weight and 2 more) is not: "
+        "cut into 256, or take larger types there with --allow-fallback (Q5_0 for Q4_K, 5.5 bits per weight for 4.5; "
+        f"{bytes_more:,.0f} bytes more in all), or choose another type, for all or with --tensor-type"
+    ) == refusal
+
+
+def test_types_that_do_not_fit_rows_that_no_cut_changes() -> None:
+    """All types and widths are in one refusal, and it says nothing of cutting."""
+    narrow = [Entry("blk.0.attn_q.weight", (96, 96), F16), Entry("blk.0.ffn_down_exps.weight", (4, 96, 48), F16)]
+    rules = (r".*attn_q\.weight=q6_k",)
+
+    (refusal,) = assign(narrow, TypeOptions("q4_k", rules), NETWORK, list_cuts=lambda _: ["cut"]).refusals
+
+    assert refusal.startswith(
+        "Q6_K and Q4_K need rows whose width is a multiple of 256, which 96 (blk.0.attn_q.weight) and 48 "
+        "(blk.0.ffn_down_exps.weight) are not: take larger types there"
+    )
+    assert "Q8_0 for Q6_K, 8.5 bits per weight for 6.5625; " in refusal
+    assert "F16 for Q4_K, 16 bits per weight for 4.5; " in refusal
 
 
 def test_a_fallback_is_listed_with_its_cost() -> None:

@@ -162,16 +162,18 @@ def test_hostile_provenance_is_left_out(tmp_path: Path) -> None:
     assert 3 == metadata["llama.block_count"]
 
 
-def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "kind"), [("mixtral", "MixtralForCausalLM"), ("glm4moe", "Glm4MoeForCausalLM")])
+def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path: Path, target: str, kind: str) -> None:
     """Tokenizer files are the source's, a card names the recipe; --plan and --check belong to GGUF files."""
     dense = checkpoints.make(tmp_path / "dense", "llama")
     out = tmp_path / "out"
+    options = ["--target", target, "--preset", "exact"]
 
-    done = CliRunner().invoke(cli, ["convert", str(dense), str(out), "-e", "4", "--format", "hf"])
+    done = CliRunner().invoke(cli, ["convert", str(dense), str(out), "-e", "4", "--format", "hf", *options])
     refused = CliRunner().invoke(cli, ["convert", str(dense), str(out), "--format", "hf", "--check", "auto"])
 
     assert (0, 2) == (done.exit_code, refused.exit_code)
-    assert "MixtralForCausalLM, 4 experts, 4 used" in done.stdout
+    assert f"{kind}, 4 experts, 4 used" in done.stdout
     assert (dense / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert "| slicing.expert_count | 4 |" in (out / "README.md").read_text()
 

@@ -261,7 +261,7 @@ def test_more_experts_than_blocks(tmp_path: Path) -> None:
     llama_quantize.quantize(source, path := tmp_path / "in.gguf", gguf.LlamaFileType.MOSTLY_Q6_K, pure=True)
 
     with pytest.raises(
-        PlanError, match=r"4 experts of 256 neurons cut through the blocks of 256.*\(3 blocks\)"
+        PlanError, match=r"4 experts of 256 neurons cut through the blocks of 256.*: choose --experts 3, which"
     ) as caught:
         plan_conversion(path, flat_options(experts=4, align=256))
     assert "--align" not in str(caught.value)
@@ -346,6 +346,22 @@ def test_equal_inputs_give_equal_bytes(dense: Any, tmp_path: Path) -> None:
         convert(dense("Q4_K_S"), tmp_path / name, flat_options(experts=N), threads=1 if name == "a.gguf" else 3)
 
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_count_that_does_not_fit_is_one_problem(tmp_path: Path) -> None:
+    """Counts that divide the blocks and that llama.cpp runs come first, then what padding costs."""
+    source = tiny(tmp_path / "f32.gguf", d_ff=10 * 256)
+    llama_quantize.quantize(source, tmp_path / "q4.gguf", gguf.LlamaFileType.MOSTLY_Q4_K_S, pure=True)
+
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(tmp_path / "q4.gguf", flat_options(experts=4))
+
+    (refusal,) = caught.value.refusals
+    ways = refusal.partition(": ")[2]
+    assert ways.startswith(
+        "choose --experts 2, 5 or 10, which divide the blocks evenly, or pad the experts with --align 256, "
+        "20% more bytes in the MLPs, or take larger types there with --allow-fallback"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from moe2gguf.measure.report.page import (
     mark_value,
     plain_table,
 )
-from moe2gguf.measure.results import Comparison, Quality, describe_gains
+from moe2gguf.measure.results import Comparison, Quality, describe_drafts
 from moe2gguf.measure.speed import Spread
 from moe2gguf.measure.tasks import describe_share
 
@@ -189,10 +189,10 @@ def summarize(found: Comparison) -> list[str]:
 
 
 def _describe_rows(found: Comparison) -> Iterator[str]:
-    """Yield what each row gives as a draft of the reference, and why it did not run."""
+    """Yield what rows give as a draft of the reference, and why others did not run."""
+    for label, words in describe_drafts(found.rows).items():
+        yield f"{_name(label)} as a draft of the reference: {words}."
     for row in found.rows:
-        if words := describe_gains(row):
-            yield f"{_name(row.config.label)} as a draft of the reference: {words}."
         if row.reason:
             yield f"{_name(row.config.label)} {row.status}: {escape(row.reason)}"
 
