@@ -198,7 +198,7 @@ def speeds(found: Bench) -> None:
     given = found.settings
     console.print(
         f"median (lowest - highest) of {given['repeat']} rounds; prompt of {given['prompt']}, generation of "
-        f"{given['generate']} tokens, {given['threads']} threads"
+        f"{given['generate']} tokens, {given['threads']} thread{'s' * (given['threads'] > 1)}"
     )
     if found.bandwidth:
         limit = f"{found.bandwidth / 1e9:.1f} GB/s, measured here"

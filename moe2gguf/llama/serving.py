@@ -14,6 +14,7 @@ from moe2gguf.gguf.counts import read_counts, require_architecture
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import list_view_paths, name_model
+from moe2gguf.graphs import GRAPHS
 from moe2gguf.llama.templates import ChatTemplate, Message, read_template, special_token
 
 
@@ -31,22 +32,12 @@ def list_ways(file: GGUFFile) -> list[Way]:
     require_architecture(file)
     path, name = shlex.quote(str(file.path)), shlex.quote(name_model(file.path))
     whole, merging = (path, []) if len(file.files) == 1 else (f"{name}.gguf", [_merge(file)])
-    counts = list_counts(file)
-    override = _override(file, counts[-1]) if len(counts) > 1 else ""
-    other, in_python = (f" {option} {override}" if override else "" for option in ("--override-kv", "--kv_overrides"))
     folder = f"~/.lmstudio/models/local/{name}"
-    drafts = [_draft_with_half(file, counts)] if len(counts) > 1 else []
     return [
-        Way("llama-server", (f"llama-server -m {path}{other} --port 8080",), "tried with llama.cpp 0c1e57098"),
-        Way(
-            "llama-server, every count",
-            (f"moe2gguf serve-help {path} --presets preset.ini", "llama-server --models-preset preset.ini --port 8080"),
-            "tried with llama.cpp 0c1e57098",
-        ),
-        *drafts,
+        Way("llama-server", (f"llama-server -m {path} --port 8080",), "tried with llama.cpp 0c1e57098"),
         Way(
             "llama-cpp-python",
-            ("pip install 'llama-cpp-python[server]'", f"python -m llama_cpp.server --model {path}{in_python}"),
+            ("pip install 'llama-cpp-python[server]'", f"python -m llama_cpp.server --model {path}"),
             "tried with 0.3.36",
         ),
         Way(
@@ -60,12 +51,39 @@ def list_ways(file: GGUFFile) -> list[Way]:
             "not tried with this program; the Modelfile passes modelfile-lint 0.2.1",
         ),
         Way("LM Studio", (f"mkdir -p {folder}", f"ln {shlex.join(map(str, file.files))} {folder}/"), "not tried"),
-        Way(
-            "vLLM, from a folder",
-            (f"moe2gguf convert MODEL {name} --format hf", f"vllm serve ./{name}"),
-            "not tried; transformers loads the folder",
-        ),
+        *_list_ways_with_counts(file, path),
+        *_list_ways_as_folder(file, name),
     ]
+
+
+def _list_ways_with_counts(file: GGUFFile, path: str) -> list[Way]:
+    """Return how a file that serves several counts is served with fewer experts, with each count, and as a draft."""
+    counts = list_counts(file)
+    if len(counts) < 2:
+        return []
+    fewer, override = f"{counts[-1]} of {read_counts(file).n_expert} experts", _override(file, counts[-1])
+    tried = "tried with llama.cpp 0c1e57098"
+    presets = f"moe2gguf serve-help {path} --presets preset.ini"
+    return [
+        Way(f"llama-server, {fewer}", (f"llama-server -m {path} --override-kv {override} --port 8080",), tried),
+        Way(
+            f"llama-cpp-python, {fewer}",
+            (f"python -m llama_cpp.server --model {path} --kv_overrides {override}",),
+            "tried with 0.3.36",
+        ),
+        Way("llama-server, every count", (presets, "llama-server --models-preset preset.ini --port 8080"), tried),
+        _draft_with_half(file, counts),
+    ]
+
+
+def _list_ways_as_folder(file: GGUFFile, name: str) -> list[Way]:
+    """Return how such experts are served from a folder, where the graph has a class of transformers."""
+    architecture, n_expert = require_architecture(file), read_counts(file).n_expert
+    targets = [name for name, graph in GRAPHS.items() if graph.hf_class and graph.architecture == architecture]
+    if not (n_expert and targets):
+        return []
+    make = f"moe2gguf convert MODEL {name} --target {targets[0]} --experts {n_expert} --format hf"
+    return [Way("vLLM, from a folder", (make, f"vllm serve ./{name}"), "not tried; transformers loads the folder")]
 
 
 def _merge(file: GGUFFile) -> str:

@@ -67,7 +67,9 @@ def _explain(row: ResultRow, summary: Summary, n: int) -> str:
     cost = summary.perplexity / summary.perplexity_base - 1
     quality = f"KL divergence {summary.kl_mean:.2g}, perplexity {cost:+.1%}"
     if summary.kl_mean <= TOLERANCE:
-        return f"the {best} of {n} within {TOLERANCE:g} nats per token of the reference: {quality}, {gain}"
+        words = f"of {n} the {best} within {TOLERANCE:g} nats per token of the reference: {quality}, {gain}"
+        slow = row.speed and row.speed.ratio is not None and row.speed.ratio <= 1
+        return f"{words}; so none that is so close is faster than it" if slow else words
     return (
         f"the closest of {n} to the reference: {quality}, {gain}; none is within {TOLERANCE:g} nats per token, "
         "so for quality the reference itself is the better choice"

@@ -133,9 +133,11 @@ def test_the_command_prints_lines_and_writes_files(tmp_path: Path) -> None:
     """Each line says whether it was tried; files are replaced only with --force; a path with a space is quoted."""
     path = file_with(tmp_path / "a b.gguf", CHATML).path
     done = moe2gguf("serve-help", path)
+    assert f"llama-server (tried with llama.cpp 0c1e57098):\n  llama-server -m '{path}' --port 8080\n" in done.stdout
     assert f"llama-server -m '{path}' --override-kv llama.expert_used_count=int:4 --port 8080" in done.stdout
-    assert 7 == len(re.findall(r"^\S.* \(.*tried.*\):$", done.stdout, re.MULTILINE))
-    assert 7 == len(json.loads(moe2gguf("serve-help", path, "--json").stdout)["ways"])
+    assert "convert MODEL 'a b' --target mixtral --experts 8 --format hf" in done.stdout
+    assert 9 == len(re.findall(r"^\S.* \(.*tried.*\):$", done.stdout, re.MULTILINE))
+    assert 9 == len(json.loads(moe2gguf("serve-help", path, "--json").stdout)["ways"])
     files = ["--modelfile", tmp_path / "Modelfile", "--presets", tmp_path / "p.ini"]
     assert 0 == moe2gguf("serve-help", path, *files).returncode
     assert (tmp_path / "p.ini").read_text().startswith("version = 1\n")
@@ -173,4 +175,6 @@ def test_a_file_that_serves_several_counts_drafts_for_itself(tmp_path: Path, mon
     counts = [read_counts(read_model(Path(words[words.index(option) + 1]))).n_used for option in ("-m", "-md")]
     assert [8, 4] == counts
     one = file_with(tmp_path / "b.gguf", None, **{"moe2gguf.slicing.amplify": "used"})
-    assert not any("draft" in way.program for way in list_ways(one))
+    assert not any("llama-server, " in way.program or "of 8" in way.program for way in list_ways(one))
+    dense = read_gguf(tiny_gguf.write_gguf(tmp_path / "dense.gguf", tiny_gguf.dense_weights()))
+    assert ["llama-server", "llama-cpp-python", "Ollama", "LM Studio"] == [way.program for way in list_ways(dense)]

@@ -83,7 +83,7 @@ def test_json_and_table(timed: tuple[Bench, list[str]], capsys: pytest.CaptureFi
     speeds(timed[0])
     text = capsys.readouterr().out
     assert "moe.gguf k=9/4: 9 experts per token: there are only 4" in text
-    assert "median (lowest - highest) of 2 rounds; prompt of 8, generation of 4 tokens, 1 threads" in text
+    assert "median (lowest - highest) of 2 rounds; prompt of 8, generation of 4 tokens, 1 thread\n" in text
 
 
 def test_a_run_that_fails_is_a_row(files: dict[str, Path]) -> None:

@@ -50,8 +50,18 @@ def test_the_fastest_that_is_close_enough_is_recommended() -> None:
     assert recommendation is not None
     assert (("far", "close", "exact"), "close") == (recommendation.front, recommendation.label)
     assert recommendation.reason.startswith(
-        "the fastest of 4 within 0.05 nats per token of the reference: KL divergence 0.04"
+        "of 4 the fastest within 0.05 nats per token of the reference: KL divergence 0.04"
     )
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.9, True), (1.2, False)])
+def test_where_the_close_ones_are_slower_than_the_reference_the_reason_says_so(ratio: float, said: bool) -> None:
+    """A person who looks for speed need not take it."""
+    close = row("close", 0.04, 20)
+    assert close.speed is not None
+    recommendation = recommend([replace(close, speed=replace(close.speed, ratio=ratio)), row("far", 1.0, 40)])
+    assert recommendation is not None
+    assert said is recommendation.reason.endswith("; so none that is so close is faster than it")
 
 
 def test_where_nothing_is_close_the_closest_is_named_with_a_warning() -> None:

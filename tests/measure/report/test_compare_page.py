@@ -63,7 +63,7 @@ def test_the_words_come_first(found: Comparison) -> None:
     assert lines[0].startswith("<b>Take <code>")
     assert lines[2].startswith("3 of 5 runs completed. The reference, <code>")
     assert "the same model as the reference: <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=8/8</code>." in text
-    assert "<b>Take <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=4/8</code></b>: the fastest of 3 within" in text
+    assert "<b>Take <code>&lt;_script&gt;&lt;b&gt;&amp;.gguf k=4/8</code></b>: of 3 the fastest within" in text
     assert "refused: only &lt;8&gt; &amp; no more" in text
     page = render_page(make_page(found, ["prog"]), "")
     assert page.index("runs completed") < page.index('id="figure0"') < page.index('id="rows"')
@@ -151,7 +151,7 @@ def test_without_speeds_or_rows_there_is_a_report_too(found: Comparison) -> None
     silent = replace(found, rows=quiet, recommendation=None, reference_speed=None)
     assert 5 == len(draw_figures(silent))
     assert "generation t/s" not in render_page(make_page(silent, ["prog"]), "")
-    assert "the smallest of 3 within 0.05 nats per token of the reference: " in summarize(silent)[0]
+    assert "of 3 the smallest within 0.05 nats per token of the reference: " in summarize(silent)[0]
     nothing = replace(silent, rows=found.rows[3:], pairs=(), noise=None)
     assert [] == draw_figures(nothing)
     assert Page(render_page(make_page(nothing, ["prog"]), "")).open == []
