@@ -127,6 +127,14 @@ def require_place(folder: Path) -> None:
         raise OutputError(f"{folder}: not writable; choose another folder")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it is in, unless they are there. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+
+
 def _require_replaceable(name: str, out: Path, *, force: bool) -> None:
     """Raise OutputError where what exists is no regular file, or may not be replaced."""
     if not out.is_file():

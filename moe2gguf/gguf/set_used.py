@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gguf import GGUFValueType as Kind
 
-from moe2gguf.errors import GGUFError
+from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.gguf.counts import ExpertCounts, read_counts, require_architecture
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
 from moe2gguf.gguf.file import GGUFFile, listing
@@ -26,6 +26,7 @@ def set_used(path: str | Path, n_expert_used: int) -> str:
     Raises:
         GGUFError: not a file with experts, a count llama.cpp cannot run, or experts that were amplified or
             refitted for another count (the reason and the way out are named).
+        OutputError: the file cannot be written.
     """
     shards = read_shards(Path(path))
     file = merge_shards(shards)
@@ -41,12 +42,15 @@ def set_used(path: str | Path, n_expert_used: int) -> str:
         raise GGUFError(f"{path}: has no experts; only a file with an expert_count has a count to change")
     note = require_count(file, counts, n_expert_used)
     values = {USED_HERE: n_expert_used, used_key: n_expert_used - counts.n_shared}
-    with path.open("r+b", buffering=0) as stream:
-        header = stream.read(min(shards[0].data_offset, MAX_HEADER))
-        for key, value in values.items():
-            if key in file.metadata:
-                write_at(stream.fileno(), memoryview(struct.pack("<I", value)), _value_offset(header, key, path))
-        os.fsync(stream.fileno())
+    try:
+        with path.open("r+b", buffering=0) as stream:
+            header = stream.read(min(shards[0].data_offset, MAX_HEADER))
+            for key, value in values.items():
+                if key in file.metadata:
+                    write_at(stream.fileno(), memoryview(struct.pack("<I", value)), _value_offset(header, key, path))
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be changed ({error.strerror}); make it writable, or copy it") from error
     return note
 
 

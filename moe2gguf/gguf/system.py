@@ -7,7 +7,9 @@ there two processes on one folder are the user's care, and threads take turns.
 import contextlib
 import os
 import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from moe2gguf.errors import OutputError
@@ -73,6 +75,18 @@ def disk_bytes(path: Path) -> int:
     """The bytes of the disk that a file takes, or on Windows those of the file."""
     status = path.lstat()
     return int(status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size)
+
+
+@contextlib.contextmanager
+def temporary_folder(beside: Path | None = None) -> Iterator[Path]:
+    """A folder that goes again, beside a file or where the system has such. Raises OutputError if none can be made."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f"{'.' if beside else ''}moe2gguf-", dir=beside and beside.parent)
+    except OSError as error:
+        where, way = (f"{beside.parent}: ", "make room") if beside else ("", "set TMPDIR to a folder with room")
+        raise OutputError(f"{where}no temporary folder can be made ({error.strerror}); {way}") from error
+    with made as folder:
+        yield Path(folder)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

@@ -1,7 +1,6 @@
 """Is a sliced file still its dense model? Both run in llama.cpp on the same tokens."""
 
 import re
-import tempfile
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.experts.text import read_text
-from moe2gguf.gguf.system import count_processors
+from moe2gguf.gguf.system import count_processors, temporary_folder
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup
@@ -121,8 +120,8 @@ def compare_with_dense(
     facts = run_in_child(read_facts, sliced, what=f"reading {sliced}")
     wanted: int | Literal["all"] = "all" if n_expert_used is None else n_expert_used
     text = read_text().text[: 16 * (n_token + n_context)] if text is None else text
-    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
-        reference = record_reference(dense, setup, text, n_token, 0, Path(folder) / "logits")
+    with temporary_folder() as folder:
+        reference = record_reference(dense, setup, text, n_token, 0, folder / "logits")
         ours = _compare(sliced, replace(setup, n_expert_used=wanted), reference)
         noise = _compare(dense, reorder_sums(setup), reference, n_window=1)
     used = facts.n_expert if n_expert_used is None else n_expert_used
@@ -186,8 +185,8 @@ def compare_conversion(
         types=_pin_types(done.plan),
         calibration=CalibrationOptions(),
     )
-    with tempfile.TemporaryDirectory(prefix=".moe2gguf-", dir=done.path.parent) as folder:
-        reference = Path(folder) / "dense.gguf"
+    with temporary_folder(beside=done.path) as folder:
+        reference = folder / "dense.gguf"
         convert(source.path, reference, options, threads=threads, progress=progress)
         return replace(compare_with_dense(done.path, reference, threads=threads), tokens=tokens)
 

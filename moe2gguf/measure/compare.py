@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -16,6 +15,7 @@ from typing import Any
 from moe2gguf.errors import HarnessError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.llama.devices import Setup, choose_reference_device, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.bench import Bench, Timing, time_grid
@@ -287,8 +287,8 @@ class _Runs:
 
 def _measure_here(wanted: Sequence[Measurement], settings: CompareSettings) -> Iterator[tuple[Measurement, Answer]]:
     """Yield every measurement with its answer, in order."""
-    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
-        runner = Runner(settings, Path(folder))
+    with temporary_folder() as folder:
+        runner = Runner(settings, folder)
         for one in wanted:
             yield one, runner.answer(one)
 

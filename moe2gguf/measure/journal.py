@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from moe2gguf.errors import OutputError
 from moe2gguf.gguf.resume import Journal
 from moe2gguf.llama.machine import read_package_version
 from moe2gguf.measure.grid import Measurement
@@ -17,7 +19,7 @@ from moe2gguf.measure.tasks import REQUESTS, TaskScores, make_tasks
 class MeasurementJournal:
     """The finished measurements of a comparison; `facts` is what they depend on besides their files.
 
-    Raises OutputError for a file that is no journal.
+    Raises OutputError for a file that is no journal, or cannot be written.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
@@ -25,6 +27,7 @@ class MeasurementJournal:
         self._facts = facts
         self._journal = Journal(path)
         self._journal.require_own()
+        require_writable(path)
 
     def get(self, one: Measurement) -> Quality | TaskScores | None:
         """Return the scores of an earlier run, or None."""
@@ -50,6 +53,13 @@ class MeasurementJournal:
             versions=[read_package_version("moe2gguf"), read_package_version("llama-cpp-python")],
             **({"tasks": make_tasks(), "requests": REQUESTS} if one.what == "tasks" else self._facts),
         )
+
+
+def require_writable(path: Path) -> None:
+    """Raise OutputError unless a file, for which the cache is the usual place, can be written or made."""
+    place = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not os.access(place, os.W_OK):
+        raise OutputError(f"{path}: {place} is not writable; choose another place, or set MOE2GGUF_CACHE to one")
 
 
 def digest_parts(**parts: Any) -> str:

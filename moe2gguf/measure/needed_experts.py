@@ -5,7 +5,6 @@ experts are then the dense model, and fewer are a plain partial sum of it.
 """
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from moe2gguf.gguf.expected import is_sliced
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import active_bytes
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
@@ -123,9 +123,9 @@ def measure_needed_experts(
     counts, kl = read_counts(file), list[NDArray[np.float64]]()
     setup = place_on_device(Setup(n_context=n_context, n_threads=threads), device)
     smaller, fixed = range(counts.n_shared + 1, counts.n_expert), list[FixedCount]()
-    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder, progress("sweep", len(smaller) + 1) as advance:
+    with temporary_folder() as folder, progress("sweep", len(smaller) + 1) as advance:
         full = replace(setup, n_expert_used=counts.n_expert)
-        reference = record_reference(path, full, text.text, n_token, n_context // 2, Path(folder) / "logits")
+        reference = record_reference(path, full, text.text, n_token, n_context // 2, folder / "logits")
         entropy = measure_entropy(reference)
         advance(1)
         for k in smaller:

@@ -10,10 +10,12 @@ from typing import Any
 
 from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
+from moe2gguf.gguf.outputs import make_folder
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.measure.compare import CompareSettings, cache_folder, compare
 from moe2gguf.measure.expert_usage import ExpertUse, measure_expert_usage
 from moe2gguf.measure.grid import plan_run
+from moe2gguf.measure.journal import require_writable
 from moe2gguf.measure.results import Comparison
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions
@@ -129,7 +131,8 @@ def write_copies(wanted: Sequence[QuantizedCopy], progress: Progress = silent) -
     try:
         for one in wanted:
             if not _is_written(one):
-                one.path.parent.mkdir(parents=True, exist_ok=True)
+                require_writable(one.path)
+                make_folder(one.path.parent)
                 quantize(one.plan.source.path, one.path, one.plan.options, force=True, progress=progress)
             newest = max(path.stat().st_mtime_ns for path in (*one.plan.source.files, one.plan.options.imatrix) if path)
             os.utime(one.path, ns=(newest, newest))

@@ -6,7 +6,6 @@ lost less than slices that are as fast (docs/results/quants.md).
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.resume import Job, checksum_path, describe
 from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.shards import read_model
+from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.gguf.types import FLOATS
 from moe2gguf.measure.grid import RunConfig, plan_run
 from moe2gguf.measure.metrics import as_json
@@ -135,14 +135,14 @@ def shrink(
 
     with (
         Job(out.with_name(out.name + ".work"), manifest, resume=resume) as job,
-        tempfile.TemporaryDirectory() as logits,
+        temporary_folder() as logits,
     ):
         try:
             # Make the files that the wish asks for, measure them, and choose one.
             files = _Files(source, job, fit, progress, on_plan)
             if wish.room is None:
                 files.can_slice(source.path)
-            trials = Trials(files.dense, held_out, settings.n_token, settings.threads, Path(logits), on_trial)
+            trials = Trials(files.dense, held_out, settings.n_token, settings.threads, logits, on_trial)
             chosen = _find(wish, files, trials, settings.types, cache)
         except PlanError:
             job.remove()

@@ -1,6 +1,5 @@
 """Are the token ids of a converted file those of its folder's tokenizer? Both read texts made of its own tokens."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -9,9 +8,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moe2gguf.errors import HarnessError, list_names
+from moe2gguf.errors import HarnessError, OutputError, list_names
 from moe2gguf.experts.text import FolderTokenizer, open_tokenizer
 from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.tokenizer.pretokenizers import PROBES
 from moe2gguf.llama.tokens import read_token_lists
@@ -69,13 +69,13 @@ def warn_of_token_ids(plan: Plan) -> list[str]:
     """
     if not isinstance(plan.source, Checkpoint) or find_spec("llama_cpp") is None:
         return []
-    with tempfile.TemporaryDirectory(prefix="moe2gguf-") as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        path.write_bytes(lay_out(plan.metadata, [], {}).header)
-        try:
+    try:
+        with temporary_folder() as folder:
+            path = folder / "vocabulary.gguf"
+            path.write_bytes(lay_out(plan.metadata, [], {}).header)
             return compare_token_ids(path, plan.source.folder).warnings
-        except (HarnessError, OSError) as error:
-            return [f"token ids were not compared with the folder's tokenizer: {error}"]
+    except (HarnessError, OutputError, OSError) as error:
+        return [f"token ids were not compared with the folder's tokenizer: {error}"]
 
 
 def compare_token_ids(path: Path, folder: Path) -> TokenCheck:

@@ -1,7 +1,6 @@
 """The routers of a merge: prompts run through the base, and what the finished file does with those kept back."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.donor_router import average_states, draw_router, fit_router
 from moe2gguf.gguf.dense_model import DenseFile
+from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.llama.child import run_in_child, stream_from_child
 from moe2gguf.llama.devices import Setup
 from moe2gguf.llama.watch_mlps import Piece, cut_prompts, watch_mlps
@@ -94,8 +94,8 @@ def _open_file(base: Plan, out: Path) -> Iterator[Path]:
     if isinstance(base.source, DenseFile):
         yield base.source.path
         return
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        yield convert(base.source.path, Path(folder) / "base.gguf", Options(dense=True)).path
+    with temporary_folder(beside=out) as folder:
+        yield convert(base.source.path, folder / "base.gguf", Options(dense=True)).path
 
 
 def _spread(pieces: Sequence[Piece], n_token: int) -> list[Piece]:

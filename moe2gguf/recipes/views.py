@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import GGUFError, OutputError
+from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.counts import ExpertCounts, read_counts
 from moe2gguf.gguf.expert_tensors import copy_tensor
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.layout import Layout
 from moe2gguf.gguf.made_for import USED_HERE
-from moe2gguf.gguf.outputs import check_target, write_whole
+from moe2gguf.gguf.outputs import check_target, make_folder, write_whole
 from moe2gguf.gguf.set_used import require_count
 from moe2gguf.gguf.shards import lay_out_apart, list_view_paths, read_model
 from moe2gguf.gguf.system import link_or_copy
@@ -89,20 +89,13 @@ def _make_folders(folders: Sequence[Path]) -> Iterator[None]:
     try:
         for folder in folders:
             if not folder.is_dir():
-                _make_folder(folder)
+                make_folder(folder)
                 made.append(folder)
         yield
     except BaseException:
         for folder in reversed(made):
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
 
 
 def _change_count(file: GGUFFile, counts: ExpertCounts, k: int) -> Metadata:

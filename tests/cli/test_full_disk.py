@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import checkpoints
 import pytest
+import tiny_gguf
 from command import moe2gguf
 
 from moe2gguf.errors import OutputError
@@ -79,6 +81,67 @@ def test_what_does_not_fit_is_known_before_anything_is_made(
     assert 1 == done.returncode
     assert f"moe2gguf: {tmp_path}: 10,000 bytes are free, out needs " in done.stderr
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def sliced(tmp_path: Path) -> Path:
+    """A file with experts."""
+    return tiny_gguf.write_gguf(tmp_path / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))
+
+
+def test_a_count_that_cannot_be_changed_is_one_sentence(sliced: Path) -> None:
+    """On a disk that takes nothing; the file is as it was."""
+    before = sliced.read_bytes()
+
+    with limit_files(0):
+        done = moe2gguf("set-used", sliced, 2)
+
+    reason = os.strerror(errno.EFBIG)
+    assert (1, f"moe2gguf: {sliced}: cannot be changed ({reason}); make it writable, or copy it\n") == done[::2]
+    assert before == sliced.read_bytes()
+
+
+@pytest.mark.parametrize("line", ["compare MOE --reference MOE --tokens 20 --context 16", "verify MOE --check MOE"])
+def test_a_missing_folder_for_temporary_files_is_one_sentence(
+    line: str, sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose only writable place is another one."""
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+
+    done = moe2gguf(*(str(sliced) if word == "MOE" else word for word in line.split()))
+
+    expected = (
+        "moe2gguf: no temporary folder can be made (No such file or directory); set TMPDIR to a folder with room\n"
+    )
+    assert (1, expected) == done[::2]
+
+
+def test_token_ids_that_cannot_be_compared_are_a_warning(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is written by then."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+
+    done = moe2gguf("convert", files[HF], tmp_path / "out.gguf", "--dense")
+
+    assert 0 == done.returncode
+    assert "token ids were not compared with the folder's tokenizer: no temporary folder can be made" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--types", "q8_0"]])
+def test_a_cache_that_cannot_be_written_is_said_at_once(
+    more: list[str], sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first measurement, not when its row is to be kept."""
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+
+    done = moe2gguf("compare", sliced, "--reference", sliced, *more)
+
+    assert 1 == done.returncode
+    assert f": {tmp_path} is not writable; choose another place, or set MOE2GGUF_CACHE to one\n" in done.stderr
+    assert ["moe.gguf"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_a_disk_that_fails_at_the_flush_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
