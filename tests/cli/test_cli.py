@@ -230,6 +230,16 @@ def test_an_interrupted_conversion_goes_on_with_the_same_command(tmp_path: Path,
     assert ["x.gguf"] == [path.name for path in target.iterdir()]
 
 
+def test_python_m_is_the_command() -> None:
+    """For who has no path to it; the exit code is passed on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moe2gguf", "verify", "x"], capture_output=True, text=True, check=False
+    )
+
+    assert 2 == done.returncode
+    assert done.stderr.startswith("Usage: moe2gguf verify [OPTIONS] FILE\n")
+
+
 def test_help_is_immediate_and_needs_nothing_heavy() -> None:
     """--help imports neither torch, transformers nor llama.cpp."""
     code = "import sys; sys.argv = ['moe2gguf', '--help']\nfrom moe2gguf.cli import cli\ntry: cli()\n"

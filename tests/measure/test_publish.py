@@ -93,6 +93,7 @@ def test_the_card_is_what_the_hub_reads(made: Publication) -> None:
     assert [8, 8, 8, 8, 8, 8] == [line.count("|") for line in rows]
     assert ["4 of 4", "4 of 4", "2 of 4", "2 of 4", "dense", "dense"] == [line.split(" | ")[2] for line in rows]
     assert "![Quality of the files beside the dense model](quality.png)" in card.text
+    assert "--override-kv" not in card.text
     exact = next(row for row in made.found.rows if row.config.path.name == made.files[0].name)
     assert f"| {exact.quality.summary.perplexity:.3f} |" in rows[0]  # type: ignore[union-attr]
 
@@ -106,7 +107,13 @@ def test_a_file_that_serves_every_count_is_made_once(model: Path, tmp_path: Path
 
     assert ["Tiny-Chat-4of4-Q8_0.gguf"] == [one.name for one in done.files]
     assert [4, 3, 0] == [row.config.n_expert_used for row in done.found.rows]
-    assert "--target glm4moe --experts 4 --used 4" in (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "--target glm4moe --experts 4 --used 4" in text
+    file = tmp_path / "out" / done.files[0].name
+    n_shared = read_gguf(file).metadata["glm4moe.expert_shared_count"]
+    serve = f"llama-server -m {file.name} --override-kv glm4moe.expert_used_count=int:{3 - n_shared}"  # type: ignore[operator]
+    run = f'moe2gguf run {file.name} "What is the capital of France?" --used 3'
+    assert f"# with 3 of 4 experts:\n{serve}\n{run}\n```" in text
 
 
 @pytest.mark.parametrize(
