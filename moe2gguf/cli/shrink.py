@@ -123,7 +123,7 @@ def _print(done: Shrunk) -> None:
     console.print(f"source: {source.type}, {source.file_size:,} bytes, {source.active_bytes:,} read per token")
     if one.perplexity:
         low, high = one.perplexity.low, one.perplexity.high
-        sure = f"{low:.3f} to {high:.3f}" if high < math.inf else "one window, so nobody knows how sure"
+        sure = f"{low:.3f} to {high:.3f}" if high < math.inf else "one window, so there is no interval"
         console.print(f"perplexity: {one.perplexity.mean:.3f} times ({sure}), on {escape(done.text)}")
     if one.speed:
         spread = one.speed.generation

@@ -144,16 +144,34 @@ def _measure(path: Path) -> int:
 
 
 def print_layers(reports: Sequence[LayerReport]) -> None:
-    """What calibration found, layer by layer."""
+    """What calibration found: one line, or every layer with --verbose."""
+    if display.is_verbose():
+        _print_each_layer(reports)
+    else:
+        kept, best = (_average([getattr(one, name) for one in reports]) for name in ("energy_kept", "energy_oracle"))
+        parts = [f"the chosen experts hold {kept} of the routed experts' output, the best choice would hold {best}"]
+        error = _average([one.refit_error for one in reports])
+        parts += [f"the refit leaves {error} of the error"] if error else []
+        head = "mean over the layers: " + "; ".join(parts if kept else parts[1:] or ["all experts are shared"])
+        display.out().print(f"{head} (--verbose shows every layer)")
+    if weak := [i for i, report in enumerate(reports) if report.shared_rate < WEAK]:
+        display.warnings(
+            [f"some tokens do not use the shared experts in layers {weak}; fewer shared experts may be better"]
+        )
+
+
+def _average(shares: Sequence[float | None]) -> str:
+    """The mean of those that there are, in percent; empty where there is none."""
+    known = [share for share in shares if share is not None]
+    return f"{sum(known) / len(known):.1%}" if known else ""
+
+
+def _print_each_layer(reports: Sequence[LayerReport]) -> None:
     console = display.out()
-    has_constant = any(report.constant_min is not None for report in reports)
-    has_refit = any(report.refit_error is not None for report in reports)
-    columns = ("layer", "shared", "used by tokens", "energy kept", "best choice", "hit rate", "load")
-    more = [*["constant"] * has_constant, *["after refit"] * has_refit]
-    table = display.make_table(*columns, *more, numbers=slice(None))
+    columns = ("layer", "shared", "used by tokens", "energy kept", "best choice", "hit rate", "load", "constant")
+    table = display.make_table(*columns, "after refit", numbers=slice(None))
     for i, report in enumerate(reports):
         routed = report.load[report.n_shared :]
-        constant = "" if report.constant_min is None else f"{report.constant_min:.2f}"
         table.add_row(
             str(i),
             str(report.n_shared),
@@ -162,27 +180,18 @@ def print_layers(reports: Sequence[LayerReport]) -> None:
             _format_share(report.energy_oracle),
             _format_share(report.hit_rate),
             f"{min(routed):.0%} - {max(routed):.0%}" if routed else "",
-            *[constant] * has_constant,
-            *[_format_share(report.refit_error)] * has_refit,
+            "" if report.constant_min is None else f"{report.constant_min:.2f}",
+            _format_share(report.refit_error),
         )
     console.print(table)
     console.print(
         "shared: number of shared experts, and the share of tokens that use them\n"
         "energy kept: share of the routed experts' output that the chosen experts hold; best choice: the same if the "
         "experts with the largest outputs were chosen; hit rate: share of choices that are the same\n"
-        "load: share of tokens that the least and the most used routed expert get"
+        "load: share of tokens that the least and the most used routed expert get\n"
+        "constant: smallest value, on held-out tokens, of the direction by which the router chooses the shared experts "
+        "(ideal: 1); after refit: share of the error that the refit leaves"
     )
-    if has_constant:
-        console.print(
-            "constant: smallest value, on held-out tokens, of the direction by which the router chooses the shared "
-            "experts (ideal: 1)"
-        )
-    if has_refit:
-        console.print("after refit: error that the refit leaves")
-    if weak := [i for i, report in enumerate(reports) if report.shared_rate < WEAK]:
-        display.warnings(
-            [f"some tokens do not use the shared experts in layers {weak}; fewer shared experts may be better"]
-        )
 
 
 def _print_energy(done: Conversion) -> None:

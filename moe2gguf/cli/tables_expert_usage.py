@@ -63,7 +63,7 @@ def print_needed(found: NeededExperts) -> None:
         f"\n{found.n_token:,} tokens need {need.mean:.2f} experts on average to be within {need.limit:g} nats of all "
         f"experts ({need.lasting:.2f} if all larger counts must be, too). An oracle that knew them would have a mean "
         f"KL of {need.kl:.3g}. A fixed count needs {need.same_kl:.2f} for that, which reads {need.mlp_gain:.2f} times "
-        f"the MLP bytes and {need.gain:.2f} times all bytes: so much could speed gain at most.\n"
+        f"the MLP bytes and {need.gain:.2f} times all bytes: the speed could gain that much at most.\n"
     )
     table = display.make_table("", "", "tokens", "mean need", numbers=slice(2, None))
     for title, groups in need.groups.items():

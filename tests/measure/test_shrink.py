@@ -144,7 +144,7 @@ def test_a_quality_is_kept_with_the_fewest_bytes(model: Path, tmp_path: Path, sp
     assert done.chosen.config.n_expert_used == row.config.n_expert_used
 
 
-@pytest.mark.parametrize(("tokens", "interval"), [(16, "(one window, so nobody knows how sure)"), (0, " to ")])
+@pytest.mark.parametrize(("tokens", "interval"), [(16, "(one window, so there is no interval)"), (0, " to ")])
 def test_an_interval_needs_windows(tokens: int, interval: str, model: Path, tmp_path: Path, speeds: None) -> None:
     """Of one there is none; 0 tokens are the whole fifth."""
     text = tmp_path / "text.txt"

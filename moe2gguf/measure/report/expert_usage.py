@@ -33,7 +33,7 @@ def summarize(found: ExpertUse) -> list[str]:
     effective = [layer.effective for layer in found.layers]
     lines = [
         f"{found.n_token:,} tokens; {one.n_expert_used} of {one.n_expert} experts per token in {len(found.layers)} "
-        f"layers. By load, a layer is used like {min(effective):.1f} to {max(effective):.1f} equally busy experts."
+        f"layers. Their load is as even as that of {min(effective):.1f} to {max(effective):.1f} equally busy experts."
     ]
     for kind, words in _KINDS.items():
         names = found.named(kind)
