@@ -65,16 +65,15 @@ def _move(parts: Sequence[Path], targets: Sequence[Path]) -> None:
 
     At no moment is there a first shard beside shards of another run. After an error every file is back where it was.
     """
-    moved: list[tuple[Path, Path]] = []
     try:
         if len(targets) > 1:
             targets[0].unlink(missing_ok=True)
         for part, target in reversed(list(zip(parts, targets, strict=True))):
             part.replace(target)
-            moved.append((part, target))
     except BaseException:
-        for part, target in moved:
-            _move_back(part, target)
+        for part, target in zip(parts, targets, strict=True):
+            if not part.exists():  # an interrupt may come between the move and the next line
+                _move_back(part, target)
         raise
     sync(targets[0].parent)
 

@@ -102,6 +102,7 @@ def link_or_copy(source: Path, target: Path) -> bool:
             return True
     try:
         shutil.copyfile(source, target)
+        sync(target)
     except OSError:
         target.unlink(missing_ok=True)
         raise

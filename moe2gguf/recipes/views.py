@@ -89,8 +89,8 @@ def _make_folders(folders: Sequence[Path]) -> Iterator[None]:
     try:
         for folder in folders:
             if not folder.is_dir():
-                make_folder(folder)
                 made.append(folder)
+                make_folder(folder)
         yield
     except BaseException:
         for folder in reversed(made):
@@ -110,7 +110,13 @@ def _change_count(file: GGUFFile, counts: ExpertCounts, k: int) -> Metadata:
 def _add_view(layout: Layout, target: Sequence[Path], weights: Path) -> bool:
     """Write one more view beside the first; whether its weights are a link, not a copy."""
     head, tail = target
+    fresh = tail.with_name(f".{tail.name}.partial")
     with write_whole(head) as partial:
-        linked = link_or_copy(weights, tail)
         partial.write_bytes(layout.header)
+        try:
+            linked = link_or_copy(weights, fresh)
+            head.unlink(missing_ok=True)  # never does it stand beside weights that it does not describe
+            fresh.replace(tail)
+        finally:
+            fresh.unlink(missing_ok=True)
     return linked

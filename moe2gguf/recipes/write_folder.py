@@ -44,6 +44,13 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
             raise OutputError(f"{out}: exists; choose another name, or replace it with --force")
         if out.is_symlink() or not _is_ours(out):
             raise OutputError(f"{out}: exists and was not written by moe2gguf; choose another name")
+        if _old_path(out).exists():
+            raise OutputError(f"{_old_path(out)}: is in the way of replacing {out.name}; remove it, or rename it")
+
+
+def _old_path(out: Path) -> Path:
+    """Where the folder that is replaced stands for a moment."""
+    return out.with_name(out.name + ".old")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -92,7 +99,7 @@ def _replace_folder(out: Path, size: int) -> Iterator[Path]:
     Raises:
         OutputError: there is no room for `size` bytes, or a disk error.
     """
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    partial, old = out.with_name(out.name + ".partial"), _old_path(out)
     require_room(out, size)
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -103,7 +110,6 @@ def _replace_folder(out: Path, size: int) -> Iterator[Path]:
                 sync(file)
         sync(partial)
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
         partial.rename(out)
         sync(out.parent)

@@ -430,6 +430,26 @@ def test_an_interrupt_while_moving_can_be_continued(
     assert undisturbed == contents(tmp_path)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_interrupt_behind_a_move_leaves_no_shard(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """It may come when a file has its name already: the shard goes back to where it is continued."""
+    replace, calls = Path.replace, []
+
+    def interrupted(self: Path, target: Any) -> None:
+        replace(self, target)
+        calls.append(target)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "out.gguf", SLICED)
+
+    assert names(tmp_path) == ["out.gguf.partial"]
+
+
 @pytest.mark.parametrize("n", [0, 3])
 def test_an_error_while_moving_leaves_nothing(
     dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int

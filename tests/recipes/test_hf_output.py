@@ -134,6 +134,18 @@ def test_only_a_folder_of_ours_is_replaced(tmp_path: Path) -> None:
     assert ["dense", "mine", "out"] == sorted(path.name for path in tmp_path.iterdir())
 
 
+def test_a_folder_that_is_named_as_the_old_one_is_kept(tmp_path: Path) -> None:
+    """OUT.old may be what the user kept, or the very model that is read."""
+    out = write(checkpoints.make(tmp_path / "dense", "llama"), tmp_path / "out", flat_options(experts=4))
+    old = checkpoints.make(tmp_path / "out.old", "llama")
+    before = {path: path.read_bytes() for path in [*old.iterdir(), *out.iterdir()]}
+
+    with pytest.raises(OutputError, match=r"out.old: is in the way of replacing out; remove it, or rename it"):
+        write(old, out, flat_options(experts=2), force=True)
+
+    assert before == {path: path.read_bytes() for path in [*old.iterdir(), *out.iterdir()]}
+
+
 def test_a_failure_leaves_no_folder(tmp_path: Path) -> None:
     """A NaN in the last layer is found while writing; neither the folder nor a part of it stays."""
     from safetensors.numpy import load_file, save_file

@@ -85,6 +85,30 @@ def test_a_view_that_fails_leaves_nothing(file: Path, tmp_path: Path, monkeypatc
     assert verify(old).problems == ()
 
 
+@pytest.mark.parametrize("name", ["link", "replace"])
+def test_a_view_never_describes_other_weights(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where views replace those of another file, an interrupt leaves the old pair, or no first shard."""
+    views = write_views(file, tmp_path, [8, 4])
+    head = views.paths[4]
+    tail = head.with_name(head.name.replace("00001-of", "00002-of"))
+    before, real = (head.read_bytes(), tail.read_bytes()), getattr(os, name)
+
+    def interrupt(source: object, target: object) -> None:
+        real(source, target)
+        if head.parent.name in str(target):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, name, interrupt)
+    other = convert(file.parent / "hf", tmp_path / "moe.gguf", flat_options(8, type="f16")).path
+    with pytest.raises(KeyboardInterrupt):
+        write_views(other, tmp_path, [8, 4], force=True)
+
+    assert not head.exists() or before == (head.read_bytes(), tail.read_bytes())
+    assert [] == [path for path in head.parent.iterdir() if path not in (head, tail)]
+
+
 def test_what_cannot_be_a_view_is_refused(file: Path, tmp_path: Path) -> None:
     """A count that cannot run, a file made for one count, a dense file; nothing is left."""
     with pytest.raises(GGUFError, match="there are only 8"):
