@@ -62,6 +62,8 @@ def read_text(path: Path | None = None, n_byte: int | None = None, *, spread: bo
     has_lines = path.suffix == ".jsonl"
     pieces, is_part = _read_pieces(path, n_byte, spread, has_lines)
     if has_lines and is_part:
+        if len(pieces) == 1 and b"\n" not in pieces[0]:
+            raise CalibrationError(f"{path}: line 1 is longer than {len(pieces[0]):,} bytes; cut it into shorter ones")
         pieces = [data[: data.rfind(b"\n") + 1] or data for data in pieces]
     text = "\n\n".join(_decode(path, data, is_part) for data in pieces)
     if has_lines:

@@ -174,7 +174,7 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not self.n_finished:
+        if error is not None and not self.n_finished and not isinstance(error, Interrupted):  # it keeps a job in this
             self.remove()
         os.close(self._descriptor)
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted) and self.n_finished:

@@ -81,6 +81,14 @@ def test_of_a_part_of_a_text_nothing_is_half(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
+def test_a_line_that_is_longer_than_what_is_read_is_refused(tmp_path: Path) -> None:
+    """It is no broken JSON; nothing behind what is read is."""
+    (tmp_path / "x.jsonl").write_text('{"text": "' + "words " * 100 + '"}\n')
+
+    with pytest.raises(CalibrationError, match=r"x.jsonl: line 1 is longer than 500 bytes; cut it into shorter ones"):
+        read_text(tmp_path / "x.jsonl", 500)
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 def test_of_a_huge_file_pieces_from_all_over_are_read(tmp_path: Path, name: str) -> None:
     """In their order, from the first line to the last tenth, without half characters or lines, in little memory."""

@@ -88,6 +88,16 @@ def test_only_what_is_missing_is_made(stopped: Any, whole: Any) -> None:
     assert ["x.gguf"] == files(stopped)
 
 
+def test_a_job_in_a_job_is_kept_with_it(tmp_path: Path) -> None:
+    """The inner one says that the same command goes on: the outer folder, without a piece of its own, stays too."""
+    target = tmp_path / "outer" / "x.gguf"
+    with pytest.raises(Interrupted, match=r"outer.x.gguf.partial keeps"), Job(target.parent, JOB):
+        write(target, "t4")
+
+    with Job(target.parent, JOB):
+        assert (["t4", "t5"], 4) == write(target)
+
+
 def test_a_tensor_whose_bytes_changed_is_made_anew(stopped: Any, whole: Any) -> None:
     """One bit in the middle of the third."""
     partial = partial_of(stopped)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from moe2gguf import (
 )
 from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.gguf.reader import read_gguf
+from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.hf.hub import upload_folder
 from moe2gguf.measure.publish import list_variants
 from moe2gguf.recipes.hf_output import write_folder
@@ -169,6 +172,20 @@ def test_a_call_that_is_interrupted_early_leaves_nothing(model: Path, tmp_path: 
         publish(model, tmp_path / "out", settings(tmp_path, 4, 2))
 
     assert [] == [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_a_call_that_is_interrupted_in_its_first_file_goes_on(model: Path, tmp_path: Path) -> None:
+    """There is no whole file yet, and the message says that the same call goes on."""
+
+    @contextmanager
+    def stop(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+        if stage == "verify":
+            raise KeyboardInterrupt
+        yield lambda _: None
+
+    for _ in range(2):
+        with pytest.raises(Interrupted, match=r"out.Tiny-Chat-4of4-Q8_0.gguf.partial keeps"):
+            publish(model, tmp_path / "out", settings(tmp_path, 4), progress=stop)
 
 
 def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path: Path) -> None:
