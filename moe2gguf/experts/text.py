@@ -114,7 +114,12 @@ def _read_spread(file: BinaryIO, size: int, n_byte: int, has_lines: bool) -> Ite
             continue
         if start:
             file.readline(MAX_TEXT_BYTES)
-        yield b"".join(file.readlines(n_byte))
+        data, most = b"", n_byte * _N_PIECE
+        while len(data) < n_byte and (line := file.readline(most)):
+            data += line
+        if len(data) >= most:
+            raise CalibrationError(f"{file.name}: a line is longer than {most:,} bytes; cut it into shorter ones")
+        yield data
 
 
 def _decode(path: Path, data: bytes, is_part: bool) -> str:

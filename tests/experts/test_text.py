@@ -88,6 +88,10 @@ def test_a_line_that_is_longer_than_what_is_read_is_refused(tmp_path: Path) -> N
     with pytest.raises(CalibrationError, match=r"x.jsonl: line 1 is longer than 500 bytes; cut it into shorter ones"):
         read_text(tmp_path / "x.jsonl", 500)
 
+    (tmp_path / "x.jsonl").write_text('{"text": "short"}\n{"text": "' + "words " * 1_000_000 + '"}\n')
+    with pytest.raises(CalibrationError, match=r"x.jsonl: a line is longer than 2,097,152 bytes; cut it into"):
+        read_sample(tmp_path / "x.jsonl", 1000)
+
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 def test_of_a_huge_file_pieces_from_all_over_are_read(tmp_path: Path, name: str) -> None:
