@@ -58,6 +58,14 @@ def test_help(path: str) -> None:
     assert answer.stdout.startswith("usage:")
 
 
+def test_the_demo_says_that_an_answer_is_empty() -> None:
+    """An answer has its speed below it; of none there is nothing to tell but that."""
+    told = "prompt 38 tokens, 10.0 tokens/s; generated 64, 4.3 tokens/s (token limit)"
+    demo = load("scripts/demo")
+    assert "The sea.\n4.3 tokens/s" == demo.describe_answer("The sea.", told)
+    assert "(nothing: its answer ends at once)" == demo.describe_answer("\n", told.replace("64, 4.3", "1, 0.0"))
+
+
 def test_the_demo_shows_texts_beside_each_other() -> None:
     """Each under its title, folded, with its empty lines."""
     shown = load("scripts/demo").in_columns({"all (16)": "one two three\n\n9 tokens/s", "half (8)": "four"}, 24)
