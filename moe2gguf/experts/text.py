@@ -62,9 +62,7 @@ def read_text(path: Path | None = None, n_byte: int | None = None, *, spread: bo
     has_lines = path.suffix == ".jsonl"
     pieces, is_part = _read_pieces(path, n_byte, spread, has_lines)
     if has_lines and is_part:
-        if len(pieces) == 1 and b"\n" not in pieces[0]:
-            raise CalibrationError(f"{path}: line 1 is longer than {len(pieces[0]):,} bytes; cut it into shorter ones")
-        pieces = [data[: data.rfind(b"\n") + 1] or data for data in pieces]
+        pieces = _drop_torn_lines(path, pieces)
     text = "\n\n".join(_decode(path, data, is_part) for data in pieces)
     if has_lines:
         numbered = ((f"line {i}" if len(pieces) == 1 else None, line) for i, line in enumerate(text.split("\n"), 1))
@@ -120,6 +118,13 @@ def _read_spread(file: BinaryIO, size: int, n_byte: int, has_lines: bool) -> Ite
         if len(data) >= most:
             raise CalibrationError(f"{file.name}: a line is longer than {most:,} bytes; cut it into shorter ones")
         yield data
+
+
+def _drop_torn_lines(path: Path, pieces: list[bytes]) -> list[bytes]:
+    """Leave out the last line of a piece, which may be cut. Raises CalibrationError where it is all that was read."""
+    if len(pieces) == 1 and b"\n" not in pieces[0]:
+        raise CalibrationError(f"{path}: line 1 is longer than {len(pieces[0]):,} bytes; cut it into shorter ones")
+    return [data[: data.rfind(b"\n") + 1] or data for data in pieces]
 
 
 def _decode(path: Path, data: bytes, is_part: bool) -> str:
