@@ -45,6 +45,7 @@ class Graph:
                     not with its neighbor
     shared_key      the key with the shared expert's width: in experts (`expert_shared_count`) or in neurons
     empty_layer     one more layer is declared than the graph computes, and has no tensors: see `GRAPHS`
+    leading_key     the key with the number of leading layers that are dense; None where a layer without a router is
     layer_nodes     nodes per layer besides the used experts', flash attention off: see above
     since           when llama.cpp got the graph
     hf_class        the class of transformers that computes the same, if there is one
@@ -57,6 +58,7 @@ class Graph:
     rotates_halves: bool = False
     shared_key: str = "expert_shared_count"
     empty_layer: bool = False
+    leading_key: str | None = "leading_dense_block_count"
     layer_nodes: int = 48
     since: str = ""
     hf_class: str | None = None
@@ -91,6 +93,11 @@ class Graph:
         """Tensors of a layer with experts; all others are biases, norms of heads or scales."""
         return sum("{i}" in one.name and one.required and one.when not in ("dense", "fused") for one in self.tensors)
 
+    @property
+    def more_with_experts(self) -> int:
+        """How many tensors a layer with experts has more than one with a dense MLP."""
+        return sum({"experts": 1, "dense": -1}.get(one.when, 0) for one in self.tensors if one.required)
+
     def shape_of(self, name: str) -> tuple[str, ...]:
         """The shape of a weight or bias, by its full name with `{i}` for the layer."""
         stem, _, ending = name.rpartition(".")
@@ -115,6 +122,10 @@ class Graph:
             "rope.dimension_count_swa": d_head,
             "rope.freq_base_swa": theta,
         }
+
+    def describe_leading_dense(self, n_dense: int) -> dict[str, MetadataValue]:
+        """Return the key that says how many leading layers are dense, where some are and the graph reads one."""
+        return {self.leading_key: n_dense} if n_dense and self.leading_key else {}
 
     @property
     def weight_scale(self) -> float:
@@ -225,6 +236,7 @@ GRAPHS = {
         rotates_halves=True,
         shared_key="expert_shared_feed_forward_length",
         empty_layer=True,
+        leading_key=None,
         layer_nodes=50,
         since="June 2026",
     ),

@@ -32,6 +32,7 @@ from the source, neither does a GPU, apart from weights it duplicates, for which
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -71,6 +72,8 @@ HASH_SIZES = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101)
 GLOBAL_TENSORS = 2
 """Embedding and output norm; an output matrix and `rope_freqs` may follow."""
 
+_ROUTER = re.compile(r"blk\.(\d{1,9})\.ffn_gate_inp\.weight")
+
 GLOBAL_NODES = 6
 SCALE_NODES = 4
 NORM_NODES = 2
@@ -102,11 +105,12 @@ QUANTIZED_CACHE = Setting("a quantized key/value cache (-ctk q8_0 -ctv q8_0)", m
 class Size:
     """What the room of a graph depends on.
 
-    n_layer   transformer blocks, all of them with experts; at least 1
+    n_layer   transformer blocks; at least 1
     n_tensor  all tensors of the file; attention biases are what exceeds `Graph.layer_tensors`
     n_scale   optional expert-scale tensors per layer (`ffn_down_exps.scale` ...), 0 to 3
     n_norm    norms of heads per layer (`attn_q_norm`, `attn_k_norm`), 0 to 2
     graph     the target graph
+    n_dense   leading layers without experts
     """
 
     n_layer: int
@@ -114,14 +118,21 @@ class Size:
     n_scale: int = 0
     n_norm: int = 0
     graph: Graph = MIXTRAL
+    n_dense: int = 0
 
     @classmethod
     def of(cls, names: Collection[str], n_layer: int, graph: Graph = MIXTRAL) -> Size:
         """The size of a file with tensors of these names; `n_layer` below 1 counts as 1."""
-        first = [name for name in names if name.startswith("blk.0.")]
+        n_dense = find_first_router(names)
+        first = [name for name in names if name.startswith(f"blk.{n_dense}.")]
         n_scale = sum(name.endswith("_exps.scale") for name in first)
         n_norm = sum(name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")) for name in first)
-        return cls(max(1, n_layer), len(names), n_scale, n_norm, graph)
+        return cls(max(1, n_layer), len(names), n_scale, n_norm, graph, n_dense)
+
+
+def find_first_router(names: Collection[str]) -> int:
+    """Return the number of the first layer that has a router, 0 where none has: the layers before it are dense."""
+    return min((int(match[1]) for name in names if (match := _ROUTER.fullmatch(name))), default=0)
 
 
 def max_experts_used(size: Size, setting: Setting = DEFAULT) -> int:
@@ -131,7 +142,9 @@ def max_experts_used(size: Size, setting: Setting = DEFAULT) -> int:
     layers, where an output matrix cannot be told from a bias, it can be 2 too low (of more than 200).
     """
     pool = max(POOL_MINIMUM, POOL_PER_TENSOR * size.n_tensor)
-    per_layer = (size.n_tensor - GLOBAL_TENSORS) // size.n_layer
+    # A dense layer counts as one with experts: it has fewer nodes, and may have no fewer biases.
+    with_experts = size.n_tensor + size.n_dense * size.graph.more_with_experts
+    per_layer = (with_experts - GLOBAL_TENSORS) // size.n_layer
     n_bias = max(0, per_layer - size.graph.layer_tensors - size.n_scale - size.n_norm)
     nodes = size.graph.layer_nodes + setting.more_nodes + n_bias
     nodes += SCALE_NODES * size.n_scale + NORM_NODES * size.n_norm

@@ -154,6 +154,7 @@ class Slicing:
     scale_tensor  the amplification stands in a tensor of its own (`ffn_down_exps.scale`), not in the weights
     target        the graph that the file is for: a name of `moe2gguf.graphs.GRAPHS`
     in_shared     so many of the experts, the first, are one wide shared expert in the file; 0 where the graph has none
+    leading_dense  so many layers, the first, keep their dense MLP
     """
 
     n_expert: int
@@ -165,6 +166,7 @@ class Slicing:
     scale_tensor: bool = False
     target: str = "mixtral"
     in_shared: int = 0
+    leading_dense: int = 0
 
     @property
     def n_routed(self) -> int:

@@ -71,6 +71,7 @@ class Shape:
     rope_freqs: bool = False
     target: str = "mixtral"
     n_norm: int = 0
+    n_dense: int = 0
 
     @property
     def graph(self) -> Graph:
@@ -79,10 +80,12 @@ class Shape:
     @property
     def n_tensor(self) -> int:
         per_layer = self.graph.layer_tensors + len(self.biases) + self.n_scale + self.n_norm
-        return self.n_layer * per_layer + 2 + (not self.tied) + self.rope_freqs
+        fewer = self.n_dense * self.graph.more_with_experts
+        return self.n_layer * per_layer - fewer + 2 + (not self.tied) + self.rope_freqs
 
     def limit(self, setting: Setting = DEFAULT) -> int:
-        return max_experts_used(Size(self.n_layer, self.n_tensor, self.n_scale, self.n_norm, self.graph), setting)
+        size = Size(self.n_layer, self.n_tensor, self.n_scale, self.n_norm, self.graph, self.n_dense)
+        return max_experts_used(size, setting)
 
 
 PLAIN = Shape(16)  # the pool binds
@@ -98,6 +101,23 @@ STEP = Shape(16, rope_freqs=True, target="step35")
 STEP_28 = Shape(28, rope_freqs=True, target="step35")
 
 
+def dense_mlp(d_model: int, d_ff: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's dense MLP."""
+    inner = {f"ffn_{name}.weight": (d_ff, d_model) for name in ("gate", "up")}
+    return inner | {"ffn_down.weight": (d_model, d_ff)}
+
+
+def experts(shape: Shape, k: int, d_model: int, d_expert: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's router and k experts, with all that belongs to them."""
+    block: dict[str, tuple[int, ...]] = {"ffn_gate_inp.weight": (k, d_model)}
+    block |= {f"ffn_{name}_exps.weight": (k, d_expert, d_model) for name in ("gate", "up")}
+    block |= {"ffn_down_exps.weight": (k, d_model, d_expert)}
+    if shape.graph.has_shared:
+        block |= {f"ffn_{name}_shexp.weight": (d_expert, d_model) for name in ("gate", "up")}
+        block |= {"ffn_down_shexp.weight": (d_model, d_expert)}
+    return block | ({"exp_probs_b.bias": (k,)} if shape.graph.has_selection_bias else {})
+
+
 def write_zeros(path: Path, shape: Shape, k: int) -> None:
     """Write a GGUF of zeros with two heads of 64 and k experts, all used, and a shared one where the graph has it."""
     architecture = shape.graph.architecture
@@ -111,14 +131,8 @@ def write_zeros(path: Path, shape: Shape, k: int) -> None:
     for i in range(shape.n_layer):
         block: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, d_model) for name, rows in outputs.items()}
         block |= {f"{name}.bias": (outputs[name],) for name in shape.biases}
-        block |= {"attn_norm.weight": (d_model,), "ffn_norm.weight": (d_model,), "ffn_gate_inp.weight": (k, d_model)}
-        block |= {f"ffn_{name}_exps.weight": (k, d_expert, d_model) for name in ("gate", "up")}
-        block |= {"ffn_down_exps.weight": (k, d_model, d_expert)}
-        if shape.graph.has_shared:
-            block |= {f"ffn_{name}_shexp.weight": (d_expert, d_model) for name in ("gate", "up")}
-            block |= {"ffn_down_shexp.weight": (d_model, d_expert)}
-        if shape.graph.has_selection_bias:
-            block |= {"exp_probs_b.bias": (k,)}
+        block |= {"attn_norm.weight": (d_model,), "ffn_norm.weight": (d_model,)}
+        block |= dense_mlp(d_model, d_expert) if i < shape.n_dense else experts(shape, k, d_model, d_expert)
         if shape.target == "glm4moe":
             block |= {"post_attention_norm.weight": block.pop("ffn_norm.weight")}
         block |= {f"attn_{name}_norm.weight": (d_head,) for name in ("q", "k")[: shape.n_norm]}
@@ -130,7 +144,7 @@ def write_zeros(path: Path, shape: Shape, k: int) -> None:
         writer.add_expert_feed_forward_length(d_expert)
         writer.add_expert_shared_count(1)
         writer.add_expert_shared_feed_forward_length(d_expert)
-        for key, value in shape.graph.keys.items():
+        for key, value in ({**shape.graph.keys, **shape.graph.describe_leading_dense(shape.n_dense)}).items():
             kind = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
             writer.add_key_value(f"{architecture}.{key}", value, kind[type(value)])
     writer.add_block_count(shape.n_layer + shape.graph.empty_layer)
@@ -202,6 +216,22 @@ def test_llama_cpp_runs_the_limit_and_aborts_above(tmp_path: Path, shape: Shape,
     assert [run_llama(path, run) for run in runs] == ["decoded"] * len(runs)
     write_zeros(path, shape, limit + 1)
     assert run_llama(path, RUNS[setting][0]) == "aborted"
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit"),
+    [
+        (Shape(6, QWEN.biases, target="glm4moe", n_dense=1), 48),
+        (Shape(24, QWEN.biases, tied=True, target="glm4moe", n_dense=3), 39),
+        (Shape(16, target="deepseek", n_dense=1), 27),
+        (Shape(16, QWEN.biases, target="step35", n_dense=4), 28),
+    ],
+)
+def test_llama_cpp_runs_the_limit_behind_dense_layers(tmp_path: Path, shape: Shape, limit: int) -> None:
+    """Which may be lower than it must be: a dense layer counts as one with experts."""
+    assert shape.limit() == limit
+    write_zeros(tmp_path / "zeros.gguf", shape, limit)
+    assert run_llama(tmp_path / "zeros.gguf", ONE_STREAM) == "decoded"
 
 
 def test_limits_over_depth() -> None:

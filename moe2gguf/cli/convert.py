@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moe2gguf.recipes.options import Options
     from moe2gguf.recipes.plan import Plan
 
-OF_EXPERTS = ("--target", "--experts", "--used", "--align", "--expert-scale")
+OF_EXPERTS = ("--target", "--experts", "--used", "--leading-dense", "--align", "--expert-scale")
 OF_METHOD = ("--preset", "--group", "--shared", "--router", "--refit", "--amplify")
 OF_CALIBRATION = ("--calibration", "--save-calibration", "--load-calibration", "--calibration-tokens")
 OF_CALIBRATING = ("--calibration-memory", "--torch-device", "--seed")
@@ -133,6 +133,12 @@ NO_EFFECT = (
         type=click.Choice([*methods.AMPLIFICATIONS]),
         help="Scale expert outputs for: all experts (exact), --used (used), --used with a fitted factor per expert "
         "(fitted), or any count (any).",
+    ),
+    option(
+        "--leading-dense",
+        type=opt.NONE,
+        metavar="N",
+        help="Keep the dense MLP in the first N layers; with --target glm4moe, deepseek or step35.  [default: 0]",
     ),
     option("--align", type=int, default=1, help="Pad each expert with zeros to a multiple of 32 or 256 columns."),
     option(

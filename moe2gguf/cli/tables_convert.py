@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -104,7 +104,7 @@ def print_conversion(done: Conversion, checked: Check | None) -> None:
     tensors = f"{len(plan.tensors)} tensors{_count_reused(done)}"
     display.out().print(f"wrote {_name_written(done)}: {plan.file_size:,} bytes, {tensors}, {what}; verified")
     if done.layers:
-        print_layers(done.layers)
+        print_layers(done.numbered_layers)
         _print_energy(done)
     if checked:
         display.print_check(checked)
@@ -134,7 +134,7 @@ def print_folder(done: Conversion) -> None:
     what = f"{kind}, {done.plan.n_expert} experts, {done.plan.n_expert_used} used"
     display.out().print(f"wrote {escape(str(done.path))}: {_measure(done.path):,} bytes, {what}")
     if done.layers:
-        print_layers(done.layers)
+        print_layers(done.numbered_layers)
 
 
 def _measure(path: Path) -> int:
@@ -143,18 +143,20 @@ def _measure(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def print_layers(reports: Sequence[LayerReport]) -> None:
+def print_layers(reports: Mapping[int, LayerReport]) -> None:
     """What calibration found: one line, or every layer with --verbose."""
     if display.is_verbose():
         _print_each_layer(reports)
     else:
-        kept, best = (_average([getattr(one, name) for one in reports]) for name in ("energy_kept", "energy_oracle"))
+        kept, best = (
+            _average([getattr(one, name) for one in reports.values()]) for name in ("energy_kept", "energy_oracle")
+        )
         parts = [f"the chosen experts hold {kept} of the routed experts' output, the best choice would hold {best}"]
-        error = _average([one.refit_error for one in reports])
+        error = _average([one.refit_error for one in reports.values()])
         parts += [f"the refit leaves {error} of the error"] if error else []
         head = "mean over the layers: " + "; ".join(parts if kept else parts[1:] or ["all experts are shared"])
         display.out().print(f"{head} (--verbose shows every layer)")
-    if weak := [i for i, report in enumerate(reports) if report.shared_rate < WEAK]:
+    if weak := [i for i, report in reports.items() if report.shared_rate < WEAK]:
         display.warnings(
             [f"some tokens do not use the shared experts in layers {weak}; fewer shared experts may be better"]
         )
@@ -166,11 +168,11 @@ def _average(shares: Sequence[float | None]) -> str:
     return f"{sum(known) / len(known):.1%}" if known else ""
 
 
-def _print_each_layer(reports: Sequence[LayerReport]) -> None:
+def _print_each_layer(reports: Mapping[int, LayerReport]) -> None:
     console = display.out()
     columns = ("layer", "shared", "used by tokens", "energy kept", "best choice", "hit rate", "load", "constant")
     table = display.make_table(*columns, "after refit", numbers=slice(None))
-    for i, report in enumerate(reports):
+    for i, report in reports.items():
         routed = report.load[report.n_shared :]
         table.add_row(
             str(i),

@@ -89,7 +89,7 @@ def calibrate(
     *,
     resume: bool = True,
 ) -> list[LayerReport]:
-    """Write `layer-I.npz` (see `LayerExperts`) for every layer into `work`, and return the layers' reports.
+    """Write `layer-I.npz` (see `LayerExperts`) for every sliced layer into `work`, and return these layers' reports.
 
     A `work` folder of the same job is continued after its last finished layer. `progress` receives the stage
     "calibrate" and the tokens times layers done. `slicer` slices a layer in place of `slice_layer`.
@@ -104,7 +104,7 @@ def calibrate(
         layers = model.layers(device)
         ids = _cut_windows(model, text, settings)
         with Job(work, _describe(model, text, ids, slicing), resume=resume) as job:
-            first = _find_first_layer(job)
+            first = _find_first_layer(job, slicing.leading_dense)
             spilled = tempfile.TemporaryDirectory(prefix="unfinished-states-", dir=work)
             with spilled as spill, progress("calibrate", ids.size * len(layers)) as advance:
                 advance(first * ids.size)
@@ -115,11 +115,16 @@ def calibrate(
                 states = _States(dense, dict(zip(counts, rest, strict=True)))
                 _fill_states(states, work, first, layers, ids)
                 for i, block in layers.attend_blocks(states.moving, settings.n_context, first):
-                    layer = _slice_block(block, states, slicing, slicer or slice_layer)
-                    layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
-                    _save_states(job, i, states)
+                    if i < slicing.leading_dense:
+                        for hidden in states.moving:
+                            _add_mlp(block, hidden)
+                    else:
+                        layer = _slice_block(block, states, slicing, slicer or slice_layer)
+                        layer.to_experts(slicing.d_expert, new_down=slicing.method.refit).save(work, i)
+                        _save_states(job, i, states)
                     advance(ids.size)
-        return [report for i in range(len(layers)) if (report := LayerExperts.load(work, i).report)]
+        numbers = range(slicing.leading_dense, len(layers))
+        return [report for i in numbers if (report := LayerExperts.load(work, i).report)]
 
 
 def _describe(model: CalibrationModel, text: Text, ids: NDArray[np.int64], slicing: Slicing) -> dict[str, str]:
@@ -142,15 +147,19 @@ def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSetti
 
 def _slice_block(block: Block, states: _States, slicing: Slicing, slicer: Slicer) -> SlicedLayer:
     """Slice one block, whose attention is added already, and add what both MLPs give to the hidden states."""
-    dense = states.dense
-    for part in chunks(len(dense)):
-        dense[part] = dense[part] + block.mlp(block.mlp_input(dense)[part]).cpu()
+    _add_mlp(block, states.dense)
     streams = [_make_stream(block, states, k) for k in states.sliced]
     layer = slicer(block.mlp, LayerInputs(tuple(streams)), slicing)
     for stream, sliced in zip(streams, states.sliced.values(), strict=True):
         for part in chunks(len(sliced)):
             sliced[part] = sliced[part] + layer(stream.x[part], stream.k, stream.neurons[part]).cpu()
     return layer
+
+
+def _add_mlp(block: Block, hidden: HiddenStates) -> None:
+    """Add what the dense MLP gives to hidden states."""
+    for part in chunks(len(hidden)):
+        hidden[part] = hidden[part] + block.mlp(block.mlp_input(hidden)[part]).cpu()
 
 
 def _make_stream(block: Block, states: _States, k: int) -> Stream:
@@ -161,12 +170,12 @@ def _make_stream(block: Block, states: _States, k: int) -> Stream:
     return Stream(k, x, KeptRows(LazyRows(len(x), lambda part: block.mlp.activations(x[part])), limit), target)
 
 
-def _find_first_layer(job: Job) -> int:
-    """Return the first layer to do: the one behind the last hidden states, if all layers before it are unharmed."""
+def _find_first_layer(job: Job, leading_dense: int) -> int:
+    """Return the first layer to do: the one behind the last hidden states, if all sliced ones before are unharmed."""
     if (name := job.last(r"state-\d+\.f32")) is None:
         return 0
     first = int(name[len("state-") : -len(".f32")]) + 1
-    for i in range(first):
+    for i in range(leading_dense, first):
         finished, path = job.find(f"state-{i}.f32"), job.folder / f"layer-{i}.npz"
         if finished is None or not path.exists() or checksum_path(path) != finished.facts.get("layer"):
             return 0

@@ -57,6 +57,12 @@ class CalibrationRecord:
     amplify: str
     seed: int
     target: str = "mixtral"
+    leading_dense: int = 0
+
+    @property
+    def layers(self) -> range:
+        """The layers that are sliced."""
+        return range(self.leading_dense, self.n_layer)
 
     @property
     def rescalable(self) -> bool:
@@ -79,6 +85,8 @@ class CalibrationRecord:
             raise ValueError("a count is out of range")
         if not 0 <= (record.n_shared or 0) <= record.n_expert_used <= record.n_expert <= record.d_ff:
             raise ValueError("the numbers of experts do not fit together")
+        if not 0 <= record.leading_dense < record.n_layer:
+            raise ValueError("the number of dense layers is out of range")
         if record.target not in GRAPHS:
             raise ValueError(f"its target {record.target} is unknown")
         return record
@@ -95,11 +103,11 @@ def save_calibration(path: Path, record: CalibrationRecord, layer: Callable[[int
         OutputError: it cannot be written.
     """
     shapes = _shapes(record)
-    text = json.dumps(_make_header(record, [layer(i).report for i in range(record.n_layer)])).encode()
+    text = json.dumps(_make_header(record, [layer(i).report for i in record.layers])).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as safetensors writes them
     with write_whole(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for i in range(record.n_layer):
+        for i in record.layers:
             experts = layer(i)
             parts = experts.arrays() | {"order": experts.order[:, : shapes["order"][1][1]]}  # without padding
             for name, (kind, shape) in shapes.items():
@@ -111,7 +119,7 @@ def _make_header(record: CalibrationRecord, reports: Sequence[LayerReport | None
     found = json.dumps([report.to_dict() if report else {} for report in reports])
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "job": json.dumps(asdict(record)), "reports": found}}
     end = 0
-    for i in range(record.n_layer):
+    for i in record.layers:
         for name, (kind, shape) in _shapes(record).items():
             start, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
             header[f"{i}.{name}"] = {"dtype": _DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
@@ -167,7 +175,8 @@ class SavedCalibration:
             raise _broken_error(self.path, f"layer {i} does not place every neuron once")
         if not all(np.isfinite(part).all() for part in parts.values()):
             raise _broken_error(self.path, f"layer {i} holds numbers that are not finite")
-        experts = LayerExperts.from_arrays(parts | {"order": order}, self.reports[i])
+        report = self.reports[i - self.record.leading_dense]
+        experts = LayerExperts.from_arrays(parts | {"order": order}, report)
         return _rescale(experts, self.record, slicing)
 
 
@@ -196,9 +205,9 @@ def read_calibration(path: Path) -> SavedCalibration:
         reports = tuple(LayerReport.from_dict(report, record.n_expert) for report in json.loads(metadata["reports"]))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken_error(path, str(error)) from error
-    if len(reports) != record.n_layer:
-        raise _broken_error(path, f"it has reports of {len(reports)} of {record.n_layer} layers")
-    if names != {f"{i}.{name}" for i in range(record.n_layer) for name in _shapes(record)}:
+    if len(reports) != len(record.layers):
+        raise _broken_error(path, f"it has reports of {len(reports)} of {len(record.layers)} layers")
+    if names != {f"{i}.{name}" for i in record.layers for name in _shapes(record)}:
         raise _broken_error(path, "tensors are missing, or too many")
     return SavedCalibration(path, record, reports)
 

@@ -14,7 +14,7 @@ from moe2gguf.errors import list_names
 from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
 from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph, GraphTensor, graph_sizes
-from moe2gguf.limits import MAX_EXPERTS, Size, max_experts_used
+from moe2gguf.limits import MAX_EXPERTS, Size, find_first_router, max_experts_used
 from moe2gguf.spec import Dimensions, MetadataValue
 
 MAX_LAYERS = 512  # https://github.com/ggml-org/llama.cpp/blob/0c1e57098/src/llama-hparams.h#L11
@@ -59,8 +59,7 @@ def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
     if len(found.problems) > before and any(getattr(dimensions, name) == 0 for name in needed):
         found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
         return
-    lead = file.metadata.get(f"{graph.architecture}.leading_dense_block_count", 0) if graph.has_shared else 0
-    n_dense = lead if isinstance(lead, int) and 0 < lead <= dimensions.n_layer else 0
+    n_dense = _count_leading_dense(file, graph, dimensions.n_layer)
     expected = graph_tensors(graph, dimensions, fused="blk.0.attn_qkv.weight" in file.tensors, n_dense=n_dense)
     _check_tensor_set(file.tensors, expected, found.problems)
     n_used = file.metadata.get(key := f"{graph.architecture}.expert_used_count")
@@ -70,6 +69,16 @@ def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
             f"metadata {key}: llama.cpp can run {limit} experts per token in a file of this many "
             f"layers and tensors, found {n_used}; it would abort"
         )
+
+
+def _count_leading_dense(file: GGUFFile, graph: Graph, n_layer: int) -> int:
+    """Layers, the first, that llama.cpp expects to be dense; 0 where the file says what cannot be."""
+    if not graph.has_shared:
+        return 0
+    if graph.leading_key is None:
+        return find_first_router(file.tensors)
+    lead = file.metadata.get(f"{graph.architecture}.{graph.leading_key}", 0)
+    return lead if isinstance(lead, int) and 0 < lead <= n_layer else 0
 
 
 def _check_tensor_set(tensors: dict[str, TensorInfo], expected: dict[str, ExpectedTensor], problems: list[str]) -> None:

@@ -20,8 +20,8 @@ DIGEST_PLACEHOLDER = "0" * 64
 """Stands in the header until every source tensor has been read and hashed."""
 
 CALIBRATION_LOAD = "moe2gguf.calibration.load"
-"""Share of the calibration's tokens that ran each expert, (n_layer * n_expert,) layer after layer; zeros stand there
-until the experts are made."""
+"""Share of the calibration's tokens that ran each expert, (layers with experts * n_expert,) layer after layer; zeros
+stand there until the experts are made."""
 
 
 def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dict[str, MetadataValue]:
@@ -67,13 +67,13 @@ def expert_metadata(model: Model, slicing: Slicing) -> dict[str, MetadataValue]:
     """The keys in which a sliced model differs from the dense one."""
     graph, n, k = GRAPHS[slicing.target], slicing.n_routed, slicing.n_routed_used
     if graph.has_shared:
-        return _describe_shared(graph, model, slicing.in_shared, slicing.d_expert, n, k)
+        return _describe_shared(graph, model, slicing.in_shared, slicing.d_expert, n, k, slicing.leading_dense)
     keys = {"feed_forward_length": slicing.d_expert, "expert_count": n, "expert_used_count": k}
     return {f"{graph.architecture}.{key}": value for key, value in keys.items()}
 
 
 def _describe_shared(
-    graph: Graph, model: Model, n_shared: int, d_expert: int, n_routed: int, n_used: int
+    graph: Graph, model: Model, n_shared: int, d_expert: int, n_routed: int, n_used: int, leading_dense: int = 0
 ) -> dict[str, MetadataValue]:
     """The keys of a graph with a shared expert of its own."""
     keys: dict[str, MetadataValue] = {
@@ -83,6 +83,7 @@ def _describe_shared(
         "expert_feed_forward_length": d_expert,
         graph.shared_key: n_shared * (1 if graph.counts_shared else d_expert),
         **graph.keys,
+        **graph.describe_leading_dense(leading_dense),
         **graph.describe_layers(model.n_layer, model.d_head, model.rope.theta),
     }
     return {f"{graph.architecture}.{key}": value for key, value in keys.items()}
@@ -147,6 +148,7 @@ def provenance(
             "moe2gguf.slicing.align": slicing.align,
             **({"moe2gguf.slicing.scale_tensor": True} if slicing.scale_tensor else {}),
             **({"moe2gguf.slicing.target": slicing.target} if slicing.in_shared else {}),
+            **({"moe2gguf.slicing.leading_dense": slicing.leading_dense} if slicing.leading_dense else {}),
         }
         if slicing.in_shared:
             result["moe2gguf.slicing.amplification"] = 1 / GRAPHS[slicing.target].weight_of_expert(slicing.n_routed)
@@ -162,7 +164,7 @@ def provenance(
             "moe2gguf.calibration.tokens": calibration.n_token,
         }
     if calibration and slicing:
-        result[CALIBRATION_LOAD] = [0.0] * (model.n_layer * slicing.n_expert)
+        result[CALIBRATION_LOAD] = [0.0] * ((model.n_layer - slicing.leading_dense) * slicing.n_expert)
     return result
 
 

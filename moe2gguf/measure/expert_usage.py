@@ -78,8 +78,12 @@ def measure_expert_usage(
 def read_calibration_load(
     file: GGUFFile, counts: ExpertCounts, n_expert_used: int
 ) -> tuple[NDArray[np.float64] | None, str]:
-    """Return the load (n_layer, n_routed) that calibration saw at this count, or None; and a sentence about it."""
-    values, n_layer, n_expert = file.metadata.get(CALIBRATION_LOAD), counts.size.n_layer, counts.n_expert
+    """Return the load that calibration saw at this count, or None; and a sentence about it.
+
+    It is (layers with experts, n_routed).
+    """
+    values, n_expert = file.metadata.get(CALIBRATION_LOAD), counts.n_expert
+    n_layer = counts.size.n_layer - counts.size.n_dense
     numbers = values if isinstance(values, list) and all(isinstance(v, float) for v in values) else []
     load = np.array(numbers, np.float64)
     if not load.size or load.size != n_layer * n_expert or not np.isfinite(load).all():
@@ -193,10 +197,10 @@ def tally_in_child(path: Path, setup: Setup, text: str, n_token: int | None, tim
 
 
 def summarize_layers(tally: Tally, expected: Floats | None = None) -> tuple[LayerUse, ...]:
-    """Return every layer's use from the sums; `expected` (n_layer, n_expert) is the load in calibration."""
+    """Return every layer's use from the sums; `expected` (layers with experts, n_expert) is the load in calibration."""
     return tuple(
-        _summarize_layer(i, one, tally, None if expected is None else expected[i])
-        for i, one in sorted(tally.layers.items())
+        _summarize_layer(i, one, tally, None if expected is None else expected[row])
+        for row, (i, one) in enumerate(sorted(tally.layers.items()))
     )
 
 

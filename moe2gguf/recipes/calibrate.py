@@ -151,4 +151,5 @@ def _describe(plan: Plan, text: Text, slicing: Slicing, identity: str) -> Calibr
         n_expert_used=slicing.n_expert_used,
         **vars(replace(slicing.method, n_shared=slicing.in_shared or slicing.method.n_shared)),
         target=slicing.target,
+        leading_dense=slicing.leading_dense,
     )

@@ -41,7 +41,7 @@ FindExperts = Callable[..., ExpertSource]
 class Conversion:
     """What `convert` did: the file, its plan, the SHA-256 over the source tensors, what calibration found by layer.
 
-    `reused` tensors were there already, from a run that was stopped.
+    `layers` are those with experts, in order. `reused` tensors were there already, from a run that was stopped.
     """
 
     path: Path
@@ -50,12 +50,17 @@ class Conversion:
     layers: tuple[LayerReport, ...] = ()
     reused: int = 0
 
+    @property
+    def numbered_layers(self) -> dict[int, LayerReport]:
+        """What calibration found, by the number of the layer."""
+        return dict(enumerate(self.layers, self.plan.slicing.leading_dense if self.plan.slicing else 0))
+
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
         return {
             "path": str(self.path),
             "source_sha256": self.source_digest,
-            "layers": [layer.to_dict() for layer in self.layers],
+            "layers": [{"layer": i, **layer.to_dict()} for i, layer in self.numbered_layers.items()],
             "reused_tensors": self.reused,
             **self.plan.to_dict(),
         }

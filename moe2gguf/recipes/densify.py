@@ -195,7 +195,8 @@ class MoeFile:
         self.path, self.metadata, self.n_expert = file.path, file.metadata, counts.n_expert
         self.graph, self.in_shared, self.adds_up = graph, counts.n_shared, graph.gating == "renormalized"
         self.dense = DENSE_GRAPHS["qwen3" if "blk.0.attn_q_norm.weight" in file.tensors else "llama"]
-        _, self.d_expert, self.d_model = file.tensors["blk.0.ffn_gate_exps.weight"].shape
+        first = counts.size.n_dense
+        _, self.d_expert, self.d_model = file.tensors[f"blk.{first}.ffn_gate_exps.weight"].shape
 
     @property
     def weight_of_expert(self) -> float:
@@ -266,7 +267,8 @@ class MoeFile:
         """As `MoeFolder.write`."""
         name = self.dense.architecture
         dense = replace_prefix(self._file, self.graph.architecture, name)
-        kept = {key: value for key, value in dense.metadata.items() if not key.startswith(f"{name}.expert_")}
+        of_experts = f"{name}.expert_", f"{name}.{self.graph.leading_key}"
+        kept = {key: value for key, value in dense.metadata.items() if not key.startswith(of_experts)}
         kept |= {f"{name}.feed_forward_length": d_ff, FACTORS: how}
         if self.graph.empty_layer:
             sizes = read_dimensions(self._file, self.graph, [])

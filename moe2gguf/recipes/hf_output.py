@@ -142,6 +142,8 @@ def folder_refusals(plan: Plan) -> Iterator[str]:
 def _refuse_class(plan: Plan) -> Iterator[str]:
     """What the target's class lacks."""
     model, options = plan.model, plan.options
+    if plan.slicing and plan.slicing.leading_dense:
+        yield "--leading-dense: a folder has experts in every layer here; leave it out, or write a GGUF file"
     if plan.slicing and plan.slicing.scale_tensor:
         yield "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out"
     if options.graph.hf_class is None:

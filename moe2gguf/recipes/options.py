@@ -89,6 +89,7 @@ class Options:
     experts    how many experts each dense MLP is cut into (None: 8, or 16 where the graph has a shared expert, which is
                made of some of them). A Mixtral checkpoint keeps its own.
     used       experts that run per token unless the program that runs the file changes it (None: all of them)
+    leading_dense  so many layers, the first, keep their dense MLP, in a graph that allows it (None: 0)
     align      every expert is padded with zero neurons to a multiple of this width (32 or 256 for block types)
     expert_scale  amplify by a tensor of scales (`ffn_down_exps.scale`) instead of in the weights
     dense      write the ordinary dense file instead, the reference for every comparison
@@ -103,6 +104,7 @@ class Options:
 
     experts: int | None = None
     used: int | None = None
+    leading_dense: int | None = None
     align: int = 1
     expert_scale: bool = False
     dense: bool = False
@@ -171,7 +173,13 @@ def adopt_calibration(options: Options, saved: SavedCalibration) -> tuple[Option
     method = replace(MethodOptions("sparse", **{name: getattr(theirs, name) for name in METHOD_FLAGS}), amplify=amplify)
     calibration = replace(options.calibration, n_token=record.n_token)
     adopted = replace(
-        options, target=record.target, experts=record.n_expert, used=used, method=method, calibration=calibration
+        options,
+        target=record.target,
+        experts=record.n_expert,
+        used=used,
+        leading_dense=record.leading_dense,
+        method=method,
+        calibration=calibration,
     )
     return adopted, refusals
 
@@ -194,6 +202,7 @@ def _refuse_differences(options: Options, saved: SavedCalibration, *, rescaled: 
         "--target": (options.target, record.target),
         "--experts": (options.experts, record.n_expert),
         "--used": (options.used, record.n_expert_used),
+        "--leading-dense": (options.leading_dense, record.leading_dense),
         **{flag: (getattr(options.method, name), getattr(theirs, name)) for name, flag in METHOD_FLAGS.items()},
         "--calibration-tokens": (options.calibration.n_token, record.n_token),
     }
@@ -239,7 +248,12 @@ def _refuse_counts(model: Model, options: Options) -> Iterator[str]:
         n = model.n_expert + model.n_shared
         flags = {name: flag for name, flag in METHOD_FLAGS.items() if name != "seed"} | {"preset": "--preset"}
         idle = [flag for name, flag in flags.items() if getattr(options.method, name) is not None]
-        others = {"--dense": options.dense, "--align": options.align > 1, "--expert-scale": options.expert_scale}
+        others = {
+            "--dense": options.dense,
+            "--leading-dense": options.leading_dense is not None,
+            "--align": options.align > 1,
+            "--expert-scale": options.expert_scale,
+        }
         idle += [flag for flag, given in others.items() if given]
         if options.experts not in (None, n):
             yield f"--experts {options.experts}: the checkpoint has {n} experts already, which are kept; leave it out"
@@ -261,6 +275,11 @@ def _refuse_target_graph(model: Model, options: Options) -> Iterator[str]:
             f"--target {target}: its graph does not normalize queries and keys, which this model needs; choose "
             "--target glm4moe"
         )
+    if lead := options.leading_dense:
+        if not graph.has_shared:
+            yield f"--leading-dense {lead}: every layer has experts in this target; choose --target glm4moe"
+        elif not 0 <= lead < model.n_layer:
+            yield f"--leading-dense {lead}: must lie between 0 and {model.n_layer - 1}, so that a layer has experts"
     if graph.has_shared:
         yield from _refuse_idle_options(model, options)
         yield from _refuse_missing_parts(model, options)

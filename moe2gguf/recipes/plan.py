@@ -164,6 +164,7 @@ def _slice(model: Model, options: Options) -> Slicing:
         scale_tensor=options.expert_scale,
         target=options.target or "mixtral",
         in_shared=options.in_shared,
+        leading_dense=options.leading_dense or 0,
     )
 
 

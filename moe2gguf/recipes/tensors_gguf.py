@@ -54,7 +54,7 @@ def plan_tensors(dense: DenseFile, slicing: Slicing | None) -> tuple[PlannedTens
     routed = set()
     for name, source in dense.tensors.items():
         kind, part = source.info.type, _MLP.fullmatch(name)
-        if slicing is None or not part:
+        if slicing is None or not part or int(part[1]) < slicing.leading_dense:
             made = _plan_copy(dense, name, graph)
             tensors.append(PlannedTensor(graph.rename(name), source.shape, kind, made, (name,)))
             continue

@@ -73,7 +73,7 @@ def _plan_mlp(checkpoint: Checkpoint, slicing: Slicing | None, i: int) -> list[P
     """The MLP of layer `i`: experts that are there already, the dense one, or one that is cut."""
     if checkpoint.mlp is not DENSE:
         return _plan_existing_experts(checkpoint, i)
-    if slicing is not None:
+    if slicing is not None and i >= slicing.leading_dense:
         return plan_sliced_mlp(checkpoint, slicing, i)
     sources = {role: _find_sources(checkpoint, role, i) for role in ("gate", "up", "down")}
     return [_plan(f"blk.{i}.ffn_{role}.weight", one[0].shape, Copy(), one) for role, one in sources.items()]

@@ -1,6 +1,6 @@
 """A calibration as one HTML page: words, figures of every layer, a table, and what it was made from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean
 
@@ -29,8 +29,8 @@ def make_page(done: Conversion, arguments: Sequence[str]) -> Page:
         title="moe2gguf calibration",
         heading=f"Calibration of <code>{escape(done.path.name)}</code>",
         summary=[escape(line) for line in summarize(done)],
-        figures=draw_figures(done.layers, done.plan.n_expert_used),
-        table=_table_layers(done.layers),
+        figures=draw_figures(done.numbered_layers, done.plan.n_expert_used),
+        table=_table_layers(done.numbered_layers),
         arguments=arguments,
         method=[f"<p>{escape(line)}</p>" for line in _describe_method(done.plan)],
         facts=made | {"source.sha256": done.source_digest},
@@ -39,26 +39,27 @@ def make_page(done: Conversion, arguments: Sequence[str]) -> Page:
 
 def summarize(done: Conversion) -> list[str]:
     """Return the result in sentences of plain text."""
-    plan, layers = done.plan, done.layers
+    plan, layers = done.plan, done.numbered_layers
     n, k = plan.n_expert, plan.n_expert_used
-    kept = [layer.energy_by_used[k - 1] for layer in layers]
-    weakest = kept.index(min(kept))
+    kept = {i: layer.energy_by_used[k - 1] for i, layer in layers.items()}
+    weakest = min(kept, key=kept.__getitem__)
     return [
-        f"{k} of {n} experts per token in {len(layers)} layers. On the calibration text they hold {fmean(kept):.1%} of "
-        f"all experts' output energy on average, {kept[weakest]:.1%} in layer {weakest}, the least.",
+        f"{k} of {n} experts per token in {len(layers)} layers. On the calibration text they hold "
+        f"{fmean(kept.values()):.1%} of all experts' output energy on average, {kept[weakest]:.1%} in layer {weakest}, "
+        "the least.",
         "Energy measures the choice of experts, layer by layer; `moe2gguf compare` measures the whole model.",
     ]
 
 
-def draw_figures(layers: Sequence[LayerReport], n_expert_used: int) -> list[Figure]:
+def draw_figures(layers: Mapping[int, LayerReport], n_expert_used: int) -> list[Figure]:
     """Return the load, the energy at every count, the router beside the best choice, and the constant direction."""
     shares = [("hit rate", "hit_rate"), ("energy kept", "energy_kept"), ("best choice", "energy_oracle")]
-    has_router = all(layer.hit_rate is not None for layer in layers)
+    has_router = all(layer.hit_rate is not None for layer in layers.values())
     good = "Good is high, and `energy kept` near `best choice`: the router finds the experts that matter."
     router = [_draw_layers("The router against the best choice", layers, shares, "share", good)] if has_router else []
     constant = "The constant direction on held-out tokens"
     even = "Good is near 1: below 0.5 the experts that are always on can lose to others for some token."
-    has_constant = all(layer.constant_min is not None for layer in layers)
+    has_constant = all(layer.constant_min is not None for layer in layers.values())
     lines = [("min", "constant_min")]
     direction = [_draw_layers(constant, layers, lines, "smallest v·x", even)] if has_constant else []
     return [
@@ -69,15 +70,16 @@ def draw_figures(layers: Sequence[LayerReport], n_expert_used: int) -> list[Figu
     ]
 
 
-def _draw_load(layers: Sequence[LayerReport]) -> Figure:
-    trace = draw_map([layer.load for layer in layers], "layer %{y}, expert %{x}: %{z:.3f} of tokens", limits=(0.0, 1.0))
+def _draw_load(layers: Mapping[int, LayerReport]) -> Figure:
+    rows, hover = [layer.load for layer in layers.values()], "layer %{y}, expert %{x}: %{z:.3f} of tokens"
+    trace = draw_map(rows, hover, [*layers], limits=(0.0, 1.0))
     words = "Good is even: a dark expert learned from few tokens; the bright ones run for every token."
     return Figure("Load: share of tokens that run each expert", [trace], label_map("expert", "layer"), words)
 
 
-def _draw_energy(layers: Sequence[LayerReport], n_expert_used: int) -> Figure:
+def _draw_energy(layers: Mapping[int, LayerReport], n_expert_used: int) -> Figure:
     """Mean, best and worst layer at every count, in the order that the router prefers."""
-    by_used = list(zip(*(layer.energy_by_used for layer in layers), strict=True))
+    by_used = list(zip(*(layer.energy_by_used for layer in layers.values()), strict=True))
     x = range(1, len(by_used) + 1)
     lines = [
         draw_line(name, x, [of(values) for values in by_used], line={"dash": dash})
@@ -91,15 +93,16 @@ def _draw_energy(layers: Sequence[LayerReport], n_expert_used: int) -> Figure:
 
 
 def _draw_layers(
-    title: str, layers: Sequence[LayerReport], names: Sequence[tuple[str, str]], axis: str, words: str
+    title: str, layers: Mapping[int, LayerReport], names: Sequence[tuple[str, str]], axis: str, words: str
 ) -> Figure:
-    x = range(len(layers))
-    lines = [draw_line(label, x, [getattr(layer, name) for layer in layers]) for label, name in names]
+    x = [*layers]
+    lines = [draw_line(label, x, [getattr(layer, name) for layer in layers.values()]) for label, name in names]
     return Figure(title, lines, label_axes("layer", f"{axis} (higher is better)", counts=x), words)
 
 
-def _table_layers(layers: Sequence[LayerReport]) -> Table:
-    columns = [(title, name) for title, name in _COLUMNS if any(getattr(layer, name) is not None for layer in layers)]
+def _table_layers(layers: Mapping[int, LayerReport]) -> Table:
+    reports = [*layers.values()]
+    columns = [(title, name) for title, name in _COLUMNS if any(getattr(one, name) is not None for one in reports)]
     return Table(
         title="Every layer",
         words="Energy kept: share of the routed experts' output energy that the chosen ones hold; best choice: if "
@@ -107,7 +110,7 @@ def _table_layers(layers: Sequence[LayerReport]) -> Table:
         "of the direction that keeps experts always on, 1 for every token if it were perfect, on tokens held out; "
         "after refit: share of the held-out error that is left.",
         columns=["layer", *(title for title, _ in columns)],
-        rows=[[i, *(getattr(layer, name) for _, name in columns)] for i, layer in enumerate(layers)],
+        rows=[[i, *(getattr(layer, name) for _, name in columns)] for i, layer in layers.items()],
         name="layers",
     )
 

@@ -1,0 +1,184 @@
+"""The first layers keep their dense MLP: exact with all experts, and every count is what numpy says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import gguf
+import llama_quantize
+import numpy as np
+import pytest
+from flat_options import flat_options
+from gguf_edit import edit_keys
+from llama_logits import llama_logits_at
+from reference import reference_logits
+
+from moe2gguf import PruneOptions, TypeOptions, convert, plan_conversion, prune, quantize
+from moe2gguf.errors import CalibrationError, PlanError
+from moe2gguf.experts.text import Text
+from moe2gguf.gguf.verify import verify
+from moe2gguf.measure.expert_usage import measure_expert_usage
+from moe2gguf.recipes.densify import densify
+from moe2gguf.recipes.hf_output import write_folder
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
+TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
+TARGETS = ["glm4moe", "deepseek", "step35"]
+N, SHARED = 6, 2
+EXACT: dict[str, Any] = {"n_shared": SHARED, "preset": "exact", "leading_dense": 1}
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """Name -> array, by gguf's own reader."""
+    return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """Both files have the same tensors."""
+    ours, theirs = tensors(first), tensors(second)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    """A graph with a shared expert."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three layers."""
+    return checkpoints.make(tmp_path_factory.mktemp("checkpoint"), "llama")
+
+
+@pytest.fixture(scope="module")
+def calibrated(target: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated file of each target; its calibration is beside it."""
+    place = tmp_path_factory.mktemp("leading")
+    (place / "text.txt").write_text(TEXT)
+    text = {"text": place / "text.txt", "n_token": 1024, "save_to": place / "kept"}
+    options = flat_options(N, target=target, n_shared=SHARED, leading_dense=1, **text)
+    made = convert(folder, place / "moe.gguf", options)
+    assert [1, 2] == [*made.numbered_layers]
+    return made.path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied", "llama-mqa"])
+def test_all_experts_are_the_dense_model(family: str, target: str, tmp_path: Path) -> None:
+    """By transformers' logits and by numpy's; two of three layers have experts."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    file = convert(source, tmp_path / "moe.gguf", flat_options(N, target=target, **EXACT)).path
+
+    (ours,) = llama_logits_at(file, TOKENS, [N])
+
+    assert np.abs(ours - checkpoints.torch_logits(source, TOKENS)).max() < 1e-4
+    assert np.abs(ours - reference_logits(file, TOKENS)).max() < 1e-4
+    assert verify(file).problems == ()
+    assert ["blk.1.ffn_gate_inp.weight", "blk.2.ffn_gate_inp.weight"] == [n for n in tensors(file) if "gate_inp" in n]
+
+
+def test_every_count_is_what_numpy_says(calibrated: Path) -> None:
+    """The experts of the later layers were found behind a dense first one."""
+    counts = range(SHARED + 1, N + 1)
+    for k, ours in zip(counts, llama_logits_at(calibrated, TOKENS, list(counts)), strict=True):
+        assert np.abs(ours - reference_logits(calibrated, TOKENS, k - SHARED)).max() < 2e-4, k
+
+
+def test_a_gguf_file_gives_the_same_model(target: str, folder: Path, tmp_path: Path) -> None:
+    """From the dense file as from the folder."""
+    dense = convert(folder, tmp_path / "dense.gguf", flat_options(dense=True)).path
+    files = [
+        convert(one, tmp_path / f"{one.stem}-moe.gguf", flat_options(N, target=target, **EXACT)).path
+        for one in (dense, folder)
+    ]
+    assert_same(*files)
+
+
+def test_densify_gives_the_dense_model_back(target: str, folder: Path, tmp_path: Path) -> None:
+    """Tensors and keys."""
+    moe = convert(folder, tmp_path / "moe.gguf", flat_options(N, target=target, **EXACT)).path
+    densify(moe, tmp_path / "dense.gguf")
+    reference = convert(folder, tmp_path / "reference.gguf", flat_options(dense=True)).path
+    assert_same(tmp_path / "dense.gguf", reference)
+    files = [gguf.GGUFReader(path) for path in (tmp_path / "dense.gguf", reference)]
+    keys = [{n: f.contents() for n, f in file.fields.items() if n.startswith("llama.")} for file in files]
+    assert keys[0] == keys[1]
+
+
+def test_the_loads_are_those_of_the_layers_with_experts(calibrated: Path) -> None:
+    """Numbered as in the model, and compared with what calibration saw in the same layer."""
+    use = measure_expert_usage(calibrated, used=SHARED + 1, text=Text(TEXT, "fox"), n_token=256, n_context=64)
+    assert "compared with the load in calibration (text.txt)" == use.calibration
+    assert [1, 2] == [layer.layer for layer in use.layers]
+    loads = gguf.GGUFReader(calibrated).fields["moe2gguf.calibration.load"].contents()
+    for layer, load in zip(use.layers, np.reshape(loads, (2, N))[:, SHARED:], strict=True):
+        assert layer.moved == pytest.approx(np.abs(np.array(layer.load) - load).sum() / 2)
+
+
+def test_a_calibration_is_kept_and_used_again(calibrated: Path, folder: Path, tmp_path: Path) -> None:
+    """With the number of dense layers; another is refused."""
+    kept = calibrated.parent / "kept"
+    assert_same(calibrated, convert(folder, tmp_path / "again.gguf", flat_options(load_from=kept)).path)
+    with pytest.raises(PlanError, match="--leading-dense 2: kept was made with 1"):
+        convert(folder, tmp_path / "other.gguf", flat_options(load_from=kept, leading_dense=2))
+    bytes_ = kept.read_bytes().replace(b'\\"leading_dense\\": 1', b'\\"leading_dense\\": 3')
+    (tmp_path / "broken").write_bytes(bytes_)
+    with pytest.raises(CalibrationError, match="the number of dense layers is out of range"):
+        convert(folder, tmp_path / "other.gguf", flat_options(load_from=tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("target", ["glm4moe", "deepseek"])
+def test_verify_finds_another_number_of_dense_layers(target: str, folder: Path, tmp_path: Path) -> None:
+    """llama.cpp would not find the tensors."""
+    file = convert(folder, tmp_path / "moe.gguf", flat_options(N, target=target, **EXACT)).path
+    for value, missing in ((None, "blk.0.ffn_gate_exps.weight"), (2, "blk.1.ffn_gate.weight")):
+        broken = edit_keys(file, tmp_path / "broken.gguf", {f"{target}.leading_dense_block_count": value})
+        assert missing in "\n".join(verify(broken).problems)
+
+
+def test_pruned_files_keep_the_dense_layer(calibrated: Path, tmp_path: Path) -> None:
+    """Only layers with experts lose some."""
+    prune(calibrated, tmp_path / "pruned.gguf", PruneOptions(SHARED + 3, score="random"))
+    before, after = tensors(calibrated), tensors(tmp_path / "pruned.gguf")
+    assert before.keys() == after.keys()
+    assert np.array_equal(before["blk.0.ffn_down.weight"], after["blk.0.ffn_down.weight"])
+    assert len(after["blk.2.ffn_down_exps.weight"]) == 3
+    assert verify(tmp_path / "pruned.gguf").problems == ()
+
+
+@pytest.mark.parametrize("preset", ["q4_k_m", "q3_k_m"])
+def test_quantized_types_are_llama_cpps(preset: str, target: str, tmp_path: Path) -> None:
+    """As its own quantizer chooses them for the same file."""
+    weights = {"hidden_size": 256, "intermediate_size": N * 256, "num_attention_heads": 4, "num_hidden_layers": 8}
+    source = checkpoints.make(tmp_path / "hf", "llama", **weights)
+    file = convert(source, tmp_path / "moe.gguf", flat_options(N, target=target, type="f16", **EXACT)).path
+    quantize(file, tmp_path / "ours.gguf", TypeOptions(preset, llama_cpp_mix=True))
+    llama_quantize.quantize(file, tmp_path / "theirs.gguf", gguf.LlamaFileType[f"MOSTLY_{preset.upper()}"])
+    ours, theirs = (
+        {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("ours.gguf", "theirs.gguf")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "mixtral", "leading_dense": 1}, "every layer has experts in this target; choose --target glm4moe"),
+        ({"target": "glm4moe", "leading_dense": 3}, "must lie between 0 and 2"),
+        ({"target": "glm4moe", "leading_dense": -1}, "must lie between 0 and 2"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, folder: Path) -> None:
+    """One message with the way out."""
+    with pytest.raises(PlanError, match=message):
+        plan_conversion(folder, flat_options(N, **options))
+
+
+def test_a_folder_cannot_have_dense_layers(folder: Path, tmp_path: Path) -> None:
+    """It says what to do."""
+    with pytest.raises(PlanError, match="--leading-dense: a folder has experts in every layer here"):
+        write_folder(folder, tmp_path / "glm", flat_options(N, target="glm4moe", **EXACT))
