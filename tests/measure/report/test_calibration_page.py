@@ -63,9 +63,10 @@ def test_every_layer_is_a_row(done: Any) -> None:
 
 def test_the_pictures_have_the_figures(done: Any) -> None:
     """Heat map layer x expert; energy against every count; the router; the constant direction."""
-    load, energy, router, constant = (one.data for one in draw_figures(done.layers, 4))
+    load, energy, router, constant = (one.data for one in draw_figures(dict(enumerate(done.layers, 2)), 4))
 
     assert [one.load for one in done.layers] == load[0]["z"]
+    assert [2, 3, 4] == load[0]["y"] == constant[0]["x"]
     best, mean, worst = energy
     assert list(range(1, 9)) == mean["x"]
     assert best["y"][0] == pytest.approx(3 / 10)
