@@ -20,7 +20,7 @@ from moe2gguf.recipes.quantize import quantize
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OTHERS = re.compile(r"`moe2gguf ([a-z-]+)")
-ELSEWHERE = {"--help", "--version", "--local-dir", "--cpu-moe", "--spec-type", "--models-dir"}
+ELSEWHERE = {"--help", "--version", "--local-dir", "--cpu-moe", "--spec-type", "--models-dir", "--override-kv"}
 """Options that click adds, and those of `hf download` and llama.cpp."""
 
 Folder = dict[str, Path]
