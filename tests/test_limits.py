@@ -103,7 +103,7 @@ STEP_28 = Shape(28, rope_freqs=True, target="step35")
 
 def dense_mlp(d_model: int, d_ff: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's dense MLP."""
-    inner = {f"ffn_{name}.weight": (d_ff, d_model) for name in ("gate", "up")}
+    inner: dict[str, tuple[int, ...]] = {f"ffn_{name}.weight": (d_ff, d_model) for name in ("gate", "up")}
     return inner | {"ffn_down.weight": (d_model, d_ff)}
 
 

@@ -16,8 +16,8 @@ LAYER = LayerReport(1, [1.0, 0.5], 1.0, [0.6, 1.0], energy_kept=0.5, energy_orac
 
 def test_a_calibration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a model of 80 layers nobody reads a table that was not asked for."""
-    print_layers([LAYER, replace(LAYER, energy_kept=0.7, energy_oracle=None)])
-    print_layers([replace(LAYER, refit_error=None)])
+    print_layers({0: LAYER, 1: replace(LAYER, energy_kept=0.7, energy_oracle=None)})
+    print_layers({0: replace(LAYER, refit_error=None)})
 
     more = "(--verbose shows every layer)"
     held = "the chosen experts hold {} of the routed experts' output, the best choice would hold 60.0%"
@@ -31,9 +31,9 @@ def test_verbose_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
     """With what the columns mean; a layer whose shared experts some tokens do not use is a warning always."""
     with click.Context(click.Command("convert")) as context:
         context.meta[VERBOSE] = True
-        print_layers([LAYER, replace(LAYER, shared_rate=0.5)])
+        print_layers({1: LAYER, 2: replace(LAYER, shared_rate=0.5)})
 
     shown = capsys.readouterr()
-    assert [["0", "1", "100.0%"], ["1", "1", "50.0%"]] == [line.split()[:3] for line in shown.out.splitlines()[1:3]]
+    assert [["1", "1", "100.0%"], ["2", "1", "50.0%"]] == [line.split()[:3] for line in shown.out.splitlines()[1:3]]
     assert "hit rate: share of choices that are the same" in shown.out
-    assert "some tokens do not use the shared experts in layers [1]" in shown.err
+    assert "some tokens do not use the shared experts in layers [2]" in shown.err

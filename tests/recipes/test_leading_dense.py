@@ -59,7 +59,7 @@ def calibrated(target: str, folder: Path, tmp_path_factory: pytest.TempPathFacto
     """A calibrated file of each target; its calibration is beside it."""
     place = tmp_path_factory.mktemp("leading")
     (place / "text.txt").write_text(TEXT)
-    text = {"text": place / "text.txt", "n_token": 1024, "save_to": place / "kept"}
+    text: dict[str, Any] = {"text": place / "text.txt", "n_token": 1024, "save_to": place / "kept"}
     options = flat_options(N, target=target, n_shared=SHARED, leading_dense=1, **text)
     made = convert(folder, place / "moe.gguf", options)
     assert [1, 2] == [*made.numbered_layers]
@@ -152,7 +152,12 @@ def test_pruned_files_keep_the_dense_layer(calibrated: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("preset", ["q4_k_m", "q3_k_m"])
 def test_quantized_types_are_llama_cpps(preset: str, target: str, tmp_path: Path) -> None:
     """As its own quantizer chooses them for the same file."""
-    weights = {"hidden_size": 256, "intermediate_size": N * 256, "num_attention_heads": 4, "num_hidden_layers": 8}
+    weights: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": N * 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 8,
+    }
     source = checkpoints.make(tmp_path / "hf", "llama", **weights)
     file = convert(source, tmp_path / "moe.gguf", flat_options(N, target=target, type="f16", **EXACT)).path
     quantize(file, tmp_path / "ours.gguf", TypeOptions(preset, llama_cpp_mix=True))
