@@ -646,7 +646,10 @@ def test_q4_k_that_does_not_fit_offers_the_ways_out(made: Any) -> None:
     """24 wide experts in a 64 wide model: every misfit at once, nothing silent; allowed, each is listed."""
     with pytest.raises(PlanError) as caught:
         plan_conversion(made("llama"), flat_options(experts=4, type="q4_k_m"))
-    assert any("--align 256" in text and "--allow-fallback" in text for text in caught.value.refusals)
+    (refusal,) = caught.value.refusals
+    assert "24 (blk.0.ffn_down_exps.weight and 2 more)" in refusal
+    assert "--allow-fallback" in refusal
+    assert "--align" not in refusal  # the model is too narrow for whole blocks itself
 
     plan = plan_conversion(made("llama"), flat_options(experts=4, type="q4_k_m", allow_fallback=True))
 
