@@ -275,7 +275,7 @@ def _refuse_target_graph(model: Model, options: Options) -> Iterator[str]:
             f"--target {target}: its graph does not normalize queries and keys, which this model needs; choose "
             "--target glm4moe"
         )
-    if lead := options.leading_dense:
+    if (lead := options.leading_dense) and options.slices(model):
         if not graph.has_shared:
             yield f"--leading-dense {lead}: every layer has experts in this target; choose --target glm4moe"
         elif not 0 <= lead < model.n_layer:
