@@ -14,6 +14,7 @@ from flat_options import flat_options
 from gguf_edit import edit_keys
 from llama_logits import llama_logits_at
 from reference import reference_logits
+from shared_expert import SHARED, TARGETS, TEXT, TOKENS, N, assert_same_tensors, convert_calibrated, read_tensors
 
 from moe2gguf import PruneOptions, TypeOptions, convert, plan_conversion, prune, quantize
 from moe2gguf.errors import CalibrationError, PlanError
@@ -23,23 +24,7 @@ from moe2gguf.measure.expert_usage import measure_expert_usage
 from moe2gguf.recipes.densify import densify
 from moe2gguf.recipes.hf_output import write_folder
 
-TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
-TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
-TARGETS = ["glm4moe", "deepseek", "step35"]
-N, SHARED = 6, 2
 EXACT: dict[str, Any] = {"n_shared": SHARED, "preset": "exact", "leading_dense": 1}
-
-
-def tensors(path: Path) -> dict[str, Any]:
-    """Name -> array, by gguf's own reader."""
-    return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-
-
-def assert_same(first: Path, second: Path) -> None:
-    """Both files have the same tensors."""
-    ours, theirs = tensors(first), tensors(second)
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -58,10 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibrated(target: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated file of each target; its calibration is beside it."""
     place = tmp_path_factory.mktemp("leading")
-    (place / "text.txt").write_text(TEXT)
-    text: dict[str, Any] = {"text": place / "text.txt", "n_token": 1024, "save_to": place / "kept"}
-    options = flat_options(N, target=target, n_shared=SHARED, leading_dense=1, **text)
-    made = convert(folder, place / "moe.gguf", options)
+    made = convert_calibrated(target, folder, place / "moe.gguf", leading_dense=1, save_to=place / "kept")
     assert [1, 2] == [*made.numbered_layers]
     return made.path
 
@@ -77,7 +59,9 @@ def test_all_experts_are_the_dense_model(family: str, target: str, tmp_path: Pat
     assert np.abs(ours - checkpoints.torch_logits(source, TOKENS)).max() < 1e-4
     assert np.abs(ours - reference_logits(file, TOKENS)).max() < 1e-4
     assert verify(file).problems == ()
-    assert ["blk.1.ffn_gate_inp.weight", "blk.2.ffn_gate_inp.weight"] == [n for n in tensors(file) if "gate_inp" in n]
+    assert ["blk.1.ffn_gate_inp.weight", "blk.2.ffn_gate_inp.weight"] == [
+        n for n in read_tensors(file) if "gate_inp" in n
+    ]
 
 
 def test_every_count_is_what_numpy_says(calibrated: Path) -> None:
@@ -94,7 +78,7 @@ def test_a_gguf_file_gives_the_same_model(target: str, folder: Path, tmp_path: P
         convert(one, tmp_path / f"{one.stem}-moe.gguf", flat_options(N, target=target, **EXACT)).path
         for one in (dense, folder)
     ]
-    assert_same(*files)
+    assert_same_tensors(*files)
 
 
 def test_densify_gives_the_dense_model_back(target: str, folder: Path, tmp_path: Path) -> None:
@@ -102,7 +86,7 @@ def test_densify_gives_the_dense_model_back(target: str, folder: Path, tmp_path:
     moe = convert(folder, tmp_path / "moe.gguf", flat_options(N, target=target, **EXACT)).path
     densify(moe, tmp_path / "dense.gguf")
     reference = convert(folder, tmp_path / "reference.gguf", flat_options(dense=True)).path
-    assert_same(tmp_path / "dense.gguf", reference)
+    assert_same_tensors(tmp_path / "dense.gguf", reference)
     files = [gguf.GGUFReader(path) for path in (tmp_path / "dense.gguf", reference)]
     keys = [{n: f.contents() for n, f in file.fields.items() if n.startswith("llama.")} for file in files]
     assert keys[0] == keys[1]
@@ -111,7 +95,7 @@ def test_densify_gives_the_dense_model_back(target: str, folder: Path, tmp_path:
 def test_the_loads_are_those_of_the_layers_with_experts(calibrated: Path) -> None:
     """Numbered as in the model, and compared with what calibration saw in the same layer."""
     use = measure_expert_usage(calibrated, used=SHARED + 1, text=Text(TEXT, "fox"), n_token=256, n_context=64)
-    assert "compared with the load in calibration (text.txt)" == use.calibration
+    assert "compared with the load in calibration (moe.txt)" == use.calibration
     assert [1, 2] == [layer.layer for layer in use.layers]
     loads = gguf.GGUFReader(calibrated).fields["moe2gguf.calibration.load"].contents()
     for layer, load in zip(use.layers, np.reshape(loads, (2, N))[:, SHARED:], strict=True):
@@ -121,7 +105,7 @@ def test_the_loads_are_those_of_the_layers_with_experts(calibrated: Path) -> Non
 def test_a_calibration_is_kept_and_used_again(calibrated: Path, folder: Path, tmp_path: Path) -> None:
     """With the number of dense layers; another is refused."""
     kept = calibrated.parent / "kept"
-    assert_same(calibrated, convert(folder, tmp_path / "again.gguf", flat_options(load_from=kept)).path)
+    assert_same_tensors(calibrated, convert(folder, tmp_path / "again.gguf", flat_options(load_from=kept)).path)
     with pytest.raises(PlanError, match="--leading-dense 2: kept was made with 1"):
         convert(folder, tmp_path / "other.gguf", flat_options(load_from=kept, leading_dense=2))
     bytes_ = kept.read_bytes().replace(b'\\"leading_dense\\": 1', b'\\"leading_dense\\": 3')
@@ -142,7 +126,7 @@ def test_verify_finds_another_number_of_dense_layers(target: str, folder: Path, 
 def test_pruned_files_keep_the_dense_layer(calibrated: Path, tmp_path: Path) -> None:
     """Only layers with experts lose some."""
     prune(calibrated, tmp_path / "pruned.gguf", PruneOptions(SHARED + 3, score="random"))
-    before, after = tensors(calibrated), tensors(tmp_path / "pruned.gguf")
+    before, after = read_tensors(calibrated), read_tensors(tmp_path / "pruned.gguf")
     assert before.keys() == after.keys()
     assert np.array_equal(before["blk.0.ffn_down.weight"], after["blk.0.ffn_down.weight"])
     assert len(after["blk.2.ffn_down_exps.weight"]) == 3
@@ -187,3 +171,12 @@ def test_a_folder_cannot_have_dense_layers(folder: Path, tmp_path: Path) -> None
     """It says what to do."""
     with pytest.raises(PlanError, match="--leading-dense: a folder has experts in every layer here"):
         write_folder(folder, tmp_path / "glm", flat_options(N, target="glm4moe", **EXACT))
+
+
+def test_a_model_that_has_experts_keeps_them(folder: Path, tmp_path: Path) -> None:
+    """And says so once."""
+    source = write_folder(folder, tmp_path / "mixtral", flat_options(8)).path
+    with pytest.raises(PlanError) as caught:
+        plan_conversion(source, flat_options(leading_dense=1))
+    (refusal,) = caught.value.refusals
+    assert "--leading-dense: the checkpoint has" in refusal

@@ -15,6 +15,7 @@ from flat_options import flat_options
 from gguf_edit import edit_keys
 from llama_logits import llama_logits_at
 from reference import reference_logits
+from shared_expert import SHARED, TARGETS, TEXT, TOKENS, N, assert_same_tensors, convert_calibrated
 
 from moe2gguf import TypeOptions, convert, plan_conversion, quantize
 from moe2gguf.errors import GGUFError, PlanError
@@ -28,23 +29,9 @@ from moe2gguf.measure.expert_usage import measure_expert_usage
 from moe2gguf.recipes.densify import densify
 from moe2gguf.recipes.hf_output import write_folder
 
-TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 300, 48)]
-TEXT = "The quick brown fox jumps over the lazy dog; 12 x 12 = 144. " * 400
-TARGETS = ["glm4moe", "deepseek", "step35"]
 FAMILIES = ["llama", "llama-tied", "llama-mqa", "yarn-rope", "mistral", "qwen2", "qwen2-tied", "qwen3", "llama3-rope"]
 REFUSED = {("qwen3", "deepseek"), ("llama3-rope", "deepseek"), ("llama3-rope", "glm4moe")}
 """Families that a graph cannot carry, and says so."""
-
-N, SHARED = 6, 2
-"""Of six experts two are shared, so that four are routed: a power of two, by which `deepseek` amplifies exactly."""
-
-
-def calibrated(target: str, folder: Path, out: Path, **options: Any) -> Path:
-    """A file whose router chooses: calibrated on a text of this module."""
-    text = out.with_suffix(".txt")
-    text.write_text(TEXT)
-    chosen = flat_options(N, target=target, n_shared=SHARED, text=text, n_token=1024, **options)
-    return convert(folder, out, chosen, force=True).path
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -61,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def routed(target: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated file of each target."""
-    return calibrated(target, folder, tmp_path_factory.mktemp("routed") / "moe.gguf")
+    return convert_calibrated(target, folder, tmp_path_factory.mktemp("routed") / "moe.gguf").path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,16 +122,14 @@ def test_a_gguf_file_gives_the_same_model(family: str, target: str, tmp_path: Pa
     dense = convert(source, tmp_path / "dense.gguf", flat_options(dense=True)).path
     options = flat_options(N, target=target, n_shared=SHARED, preset="exact")
     files = [convert(one, tmp_path / f"{one.stem}-moe.gguf", options).path for one in (dense, source)]
-    first, second = ({t.name: t.data for t in gguf.GGUFReader(file).tensors} for file in files)
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert_same_tensors(*files)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_folder_form_computes_the_same(family: str, tmp_path: Path) -> None:
     """transformers' own class gives the logits of the GGUF file, at every count, routers and biases included."""
     source = checkpoints.make(tmp_path / "hf", family)
-    file = calibrated("glm4moe", source, tmp_path / "moe.gguf")
+    file = convert_calibrated("glm4moe", source, tmp_path / "moe.gguf").path
     text = tmp_path / "moe.txt"
     options = flat_options(N, target="glm4moe", n_shared=SHARED, text=text, n_token=1024)
     folder = write_folder(source, tmp_path / "glm", options).path
@@ -154,9 +139,7 @@ def test_the_folder_form_computes_the_same(family: str, tmp_path: Path) -> None:
         assert np.abs(ours - checkpoints.torch_logits(folder, TOKENS)).max() < 2e-4, k
 
     again = convert(folder, tmp_path / "again.gguf").path
-    first, second = ({t.name: t.data for t in gguf.GGUFReader(one).tensors} for one in (file, again))
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert_same_tensors(file, again)
 
 
 def test_densify_gives_the_dense_model_back(routed: Path, folder: Path, tmp_path: Path) -> None:
@@ -172,11 +155,7 @@ def test_densify_gives_qwen3_back(tmp_path: Path) -> None:
     options = flat_options(N, target="glm4moe", n_shared=SHARED, preset="exact")
     densify(convert(source, tmp_path / "moe.gguf", options).path, tmp_path / "dense.gguf")
     convert(source, tmp_path / "reference.gguf", flat_options(dense=True))
-    first, second = (
-        {t.name: t.data for t in gguf.GGUFReader(tmp_path / name).tensors} for name in ("dense.gguf", "reference.gguf")
-    )
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert_same_tensors(tmp_path / "dense.gguf", tmp_path / "reference.gguf")
     assert verify(tmp_path / "dense.gguf").problems == ()
 
 
@@ -186,10 +165,8 @@ def test_densify_gives_llama3_factors_back(tmp_path: Path) -> None:
     moe = convert(source, tmp_path / "moe.gguf", flat_options(N, target="step35", n_shared=SHARED, preset="exact")).path
     densify(moe, tmp_path / "dense.gguf")
     reference = convert(source, tmp_path / "reference.gguf", flat_options(dense=True)).path
+    assert_same_tensors(tmp_path / "dense.gguf", reference)
     ours, dense = gguf.GGUFReader(tmp_path / "dense.gguf"), gguf.GGUFReader(reference)
-    first, second = ({t.name: t.data for t in reader.tensors} for reader in (ours, dense))
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
     keys = [{n: f.contents() for n, f in reader.fields.items() if n.startswith("llama.")} for reader in (ours, dense)]
     assert keys[0] == keys[1]
     assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(moe).tensors}
