@@ -95,7 +95,7 @@ shard_size_option = option(
 threads_option = option(
     "-t",
     "--threads",
-    type=Whole(1),
+    type=ONE,
     help="Number of CPU threads.  [default: one per core; at most 4 to read and write files]",
 )
 text_option = option(
@@ -167,7 +167,7 @@ expert_type_rules = (
 )
 
 
-used_option = option("-k", "--used", type=Whole(1), help="Experts used per token.  [default: as in the file]")
+used_option = option("-k", "--used", type=ONE, help="Experts used per token.  [default: as in the file]")
 used_list_option = option(
     "-k", "--used", callback=whole_numbers, metavar="K,K", help="Experts used per token.  [default: as in the file]"
 )

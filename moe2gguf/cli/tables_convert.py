@@ -148,11 +148,11 @@ def print_layers(reports: Mapping[int, LayerReport]) -> None:
     if display.is_verbose():
         _print_each_layer(reports)
     else:
-        kept, best = (
-            _average([getattr(one, name) for one in reports.values()]) for name in ("energy_kept", "energy_oracle")
+        kept, best, error = (
+            _average([getattr(one, name) for one in reports.values()])
+            for name in ("energy_kept", "energy_oracle", "refit_error")
         )
         parts = [f"the chosen experts hold {kept} of the routed experts' output, the best choice would hold {best}"]
-        error = _average([one.refit_error for one in reports.values()])
         parts += [f"the refit leaves {error} of the error"] if error else []
         head = "mean over the layers: " + "; ".join(parts if kept else parts[1:] or ["all experts are shared"])
         display.out().print(f"{head} (--verbose shows every layer)")

@@ -13,6 +13,7 @@ from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph
 from moe2gguf.limits import Size, estimate_graph
+from moe2gguf.spec import Metadata
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ def read_counts(file: GGUFFile) -> ExpertCounts:
     """The counts of a file of any architecture; a value that is no whole number counts as 0."""
     architecture = str(file.metadata.get("general.architecture"))
     graph = find_graph(architecture) or estimate_graph(architecture)
-    n_expert, n_used, n_shared = count_experts(partial(_read_count, file))
-    n_layer = _read_count(file, "block_count") - (_read_count(file, "nextn_predict_layers") if graph.empty_layer else 0)
+    n_expert, n_used, n_shared = count_experts(partial(_read_count, file.metadata))
+    n_layer = _read_count(file.metadata, "block_count") - (
+        _read_count(file.metadata, "nextn_predict_layers") if graph.empty_layer else 0
+    )
     return ExpertCounts(n_expert, n_used, n_shared, Size.of(file.tensors, n_layer, graph))
 
 
@@ -55,11 +58,20 @@ def require_architecture(file: GGUFFile) -> str:
 
 def read_context_length(file: GGUFFile) -> int:
     """The tokens that the model was trained for; 0 if the file does not say it."""
-    return _read_count(file, "context_length")
+    return _read_count(file.metadata, "context_length")
 
 
-def _read_count(file: GGUFFile, key: str) -> int:
-    value = file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}", 0)
+def override_count(metadata: Metadata, n_expert_used: int) -> str:
+    """The key of the used count and its value, which does not contain the graph's own shared expert.
+
+    llama.cpp's programs take both as `--override-kv`.
+    """
+    *_, n_shared = count_experts(partial(_read_count, metadata))
+    return f"{metadata.get('general.architecture')}.expert_used_count=int:{n_expert_used - n_shared}"
+
+
+def _read_count(metadata: Metadata, key: str) -> int:
+    value = metadata.get(f"{metadata.get('general.architecture')}.{key}", 0)
     return value if type(value) is int else 0
 
 

@@ -1,7 +1,6 @@
 """The rule for every output: it is no file that is read, and it replaces a file only where that is wanted."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.shards import list_shard_paths
-from moe2gguf.gguf.system import disk_bytes, sync
+from moe2gguf.gguf.system import NO_ROOM, disk_bytes, sync
 
 _UNFINISHED = ("", ".partial", ".work")
 """Endings of the names that are written to before an output has its own."""
@@ -68,7 +67,7 @@ def write_whole(target: Path) -> Iterator[Path]:
 def output_error(target: Path, error: Exception) -> OutputError:
     """Return what a disk error means, in words."""
     reason = getattr(error, "strerror", None) or error
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if getattr(error, "errno", None) in NO_ROOM:
         return OutputError(f"{target}: no room left while writing ({reason}); nothing was kept")
     return OutputError(f"{target}: cannot be written ({reason}); nothing was kept")
 
@@ -100,9 +99,14 @@ def check_model_target(out: Path, n_shard: int, sources: Iterable[Path], *, forc
     require_room(out, size)
 
 
+def partial_path(target: Path) -> Path:
+    """The folder in which a file, or a set of them, is written until it is complete."""
+    return target.with_name(target.name + ".partial")
+
+
 def require_room(out: Path, size: int) -> None:
     """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work on `out` has taken."""
-    taken = sum(map(disk_bytes, out.with_name(out.name + ".partial").rglob("*")))
+    taken = sum(map(disk_bytes, partial_path(out).rglob("*")))
     free = shutil.disk_usage(out.parent).free + taken
     if free < size:
         raise OutputError(f"{out.parent}: {free:,} bytes are free, {out.name} needs {size:,}; make room first")

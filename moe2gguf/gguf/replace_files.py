@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moe2gguf.gguf.outputs import output_error, require_room
-from moe2gguf.gguf.resume import Job, partial_path
+from moe2gguf.gguf.outputs import output_error, partial_path, require_room
+from moe2gguf.gguf.resume import Job
 from moe2gguf.gguf.system import open_here, sync
 
 

@@ -27,7 +27,7 @@ import xxhash
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import kernels
 from moe2gguf.gguf.file import TensorType
-from moe2gguf.gguf.system import open_here, open_locked, read_at, sync
+from moe2gguf.gguf.system import NO_ROOM, open_here, open_locked, read_at, sync
 from moe2gguf.gguf.types import FLOATS
 
 MAX_BYTES = 64 << 20
@@ -288,11 +288,6 @@ class Job:
         return journal
 
 
-def partial_path(target: Path) -> Path:
-    """The folder in which a file, or a set of them, is written until it is complete."""
-    return target.with_name(target.name + ".partial")
-
-
 def discard(path: Path) -> None:
     """Remove a file or a folder, if there is one; a link, but not what it leads to."""
     if path.is_dir() and not path.is_symlink():
@@ -385,7 +380,7 @@ def _describe_kept(place: Path, n: int) -> str:
 
 def _is_about(error: OSError, folder: Path) -> bool:
     """Whether a disk was full or read-only, or a file of the folder was the matter."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    if error.errno in (*NO_ROOM, errno.EROFS):
         return True
     return isinstance(error.filename, str) and folder.absolute() in Path(error.filename).absolute().parents
 

@@ -5,6 +5,7 @@ there two processes on one folder are the user's care, and threads take turns.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -69,6 +70,10 @@ def sync(path: Path) -> None:
     except OSError:
         if not is_folder:
             raise
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The numbers of errors that mean a full disk."""
 
 
 def disk_bytes(path: Path) -> int:

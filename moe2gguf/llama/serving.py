@@ -10,7 +10,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from moe2gguf.errors import HarnessError
-from moe2gguf.gguf.counts import read_counts, require_architecture
+from moe2gguf.gguf.counts import override_count, read_counts, require_architecture
 from moe2gguf.gguf.file import GGUFFile
 from moe2gguf.gguf.made_for import read_made_for
 from moe2gguf.gguf.shards import list_view_paths, name_model
@@ -61,7 +61,7 @@ def _list_ways_with_counts(file: GGUFFile, path: str) -> list[Way]:
     counts = list_counts(file)
     if len(counts) < 2:
         return []
-    fewer, override = f"{counts[-1]} of {read_counts(file).n_expert} experts", _override(file, counts[-1])
+    fewer, override = f"{counts[-1]} of {read_counts(file).n_expert} experts", override_count(file.metadata, counts[-1])
     tried = "tried with llama.cpp 0c1e57098"
     presets = f"moe2gguf serve-help {path} --presets preset.ini"
     return [
@@ -79,7 +79,7 @@ def _list_ways_with_counts(file: GGUFFile, path: str) -> list[Way]:
 def _list_ways_as_folder(file: GGUFFile, name: str) -> list[Way]:
     """Return how such experts are served from a folder, where the graph has a class of transformers."""
     architecture, n_expert = require_architecture(file), read_counts(file).n_expert
-    targets = [name for name, graph in GRAPHS.items() if graph.hf_class and graph.architecture == architecture]
+    targets = [target for target, graph in GRAPHS.items() if graph.hf_class and graph.architecture == architecture]
     if not (n_expert and targets):
         return []
     make = f"moe2gguf convert MODEL {name} --target {targets[0]} --experts {n_expert} --format hf"
@@ -128,7 +128,9 @@ def make_presets(file: GGUFFile) -> str:
     counts = list_counts(file)
     if not counts:
         raise HarnessError(f"{path}: is dense, it has no counts to choose from: give it to llama-server -m")
-    sections = [f"[{name_model(path)}-{k}]\nmodel = {path}\noverride-kv = {_override(file, k)}\n" for k in counts]
+    sections = [
+        f"[{name_model(path)}-{k}]\nmodel = {path}\noverride-kv = {override_count(file.metadata, k)}\n" for k in counts
+    ]
     return "\n".join(["version = 1\n", *sections])
 
 
@@ -231,9 +233,3 @@ def _adds_bos(file: GGUFFile) -> bool:
     """Whether programs put BOS before a prompt themselves, so that a template must not."""
     spm = file.metadata.get("tokenizer.ggml.model") == "llama"
     return file.metadata.get("tokenizer.ggml.add_bos_token", spm) is True
-
-
-def _override(file: GGUFFile, n_expert_used: int) -> str:
-    """The key of the used count and its value, which does not contain the graph's own shared expert."""
-    key = f"{file.metadata.get('general.architecture')}.expert_used_count"
-    return f"{key}=int:{n_expert_used - read_counts(file).n_shared}"

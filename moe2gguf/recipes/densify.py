@@ -267,7 +267,7 @@ class MoeFile:
         """As `MoeFolder.write`."""
         name = self.dense.architecture
         dense = replace_prefix(self._file, self.graph.architecture, name)
-        of_experts = f"{name}.expert_", f"{name}.{self.graph.leading_key}"
+        of_experts = f"{name}.expert_", f"{name}.leading_dense_"
         kept = {key: value for key, value in dense.metadata.items() if not key.startswith(of_experts)}
         kept |= {f"{name}.feed_forward_length": d_ff, FACTORS: how}
         if self.graph.empty_layer:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def quantize(
     plan = make_plan(file, options, inputs, allow_requantize=allow_requantize, shard_size=shard_size)
     plan = fit_types(plan, inputs, progress)
     stored = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
-    plan = replace(plan, warnings=(*plan.warnings, *note_other_model(inputs.matrix, stored)))
+    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *note_other_model(inputs.matrix, stored)))
     on_plan(plan)
     _require_kernels(plan)
     check_model_target(out, len(plan.files), [*file.files, *options.files], force=force)

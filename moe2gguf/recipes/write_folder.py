@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
-from moe2gguf.gguf.outputs import check_outputs, output_error, require_room
+from moe2gguf.gguf.outputs import check_outputs, output_error, partial_path, require_room
 from moe2gguf.gguf.system import sync
 from moe2gguf.gguf.writer import OutputTensor, check_blocks
 from moe2gguf.hf.companions import copy_companions
@@ -99,7 +99,7 @@ def _replace_folder(out: Path, size: int) -> Iterator[Path]:
     Raises:
         OutputError: there is no room for `size` bytes, or a disk error.
     """
-    partial, old = out.with_name(out.name + ".partial"), _old_path(out)
+    partial, old = partial_path(out), _old_path(out)
     require_room(out, size)
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import OutputError
+from moe2gguf.gguf.counts import override_count
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION
@@ -119,15 +120,13 @@ def describe_files(
 
 def _list_runs_with_fewer(file: str, metadata: Metadata, found: Comparison) -> Iterator[str]:
     """The lines that run a file with the smallest count that was measured, where that is not its own."""
-    key, used = f"{metadata.get('general.architecture')}.expert_used_count", metadata.get(USED_HERE)
-    rows = [row.config for row in found.rows if row.config.path.name == file]
+    used, rows = metadata.get(USED_HERE), [row.config for row in found.rows if row.config.path.name == file]
     fewest = min(rows, key=lambda one: one.n_expert_used, default=None)
-    routed = metadata.get(key)
-    if not (fewest and isinstance(used, int) and isinstance(routed, int) and fewest.n_expert_used < used):
+    if not (fewest and isinstance(used, int) and fewest.n_expert_used < used):
         return
     k = fewest.n_expert_used
     yield f"# with {k} of {fewest.n_expert} experts:"
-    yield f"llama-server -m {file} --override-kv {key}=int:{k - (used - routed)}"
+    yield f"llama-server -m {file} --override-kv {override_count(metadata, k)}"
     yield f'moe2gguf run {file} "What is the capital of France?" --used {k}'
 
 
