@@ -111,18 +111,25 @@ def run_program(arguments: list[str]) -> int:
         sys.stdout.flush()
     except click.exceptions.Abort as abort:
         cause = abort.__cause__
-        kept = str(cause) if isinstance(cause, Interrupted) else "no unfinished file was kept"
-        click.echo(f"moe2gguf: interrupted; {kept}", err=True)
+        kept = [str(cause)] if isinstance(cause, Interrupted) else []
+        said = "; ".join([*kept, *_list_notes(cause)]) or "no unfinished file was kept"
+        click.echo(f"moe2gguf: interrupted; {said}", err=True)
         terminated = isinstance(cause.__cause__ if isinstance(cause, Interrupted) else cause, Terminated)
         return 143 if terminated else 130
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except ReaderGoneError as error:
-        return error.exit_code
     except Moe2GgufError as error:
-        click.echo(f"moe2gguf: {shorten(str(error), whole='--verbose' in arguments)}", err=True)
+        notes = _list_notes(error)
+        if notes or not isinstance(error, ReaderGoneError):
+            said = "; ".join([shorten(str(error), whole="--verbose" in arguments), *notes])
+            click.echo(f"moe2gguf: {said}", err=True)
         return error.exit_code
     except SystemExit as exit_:
         return int(exit_.code or 0)
     return 0
+
+
+def _list_notes(error: BaseException | None) -> list[str]:
+    """What `moe2gguf.cli.command` adds to an error: the files that are written all the same."""
+    return getattr(error, "__notes__", [])

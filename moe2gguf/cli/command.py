@@ -11,7 +11,8 @@ import cloup
 
 from moe2gguf.cli.streams import StreamError
 from moe2gguf.cli.tables import VERBOSE, warnings
-from moe2gguf.gguf.outputs import check_outputs, is_written
+from moe2gguf.errors import Moe2GgufError
+from moe2gguf.gguf.outputs import check_outputs, identify_output
 from moe2gguf.hf.hub import find_model_id
 
 FOREIGN = {
@@ -98,16 +99,20 @@ _FORCE = "moe2gguf.force"
 
 
 class Command(cloup.Command):
-    """A command with these hints. Options made with `hidden=True` are shown by `--help-all`."""
+    """A command with these hints. Options made with `hidden=True` are shown by `--help-all`.
+
+    `afterwards` has what is done when its file is written already: an option, if it is given, or other words.
+    """
 
     def __init__(
         self,
         *args: Any,
         params: list[click.Parameter] | None = None,
         no_effect: Sequence[NoEffect] = (),
+        afterwards: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        self._no_effect = no_effect
+        self._no_effect, self._afterwards = no_effect, afterwards
         super().__init__(*args, params=[*(params or []), _help_all(), _verbose()], **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -126,15 +131,11 @@ class Command(cloup.Command):
         given = {name for one in self._options() for name in _list_given(one, ctx)}
         for row in self._no_effect:
             _check_effect(row, given, ctx)
-        outputs = {} if ctx.params.get("plan_only") else _check_files(self.params, ctx)
-        try:
+        outputs = _Outputs({}, {}) if ctx.params.get("plan_only") else _check_files(self.params, ctx)
+        later = [one for one in self._afterwards if one in given or not one.startswith("-")]
+        with _tell_written(outputs, later):
             result = super().invoke(ctx)
             sys.stdout.flush()
-        except StreamError as error:
-            written = [name for name, path in outputs.items() if is_written(path)]
-            if not written:
-                raise
-            raise StreamError(f"{error}; {', '.join(written)} was written") from error
         return result
 
     def _options(self) -> list[click.Option]:
@@ -173,15 +174,41 @@ def _check_effect(row: NoEffect, given: set[str], ctx: click.Context) -> None:
     warnings([f"{', '.join(useless)}: no effect {beside}without {' or '.join(row.without)}"])
 
 
-def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[str, Path]:
-    """Check every path of type `Output` against every one of type `Input`; return by name what is written.
+class _Outputs(NamedTuple):
+    """By name, what a command writes as a whole or changes, and what it goes on with, which may be unfinished."""
+
+    whole: dict[str, Path]
+    continued: dict[str, Path]
+
+
+@contextmanager
+def _tell_written(outputs: _Outputs, later: Sequence[str]) -> Iterator[None]:
+    """Add to an error or interrupt of the block what is written all the same, and what is not done, `later` included.
+
+    Where it is only standard output that cannot be written, all is done.
+    """
+    before = {path: identify_output(path) for path in (outputs.whole | outputs.continued).values()}
+    try:
+        yield
+    except (Moe2GgufError, KeyboardInterrupt) as error:
+        is_done = isinstance(error, StreamError)
+        looked_at = outputs.whole | (outputs.continued if is_done else {})
+        written = [name for name, path in looked_at.items() if identify_output(path) - before[path]]
+        missing = [] if is_done else [*(name for name in outputs.whole if name not in written), *later]
+        if written:
+            rest = f"; not done: {', '.join(missing)}" if missing else ""
+            error.add_note(f"{', '.join(written)} {'were' if len(written) > 1 else 'was'} written{rest}")
+        raise
+
+
+def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> _Outputs:
+    """Check every path of type `Output` against every one of type `Input`.
 
     Raises OutputError.
     """
     inputs: list[Path] = []
     changed: dict[str, Path] = {}
-    outputs: dict[str, Path] = {}
-    may_exist: set[str] = set()
+    outputs = _Outputs({}, {})
     for parameter in parameters:
         if not isinstance(parameter.type, (Input, Output)):
             continue
@@ -192,11 +219,13 @@ def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> dict[
             changed |= {str(path): path for path in paths if isinstance(parameter.type, ChangedInput)}
             continue
         option = f"{max(parameter.opts, key=len)} " if isinstance(parameter, click.Option) else ""
-        goes_on = isinstance(parameter.type, ContinuedOutput)
-        outputs |= {f"{option}{path}": path.absolute() if goes_on else path for path in paths}
-        may_exist |= {f"{option}{path}" for path in paths if goes_on}
-    check_outputs(outputs, inputs, force=ctx.meta.get(_FORCE, False), may_exist=may_exist)
-    return outputs | changed
+        if isinstance(parameter.type, ContinuedOutput):
+            outputs.continued.update({f"{option}{path}": path.absolute() for path in paths})
+        else:
+            outputs.whole.update({f"{option}{path}": path for path in paths})
+    force = ctx.meta.get(_FORCE, False)
+    check_outputs(outputs.whole | outputs.continued, inputs, force=force, may_exist=outputs.continued)
+    return outputs._replace(whole=outputs.whole | changed)
 
 
 def _verbose() -> click.Option:

@@ -39,7 +39,7 @@ NO_EFFECT = (
 )
 
 
-@cloup.command(cls=Command, no_effect=NO_EFFECT)
+@cloup.command(cls=Command, no_effect=NO_EFFECT, afterwards=["--check"])
 @cloup.argument("model", type=opt.ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
 @cloup.argument("out", type=opt.OUT, required=False, help="The GGUF file to write.")
 @option_group(

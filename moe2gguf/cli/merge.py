@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NoEffect(("--seed",), beside=("--prompts",), without=("--router random",)),
         NoEffect(("--tokens",), beside=("--router random",), without=("--prompts",)),
     ],
+    afterwards=["the table of its routers"],
 )
 @cloup.argument(
     "base",

@@ -157,9 +157,11 @@ def _find_input(out: Path, read: Mapping[object, Path], *, whole: bool) -> Path 
     return next(inside, None)
 
 
-def is_written(out: Path) -> bool:
-    """Whether an output is there, as one file or as a set of shards."""
-    return out.exists() or (out.parent.is_dir() and any(True for _ in _set_of(out.stem, out.parent)))
+def identify_output(out: Path) -> set[tuple[int, int, int]]:
+    """What tells the file or folder that is there, and every shard of the set of this name, from earlier ones."""
+    shards = _set_of(out.stem, out.parent) if out.parent.is_dir() else ()
+    found = (path.stat() for path in (out, *shards) if path.exists())
+    return {(status.st_dev, status.st_ino, status.st_mtime_ns) for status in found}
 
 
 def _files(path: Path) -> Iterator[Path]:
