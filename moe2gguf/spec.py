@@ -64,6 +64,7 @@ class Model:
     n_expert_used: int = 0
     d_expert: int = 0  # width of an expert where that is not d_ff
     n_shared: int = 0  # a shared expert as wide as so many of them is beside them
+    leading_dense: int = 0  # so many layers, the first, have a dense MLP all the same
 
 
 def make_paths(record: object, *names: str) -> None:

@@ -38,7 +38,8 @@ def model_metadata(model: Model, slicing: Slicing | None, file_type: int) -> dic
     if slicing:
         result |= expert_metadata(model, slicing)
     elif model.n_shared:
-        result |= _describe_shared(graph, model, model.n_shared, model.d_expert, model.n_expert, model.n_expert_used)
+        counts = model.n_expert, model.n_expert_used, model.leading_dense
+        result |= _describe_shared(graph, model, model.n_shared, model.d_expert, *counts)
     elif model.n_expert:
         result |= {"llama.expert_count": model.n_expert, "llama.expert_used_count": model.n_expert_used}
     return result
@@ -73,7 +74,7 @@ def expert_metadata(model: Model, slicing: Slicing) -> dict[str, MetadataValue]:
 
 
 def _describe_shared(
-    graph: Graph, model: Model, n_shared: int, d_expert: int, n_routed: int, n_used: int, leading_dense: int = 0
+    graph: Graph, model: Model, n_shared: int, d_expert: int, n_routed: int, n_used: int, leading_dense: int
 ) -> dict[str, MetadataValue]:
     """The keys of a graph with a shared expert of its own."""
     keys: dict[str, MetadataValue] = {

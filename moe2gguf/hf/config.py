@@ -36,15 +36,15 @@ class Config:
         """Return whether `key` is present and not null."""
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer; `default` where the key is absent, a problem where there is no default."""
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Return an integer from `least` on; `default` where the key is absent, a problem where there is no default."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
         most = _MOST.get(key, _LARGEST)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             self.has_counts = False
-            return int(self._wrong(key, f"an integer from 1 to {most:,}", 1))
+            return int(self._wrong(key, f"an integer from {least} to {most:,}", 1))
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -99,7 +99,6 @@ def _find_foreign_setting(values: Mapping[str, Any]) -> str:
     """Say what shows that a `Glm4MoeForCausalLM` is another one than moe2gguf writes, such as GLM-4.5; else ""."""
     ours = GRAPHS["glm4moe"].keys
     wanted = {
-        "first_k_dense_replace": 0,
         "norm_topk_prob": ours["expert_weights_norm"],
         "routed_scaling_factor": ours["expert_weights_scale"],
         "n_group": 1,
@@ -169,6 +168,8 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         **counts,
         **flags,
     )
+    if model.leading_dense >= model.n_layer:
+        problems.append(f"config.json: first_k_dense_replace is {model.leading_dense}, so no layer has experts")
     return model if config.has_counts else None
 
 
@@ -195,7 +196,8 @@ def read_shared(config: Config) -> dict[str, int]:
         "d_expert": "moe_intermediate_size",
         "n_shared": "n_shared_experts",
     }
-    return {name: config.integer(key) for name, key in keys.items()}
+    counts = {name: config.integer(key) for name, key in keys.items()}
+    return {**counts, "leading_dense": config.integer("first_k_dense_replace", least=0)}
 
 
 def _refuse(config: Config) -> None:

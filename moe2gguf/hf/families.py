@@ -206,11 +206,16 @@ def holds(model: Model, condition: str) -> bool:
     return bool(getattr(model, condition))
 
 
+def find_layout(mlp: MLP, model: Model, i: int) -> MLP:
+    """Return the layout of layer `i`'s MLP in a model that has the layout `mlp` behind its dense layers."""
+    return DENSE if i < model.leading_dense else mlp
+
+
 def list_mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
     """Source name -> shape (names) of every MLP tensor of the whole model, in layer and expert order."""
     result = {}
     for i in range(model.n_layer):
-        for source, shape in mlp.tensors.values():
+        for source, shape in find_layout(mlp, model, i).tensors.values():
             experts = range(model.n_expert) if "{e}" in source else (0,)
             result.update({source.format(i=i, e=e): shape for e in experts})
     return result

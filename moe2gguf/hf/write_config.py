@@ -73,7 +73,7 @@ def _describe_glm4(model: Model) -> dict[str, Any]:
         "num_experts_per_tok": model.n_expert_used,
         "norm_topk_prob": False,
         "routed_scaling_factor": GRAPHS["glm4moe"].keys["expert_weights_scale"],
-        "first_k_dense_replace": 0,
+        "first_k_dense_replace": model.leading_dense,
         "n_group": 1,
         "topk_group": 1,
         "num_nextn_predict_layers": 0,

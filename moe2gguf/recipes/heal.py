@@ -231,8 +231,7 @@ def train(sliced: Checkpoint, dense: Checkpoint, run: HealRun) -> Trained:
     if training.layerwise:
         layers = Layers(dense.model, dense.read, choose_device(run.settings.compute.device))
         read_layer = lambda i: ExpertWeights(**expert_stacks(sliced, i))  # noqa: E731
-        graph = find_graph_of(sliced.model)
-        heal_layers(layers, read_layer, run, graph)
+        heal_layers(layers, read_layer, run, find_graph_of(sliced.model), sliced.model.leading_dense)
     if not training.steps:
         return Trained(work.load_layer, training.parts)
     heal_model(sliced.folder, dense.folder, run, work.load_layer if training.layerwise else None)

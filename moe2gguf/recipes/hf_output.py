@@ -142,8 +142,6 @@ def folder_refusals(plan: Plan) -> Iterator[str]:
 def _refuse_class(plan: Plan) -> Iterator[str]:
     """What the target's class lacks."""
     model, options = plan.model, plan.options
-    if plan.slicing and plan.slicing.leading_dense:
-        yield "--leading-dense: a folder has experts in every layer here; leave it out, or write a GGUF file"
     if plan.slicing and plan.slicing.scale_tensor:
         yield "--expert-scale: transformers' MixtralForCausalLM has no scales; leave it out"
     if options.graph.hf_class is None:
@@ -194,7 +192,10 @@ def folder_tensors(
             rule, layer = place
             tensors.append(_convert_tensor(checkpoint.tensors[rule.source.format(i=layer)], kind, digest))
             continue
-        i = place.i
+        if (i := place.i) < slicing.leading_dense:
+            stored = (checkpoint.tensors[name.format(i=i)] for name, _ in DENSE.tensors.values())
+            tensors += [_convert_tensor(tensor, kind, digest) for tensor in stored]
+            continue
         planned = plan_sliced_mlp(checkpoint, slicing, i)
         for one in output_tensors(planned, checkpoint, experts, digest, Guidance()):
             name = names[ROLES[one.name.split(".")[2]]][0]
@@ -257,6 +258,7 @@ def _describe_sliced(
 def _describe_class(model: Model, slicing: Slicing) -> dict[str, Any]:
     """config.json of `model`, sliced, in the words of the target's class."""
     counts = {"n_expert": slicing.n_routed, "n_expert_used": slicing.n_routed_used, "n_shared": slicing.in_shared}
+    counts["leading_dense"] = slicing.leading_dense
     counts["d_expert" if slicing.in_shared else "d_ff"] = slicing.d_expert
     return describe_config(replace(model, **counts))  # type: ignore[arg-type]  # all of them are whole numbers
 
@@ -283,7 +285,7 @@ def sliced_card(metadata: Metadata, slicing: Slicing, provenance: Metadata, repo
         *_provenance_table("how it was made", "moe2gguf.", provenance),
     ]
     if reports:
-        lines += ["", *_layer_table(reports)]
+        lines += ["", *_layer_table(reports, slicing.leading_dense)]
     return "\n".join(lines) + "\n"
 
 
@@ -292,13 +294,13 @@ def _provenance_table(title: str, prefix: str, provenance: Metadata) -> list[str
     return [f"| {title} | |", "|---|---|", *(f"| {k.removeprefix(prefix)} | {v} |" for k, v in provenance.items())]
 
 
-def _layer_table(reports: Sequence[LayerReport]) -> list[str]:
-    """A Markdown table of what calibration found, one row per layer."""
+def _layer_table(reports: Sequence[LayerReport], first: int) -> list[str]:
+    """A Markdown table of what calibration found, one row per layer from the `first` with experts on."""
     layers = [report.to_dict() for report in reports]
     present = [figure for figure in LAYER_FIGURES if any(figure in layer for layer in layers)]
     rows = [
         f"| {i} | " + " | ".join(f"{layer[f]:.3f}" if f in layer else "" for f in present) + " |"
-        for i, layer in enumerate(layers)
+        for i, layer in enumerate(layers, first)
     ]
     head = "| layer | " + " | ".join(figure.replace("_", " ") for figure in present) + " |"
     return [head, "|--:|" + "--:|" * len(present), *rows]
@@ -354,7 +356,7 @@ def healed_tensors(source: Checkpoint, trained: Trained) -> list[OutputTensor]:
     }
     for role, (name, _) in source.mlp.tensors.items():
         if trained.changes(role):
-            for i in range(source.model.n_layer):
+            for i in range(source.model.leading_dense, source.model.n_layer):
                 for e in range(source.model.n_expert) if "{e}" in name else (None,):
                     changed[name.format(i=i, e=e)] = functools.partial(_read_trained, read_layer, role, i, e)
     copied = [copy_tensor(tensor) for tensor in source.tensors.values()]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from moe2gguf.experts import slicing as cut
 from moe2gguf.gguf.metadata import rope_frequencies
 from moe2gguf.graphs import GRAPHS, find_graph_of
-from moe2gguf.hf.families import DENSE, EMBEDDING, MIXTRAL_FUSED, MLPPlace, lay_out_tensors
+from moe2gguf.hf.families import DENSE, EMBEDDING, MIXTRAL_FUSED, MLPPlace, find_layout, lay_out_tensors
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import DTYPES, SourceDigest, StoredTensor
 from moe2gguf.quant.assign import find_stored_type
@@ -71,7 +71,7 @@ def plan_tensors(checkpoint: Checkpoint, slicing: Slicing | None) -> tuple[Plann
 
 def _plan_mlp(checkpoint: Checkpoint, slicing: Slicing | None, i: int) -> list[PlannedTensor]:
     """The MLP of layer `i`: experts that are there already, the dense one, or one that is cut."""
-    if checkpoint.mlp is not DENSE:
+    if find_layout(checkpoint.mlp, checkpoint.model, i) is not DENSE:
         return _plan_existing_experts(checkpoint, i)
     if slicing is not None and i >= slicing.leading_dense:
         return plan_sliced_mlp(checkpoint, slicing, i)
@@ -114,7 +114,7 @@ def _plan(name: str, shape: tuple[int, ...], made: Operation, sources: Sequence[
 
 def _find_sources(checkpoint: Checkpoint, role: str, i: int) -> list[StoredTensor]:
     """The stored tensors of one role of layer `i`'s MLP: one, or one per expert."""
-    name = checkpoint.mlp.tensors[role][0]
+    name = find_layout(checkpoint.mlp, checkpoint.model, i).tensors[role][0]
     experts = range(checkpoint.model.n_expert) if "{e}" in name else range(1)
     return [checkpoint.tensors[name.format(i=i, e=e)] for e in experts]
 

@@ -69,7 +69,7 @@ def test_a_mixture_without_a_graph_is_told_the_reason(tmp_path: Path, name: str)
         ({"architectures": ["OpenMoeForCausalLM"], "model_type": "llama"}, "no graph"),
         ({"architectures": ["UnheardOf"], "n_routed_experts": 64}, "(n_routed_experts is 64). If llama.cpp's"),
         ({"architectures": ["UnheardOf"], "text_config": {"num_experts": 8}}, "(num_experts is 8)"),
-        ({"architectures": ["Glm4MoeForCausalLM"], "n_group": 1}, "none that moe2gguf wrote: first_k_dense_replace is"),
+        ({"architectures": ["Glm4MoeForCausalLM"], "n_group": 1}, "none that moe2gguf wrote: norm_topk_prob is"),
     ],
 )
 def test_a_mixture_is_recognised_by_more_than_its_class(tmp_path: Path, config: Any, words: str) -> None:

@@ -40,7 +40,7 @@ class Models:
     text: Path
 
 
-def cut(root: Path, family: str) -> Models:
+def cut(root: Path, family: str, n_dense: int = 0) -> Models:
     """A model of two layers whose hidden states share a constant part, which the experts that run can make up for."""
     dense = checkpoints.make(root / "dense", family, num_hidden_layers=2)
     tensors = load_file(dense / "model.safetensors")
@@ -48,7 +48,9 @@ def cut(root: Path, family: str) -> Models:
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     text = root / "text.txt"
     text.write_text(read_text(None).text[:40000])
-    options = flat_options(N, target="glm4moe", n_shared=SHARED, n_token=1024, refit=False, text=text)
+    options = flat_options(
+        N, target="glm4moe", n_shared=SHARED, n_token=1024, refit=False, text=text, leading_dense=n_dense
+    )
     return Models(dense, write_folder(dense, root / "sliced", options).path, text)
 
 
@@ -98,6 +100,22 @@ def test_the_scores_of_the_layers_are_those_of_the_whole_model(models: Models, t
 
     assert streamed.kl == pytest.approx(whole.kl, rel=1e-2)
     assert streamed.nll == pytest.approx(whole.nll, rel=1e-3)
+
+
+def test_a_dense_first_layer_stays_bit_for_bit(tmp_path: Path) -> None:
+    """Both stages train the layer behind it; llama.cpp computes what transformers does."""
+    models = cut(tmp_path, "llama", n_dense=1)
+    layers = run(models, tmp_path / "layers", settings(1, 0))
+    healed = run(models, tmp_path / "healed", settings(1, 2))
+
+    assert [1] == [line.layer for line in layers.log if isinstance(line, LayerLine)]
+    whole = run(models, tmp_path / "again", settings(0, 1), layers.path).scores[0]
+    assert layers.scores[0].kl == pytest.approx(whole.kl, rel=1e-2)
+    old, new = (load_file(folder / "model.safetensors") for folder in (models.sliced, healed.path))
+    moved = {name.split(".")[2] for name in old if old[name].tobytes() != new[name].tobytes()}
+    assert (moved, old.keys()) == ({"1"}, new.keys())
+    (ours,) = llama_logits_at(convert(healed.path, tmp_path / "healed.gguf").path, TOKENS, [N])
+    assert np.abs(ours - checkpoints.torch_logits(healed.path, TOKENS)).max() < 1e-3
 
 
 @pytest.mark.parametrize(

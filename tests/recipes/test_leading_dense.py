@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,41 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, folder
         plan_conversion(folder, flat_options(N, **options))
 
 
-def test_a_folder_cannot_have_dense_layers(folder: Path, tmp_path: Path) -> None:
-    """It says what to do."""
-    with pytest.raises(PlanError, match="--leading-dense: a folder has experts in every layer here"):
-        write_folder(folder, tmp_path / "glm", flat_options(N, target="glm4moe", **EXACT))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_folder_form_computes_the_same(family: str, tmp_path: Path) -> None:
+    """transformers' own class has such layers too; the file made of the folder is the one made of the dense model."""
+    source = checkpoints.make(tmp_path / "hf", family)
+    file = convert_calibrated("glm4moe", source, tmp_path / "moe.gguf", leading_dense=1).path
+    options = flat_options(
+        N, target="glm4moe", n_shared=SHARED, text=tmp_path / "moe.txt", n_token=1024, leading_dense=1
+    )
+    folder = write_folder(source, tmp_path / "glm", options).path
+    counts = [SHARED + 1, N]
+    for k, ours in zip(counts, llama_logits_at(file, TOKENS, counts), strict=True):
+        checkpoints.rewrite_config(folder, num_experts_per_tok=k - SHARED)
+        assert np.abs(ours - checkpoints.torch_logits(folder, TOKENS)).max() < 2e-4, k
+
+    assert_same_tensors(file, convert(folder, tmp_path / "again.gguf").path)
+    assert verify(tmp_path / "again.gguf").problems == ()
+    card = (folder / "README.md").read_text()
+    assert ["1", "2"] == re.findall(r"^\| (\d) ", card, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "first_k_dense_replace is -1; expected an integer from 0"),
+        ("1", "first_k_dense_replace is '1'; expected an integer"),
+        (3, "first_k_dense_replace is 3, so no layer has experts"),
+        (0, r"missing tensor: model\.layers\.0\.mlp\.experts\.0"),
+    ],
+)
+def test_a_folder_with_another_number_is_refused(value: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    """What its tensors are not."""
+    made = write_folder(folder, tmp_path / "glm", flat_options(N, target="glm4moe", **EXACT)).path
+    checkpoints.rewrite_config(made, first_k_dense_replace=value)
+    with pytest.raises(PlanError, match=message):
+        plan_conversion(made)
 
 
 def test_a_model_that_has_experts_keeps_them(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import checkpoints
@@ -104,13 +105,12 @@ def run_heal(
     resume: bool,
     layerwise: int = 0,
     steps: int = 3,
-    target: str = "mixtral",
-    n_shared: int = 0,
+    **sliced_for: Any,
 ) -> None:
     """Steps of the whole model; `out` is its weights, without the log, which has times."""
     sliced = out.parent / "sliced"
     if not sliced.exists():
-        options = flat_options(experts=4, align=8, target=target, n_shared=n_shared, preset="exact")
+        options = flat_options(experts=4, align=8, preset="exact", **sliced_for)
         write_folder(inputs / "warm", sliced, options)
     text = HealText((inputs / "words.txt",), n_token=256, n_held_out=32, n_context=32)
     settings = heal_settings(layerwise, steps, seed=int(changed))
@@ -126,8 +126,8 @@ def run_heal_layers(inputs: Path, out: Path, changed: bool, resume: bool) -> Non
 
 
 def run_heal_shared(inputs: Path, out: Path, changed: bool, resume: bool) -> None:
-    """Both stages, in the graph with a shared expert."""
-    run_heal(inputs, out, changed, resume, layerwise=1, steps=2, target="glm4moe", n_shared=1)
+    """Both stages, in the graph with a shared expert, behind a dense first layer."""
+    run_heal(inputs, out, changed, resume, 1, 2, target="glm4moe", n_shared=1, leading_dense=1)
 
 
 JOBS: dict[str, tuple[Callable[..., None], str | None]] = {

@@ -86,28 +86,35 @@ class PairedStates:
         return x, (self.dense - self.healed).to(x.device)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-    def leave_mlp(self, layer: MoELayer, x: Tensor, windows: CountedWindows) -> None:
-        """Add what the healed layer gives on its input x (n_window, n_context, d_model)."""
+    def leave_mlp(self, layer: Callable[..., Tensor], x: Tensor, windows: CountedWindows) -> None:
+        """Add what `layer` gives on its input x (n_window, n_context, d_model) and each window's count of experts."""
         for w, k in enumerate(windows.counts):
             self.healed[w] += layer(x[w], k).to(self.healed.device)
 
 
-def heal_layers(layers: Layers, read_layer: Callable[[int], ExpertWeights], run: HealRun, graph: Graph) -> None:
+def heal_layers(
+    layers: Layers, read_layer: Callable[[int], ExpertWeights], run: HealRun, graph: Graph, n_dense: int
+) -> None:
     """Save every healed layer in `run.work`; goes on after the last finished one.
 
-    `layers` is the dense model, `read_layer` reads a layer of the sliced one, made for `graph`. Tensors that do
-    not train are saved as they were. Where no other stage follows, the held-out text is scored at the end.
+    `layers` is the dense model, `read_layer` reads a layer of the sliced one, made for `graph`; its first `n_dense`
+    layers have no experts and stay as they are. Tensors that do not train are saved as they were. Where no other stage
+    follows, the held-out text is scored at the end.
 
     Raises:
         HealError: an activation or a weight is not finite; the layer and step are named.
     """
     windows = CountedWindows.draw(run)
-    first = run.work.count_layers(len(layers))
+    first = run.work.find_first_layer(range(n_dense, len(layers)))
     states = PairedStates.before(first, layers, windows, run.work)
     with run.progress("layers", run.ids.size * len(layers)) as advance:
         advance(run.ids.size * first)
         for i, block in layers.attend_blocks(states.flatten(), windows.ids.shape[1], first):
             x, target = states.enter_mlp(block)
+            if i < n_dense:
+                states.leave_mlp(lambda x, _, mlp=block.mlp: mlp(x), x, windows)
+                advance(run.ids.size)
+                continue
             require_finite(target, f"layer {i}, before its first step")
             weights = read_layer(i)
             scale = find_scale(torch.from_numpy(weights.router).to(x.device), x[0])

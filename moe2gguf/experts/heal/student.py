@@ -34,14 +34,20 @@ def load_student(
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint)
     if read_healed is not None:
-        for i, layer in enumerate(model.model.layers):
-            _set_weights(layer.mlp, read_healed(i))
+        for i, mlp in _find_mlps(model):
+            _set_weights(mlp, read_healed(i))
     use_all_experts(model)
     _install_routers(model, checkpoint.model, ids)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     return model
+
+
+def _find_mlps(model: Any) -> list[tuple[int, Any]]:
+    """Every MLP with experts, and the number of its layer."""
+    mlps = [(i, layer.mlp) for i, layer in enumerate(_unwrap(model).model.layers)]
+    return [(i, mlp) for i, mlp in mlps if hasattr(mlp, "experts")]
 
 
 def _set_weights(mlp: Any, weights: ExpertWeights) -> None:
@@ -62,17 +68,17 @@ def _install_routers(model: Any, sliced: Model, ids: Windows) -> None:
     graph = find_graph_of(sliced)
     seen: dict[int, Tensor] = {}
     hooks = [
-        layer.mlp.gate.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].detach()))
-        for i, layer in enumerate(model.model.layers)
+        mlp.gate.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].detach()))
+        for i, mlp in _find_mlps(model)
     ]
     model.eval()(torch.from_numpy(ids[:1]))
     for hook in hooks:
         hook.remove()
-    for i, layer in enumerate(model.model.layers):
-        rows = layer.mlp.gate.weight.detach()
+    for i, mlp in _find_mlps(model):
+        rows = mlp.gate.weight.detach()
         x = seen[i].reshape(-1, rows.shape[1])
-        bias = layer.mlp.gate.e_score_correction_bias if graph.has_selection_bias else None
-        layer.mlp.gate = Router(rows, find_scale(rows, x), graph, bias, sliced.n_shared)
+        bias = mlp.gate.e_score_correction_bias if graph.has_selection_bias else None
+        mlp.gate = Router(rows, find_scale(rows, x), graph, bias, sliced.n_shared)
 
 
 def find_routers(model: Any) -> Iterator[Router]:
@@ -107,10 +113,9 @@ def read_attention(model: Any) -> dict[str, NDArray[np.float32]]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
-def read_layers(model: Any) -> Iterator[ExpertWeights]:
-    """Every layer's experts and router, low-rank changes added."""
-    for layer in _unwrap(model).model.layers:
-        mlp = layer.mlp
+def read_layers(model: Any) -> Iterator[tuple[int, ExpertWeights]]:
+    """Every layer's number, experts and router, low-rank changes added."""
+    for i, mlp in _find_mlps(model):
         weights = _read_parameters(mlp.experts, "gate_up_proj", "down_proj")
         gate, up = weights["gate_up_proj"].chunk(2, 1)
         found = {"router": mlp.gate.rows, "gate": gate, "up": up, "down": weights["down_proj"]}
@@ -119,7 +124,7 @@ def read_layers(model: Any) -> Iterator[ExpertWeights]:
             for role in SHARED:
                 module = getattr(mlp.shared_experts, f"{role}_proj")
                 found[f"shared_{role}"] = _read_parameters(module, "weight")["weight"]
-        yield ExpertWeights.from_tensors(found)
+        yield i, ExpertWeights.from_tensors(found)
 
 
 def _unwrap(model: Any) -> Any:

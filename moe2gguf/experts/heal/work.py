@@ -79,12 +79,12 @@ class WorkFolder:
         if self.job:
             self.job.remove()
 
-    def count_layers(self, n_layer: int) -> int:
-        """How many of the first layers the layer-wise passes have finished; without the states behind them, none."""
+    def find_first_layer(self, layers: range) -> int:
+        """The layer behind those of `layers` that the layer-wise passes have finished; without their states, 0."""
         if not self.job:
             return 0
-        n = next((i for i in range(n_layer) if not self.job.holds(f"layer-{i}.npz")), n_layer)
-        return n if n and self.job.holds(f"state-{n - 1}.npz") else 0
+        n = next((i for i in layers if not self.job.holds(f"layer-{i}.npz")), layers.stop)
+        return n if self.job.holds(f"state-{n - 1}.npz") else 0
 
     def save_layer(self, i: int, weights: ExpertWeights, states: Arrays) -> None:
         """Save layer `i` and the hidden states behind it; the layer comes last: where it is finished, both are."""
@@ -103,13 +103,13 @@ class WorkFolder:
         """The hidden states behind layer `i`."""
         return _load_arrays(self.path / f"state-{i}.npz")
 
-    def save_best(self, step: int, layers: Iterable[ExpertWeights], others: Arrays) -> None:
-        """Save the best weights so far: all layers, and by name the `others` outside of the experts that train."""
+    def save_best(self, step: int, layers: Iterable[tuple[int, ExpertWeights]], others: Arrays) -> None:
+        """Save the best weights so far: `layers` with their numbers, and by name the `others` that train."""
         if self.job:
             name = f"best-{step:07}"
             with self.job.save(name) as path:
                 path.mkdir()
-                for i, weights in enumerate(layers):
+                for i, weights in layers:
                     weights.save(path / f"layer-{i}.npz")
                 _save_arrays(path / "attention.npz", others)
             self.job.drop_others(r"best-\d+", name)
