@@ -110,12 +110,7 @@ def run_program(arguments: list[str]) -> int:
         cli(arguments, standalone_mode=False, prog_name="moe2gguf")
         sys.stdout.flush()
     except click.exceptions.Abort as abort:
-        cause = abort.__cause__
-        kept = [str(cause)] if isinstance(cause, Interrupted) else []
-        said = "; ".join([*kept, *_list_notes(cause)]) or "no unfinished file was kept"
-        click.echo(f"moe2gguf: interrupted; {said}", err=True)
-        terminated = isinstance(cause.__cause__ if isinstance(cause, Interrupted) else cause, Terminated)
-        return 143 if terminated else 130
+        return _tell_interrupt(abort.__cause__)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -128,6 +123,17 @@ def run_program(arguments: list[str]) -> int:
     except SystemExit as exit_:
         return int(exit_.code or 0)
     return 0
+
+
+def _tell_interrupt(cause: BaseException | None) -> int:
+    """Say what an interrupt left; the exit code is returned. An end of input, which click takes for one, is raised."""
+    if isinstance(cause, EOFError):
+        raise cause
+    kept = [str(cause)] if isinstance(cause, Interrupted) else []
+    said = "; ".join([*kept, *_list_notes(cause)]) or "no unfinished file was kept"
+    click.echo(f"moe2gguf: interrupted; {said}", err=True)
+    terminated = isinstance(cause.__cause__ if isinstance(cause, Interrupted) else cause, Terminated)
+    return 143 if terminated else 130
 
 
 def _list_notes(error: BaseException | None) -> list[str]:

@@ -111,6 +111,14 @@ def explained(repository: str) -> Iterator[None]:
         raise CheckpointError(f"{repository}: {words}") from error
 
 
+def require_login(repository: str) -> None:
+    """Raise OutputError where nobody is logged in, who could write to the repository."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise OutputError(f"{repository}: only who is logged in can write there: hf auth login")
+
+
 def upload_folder(folder: Path, repository: str, *, private: bool) -> str:
     """Send the files of `folder` to `repository` on the Hub, which is made if it is new, and return its page.
 

@@ -150,12 +150,17 @@ def require_reference(dense: str) -> None:
         HarnessError: llama.cpp is not installed, or cannot load `dense`.
     """
     if dense == "auto":
-        run_in_child(_require_llama, what="looking for llama.cpp")
+        require_llama()
     else:
         run_in_child(read_facts, Path(dense), what=f"reading {dense}")
 
 
-def _require_llama() -> None:
+def require_llama() -> None:
+    """Raise HarnessError where llama.cpp is not installed."""
+    run_in_child(_import, what="looking for llama.cpp")
+
+
+def _import() -> None:
     import_llama()
 
 

@@ -19,7 +19,7 @@ from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.llama.devices import Setup, choose_reference_device, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.measure.bench import Bench, Timing, time_grid
-from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums
+from moe2gguf.measure.check import KL_LIMIT, NOISE_FACTOR, reorder_sums, require_llama
 from moe2gguf.measure.cluster import measure_on_workers, require_workers
 from moe2gguf.measure.drafts import DraftGains, find_best_draft
 from moe2gguf.measure.grid import Measurement, RunConfig, list_notes, note_other_counts, plan_grid, plan_run
@@ -265,7 +265,7 @@ class _Runs:
 
     def __init__(self, settings: CompareSettings) -> None:
         self.settings = settings
-        self.journal = MeasurementJournal(settings.journal or cache_folder() / "compare.jsonl", settings.facts)
+        self.journal = _open_journal(settings)
 
     def answers(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Any, bool]]:
         """Yield every measurement with its answer (see `Answer`), as they come, and whether the journal had it."""
@@ -342,6 +342,23 @@ class Runner:
     def _setup(self, one: RunConfig) -> Setup:
         setup = Setup(n_context=self.settings.n_context, n_threads=self.settings.threads)
         return replace(place_on_device(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)
+
+
+def require_comparison(settings: CompareSettings) -> None:
+    """Find out, before files are made, whether they could be compared.
+
+    Raises:
+        HarnessError: llama.cpp is not installed.
+        OutputError: there is no place for finished rows or temporary files.
+    """
+    require_llama()
+    _open_journal(settings)
+    with temporary_folder():
+        pass
+
+
+def _open_journal(settings: CompareSettings) -> MeasurementJournal:
+    return MeasurementJournal(settings.journal or cache_folder() / "compare.jsonl", settings.facts)
 
 
 def cache_folder() -> Path:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import HarnessError, OutputError, PlanError, list_names
-from moe2gguf.gguf.outputs import require_place
+from moe2gguf.gguf.outputs import require_place, require_room
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.resume import Job, checksum_path, describe, describe_record
 from moe2gguf.hf import hub
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.measure.bench import Timing
-from moe2gguf.measure.compare import CompareSettings, compare
+from moe2gguf.measure.compare import CompareSettings, compare, require_comparison
 from moe2gguf.measure.report.card import CardFile, write_card
 from moe2gguf.measure.report.picture import require_picture, write_picture
 from moe2gguf.measure.results import Comparison, ResultRow
@@ -123,15 +123,20 @@ def publish(
     if source.model.n_expert:
         raise PlanError([f"{source.path}: has experts already; name the dense model they were cut from"])
     settings = replace(settings, options=complete_options(source, settings.options)[0])
-    variants = list_variants(source, settings, work)
-    require_plans(source.path, variants)
+    variants, dense_variants = list_variants(source, settings, work), list_dense(settings)
+    reference = {work / DENSE: Variant(DENSE, Options(dense=True))}
     _require_new(folder, work)
+    n_byte = measure_plans(source.path, variants)
+    n_byte += measure_plans(source.path, [*dense_variants, *reference.values()])
+    require_room(folder, n_byte, begun=[folder, work])
+    require_comparison(settings.quality)
+    if upload:
+        hub.require_login(upload)
 
     with Job(work, _describe_job(source, settings), resume=resume) as job, _make_folder(folder):
         # Make the variants, and the dense files to compare them with.
         ours = {folder / one.name: one for one in variants}
-        dense = {work / one.name: one for one in list_dense(settings)}
-        reference = {work / DENSE: Variant(DENSE, Options(dense=True))}
+        dense = {work / one.name: one for one in dense_variants}
         for path, one in (ours | reference | dense).items():
             _make(source.path, path, one, job, progress, on_plan)
 
@@ -186,12 +191,13 @@ def list_dense(settings: PublishSettings) -> list[Variant]:
     return [Variant(f"dense-{one.type.upper()}.gguf", Options(dense=True, types=one)) for one in types]
 
 
-def require_plans(model: Path, variants: Sequence[Variant]) -> None:
-    """Raise PlanError with what is wrong with any of the variants; nothing is read or written for it."""
+def measure_plans(model: Path, variants: Sequence[Variant]) -> int:
+    """The bytes of all variants. Raises PlanError with what is wrong with any of them; no weight is read for it."""
     refusals: dict[str, list[str]] = {}
+    n_byte = 0
     for one in variants:
         try:
-            plan_conversion(model, one.options)
+            n_byte += plan_conversion(model, one.options).file_size
         except PlanError as error:
             for line in error.refusals:
                 refusals.setdefault(line, []).append(one.name)
@@ -199,6 +205,7 @@ def require_plans(model: Path, variants: Sequence[Variant]) -> None:
         raise PlanError(
             [f"`moe2gguf convert {list_names(names, 1)}` is refused: {line}" for line, names in refusals.items()]
         )
+    return n_byte
 
 
 def _describe_job(source: Source, settings: PublishSettings) -> dict[str, str]:

@@ -21,6 +21,7 @@ from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.gguf.types import FLOATS
+from moe2gguf.measure.check import require_llama
 from moe2gguf.measure.grid import RunConfig, plan_run
 from moe2gguf.measure.metrics import as_json
 from moe2gguf.measure.trials import FINAL, Trial, Trials
@@ -131,6 +132,7 @@ def shrink(
     check_model_target(out, 1, [*source.own_files, *([settings.text] if settings.text else [])], force=force)
     fit, held_out = hold_out(read_sample(settings.text, 5 * DEFAULT_TOKENS))
     cache = _count_cache(source, wish)
+    require_llama()
     manifest = {"command": "shrink", "text": fit.digest, **{file.name: describe(file) for file in source.files}}
 
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,9 +53,13 @@ def find_experts(plan: Plan, inputs: Inputs, work: Path, progress: Progress, *, 
     model = open_calibration_model(plan.source)
     reports = _calibrate_on_text(plan, model, text, slicing, work, progress, resume=resume)
     load = functools.partial(LayerExperts.load, work)
-    if target := plan.options.calibration.save_to:
-        save_calibration(target, _describe(plan, text, slicing, model.identity), load)
-    return loaded_experts(load, tuple(reports), tuple(sorted(work.glob("layer-*.npz"))))
+
+    def finish() -> None:
+        if target := plan.options.calibration.save_to:
+            save_calibration(target, _describe(plan, text, slicing, model.identity), load)
+        shutil.rmtree(work)
+
+    return loaded_experts(load, tuple(reports), tuple(sorted(work.glob("layer-*.npz"))), finish)
 
 
 def require_own_calibration(plan: Plan, digest: SourceDigest) -> None:

@@ -3,8 +3,7 @@
 import functools
 import hashlib
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,8 +130,7 @@ def convert(
         threads=threads,
         progress=progress,
     )
-    if plan.calibration and not plan.saved:
-        shutil.rmtree(work)
+    experts.finish()
     return Conversion(path, plan, digest.hexdigest(source.tensors), experts.reports, n_reused)
 
 
@@ -163,16 +161,26 @@ def _check_targets(plan: Plan, out: Path, *, force: bool) -> None:
     require_kernels((tensor.type for tensor in fresh), importance=any(tensor.guided for tensor in fresh))
     read = [*plan.source.own_files, *plan.options.files]
     check_model_target(out, len(plan.files), read, force=force, size=plan.file_size)
+    check_kept(plan, list_model_paths(out, len(plan.files)), force=force)
+
+
+def check_kept(plan: Plan, written: Sequence[Path], *, force: bool) -> None:
+    """Refuse a place for the calibration that cannot be written, must not be replaced, or is one of those `written`.
+
+    Raises:
+        OutputError: as in `convert`.
+    """
     if kept := plan.options.calibration.save_to:
-        if os.path.realpath(kept) in {os.path.realpath(path) for path in list_model_paths(out, len(plan.files))}:
+        if os.path.realpath(kept) in map(os.path.realpath, written):
             raise OutputError(f"{kept}: is the file to write already; keep the calibration under another name")
-        check_target(kept, read, force=force)
+        check_target(kept, [*plan.source.own_files, *plan.options.files], force=force)
 
 
 def _describe_job(plan: Plan, experts: ExpertSource) -> dict[str, str]:
     """Everything that decides the bytes of the file."""
     kinds = {tensor.type for tensor in plan.tensors}
-    job = describe_job("convert", plan.options, plan.source.files, plan.header, kinds)
+    options = replace(plan.options, calibration=replace(plan.options.calibration, save_to=None))
+    job = describe_job("convert", options, plan.source.files, plan.header, kinds)
     parts = [hashlib.sha256(path.read_bytes()).digest() for path in experts.files]
     return job | ({"calibrated experts": hashlib.sha256(b"".join(parts)).hexdigest()} if parts else {})
 

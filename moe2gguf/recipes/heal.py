@@ -14,6 +14,7 @@ from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.heal.work import ExpertWeights, HealRun, Log, WorkFolder
 from moe2gguf.experts.text import Text, read_sample, tokenize_windows
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
+from moe2gguf.gguf.outputs import require_room
 from moe2gguf.gguf.resume import Job, describe, describe_record
 from moe2gguf.graphs import find_graph_of
 from moe2gguf.hf.folder import Checkpoint, open_checkpoint
@@ -102,6 +103,7 @@ def heal(
     check_folder_target(out, [student, teacher, *text.files, *held_out], force=force)
     sliced, dense = _open(student), _open(teacher)
     require_fit(sliced, dense, settings)
+    require_room(out, sum(tensor.n_bytes for tensor in sliced.tensors.values()))
     data = read_windows(sliced, text)
     folder, manifest = out.with_name(out.name + ".heal"), make_manifest(sliced, dense, data, settings)
     with Job(folder, manifest, resume=resume) if is_main() else nullcontext() as job:

@@ -8,7 +8,6 @@ https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,13 +34,13 @@ from moe2gguf.hf.write_config import GROUPED_ROW_BYTES, describe_config
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.imatrix_match import Guidance
 from moe2gguf.recipes.calibrate import find_experts, require_own_calibration
-from moe2gguf.recipes.convert import Conversion
+from moe2gguf.recipes.convert import Conversion, check_kept
 from moe2gguf.recipes.inputs import read_inputs
 from moe2gguf.recipes.options import Options
 from moe2gguf.recipes.outputs import output_tensors
 from moe2gguf.recipes.plan import Plan, find_target, make_plan
 from moe2gguf.recipes.source import open_source
-from moe2gguf.recipes.tensors import ExpertSource
+from moe2gguf.recipes.tensors import ExpertSource, plain_experts
 from moe2gguf.recipes.tensors_hf import BLOCK_BYTES, ROLES, plan_sliced_mlp
 from moe2gguf.recipes.write_folder import MARK, check_folder_target, to_json, write_hf_folder
 from moe2gguf.spec import Metadata, MetadataValue, Model, Slicing
@@ -113,15 +112,17 @@ def write_folder(
     if found or plan.slicing is None or not isinstance(source, Checkpoint):
         raise PlanError(found)
     on_plan(plan)
-    check_folder_target(out, [source.folder, *options.files], force=force)
+    planned = folder_tensors(plan, source, plan.slicing, plain_experts(plan.model, plan.slicing), SourceDigest())
+    size = sum(tensor.n_bytes for tensor in planned)
+    check_folder_target(out, [source.folder, *options.files], force=force, size=size)
+    check_kept(plan, [out], force=force)
     work = out.with_name(out.name + ".calibration")
     experts = find_experts(plan, inputs, work, progress, resume=resume)
     digest = SourceDigest()
     tensors = folder_tensors(plan, source, plan.slicing, experts, digest)
     make_texts = functools.partial(_describe_sliced, plan, source, plan.slicing, digest, experts.reports)
     write_hf_folder(out, tensors, source.folder, make_texts, progress=progress)
-    if plan.calibration and not plan.saved:
-        shutil.rmtree(work)
+    experts.finish()
     return Conversion(out, plan, digest.hexdigest(source.tensors), experts.reports)
 
 

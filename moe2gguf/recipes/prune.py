@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.gguf.outputs import check_model_target
 from moe2gguf.gguf.set_used import require_count
 from moe2gguf.gguf.shards import lay_out_files, read_model
-from moe2gguf.gguf.writer import write_model
+from moe2gguf.gguf.writer import Files, write_model
 from moe2gguf.limits import MAX_EXPERTS
 from moe2gguf.llama.child import stream_from_child
 from moe2gguf.llama.devices import Setup, place_on_device, require_devices
@@ -142,27 +143,24 @@ def prune(
     tensors = _require_tensors(file, counts)
     if (n_used := _choose_used(counts, options)) != counts.n_used:
         require_count(file, replace(counts, n_expert=options.keep), n_used)
-    check_model_target(out, 1, file.files, force=force)
     require_devices([device])
 
-    # Score the experts of every layer on a text, and keep the best.
-    text, sums = text or read_text(), dict[int, LayerSums]()
+    # Lay the file out as if the first experts stayed, which takes the same room, and see that it can be written.
+    text, sums, n_kept = text or read_text(), dict[int, LayerSums](), options.keep - counts.n_shared
+    lay_out = partial(_lay_out, file, counts, tensors, options, text, shard_size)
+    files = lay_out({i: [*range(n_kept)] for i in tensors.layers})
+    size = sum(layout.file_size for _, layout in files)
+    check_model_target(out, len(files), file.files, force=force, size=size)
+
+    # Score the experts of every layer on the text, and keep the best.
     if options.score != "random":
         setup = Setup(n_context=options.n_context, n_threads=threads)
         sums = _watch(file.path, place_on_device(setup, device), text, options.n_token, progress)
     scores = score_layers(tensors, sums, options)
-    kept = {i: keep_best(score, options.keep - counts.n_shared, n_group) for i, score in scores.items()}
+    kept = {i: keep_best(score, n_kept, n_group) for i, score in scores.items()}
 
     # Copy what stays of every tensor, write, verify and name the file.
-    metadata = {
-        **_change_metadata(file, counts, tensors, options.keep, n_used),
-        **_record(file, counts, options, text, kept),
-    }
-    kinds = file.kinds_of(metadata)
-    outputs = [copy_tensor(file, name, kept.get(tensors.layer_of.get(name, -1))) for name in file.tensors]
-    files = lay_out_files(metadata, outputs, kinds, shard_size)
-    check_model_target(out, len(files), file.files, force=force)
-    path, _ = write_model(out, files, threads=threads, progress=progress)
+    path, _ = write_model(out, lay_out(kept), threads=threads, progress=progress)
     unseen = () if options.score == "random" else [i for i in kept if i not in sums]
     notes = [f"layer {i} did not run, so its experts have no score: the first ones stay" for i in unseen]
     return Pruning(
@@ -172,8 +170,26 @@ def prune(
         options=options,
         kept=kept,
         dropped={i: _measure_loss(one, kept[i]) for i, one in sums.items() if i in kept},
-        notes=(*notes, *_note_louder(file, counts, options.keep - counts.n_shared, n_used)),
+        notes=(*notes, *_note_louder(file, counts, n_kept, n_used)),
     )
+
+
+def _lay_out(
+    file: GGUFFile,
+    counts: ExpertCounts,
+    tensors: ExpertTensors,
+    options: PruneOptions,
+    text: Text,
+    shard_size: int | None,
+    kept: Kept,
+) -> Files:
+    """What stays of every tensor, and where it stands."""
+    metadata = {
+        **_change_metadata(file, counts, tensors, options.keep, _choose_used(counts, options)),
+        **_record(file, counts, options, text, kept),
+    }
+    outputs = [copy_tensor(file, name, kept.get(tensors.layer_of.get(name, -1))) for name in file.tensors]
+    return lay_out_files(metadata, outputs, file.kinds_of(metadata), shard_size)
 
 
 def score_layers(tensors: ExpertTensors, sums: Mapping[int, LayerSums], options: PruneOptions) -> dict[int, Floats]:

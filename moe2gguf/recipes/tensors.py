@@ -172,11 +172,13 @@ class ExpertSource:
     layer    gives the experts of a layer
     reports  what the calibration found about each layer, if there was one
     files    the files that `layer` reads, which are part of what decides the bytes of the result
+    finish   is called when the result is written: it keeps a new calibration where that is wanted, and removes `files`
     """
 
     layer: Callable[[int], LayerExperts]
     reports: tuple[LayerReport, ...] = ()
     files: tuple[Path, ...] = ()
+    finish: Callable[[], None] = lambda: None
 
 
 def plain_experts(model: Model, slicing: Slicing | None) -> ExpertSource:
@@ -217,10 +219,13 @@ def plan_projection(slicing: Slicing, d_model: int, role: str, i: int) -> list[t
 
 
 def loaded_experts(
-    load: Callable[[int], LayerExperts], reports: tuple[LayerReport, ...], files: tuple[Path, ...]
+    load: Callable[[int], LayerExperts],
+    reports: tuple[LayerReport, ...],
+    files: tuple[Path, ...],
+    finish: Callable[[], None] = lambda: None,
 ) -> ExpertSource:
     """Experts that `load` reads from `files`; the last two layers are kept, for their four tensors ask one by one."""
-    return ExpertSource(functools.lru_cache(maxsize=2)(load), reports, files)
+    return ExpertSource(functools.lru_cache(maxsize=2)(load), reports, files, finish)
 
 
 def make_unsourced(made: Unsourced, experts: ExpertSource) -> NDArray[np.float32]:

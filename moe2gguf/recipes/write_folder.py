@@ -31,12 +31,12 @@ MARK = "moe2gguf"
 """The key of config.json that says what made the folder; only folders with it are ever replaced."""
 
 
-def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> None:
-    """Refuse a target that must not be replaced or cannot be written.
+def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool, size: int = 0) -> None:
+    """Refuse a target of `size` bytes that must not be replaced or cannot be written.
 
     Raises:
         OutputError: it is or holds one of the `sources`, exists and `force` is off, is no folder that this program
-            wrote, or its parent is missing or read-only.
+            wrote, or its parent is missing, read-only or too full.
     """
     check_outputs({str(out): out}, sources, force=force)
     if out.exists() or out.is_symlink():
@@ -46,6 +46,7 @@ def check_folder_target(out: Path, sources: Sequence[Path], *, force: bool) -> N
             raise OutputError(f"{out}: exists and was not written by moe2gguf; choose another name")
         if _old_path(out).exists():
             raise OutputError(f"{_old_path(out)}: is in the way of replacing {out.name}; remove it, or rename it")
+    require_room(out, size)
 
 
 def _old_path(out: Path) -> Path:

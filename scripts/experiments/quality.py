@@ -97,7 +97,8 @@ def by_slicer(slicer: Callable[[int], Slicer], *, refit: bool = False, all_share
             if all_shared:
                 slicing = replace(slicing, method=replace(slicing.method, group="activations", n_shared=k))
             _calibrate(run, plan, slicing, work, slicer(k))
-            return loaded_experts(functools.partial(LayerExperts.load, work), (), ())
+            load, finish = functools.partial(LayerExperts.load, work), functools.partial(shutil.rmtree, work)
+            return loaded_experts(load, (), (), finish)
 
         convert(run.model, out, run.options(k, refit=refit), threads=run.threads, find_experts=find_experts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,19 @@ from command import moe2gguf
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.outputs import write_whole
+from moe2gguf.measure.check import require_llama
 
 resource = pytest.importorskip("resource")
 
-HF, MOE, OUT, TEXT = "HF", "MOE", "OUT", "TEXT"
+HF, MOE, FILE, OUT, TEXT, KEPT = "HF", "MOE", "FILE", "OUT", "TEXT", "KEPT"
+CALIBRATED = f"--experts 4 --used 2 --calibration {TEXT} --calibration-tokens 1024"
 LINES = {
     "folder": f"convert {HF} {OUT} --experts 4 --format hf",
     "dense folder": f"densify {MOE} {OUT}",
-    "calibration": f"convert {HF} {OUT} --experts 4 --used 2 --calibration {TEXT} --calibration-tokens 1024",
+    "calibration": f"convert {HF} {OUT} {CALIBRATED}",
+    "kept calibration": f"convert {HF} {OUT} {CALIBRATED} --save-calibration {KEPT}",
+    "calibrated folder": f"convert {HF} {OUT} {CALIBRATED} --format hf",
+    "pruning": f"prune {FILE} {OUT} --keep 2 --tokens 64 --context 32",
     "shrink": f"shrink {HF} {OUT} --quality 2 --types q8_0 --text {TEXT}",
     "healing": f"heal {MOE} {OUT} --teacher {HF} --text {TEXT} --used-range 2 --tokens 1024 --layerwise 0 --steps 1",
 }
@@ -34,28 +40,35 @@ LINES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What stands for the words in capitals."""
+    require_llama()  # its process is there before a limit that it would inherit
     folder = tmp_path_factory.mktemp("full")
     hf = checkpoints.make(folder / "hf", hidden_size=32, intermediate_size=256, num_hidden_layers=1)
     assert 0 == moe2gguf("convert", hf, folder / "moe", "--experts", 4, "--format", "hf").returncode
     (folder / "text.txt").write_text("hello the world " * 800)
-    return {HF: hf, MOE: folder / "moe", TEXT: folder / "text.txt"}
+    file = tiny_gguf.write_gguf(folder / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))
+    return {HF: hf, MOE: folder / "moe", FILE: file, TEXT: folder / "text.txt"}
 
 
 @contextmanager
 def limit_files(n_byte: int) -> Iterator[None]:
-    """No file of this process grows over `n_byte` bytes, which it meets as it would meet a full disk."""
+    """No file of this process grows over `n_byte` bytes, which it meets as it would meet a full disk.
+
+    Python writes no compiled modules meanwhile, for it would not notice that they are cut.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_byte, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "dont_write_bytecode", True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_byte, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 def test_a_full_disk_is_one_sentence(line: str, files: dict[str, Path], tmp_path: Path) -> None:
     """Whatever writes the file: Python, NumPy or safetensors."""
-    words = {**files, OUT: tmp_path / "out"}
+    words = {**files, OUT: tmp_path / "out", KEPT: tmp_path / "kept"}
 
     with limit_files(4096):
         done = moe2gguf(*(words.get(word, word) for word in line.split()))
@@ -66,21 +79,58 @@ def test_a_full_disk_is_one_sentence(line: str, files: dict[str, Path], tmp_path
     assert os.strerror(errno.EFBIG) in message
     assert 1 == message.count("\n")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize("kind", ["folder", "dense folder", "calibration"])
+ROOM = (
+    "folder",
+    "dense folder",
+    "calibration",
+    "calibrated folder",
+    "pruning",
+    "healing",
+    "publication",
+)
+
+
+@pytest.mark.parametrize("kind", ROOM)
 def test_what_does_not_fit_is_known_before_anything_is_made(
     kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How much is needed is said; a calibration, which takes long, does not begin."""
+    """How much is needed is said; what takes long, such as a calibration, does not begin."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     words = {**files, OUT: tmp_path / "out"}
 
-    done = moe2gguf(*(words.get(word, word) for word in LINES[kind].split()))
+    line = {**LINES, "publication": f"publish {HF} {OUT} --experts 4 --used 2 --types q8_0"}[kind]
+    done = moe2gguf(*(words.get(word, word) for word in line.split()))
 
     assert 1 == done.returncode
     assert f"moe2gguf: {tmp_path}: 10,000 bytes are free, out needs " in done.stderr
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["gguf", "hf"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_calibration_whose_file_failed_goes_on(
+    form: str, error: BaseException, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same command, which needs no --force: the calibration is kept when the file is written."""
+    words = {**files, OUT: tmp_path / "out", KEPT: tmp_path / "kept"}
+    line = [str(words.get(word, word)) for word in f"{LINES['kept calibration']} --format {form}".split()]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "moe2gguf.gguf.resume.Job.record" if form == "gguf" else "moe2gguf.recipes.write_folder.check_blocks", fail
+        )
+        assert {130, 1} & {moe2gguf(*line).returncode}
+    monkeypatch.setattr("moe2gguf.experts.calibration.slice_layer", fail)
+
+    done = moe2gguf(*line)
+
+    assert (0, ["kept", "out"]) == (done.returncode, sorted(path.name for path in tmp_path.iterdir())), done.stderr
 
 
 @pytest.fixture
@@ -129,19 +179,30 @@ def test_token_ids_that_cannot_be_compared_are_a_warning(
     assert "token ids were not compared with the folder's tokenizer: no temporary folder can be made" in done.stderr
 
 
-@pytest.mark.parametrize("more", [[], ["--types", "q8_0"]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare MOE --reference MOE",
+        "compare MOE --reference MOE --types q8_0",
+        f"publish {HF} {OUT} --experts 4 --types q8_0",
+    ],
+)
 def test_a_cache_that_cannot_be_written_is_said_at_once(
-    more: list[str], sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, files: dict[str, Path], sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first measurement, not when its row is to be kept."""
+    """Before the first measurement or file, not when its row is to be kept."""
+    (tmp_path / "cache").mkdir()
     monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path).name != "cache")
+    words = {**files, "MOE": sliced, OUT: tmp_path / "out"}
 
-    done = moe2gguf("compare", sliced, "--reference", sliced, *more)
+    done = moe2gguf(*(words.get(word, word) for word in line.split()))
 
     assert 1 == done.returncode
-    assert f": {tmp_path} is not writable; choose another place, or set MOE2GGUF_CACHE to one\n" in done.stderr
-    assert ["moe.gguf"] == [path.name for path in tmp_path.iterdir()]
+    assert (
+        f": {tmp_path / 'cache'} is not writable; choose another place, or set MOE2GGUF_CACHE to one\n" in done.stderr
+    )
+    assert ["cache", "moe.gguf"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_a_disk_that_fails_at_the_flush_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,14 @@ def test_a_new_file_in_place_of_an_earlier_one_is_named(
     assert (130, f"moe2gguf: interrupted; {fill_in(said, words)}") == run(f"{line} --force", words)
 
 
+def test_a_defect_is_not_taken_for_an_interrupt(words: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As is an end of input, which a broken installation gives: it keeps its traceback."""
+    stop(monkeypatch, "recipes.convert.write_model", EOFError)
+
+    with pytest.raises(EOFError):
+        run(f"convert {HF} {OUT} --experts 4", words)
+
+
 def test_a_folder_that_is_not_complete_is_not_said_to_be_written(
     words: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from moe2gguf import (
     convert,
     publish,
 )
-from moe2gguf.errors import OutputError, PlanError
+from moe2gguf.errors import HarnessError, OutputError, PlanError
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.hf.hub import upload_folder
@@ -231,6 +231,32 @@ def test_the_command_sends_the_folder(model: Path, tmp_path: Path, monkeypatch: 
         assert files == hub.repositories["me/tiny"]
         assert 1 == sum(line.startswith("PUT") for line in hub.log)
         _send_again(hub, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("huggingface_hub.get_token", "me/tiny: only who is logged in can write there: hf auth login"),
+        ("moe2gguf.measure.check.run_in_child", "llama.cpp is not installed"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_made(
+    missing: str, said: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may send the folder, and what measures its files."""
+
+    def find(*_: object, **__: object) -> str:
+        if "child" in missing:
+            raise HarnessError(said)
+        return ""
+
+    monkeypatch.setattr(missing, find)
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+
+    done = moe2gguf("publish", model, tmp_path / "out", "--upload", "me/tiny", "-e", 4)
+
+    assert (1, f"moe2gguf: {said}\n") == done[::2]
+    assert [] == [*tmp_path.iterdir()]
 
 
 def _send_again(hub: Hub, folder: Path) -> None:
