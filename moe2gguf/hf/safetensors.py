@@ -15,6 +15,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -72,11 +73,11 @@ class StoredTensor:
         `seen` is given the bytes piece by piece, as they are read.
 
         Raises:
-            CheckpointError: the file ends before the tensor does.
+            CheckpointError: the file cannot be read, or ends before the tensor does.
         """
         row_bytes = max(self.n_bytes // max(self.shape[0] if self.shape else 1, 1), 1)
         step = max(max_bytes // row_bytes, 1)
-        with self.file.open("rb", buffering=0) as file:
+        with _open(self.file) as file:
             file.seek(self.offset)
             n_row = self.shape[0] if self.shape else 1
             for start in range(0, n_row, step):
@@ -99,10 +100,20 @@ class StoredTensor:
         return not any(block.any() for block in self.blocks(PIECE))
 
 
-def _read_into(file: object, block: Array, tensor: StoredTensor, seen: Seen) -> None:
+def _open(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def _read_into(file: FileIO, block: Array, tensor: StoredTensor, seen: Seen) -> None:
     view = block.reshape(-1).view(np.uint8).data
     while view:
-        count = file.readinto(view[:PIECE])  # type: ignore[attr-defined]
+        try:
+            count = file.readinto(view[:PIECE])
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file}: cannot be read in {tensor.name} ({error.strerror})") from error
         if not count:
             raise CheckpointError(f"{tensor.file}: ends inside {tensor.name}; fetch a sound copy of the file")
         seen(view[:count])

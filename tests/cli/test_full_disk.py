@@ -99,6 +99,7 @@ def test_what_does_not_fit_is_known_before_anything_is_made(
 ) -> None:
     """How much is needed is said; what takes long, such as a calibration, does not begin."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    monkeypatch.delattr("moe2gguf.recipes.prune.stream_from_child")
     words = {**files, OUT: tmp_path / "out"}
 
     line = {**LINES, "publication": f"publish {HF} {OUT} --experts 4 --used 2 --types q8_0"}[kind]

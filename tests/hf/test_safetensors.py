@@ -1,6 +1,8 @@
 """moe2gguf.hf.safetensors: which files make a checkpoint, hostile headers, and reading in blocks."""
 
+import errno
 import hashlib
+import io
 import json
 import os
 import struct
@@ -301,4 +303,22 @@ def test_a_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(data[:-5])
 
     with pytest.raises(CheckpointError, match="ends inside a"):
+        tensor.read()
+
+
+def test_a_file_that_cannot_be_read_any_more_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the file that is written from it, when a disk is taken away or has an error."""
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    tensor = read_headers(tmp_path)["a"]
+
+    class Broken(io.FileIO):
+        def readinto(self, _: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda path, *_, **__: Broken(path))
+        with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read in a \(Input/output error\)"):
+            tensor.read()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be opened \(No such file or directory\)"):
         tensor.read()
