@@ -86,7 +86,10 @@ def disk_bytes(path: Path) -> int:
 def temporary_folder(beside: Path | None = None) -> Iterator[Path]:
     """A folder that goes again, beside a file or where the system has such. Raises OutputError if none can be made."""
     try:
-        made = tempfile.TemporaryDirectory(prefix=f"{'.' if beside else ''}moe2gguf-", dir=beside and beside.parent)
+        # what cannot be removed in the end must not hide the error that the block had
+        made = tempfile.TemporaryDirectory(
+            prefix=f"{'.' if beside else ''}moe2gguf-", dir=beside and beside.parent, ignore_cleanup_errors=True
+        )
     except OSError as error:
         where, way = (f"{beside.parent}: ", "make room") if beside else ("", "set TMPDIR to a folder with room")
         raise OutputError(f"{where}no temporary folder can be made ({error.strerror}); {way}") from error

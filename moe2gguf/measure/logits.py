@@ -5,6 +5,8 @@ Only scored positions are computed to logits, a batch at a time, so memory is at
 n_token * n_vocab * 4 bytes, or what `record_reference` is given: see `compact`.
 """
 
+import contextlib
+import errno
 import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -95,10 +97,30 @@ def record_in_process(
         return Reference(target, windows, text, model.facts, model.vocabulary_digest(), n_kept)
 
 
+@contextlib.contextmanager
+def open_logits(reference: Reference) -> Iterator[IO[bytes]]:
+    """The file of the reference's logits. Raises HarnessError where it cannot be opened or read."""
+    try:
+        with reference.logits.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise HarnessError(
+            f"{reference.logits}: cannot be read ({error.strerror}); set TMPDIR to another disk"
+        ) from error
+
+
+def read_rows(file: IO[bytes], kind: np.dtype[Any], n: int) -> NDArray[Any]:
+    """The next `n` values of an open file. Raises OSError where there are fewer."""
+    rows = np.fromfile(file, kind, n)
+    if len(rows) < n:
+        raise OSError(errno.EIO, "it ends early")
+    return rows
+
+
 def _score_windows(path: Path, setup: Setup, reference: Reference, tail: float) -> Iterator[TokenScores]:
     windows = reference.windows
     setup = replace(setup, n_context=windows.tokens.shape[1])
-    with open_model(path, setup) as model, reference.logits.open("rb") as file:
+    with open_model(path, setup) as model, open_logits(reference) as file:
         _require_same_vocabulary(model, reference)
         for window in windows.tokens:
             yield metrics.join_scores(score_window(model, window, reference, file, tail))
@@ -110,10 +132,10 @@ def score_window(
     """Yield the scores of a window (n_context,), a batch at a time; `file` is at the window's first logit."""
     for block, targets in _compute_scored(model, window, reference.windows.first):
         if reference.n_kept is None:
-            base = np.fromfile(file, np.float32, block.size).reshape(block.shape)
+            base = read_rows(file, np.dtype(np.float32), block.size).reshape(block.shape)
             yield metrics.score_block(base, block, targets, tail)
         else:
-            rows = np.fromfile(file, compact.row_type(reference.n_kept), len(block))
+            rows = read_rows(file, compact.row_type(reference.n_kept), len(block))
             yield compact.score_block(rows, block, targets)
 
 

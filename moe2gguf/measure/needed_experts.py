@@ -26,7 +26,7 @@ from moe2gguf.llama.devices import Setup, place_on_device, require_devices
 from moe2gguf.llama.machine import describe_machine
 from moe2gguf.llama.model import open_vocabulary
 from moe2gguf.measure.grid import list_notes, plan_run
-from moe2gguf.measure.logits import Reference, record_reference, score_file
+from moe2gguf.measure.logits import Reference, open_logits, read_rows, record_reference, score_file
 from moe2gguf.measure.metrics import CHUNK_ENTRIES, TokenScores, as_json, join_scores, log_sum_exp
 from moe2gguf.progress import Progress, silent
 
@@ -166,12 +166,14 @@ def _require_partial_sums(file: GGUFFile) -> None:
 
 def measure_entropy(reference: Reference) -> Floats:
     """Return the entropy of every prediction of the reference, whose logits are all kept, nats, (n_token,)."""
-    rows, out = np.memmap(reference.logits, np.float32, "r").reshape(-1, reference.facts.n_vocab), list[Floats]()
-    step = max(1, CHUNK_ENTRIES // rows.shape[1])
-    for i in range(0, len(rows), step):
-        logits = rows[i : i + step].astype(np.float64)
-        lse, weights, total = log_sum_exp(logits.copy())
-        out.append(lse - np.einsum("ij,ij->i", weights, logits) / total)
+    n_token, n_vocab, out = reference.windows.n_token, reference.facts.n_vocab, list[Floats]()
+    step = max(1, CHUNK_ENTRIES // n_vocab)
+    with open_logits(reference) as file:
+        for i in range(0, n_token, step):
+            rows = read_rows(file, np.dtype(np.float32), min(step, n_token - i) * n_vocab)
+            logits = rows.reshape(-1, n_vocab).astype(np.float64)
+            lse, weights, total = log_sum_exp(logits.copy())
+            out.append(lse - np.einsum("ij,ij->i", weights, logits) / total)
     return np.concatenate(out)
 
 

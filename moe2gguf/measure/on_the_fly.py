@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import PlanError
+from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.outputs import make_folder
 from moe2gguf.gguf.shards import read_model
@@ -135,10 +135,12 @@ def write_copies(wanted: Sequence[QuantizedCopy], progress: Progress = silent) -
                 make_folder(one.path.parent)
                 quantize(one.plan.source.path, one.path, one.plan.options, force=True, progress=progress)
             newest = max(path.stat().st_mtime_ns for path in (*one.plan.source.files, one.plan.options.imatrix) if path)
-            os.utime(one.path, ns=(newest, newest))
+            with _explained(one.path, "changed"):
+                os.utime(one.path, ns=(newest, newest))
         yield [one.path for one in wanted]
     except Exception:
-        _remove(wanted)
+        with contextlib.suppress(OutputError):  # the first error counts
+            _remove(wanted)
         raise
     _remove(wanted)
 
@@ -163,6 +165,16 @@ def _is_written(one: QuantizedCopy) -> bool:
 
 def _remove(wanted: Sequence[QuantizedCopy]) -> None:
     for one in wanted:
-        one.path.unlink(missing_ok=True)
+        with _explained(one.path, "removed"):
+            one.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another comparison's files are in it
             one.path.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Raise OutputError for a disk error."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be {what} ({error.strerror}); remove it by hand") from error

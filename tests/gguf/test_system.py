@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import pytest
 
 from moe2gguf import Options, TypeOptions, convert, quantize, verify
 from moe2gguf.errors import OutputError
-from moe2gguf.gguf.system import count_processors, link_or_copy, open_here, open_locked, read_at, write_at
+from moe2gguf.gguf.system import (
+    count_processors,
+    link_or_copy,
+    open_here,
+    open_locked,
+    read_at,
+    temporary_folder,
+    write_at,
+)
 
 UNIX = ("preadv", "pwrite", "O_DIRECTORY", "O_NOFOLLOW")
 """What Windows does not have, of what is asked for at run time; and `fcntl`."""
@@ -24,6 +33,19 @@ def without_unix(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in UNIX:
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)
+
+
+def test_a_temporary_folder_that_stays_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that became read-only."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", fail)
+        with pytest.raises(RuntimeError, match="boom"), temporary_folder() as folder:
+            raise RuntimeError("boom")
+    folder.rmdir()
 
 
 @pytest.mark.parametrize("unix", [True, False])

@@ -19,6 +19,7 @@ from moe2gguf.llama.model import Facts, open_model, read_facts
 from moe2gguf.llama.windows import cut_windows
 from moe2gguf.measure import logits, metrics
 from moe2gguf.measure.logits import Reference, record_in_process, record_reference, score_file
+from moe2gguf.measure.needed_experts import measure_entropy
 
 TEXT = "the man and an inner theme of it is to mend a thin and rather other thing in the tan. "
 N_EXPERT = 4
@@ -273,6 +274,18 @@ def test_no_room_for_the_reference(files: dict[str, Path]) -> None:
         pytest.skip("needs /dev/full, which always says that the disk is full")
     with pytest.raises(HarnessError, match=r"cannot keep the reference's logits.*TMPDIR"):
         record_reference(files["dense"], one_thread(n_context=128), TEXT * 3, 100, 0, full)
+
+
+def test_logits_that_cannot_be_read_again_are_one_error(files: dict[str, Path], tmp_path: Path) -> None:
+    """A disk that lost them, or a program that cleans temporary folders."""
+    reference = record_reference(files["dense"], one_thread(n_context=16), TEXT, 8, 0, tmp_path / "logits")
+    reference.logits.write_bytes(reference.logits.read_bytes()[:-4])
+    for reason in ("it ends early", "No such file or directory"):
+        with pytest.raises(HarnessError, match=rf"logits: cannot be read \({reason}\); set TMPDIR to another disk"):
+            list(score_file(files["routed"], one_thread(), reference))
+        with pytest.raises(HarnessError, match=rf"logits: cannot be read \({reason}\)"):
+            measure_entropy(reference)
+        reference.logits.unlink(missing_ok=True)
 
 
 N_LARGE, N_BATCH = 131072, 128

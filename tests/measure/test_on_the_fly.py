@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import tiny_gguf
 from click.testing import CliRunner
 
 from moe2gguf.cli import cli
-from moe2gguf.errors import PlanError
+from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.measure.compare import CompareSettings, compare
@@ -104,6 +105,23 @@ def test_errors_leave_nothing_behind(files: dict[str, Path], cache: Path) -> Non
     ):
         raise RuntimeError("boom")
     assert [] == left(cache)
+
+
+def test_a_file_that_cannot_be_removed_is_named_unless_there_was_another_error(
+    files: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that became read-only: it stays in the cache."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    wanted = plan_copies([files["moe"]], ["q8_0"], cache / "types")
+    said = r"moe-Q8_0.gguf: cannot be removed \(Read-only file system\); remove it by hand"
+    with monkeypatch.context() as patched:
+        with pytest.raises(OutputError, match=said), write_copies(wanted):
+            patched.setattr(Path, "unlink", fail)
+        with pytest.raises(RuntimeError, match="boom"), write_copies(wanted):
+            raise RuntimeError("boom")
 
 
 def test_types_that_cannot_be_had_are_refused_together(files: dict[str, Path], cache: Path) -> None:
