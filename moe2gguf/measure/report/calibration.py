@@ -6,6 +6,7 @@ from statistics import fmean
 
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.experts.methods import AMPLIFICATIONS, CORRECTIONS, GROUPS, ROUTERS
+from moe2gguf.gguf.metadata import CALIBRATION_LOAD
 from moe2gguf.measure.report.page import Figure, Page, Table, draw_line, draw_map, label_axes, label_map, mark_value
 from moe2gguf.recipes.convert import Conversion
 from moe2gguf.recipes.plan import Plan
@@ -24,7 +25,8 @@ _COLUMNS = (
 
 def make_page(done: Conversion, arguments: Sequence[str]) -> Page:
     """Return the page of a conversion that calibrated; `arguments` is the command line, the program first."""
-    made = {k.removeprefix("moe2gguf."): v for k, v in done.plan.metadata.items() if k.startswith("moe2gguf.")}
+    known = {k: v for k, v in done.plan.metadata.items() if k != CALIBRATION_LOAD}  # which a figure shows
+    made = {k.removeprefix("moe2gguf."): v for k, v in known.items() if k.startswith("moe2gguf.")}
     return Page(
         title="moe2gguf calibration",
         heading=f"Calibration of <code>{escape(done.path.name)}</code>",
@@ -47,7 +49,7 @@ def summarize(done: Conversion) -> list[str]:
         f"{k} of {n} experts per token in {len(layers)} layers. On the calibration text they hold "
         f"{fmean(kept.values()):.1%} of all experts' output energy on average, {kept[weakest]:.1%} in layer {weakest}, "
         "the least.",
-        "Energy measures the choice of experts, layer by layer; `moe2gguf compare` measures the whole model.",
+        "Energy measures the choice of experts, layer by layer; moe2gguf compare measures the whole model.",
     ]
 
 
@@ -55,7 +57,7 @@ def draw_figures(layers: Mapping[int, LayerReport], n_expert_used: int) -> list[
     """Return the load, the energy at every count, the router beside the best choice, and the constant direction."""
     shares = [("hit rate", "hit_rate"), ("energy kept", "energy_kept"), ("best choice", "energy_oracle")]
     has_router = all(layer.hit_rate is not None for layer in layers.values())
-    good = "Good is high, and `energy kept` near `best choice`: the router finds the experts that matter."
+    good = "Good is high, and the energy kept near the best choice: the router finds the experts that matter."
     router = [_draw_layers("The router against the best choice", layers, shares, "share", good)] if has_router else []
     constant = "The constant direction on held-out tokens"
     even = "Good is near 1: below 0.5 the experts that are always on can lose to others for some token."

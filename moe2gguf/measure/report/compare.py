@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from moe2gguf.errors import list_names
 from moe2gguf.measure.grid import RunConfig
 from moe2gguf.measure.pareto import TOLERANCE, judge_quality
 from moe2gguf.measure.report.expert_usage import draw_load
@@ -386,4 +387,4 @@ def _name(label: str) -> str:
 
 
 def _names(labels: Iterable[str]) -> str:
-    return ", ".join(_name(label) for label in labels)
+    return list_names([_name(label) for label in labels], most=12)

@@ -95,6 +95,6 @@ def _table_experts(found: ExpertUse) -> Table:
         title="Every expert",
         words="Typical tokens are those that run the expert more often than others do, by their part of the mutual "
         "information; in brackets the share of their occurrences that does.",
-        columns=("layer", "expert", "load", "probability", "", "typical tokens"),
+        columns=("layer", "expert", "load", "probability", "kind", "typical tokens"),
         rows=rows,
     )

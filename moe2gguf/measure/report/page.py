@@ -82,10 +82,11 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 p, pre { overflow-wrap: anywhere; white-space: pre-line; }
 pre, code { background: var(--soft); border-radius: 4px; padding: 0.1em 0.3em; font-size: 0.9em; }
 pre { padding: 0.7rem; white-space: pre-wrap; }
-.figure { height: 32rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { border-bottom: 1px solid var(--edge); padding: 0.3rem 0.6rem; text-align: left; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 0.85rem; width: max-content; }
+th, td { border-bottom: 1px solid var(--edge); padding: 0.3rem 0.6rem; text-align: left; }
+th { white-space: nowrap; }
+td { max-width: min(36rem, 60vw); overflow-wrap: anywhere; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
@@ -101,10 +102,13 @@ function draw() {
     for (const axis of [layout.xaxis, layout.yaxis]) Object.assign(axis, {gridcolor: css('--edge'), automargin: true});
     Object.assign(layout, {
       paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {color: css('--text')},
-      margin: {l: 60, r: 20, t: 30, b: 50}, legend: {orientation: 'h', y: -0.2, yanchor: 'top'}, hovermode: 'closest',
+      margin: {l: 60, r: 20, t: 30, b: 50}, legend: {orientation: 'h', y: 1.02, yanchor: 'bottom'},
+      hovermode: 'closest', hoverlabel: {namelength: -1},
       modebar: {bgcolor: 'rgba(0,0,0,0)', color: 'gray', activecolor: css('--text')}
     });
-    if (innerWidth < 600) document.getElementById('figure' + i).style.height = 26 + 1.3 * figure.data.length + 'rem';
+    const place = document.getElementById('figure' + i), names = figure.data.map(one => (one.name ?? '').length);
+    const lines = names.length / Math.max(1, Math.floor(place.clientWidth / (60 + 7 * Math.max(...names))));
+    place.style.height = 26 + 1.3 * Math.min(Math.ceil(lines), 20) + 'rem';
     Plotly.react('figure' + i, figure.data, layout, {responsive: true, displaylogo: false});
   });
 }
@@ -145,6 +149,7 @@ def render_page(page: Page, plotly: str) -> str:
     sections = [
         f"<h1>{page.heading}</h1>",
         *(f"<p>{line}</p>" for line in page.summary),
+        "<noscript><p>The figures need JavaScript, which is off; the table has all numbers.</p></noscript>",
         *(
             f'<h2>{escape(one.title)}</h2><div class="figure" id="figure{i}"></div><p>{escape(one.words)}</p>'
             for i, one in enumerate(page.figures)
@@ -189,7 +194,12 @@ def draw_line(
     name: str, x: Sequence[Any], y: Sequence[Any], mode: str = "lines+markers", **more: Any
 ) -> dict[str, Any]:
     """Return a line or points of a figure; `name` is plain text."""
-    return {"type": "scatter", "mode": mode, "name": escape(name), "x": [*x], "y": [*y], **more}
+    return {"type": "scatter", "mode": mode, "name": escape(shorten_name(name)), "x": [*x], "y": [*y], **more}
+
+
+def shorten_name(name: str, most: int = 48) -> str:
+    """Return a name that a legend has room for: start and end of a long one, as the end tells type and count."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 + 1 :]}"
 
 
 def draw_map(
@@ -217,7 +227,7 @@ def label_axes(x: str, y: str, *, log: bool = False, counts: Sequence[int] = ())
     `log`: the upright axis is logarithmic; `counts`: the values on the other one, whole numbers, of which a dozen at
     most get a tick.
     """
-    scale = {"type": "log", "exponentformat": "power"} if log else {}
+    scale = {"type": "log", "exponentformat": "power", "nticks": 8} if log else {}
     values = sorted(set(counts))
     ticks = {"tickmode": "array", "tickvals": values[:: math.ceil(len(values) / _TICKS)]} if values else {}
     return {"xaxis": {"title": {"text": x}, **ticks}, "yaxis": {"title": {"text": y}, **scale}}

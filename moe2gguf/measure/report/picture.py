@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2gguf.errors import HarnessError
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.report.compare import Point, group_by_file, list_front, list_points
+from moe2gguf.measure.report.page import shorten_name
 from moe2gguf.measure.results import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".svg", ".png")
-_SIZE = (8.0, 5.0)  # inches
+_SIZE, _ROW = (8.0, 5.0), 0.2  # inches, without the legend's rows
+_COLUMNS = 2  # of the legend
 _DPI = 150
 
 
@@ -42,10 +45,13 @@ def write_picture(found: Comparison, target: Path) -> None:
         else:
             _draw_over_count(axes, points)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers in mathematics, which names must not be
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:g}")  # the usual ones write powers in mathematics, which names must not be
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else matplotlib.ticker.NullFormatter())
         axes.set_ylabel("mean KL divergence from the dense model, nats per token")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        legend = figure.legend(loc="outside lower center", ncols=_COLUMNS, fontsize=8)
+        figure.set_figheight(_SIZE[1] + _ROW * math.ceil(len(legend.get_texts()) / _COLUMNS))
         kind = target.suffix.lower().removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {}
         with write_whole(target) as partial:
@@ -71,22 +77,31 @@ def _draw_over_speed(axes: Axes, found: Comparison, points: list[Point]) -> None
 
 
 def _draw_over_count(axes: Axes, points: list[Point]) -> None:
-    for name, group in group_by_file(points).items():
+    """Draw sliced files as lines over their counts, and dense ones as dashed lines across."""
+    for i, (name, group) in enumerate(group_by_file(points).items()):
+        label, color = _legend(name), f"C{i}"
+        if not group[0].config.n_expert:
+            axes.axhline(group[0].kl, linestyle="--", label=label, color=color)
+            continue
         ordered = sorted(group, key=lambda point: point.config.n_expert_used)
         x = [point.config.n_expert_used for point in ordered]
-        axes.plot(x, [point.kl for point in ordered], "o-", label=_legend(name))
-    axes.set_xlabel("experts used per token")
+        axes.plot(x, [point.kl for point in ordered], "o-", label=label, color=color)
+    counts = {point.config.n_expert_used for point in points if point.config.n_expert}
+    axes.set_xticks(sorted(counts))
+    axes.set_xlabel("experts used per token" if counts else "")
 
 
 def _legend(name: str) -> str:
-    """A name as matplotlib shows it: one with an underscore in front would be left out."""
-    return f" {name}" if name.startswith("_") else name
+    """A name as a legend has room for and matplotlib shows it: one with an underscore in front would be left out."""
+    short = shorten_name(name, most=42)
+    return f" {short}" if short.startswith("_") else short
 
 
 def _matplotlib() -> Any:
     try:
         import matplotlib
         import matplotlib.figure
+        import matplotlib.ticker
     except ModuleNotFoundError as error:
         raise HarnessError("the picture needs matplotlib: pip install matplotlib") from error
     return matplotlib

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,39 @@ def test_a_phone_shows_it_in_both_schemes(
     tools = page.evaluate("getComputedStyle(document.querySelector('.modebar-group')).backgroundColor")
     assert "rgba(0, 0, 0, 0)" == tools
     assert [] == problems
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_many_files_with_long_names_fit(browser: Any, found: Comparison, tmp_path: Path, width: int) -> None:
+    """Legends cover no axis and leave room to the figure; a name takes no more of the table than other columns."""
+    names = [f"{i}-{'long-' * 40}name.gguf" for i in range(30)]
+    rows = [replace(row, config=replace(row.config, name=name)) for name in names for row in found.rows[:3]]
+    many = replace(found, rows=tuple(rows), pairs=(), recommendation=None)
+    write_page(make_page(many, ["prog", "compare"]), tmp_path / "report.html")
+
+    page, problems = opened(browser, tmp_path / "report.html", viewport={"width": width, "height": 800})
+
+    for i in range(len(draw_figures(many))):
+        legend, frame, title = (
+            page.locator(f"#figure{i} {part}").bounding_box() for part in (".legend .bg", ".nsewdrag", ".xtitle")
+        )
+        assert legend["y"] + legend["height"] <= frame["y"] < frame["y"] + frame["height"] < title["y"]
+        assert frame["height"] > 200
+        assert legend["x"] + legend["width"] <= width
+    assert page.locator("#rows td").first.bounding_box()["width"] < 0.7 * width
+    assert width == page.evaluate("document.documentElement.scrollWidth")
+    assert [] == problems
+
+
+def test_without_javascript_the_numbers_are_there(browser: Any, found: Comparison, tmp_path: Path) -> None:
+    """A sentence says what is missing, and no empty frames are left."""
+    write_page(make_page(found, ["prog", "compare"]), tmp_path / "report.html")
+    page = browser.new_page(java_script_enabled=False)
+    page.goto((tmp_path / "report.html").as_uri())
+
+    assert "The figures need JavaScript" in page.locator("noscript").inner_text()
+    assert 0 == sum(one.bounding_box()["height"] for one in page.locator(".figure").all())
+    assert 5 == page.locator("#rows tbody tr").count()
 
 
 def test_experts_open_draw_and_change_layer(browser: Any, tmp_path: Path) -> None:

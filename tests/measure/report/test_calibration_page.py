@@ -50,6 +50,7 @@ def test_the_page_is_sound_and_needs_nothing_else(done: Any) -> None:
     assert page.policy.startswith("default-src 'none'")
     assert "script&gt;&lt;b&gt;&amp;.gguf" in text
     assert 4 == text.count('class="figure"')
+    assert "`" not in text.partition("<script>")[0]
     assert "D2DMoE" in text  # where the methods come from
 
 

@@ -21,7 +21,7 @@ from moe2gguf.errors import HarnessError, OutputError
 from moe2gguf.measure import metrics
 from moe2gguf.measure.report import page as pages
 from moe2gguf.measure.report.compare import draw_figures, make_page, summarize
-from moe2gguf.measure.report.page import label_axes, plotly_script, render_page, write_page
+from moe2gguf.measure.report.page import draw_line, label_axes, plotly_script, render_page, write_page
 from moe2gguf.measure.results import Comparison, Quality, compare_pairs, is_above_noise, summarize_quality
 
 
@@ -67,6 +67,17 @@ def test_the_words_come_first(found: Comparison) -> None:
     assert "refused: only &lt;8&gt; &amp; no more" in text
     page = render_page(make_page(found, ["prog"]), "")
     assert page.index("runs completed") < page.index('id="figure0"') < page.index('id="rows"')
+
+
+def test_of_many_names_the_first_are_shown(found: Comparison) -> None:
+    """In sentences a dozen; the table has a row for each. In a legend a long name keeps its start and its end."""
+    rows = [replace(found.rows[0], config=replace(found.rows[0].config, name=f"{i}.gguf")) for i in range(40)]
+    many = replace(found, rows=tuple(rows), pairs=(), recommendation=None)
+
+    assert "<code>11.gguf k=8/8</code> and 28 more." in "\n".join(summarize(many))
+    assert 40 == render_page(make_page(many, ["prog"]), "").count("<tr><td>", 0) - 3
+    name = draw_line("start-" + "x" * 300 + " (F16) k=8", [], [])["name"]
+    assert (48, True, True) == (len(name), name.startswith("start-"), name.endswith(" (F16) k=8"))
 
 
 def test_pictures_hold_the_numbers(found: Comparison) -> None:
