@@ -39,6 +39,12 @@ class Rope:
     low_freq_factor: float = 1.0  # llama3 only
     high_freq_factor: float = 4.0  # llama3 only
     attention_factor: float | None = None  # yarn only
+    by_tensor: bool = False  # a GGUF file's own tensors divide the frequencies
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the frequencies are divided by factors in a tensor."""
+        return self.kind == "llama3" or self.by_tensor
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,8 @@ def run_program(arguments: list[str]) -> int:
     except Moe2GgufError as error:
         notes = _list_notes(error)
         if notes or not isinstance(error, ReaderGoneError):
-            said = "; ".join([shorten(str(error), whole="--verbose" in arguments), *notes])
-            click.echo(f"moe2gguf: {said}", err=True)
+            said = shorten(str(error), whole="--verbose" in arguments)
+            click.echo(("\n" if "\n" in said else "; ").join([f"moe2gguf: {said}", *notes]), err=True)
         return error.exit_code
     except SystemExit as exit_:
         return int(exit_.code or 0)

@@ -146,7 +146,9 @@ def _model(file: GGUFFile, it: Dimensions, architecture: str, problems: list[str
         n_vocab=it.n_vocab,
         n_context=n_context,
         rms_epsilon=epsilon if isinstance(epsilon, float) else 0.0,
-        rope=_rope(file, n_context, problems),
+        rope=replace(
+            _rope(file, n_context, problems), by_tensor=any(name.startswith("rope_") for name in file.tensors)
+        ),
         tied_embeddings="output.weight" not in file.tensors,
         bias_qkv=biased("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias"),
         bias_output=biased("attn_output.bias"),

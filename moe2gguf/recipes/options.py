@@ -314,7 +314,7 @@ def _refuse_missing_parts(model: Model, options: Options) -> Iterator[str]:
             f"--target {target}: its queries are as wide as the model ({model.d_model}), here they are {q_width} wide; "
             "choose --target glm4moe"
         )
-    if model.rope.kind == "llama3" and not graph.has_rotary_factors:
+    if model.rope.has_factors and not graph.has_rotary_factors:
         yield (
             f"--target {target}: its graph has no factors for the rotary embedding, which this model needs (LLaMA 3 "
             "scaling); choose --target step35, or mixtral"

@@ -207,7 +207,7 @@ def _warn_of_calibration(source: Source, inputs: Inputs) -> list[str]:
 
 def find_target(model: Model) -> str:
     """Return the target whose files serve every count of experts, for a model that such a graph can carry."""
-    return "step35" if model.rope.kind == "llama3" else "glm4moe"
+    return "step35" if model.rope.has_factors else "glm4moe"
 
 
 def _warn_of_scales(slicing: Slicing) -> list[str]:

@@ -10,7 +10,7 @@ import tiny_gguf
 from command import moe2gguf
 
 from moe2gguf.cli import Terminated
-from moe2gguf.errors import HarnessError
+from moe2gguf.errors import HarnessError, PlanError
 
 HF, MOE, DENSE, OUT, PAGE, ROWS = "HF", "MOE", "DENSE", "OUT", "PAGE", "ROWS"
 CALIBRATED = f"convert {HF} {OUT} --experts 4 --used 2 --calibration-tokens 1024 --check auto --report {PAGE}"
@@ -101,6 +101,21 @@ def test_a_kill_and_an_error_name_it_too(
     stop(monkeypatch, place, error)
 
     assert (code, f"moe2gguf: {said}; {fill_in(written, words)}") == run(line, words)
+
+
+def test_a_list_of_problems_ends_with_a_line_of_what_is_written(
+    words: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in its last item."""
+    line, place, written = CASES["check"]
+    monkeypatch.setattr(f"moe2gguf.{place}", lambda *_, **__: list_problems())
+
+    assert (1, fill_in(written, words)) == run(line, words)
+
+
+def list_problems() -> None:
+    """Raise an error with several lines."""
+    raise PlanError(["one", "two"])
 
 
 @pytest.mark.parametrize("kind", ["file", "shards", "folder"])

@@ -274,21 +274,24 @@ def test_verify_misses_the_selection_bias(folder: Path, tmp_path: Path) -> None:
 def test_what_a_graph_cannot_be_given_is_refused(
     family: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """One message with the way out."""
+    """One message with the way out, of a folder and of its dense file."""
     source = checkpoints.make(tmp_path / "hf", family)
-    with pytest.raises(PlanError, match=message):
-        convert(source, tmp_path / "moe.gguf", flat_options(N, target="glm4moe", **options))
-    assert not (tmp_path / "moe.gguf").exists()
+    dense = convert(source, tmp_path / "dense.gguf", flat_options(dense=True)).path
+    for one in (source, dense):
+        with pytest.raises(PlanError, match=message):
+            plan_conversion(one, flat_options(N, target="glm4moe", **options))
 
 
 @pytest.mark.parametrize(
     ("family", "better"), [("llama", ["glm4moe"]), ("llama3-rope", ["step35"]), ("llama-bias", [])]
 )
 def test_the_better_target_is_named(family: str, better: list[str], tmp_path: Path) -> None:
-    """The one that can carry the model, where the default serves a smaller count."""
+    """The one that can carry the model, where the default serves a smaller count; of a folder and of its dense file."""
     source = checkpoints.make(tmp_path / "hf", family)
-    notes = " ".join(plan_conversion(source, flat_options(N, used=3)).warnings)
-    assert better == re.findall(r"--target (\w+) makes one file", notes)
+    dense = convert(source, tmp_path / "dense.gguf", flat_options(dense=True)).path
+    for one in (source, dense):
+        notes = " ".join(plan_conversion(one, flat_options(N, used=3)).warnings)
+        assert better == re.findall(r"--target (\w+) makes one file", notes)
 
 
 def test_deepseek_needs_queries_as_wide_as_the_model(tmp_path: Path) -> None:
