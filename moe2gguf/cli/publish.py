@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     option(
         "--calibration", type=opt.FILE, help="Text to fit the experts to.  [default: a built-in mix of eight genres]"
     ),
+    option("--calibration-tokens", type=opt.ONE, help="Tokens of this text.  [default: as convert]"),
     option("--imatrix", type=opt.FILE, help="Importance matrix of the dense model, for the types."),
 )
 @option_group(
@@ -72,6 +73,7 @@ def publish(
     target: str | None,
     name: str | None,
     calibration: Path | None,
+    calibration_tokens: int | None,
     imatrix: Path | None,
     text: Path | None,
     tokens: int,
@@ -109,7 +111,7 @@ def publish(
         name=name,
         target=target,
         types=TypeOptions(imatrix=imatrix),
-        calibration=CalibrationOptions(text=calibration),
+        calibration=CalibrationOptions(text=calibration, n_token=calibration_tokens),
     )
     quality = make_settings(text, tokens or None, n_context=n_context, threads=threads, resume=resume)
     timing = Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None

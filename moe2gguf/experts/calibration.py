@@ -140,7 +140,7 @@ def _cut_windows(model: CalibrationModel, text: Text, settings: CalibrationSetti
     if ids.size < settings.n_token // n_context * n_context:
         raise CalibrationError(
             f"{text.label}: too few tokens, {ids.size:,} of {settings.n_token:,} in windows of {n_context}; "
-            f"give more text, or let `moe2gguf convert` read less: --calibration-tokens {ids.size}"
+            f"give more text, or --calibration-tokens {ids.size}"
         )
     return ids
 

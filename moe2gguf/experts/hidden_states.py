@@ -119,6 +119,7 @@ def allocate(n_token: Mapping[str, int], width: int, limit: int, folder: Path) -
     if (free := shutil.disk_usage(folder).free) < size:
         raise CalibrationError(
             f"{folder}: {free:,} bytes are free, but hidden states of {max(n_token.values()):,} tokens need {size:,}; "
-            "allow more --calibration-memory, take fewer --calibration-tokens, or write to another disk"
+            "take fewer --calibration-tokens, write to another disk, or allow more memory, as "
+            "`moe2gguf convert --calibration-memory SIZE` does"
         )
     return [RowsOnDisk(folder / f"{name}.f32", n, width) for name, n in n_token.items()]

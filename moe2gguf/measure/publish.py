@@ -257,6 +257,8 @@ def _list_words(options: Options) -> Iterator[str]:
         yield f"--imatrix {options.types.imatrix.name}"
     if options.calibration.text:
         yield f"--calibration {options.calibration.text.name}"
+    if options.calibration.n_token:
+        yield f"--calibration-tokens {options.calibration.n_token}"
 
 
 def _draw(found: Comparison, path: Path) -> bool:

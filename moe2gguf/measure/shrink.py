@@ -34,6 +34,7 @@ from moe2gguf.recipes.quantize import plan_quantization, quantize
 from moe2gguf.recipes.source import Source, open_source
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+_NO_EXPERTS = "no experts were tried, which `moe2gguf convert` refuses"
 T = TypeVar("T")
 
 
@@ -228,7 +229,7 @@ class _Files:
         try:
             file = read_model(self._convert(dense.path, f"{dense.path.stem}-sliced.gguf", self._experts))
         except CalibrationError as error:
-            self.notes = [f"no experts were tried: {error}"]
+            self.notes = [f"{_NO_EXPERTS}: {error}"]
             return []
         counts = read_counts(file)
         found = [plan_run(file, k) for k in range(counts.n_shared + 1, counts.n_expert)]
@@ -239,7 +240,7 @@ class _Files:
         try:
             plan_conversion(path, self._experts)
         except PlanError as error:
-            self.notes = [f"no experts were tried: {line}" for line in error.refusals]
+            self.notes = [f"{_NO_EXPERTS}: {line}" for line in error.refusals]
         return not self.notes
 
     def _plan_size(self, kind: str) -> int:

@@ -19,7 +19,7 @@ from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.quantize import quantize
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-OTHERS = re.compile(r"`moe2gguf ([a-z-]+)")
+OTHERS = re.compile(r"`moe2gguf ([a-z-]+)([^`]*)`( is refused| refuses)?")
 ELSEWHERE = {"--help", "--version", "--local-dir", "--cpu-moe", "--spec-type", "--models-dir", "--override-kv"}
 """Options that click adds, and those of `hf download` and llama.cpp."""
 
@@ -33,12 +33,15 @@ def options_of(command: str) -> set[str]:
 
 
 def foreign_options(command: str, text: str) -> set[str]:
-    """Options in what `command` says that neither it has nor another one whose line is quoted beside."""
+    """Options that `command` names and has not, but those within another's quoted line or in why that is refused."""
     found = set()
     for line in text.splitlines():
-        speakers = [command, *OTHERS.findall(line)]
-        found |= set(OPTION.findall(line)) - set().union(*map(options_of, speakers)) - ELSEWHERE
-    return found
+        others = OTHERS.findall(line)
+        speakers = [command, *(name for name, _, refused in others if refused)]
+        said = [(options_of(name), words) for name, words, _ in others]
+        said.append((set().union(*map(options_of, speakers)), OTHERS.sub("", line)))
+        found |= {word for known, words in said for word in OPTION.findall(words) if word not in known}
+    return found - ELSEWHERE
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         "TEXT": root / "text.txt",
     }
     made["TEXT"].write_text("too short")
+    made["SHORT"] = root / "short.txt"
+    made["SHORT"].write_text("a text of some length " * 50)
     made["MODEL"] = checkpoints.make(root / "model")
     made["MIXTRAL"] = checkpoints.write(
         root / "mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=None
@@ -155,6 +160,8 @@ publish MODEL FOLDER --types q9,q8_0 --used 9,8
 publish MODEL FOLDER --upload x
 publish NOWHERE FOLDER
 publish MODEL FOLDER --types f16 --experts 4 --used 2 --calibration TEXT
+publish MODEL FOLDER --types f16 --experts 4 --used 2 --calibration SHORT
+shrink DENSE OUT --faster 999 --types f16 --text SHORT --tokens 8
 shrink MODEL OUT --quality 1.0001 --types f16 --text TEXT
 publish DENSE HF
 verify TEXT

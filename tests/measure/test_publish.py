@@ -111,7 +111,8 @@ def test_a_file_that_serves_every_count_is_made_once(model: Path, tmp_path: Path
     assert ["Tiny-Chat-4of4-Q8_0.gguf"] == [one.name for one in done.files]
     assert [4, 3, 0] == [row.config.n_expert_used for row in done.found.rows]
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "--target glm4moe --experts 4 --used 4" in text
+    again = "--target glm4moe --experts 4 --used 4 --type q8_0 --allow-fallback --calibration-tokens 2048"
+    assert again in text
     file = tmp_path / "out" / done.files[0].name
     n_shared = read_gguf(file).metadata["glm4moe.expert_shared_count"]
     serve = f"llama-server -m {file.name} --override-kv glm4moe.expert_used_count=int:{3 - n_shared}"  # type: ignore[operator]
