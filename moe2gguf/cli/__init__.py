@@ -5,6 +5,7 @@ Results go to stdout (`--json` for machines), progress and notes to stderr. Exit
 """
 
 import gc
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -16,6 +17,7 @@ from cloup import HelpTheme, Style
 
 from moe2gguf.cli.bench import bench
 from moe2gguf.cli.chat import chat
+from moe2gguf.cli.command import Program
 from moe2gguf.cli.compare import compare
 from moe2gguf.cli.convert import convert
 from moe2gguf.cli.densify import densify
@@ -48,7 +50,7 @@ SETTINGS = cloup.Context.settings(
 )
 
 
-@cloup.group(context_settings=SETTINGS)
+@cloup.group(cls=Program, context_settings=SETTINGS)
 @click.version_option(package_name="moe2gguf")
 def cli() -> None:
     """Turn a dense LLaMA-family model into a sparse one that stock llama.cpp runs.
@@ -63,7 +65,7 @@ def cli() -> None:
     """
 
 
-@cloup.command()
+@cloup.command(short_help="Print the completion script of a shell.")
 @cloup.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="Your shell.")
 def completion(shell: str) -> None:
     """Print the completion script of a shell.
@@ -106,8 +108,9 @@ def main() -> NoReturn:
 def run_program(arguments: list[str]) -> int:
     """Run a command line: every expected error becomes one message on stderr; the exit code is returned."""
     start_clock()
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"  # https://no-color.org
     try:
-        cli(arguments, standalone_mode=False, prog_name="moe2gguf")
+        cli(arguments, standalone_mode=False, prog_name="moe2gguf", color=False if plain else None)
         sys.stdout.flush()
     except click.exceptions.Abort as abort:
         return _tell_interrupt(abort.__cause__)

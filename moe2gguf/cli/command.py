@@ -41,6 +41,35 @@ FOREIGN = {
 """Options of llama.cpp and Hugging Face, and what they are called here: an option, or an argument in capitals."""
 
 
+OTHER_COMMANDS = {
+    "help": "--help lists the commands, COMMAND --help explains one",
+    "version": "it is --version here",
+    **dict.fromkeys(("info", "show", "dump", "metadata"), "inspect shows a file"),
+    **dict.fromkeys(("ls", "list", "models"), "a model is named by its path or its id on the Hugging Face Hub"),
+    **dict.fromkeys(("download", "pull", "get"), "convert takes a model's id on the Hugging Face Hub"),
+    **dict.fromkeys(("slice", "split", "create", "make"), "convert makes a file with experts"),
+    **dict.fromkeys(("serve", "server"), "serve-help says what to type"),
+    **dict.fromkeys(("generate", "ask", "cli"), "run goes on with a text, chat talks"),
+    **dict.fromkeys(("perplexity", "eval", "measure"), "compare measures quality and speed"),
+    **dict.fromkeys(("train", "finetune"), "heal trains a sliced model"),
+    **dict.fromkeys(("check", "validate"), "verify checks a file"),
+    **dict.fromkeys(("upload", "push"), "publish sends files"),
+}
+"""Commands of other programs, and what to say of them here."""
+
+
+class Program(cloup.Group):
+    """The group of all commands, with hints for the names of other programs' commands."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command, or an error that says what to type."""
+        if (hint := OTHER_COMMANDS.get(args[0].lower())) and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command: {args[0]}; {hint}.", ctx)
+        return super().resolve_command(ctx, args)
+
+
 class NoEffect(NamedTuple):
     """Options that change nothing `beside` one of others, which is an error, or `without` all of others, a warning.
 
@@ -114,6 +143,10 @@ class Command(cloup.Command):
     ) -> None:
         self._no_effect, self._afterwards = no_effect, afterwards
         super().__init__(*args, params=[*(params or []), _help_all(), _verbose()], **kwargs)
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first sentence of the help, whole: the list of commands has lines enough in a narrow terminal, too."""
+        return super().get_short_help_str(max(limit, 100))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, or name our option where they have another program's."""

@@ -61,8 +61,10 @@ def err() -> Console:
 
 
 def make_table(*columns: str, numbers: slice = slice(0)) -> Table:
-    """A table without lines; the columns of numbers are aligned to the right."""
+    """A table without lines; the columns of numbers are aligned to the right. A narrow terminal folds what is long."""
     table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
     for column in table.columns[numbers]:
         column.justify = "right"
     return table

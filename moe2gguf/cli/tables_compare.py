@@ -48,7 +48,6 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
     columns = ("file", "used", "perplexity", "KL mean", "top-1", *more)
     devices = wide or len({row.config.device for row in found.rows}) > 1
     table = display.make_table(*columns, "type", *["device"] * devices, numbers=slice(2, len(columns)))
-    table.columns[0].overflow = "fold"
     for row in found.rows:
         c = row.config
         used = f"{c.n_expert_used} of {c.n_expert}" if c.n_expert else "dense"

@@ -85,16 +85,20 @@ def _print_tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
 def _print_active(console: Console, plan: Plan) -> None:
     """Bytes per token and the bandwidth bound at each count."""
     console.print()
-    table = display.make_table("experts used", "bytes per token", "speed-up, at most", numbers=slice(None))
+    table = display.make_table("experts used", "bytes per token", "speed-up, at most", "", numbers=slice(3))
     for k in range(plan.in_shared + 1, plan.n_expert + 1):
-        mark = " (file)" if k == plan.n_expert_used else ""
-        table.add_row(f"{k} of {plan.n_expert}{mark}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x")
+        cells = f"{k} of {plan.n_expert}", f"{plan.active_bytes(k):,}", f"{plan.speed_bound(k):.2f} x"
+        table.add_row(*cells, _mark_own(plan, k))
     console.print(table)
     console.print("speed-up: the limit that memory bandwidth sets, relative to the dense model; bench measures it")
     if plan.slicing and plan.slicing.method.router == "zero":
         console.print(
             "these plain slices are for all experts: with fewer the text falls apart; --used fits them to a text"
         )
+
+
+def _mark_own(plan: Plan, k: int) -> str:
+    return "as in the file" if k == plan.n_expert_used else ""
 
 
 def print_conversion(done: Conversion, checked: Check | None) -> None:
@@ -200,15 +204,13 @@ def _print_energy(done: Conversion) -> None:
     """Energy kept at each count, over the layers, beside the speed bound."""
     console, plan = display.out(), done.plan
     columns = ("experts used", "energy kept, mean", "worst layer", "speed-up, at most")
-    table = display.make_table(*columns, numbers=slice(None))
+    table = display.make_table(*columns, "", numbers=slice(4))
     for k, values in enumerate(zip(*(layer.energy_by_used for layer in done.layers), strict=True), 1):
         mean = sum(values) / len(values)
         if k <= plan.in_shared:
             continue
-        mark = " (file)" if k == plan.n_expert_used else ""
-        table.add_row(
-            f"{k} of {plan.n_expert}{mark}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"
-        )
+        cells = f"{k} of {plan.n_expert}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"
+        table.add_row(*cells, _mark_own(plan, k))
     console.print(table)
     console.print("energy kept: here of all experts, shared ones included")
 

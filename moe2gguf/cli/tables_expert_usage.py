@@ -23,7 +23,7 @@ def print_experts(found: ExpertUse) -> None:
     moved = any(one.moved is not None for one in found.layers)
     table = display.make_table(*_COLUMNS, "together", numbers=slice(5))
     if moved:
-        table.add_column("moved", justify="right")
+        table.add_column("moved", justify="right", overflow="fold")
     for one in found.layers:
         table.add_row(*_format_layer(one), *([f"{one.moved:.1%}"] if one.moved is not None else []))
     display.print_table(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moe2gguf.cli import cli
+from moe2gguf.cli import cli, run_program
+from moe2gguf.cli.command import OTHER_COMMANDS
 
 MOST = {"convert": 25, "heal": 22}
 OTHERS = 25
@@ -64,6 +67,58 @@ def test_spellings_of_other_programs_get_a_hint(arguments: list[str], hint: str)
 
     assert 2 == done.exit_code
     assert hint in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("help", "COMMAND --help explains one"), ("version", "it is --version here"), ("info", "inspect shows a file")],
+)
+def test_commands_of_other_programs_get_a_hint(name: str, hint: str) -> None:
+    """Exit code 2, and no guess at a name that is spelled alike."""
+    done = CliRunner().invoke(cli, [name, "x"])
+
+    assert 2 == done.exit_code
+    assert f"No such command: {name}; " in done.output
+    assert hint in done.output
+    assert "Did you mean" not in done.output
+
+
+def test_hints_are_about_commands_that_there_are() -> None:
+    """Each begins with one or is about the options of all; none of the names is a command of ours."""
+    assert OTHER_COMMANDS.keys().isdisjoint(cli.commands)
+    begins = {hint.split()[0] for hint in OTHER_COMMANDS.values()}
+    assert begins - {*cli.commands} == {"--help", "it", "a"}
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_the_list_of_commands_is_whole_in_a_narrow_terminal(width: int) -> None:
+    """A summary takes a second line rather than end in dots."""
+    done = CliRunner().invoke(cli, ["--help"], terminal_width=width)
+
+    words = "".join(done.output.split())
+    assert "..." not in done.output.replace("[ARGS]...", "")
+    for command in cli.commands.values():
+        assert "".join(str(command.help).partition(".")[0].split()) in words
+
+
+@pytest.mark.parametrize(
+    ("variables", "colors"),
+    [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"TERM": "xterm", "NO_COLOR": "1"}, False)],
+)
+def test_a_terminal_gets_color_unless_it_wants_none(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], colors: bool
+) -> None:
+    """By the convention of no-color.org, and for terminals that would show the codes as text."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+
+    with contextlib.redirect_stdout(terminal):
+        assert 0 == run_program(["convert", "--help"])
+
+    assert ("\x1b" in terminal.getvalue()) == colors
 
 
 def test_a_letter_means_one_thing() -> None:

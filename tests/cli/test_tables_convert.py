@@ -1,17 +1,30 @@
-"""What a person sees of a calibration."""
+"""What a person sees of a plan and of a calibration."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import click
 import pytest
+from rich.console import Console
 
-from moe2gguf.cli.tables import VERBOSE
+from moe2gguf.cli.tables import VERBOSE, make_table
 from moe2gguf.cli.tables_convert import print_layers
 from moe2gguf.experts.layer import LayerReport
 
 LAYER = LayerReport(1, [1.0, 0.5], 1.0, [0.6, 1.0], energy_kept=0.5, energy_oracle=0.6, hit_rate=0.5, refit_error=0.2)
+
+
+def test_a_narrow_terminal_loses_nothing() -> None:
+    """What is too wide goes on in the next line, numbers and names alike."""
+    cells = ["blk.0.attn_norm.weight", "149,937,408"]
+    table, shown = make_table("tensor", "bytes", numbers=slice(1, None)), io.StringIO()
+    table.add_row(*cells)
+
+    Console(file=shown, width=16).print(table)
+
+    assert sorted("".join(["tensor", "bytes", *cells])) == sorted("".join(shown.getvalue().split()))
 
 
 def test_a_calibration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
