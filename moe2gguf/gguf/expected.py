@@ -59,7 +59,7 @@ def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
     if len(found.problems) > before and any(getattr(dimensions, name) == 0 for name in needed):
         found.notes.append("the tensors' shapes were not checked, because the metadata does not say what they must be")
         return
-    n_dense = _count_leading_dense(file, graph, dimensions.n_layer)
+    n_dense = _count_leading_dense(file, graph, dimensions.n_layer, found.problems)
     expected = graph_tensors(graph, dimensions, fused="blk.0.attn_qkv.weight" in file.tensors, n_dense=n_dense)
     _check_tensor_set(file.tensors, expected, found.problems)
     n_used = file.metadata.get(key := f"{graph.architecture}.expert_used_count")
@@ -71,14 +71,13 @@ def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
         )
 
 
-def _count_leading_dense(file: GGUFFile, graph: Graph, n_layer: int) -> int:
+def _count_leading_dense(file: GGUFFile, graph: Graph, n_layer: int, problems: list[str]) -> int:
     """Layers, the first, that llama.cpp expects to be dense; 0 where the file says what cannot be."""
     if not graph.has_shared:
         return 0
     if graph.leading_key is None:
         return find_first_router(file.tensors)
-    lead = file.metadata.get(f"{graph.architecture}.{graph.leading_key}", 0)
-    return lead if isinstance(lead, int) and 0 < lead <= n_layer else 0
+    return read_count(file, f"{graph.architecture}.{graph.leading_key}", problems, 0, n_layer)
 
 
 def _check_tensor_set(tensors: dict[str, TensorInfo], expected: dict[str, ExpectedTensor], problems: list[str]) -> None:
@@ -187,12 +186,15 @@ class _Keys:
         return read_count(self.file, self.name(key), self.problems, default, limit)
 
     def require(self, wanted: Mapping[str, MetadataValue]) -> None:
-        """Every key has the value for which the experts of a sliced file are cut."""
-        self.problems += [
-            f"metadata {self.name(key)}: these experts are cut for {value!r}, found {_shown(self.value(key))}"
-            for key, value in wanted.items()
-            if self.value(key) != value
-        ]
+        """Every key has the value for which the experts of a sliced file are cut, in the type that llama.cpp wants."""
+        kinds = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32}
+        for key, value in wanted.items():
+            name, found = self.name(key), self.value(key)
+            stored, kind = self.file.types.get(name), kinds.get(type(value))
+            if found != value:
+                self.problems.append(f"metadata {name}: these experts are cut for {value!r}, found {_shown(found)}")
+            elif kind is not None and stored != ValueType(kind):
+                self.problems.append(f"metadata {name}: expected a {kind.name}, found {stored}")
 
     def alike(self, key: str, default: int | None = None) -> int:
         """A count, or an array that gives every layer the same one."""

@@ -180,9 +180,10 @@ class Job:
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted) and self.n_finished:
             raise Interrupted(_describe_kept(self.folder, self.n_finished)) from error
         if isinstance(error, OSError) and _is_about(error, self.folder):
+            place = error.filename if isinstance(error.filename, str) else self.folder
             raise OutputError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); remove what is in the way, or make "
-                "room, then repeat the command: it goes on with what is finished"
+                f"{place}: cannot be used ({error.strerror or error}); remove what is in the way, or make room, then "
+                "repeat the command: it goes on with what is finished"
             ) from error
 
     @property
@@ -379,8 +380,8 @@ def _describe_kept(place: Path, n: int) -> str:
 
 
 def _is_about(error: OSError, folder: Path) -> bool:
-    """Whether a disk was full or read-only, or a file of the folder was the matter."""
-    if error.errno in (*NO_ROOM, errno.EROFS):
+    """Whether a disk was full, read-only or broken, or a file of the folder was the matter."""
+    if error.errno in (*NO_ROOM, errno.EROFS, errno.EIO):
         return True
     return isinstance(error.filename, str) and folder.absolute() in Path(error.filename).absolute().parents
 

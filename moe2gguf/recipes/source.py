@@ -100,10 +100,14 @@ def list_whole_cuts(source: Source, slicing: Slicing, block: int) -> list[str]:
 
 
 def fit_slicing(source: Source, slicing: Slicing) -> Slicing:
-    """`slicing` for this source: blocks of a GGUF file stay whole, and are amplified only by powers of two."""
+    """`slicing` for this source: blocks of a GGUF file stay whole, and are amplified only by powers of two.
+
+    Other factors stand in a tensor of scales, which of the target graphs `mixtral` alone multiplies by.
+    """
     if isinstance(source, Checkpoint):
         return slicing
     exact = all(is_power_of_two(factor) for factor in set(plain_scale(slicing).tolist()))
     grain = largest_block(source, slicing.d_expert, slicing.n_expert)
-    scale_tensor = slicing.scale_tensor or not (exact or slicing.method.needs_calibration)
+    in_weights = exact or slicing.method.needs_calibration or GRAPHS[slicing.target].has_shared
+    scale_tensor = slicing.scale_tensor or not in_weights
     return dataclasses.replace(slicing, grain=grain, scale_tensor=scale_tensor)

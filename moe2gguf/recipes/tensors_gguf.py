@@ -176,10 +176,13 @@ def find_requantized(
 def refuse_blocks(
     dense: DenseFile, slicing: Slicing | None, tensors: Sequence[PlannedTensor], *, allow: bool
 ) -> list[str]:
-    """Down projections whose contiguous slices end inside blocks (unless `allow`), or that cannot be encoded again."""
+    """Down projections whose contiguous slices end inside blocks (unless `allow`), or that cannot be encoded again.
+
+    And those whose blocks would have to be multiplied by what is no power of two.
+    """
     if slicing is None:
         return []
-    found = []
+    found = [*_refuse_factor(dense, slicing, tensors)]
     again = [
         tensor
         for tensor in tensors
@@ -197,6 +200,21 @@ def refuse_blocks(
             "give them another type with --tensor-type"
         )
     return found
+
+
+def _refuse_factor(dense: DenseFile, slicing: Slicing, tensors: Sequence[PlannedTensor]) -> Iterator[str]:
+    factor = float(cut.plain_scale(slicing)[-1])
+    kept = [
+        tensor
+        for tensor in tensors
+        if isinstance(tensor.operation, ExpertColumns) and _keeps_blocks(dense, slicing, tensor, tensor.type)
+    ]
+    if kept and not slicing.scale_tensor and not blocks.is_power_of_two(factor):
+        yield (
+            f"--target {slicing.target}: the {slicing.n_routed} routed experts are multiplied by {factor:g}, and the "
+            f"blocks of {_list_names(kept)} only by powers of two; let --experts less --shared be one, or choose "
+            "--target glm4moe"
+        )
 
 
 def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[PlannedTensor]) -> str:

@@ -1,5 +1,6 @@
 """moe2gguf.gguf.resume: a stopped job goes on where it was, and reuses nothing that it has not compared."""
 
+import errno
 import functools
 import json
 import os
@@ -204,6 +205,20 @@ def test_an_error_keeps_nothing(tmp_path: Path, error: Any) -> None:
         write(tmp_path / "x.gguf", "t4", error)
 
     assert [] == files(tmp_path / "x.gguf")
+
+
+def test_a_broken_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    """Also where the job reads what is not in its own folder; what is finished stays."""
+
+    def work() -> None:
+        with Job(tmp_path / "work", JOB) as job:
+            job.record("piece", "0")
+            raise OSError(errno.EIO, "Input/output error", "elsewhere.gguf")
+
+    with pytest.raises(OutputError, match=r"^elsewhere.gguf: cannot be used \(Input/output error\); remove what is in"):
+        work()
+
+    assert ["work"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import llama_quantize
 import numpy as np
 import pytest
 from flat_options import flat_options
+from gguf import GGUFValueType as ValueType
 from gguf_edit import edit_keys
-from llama_logits import llama_logits_at
+from llama_logits import llama_logits, llama_logits_at
 from reference import reference_logits
 from shared_expert import SHARED, TARGETS, TEXT, TOKENS, N, assert_same_tensors, convert_calibrated
 
 from moe2gguf import TypeOptions, convert, plan_conversion, quantize
-from moe2gguf.errors import GGUFError, PlanError
+from moe2gguf.errors import GGUFError, HarnessError, PlanError
 from moe2gguf.experts.text import Text
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.inspect import inspect
@@ -250,6 +252,43 @@ def test_verify_finds_a_wrong_empty_layer(key: str, value: object, problem: str,
     broken = edit_keys(file, tmp_path / "broken.gguf", {f"step35.{key}": value})
     assert problem in "\n".join(verify(broken).problems)
     assert verify(file).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("graph", "key"), [("glm4moe", "leading_dense_block_count"), ("step35", "nextn_predict_layers")]
+)
+def test_verify_finds_a_number_of_another_type(graph: str, key: str, folder: Path, tmp_path: Path) -> None:
+    """llama.cpp does not load the file, though the number is right."""
+    options = flat_options(N, target=graph, n_shared=SHARED, preset="exact", leading_dense=1)
+    file = convert(folder, tmp_path / "moe.gguf", options).path
+    name = f"{graph}.{key}".encode()
+    unsigned, signed = (name + struct.pack("<I", int(kind)) for kind in (ValueType.UINT32, ValueType.INT32))
+    assert 1 == file.read_bytes().count(unsigned)
+
+    file.write_bytes(file.read_bytes().replace(unsigned, signed))
+
+    assert [f"metadata {graph}.{key}: expected a UINT32, found INT32"] == [
+        problem for problem in verify(file).problems if key in problem
+    ]
+    with pytest.raises(HarnessError):
+        llama_logits(file, TOKENS)
+
+
+def test_a_gguf_file_is_amplified_in_its_weights(tmp_path: Path) -> None:
+    """Three of four are routed, and `deepseek` takes a third of each: its graph knows no scales, nor do blocks."""
+    source = checkpoints.make(tmp_path / "hf", "llama", num_key_value_heads=4, intermediate_size=128)
+    plain, blocks = (
+        convert(source, tmp_path / f"{kind}.gguf", flat_options(dense=True, type=kind)).path for kind in ("f32", "q8_0")
+    )
+    options = flat_options(4, target="deepseek", n_shared=1, preset="exact")
+
+    file = convert(plain, tmp_path / "moe.gguf", options).path
+
+    assert np.abs(llama_logits(file, TOKENS) - checkpoints.torch_logits(source, TOKENS)).max() < 1e-4
+    with pytest.raises(
+        PlanError, match=r"the 3 routed experts are multiplied by 3, and the blocks of .* only by powers"
+    ):
+        plan_conversion(blocks, options)
 
 
 def test_verify_misses_the_selection_bias(folder: Path, tmp_path: Path) -> None:
