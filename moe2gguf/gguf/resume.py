@@ -166,8 +166,10 @@ class Job:
         self._descriptor = open_locked(self.folder)
         try:
             self._journal = self._continue_or_begin()
-        except BaseException:
+        except BaseException as error:
             os.close(self._descriptor)
+            if isinstance(error, OSError):
+                raise self._explain(error) from error
             raise
         return self
 
@@ -180,11 +182,14 @@ class Job:
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted) and self.n_finished:
             raise Interrupted(_describe_kept(self.folder, self.n_finished)) from error
         if isinstance(error, OSError) and _is_about(error, self.folder):
-            place = error.filename if isinstance(error.filename, str) else self.folder
-            raise OutputError(
-                f"{place}: cannot be used ({error.strerror or error}); remove what is in the way, or make room, then "
-                "repeat the command: it goes on with what is finished"
-            ) from error
+            raise self._explain(error) from error
+
+    def _explain(self, error: OSError) -> OutputError:
+        place = error.filename if isinstance(error.filename, str) else self.folder
+        return OutputError(
+            f"{place}: cannot be used ({error.strerror or error}); remove what is in the way, or make room, then "
+            "repeat the command: it goes on with what is finished"
+        )
 
     @property
     def n_finished(self) -> int:

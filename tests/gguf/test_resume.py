@@ -221,6 +221,21 @@ def test_a_broken_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert ["work"] == [path.name for path in tmp_path.iterdir()]
 
 
+def test_a_journal_that_cannot_be_replaced_is_one_error(stopped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that became read-only."""
+    real = os.unlink
+
+    def fail(path: Any, *arguments: Any, **more: Any) -> None:
+        if str(path).endswith("job.jsonl"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "unlink", fail)
+
+    with pytest.raises(OutputError, match=r"job.jsonl: cannot be used \(Read-only file system\)"):
+        write(stopped, resume=False)
+
+
 def test_an_interrupt_before_the_first_tensor_keeps_nothing(tmp_path: Path) -> None:
     """There is nothing to continue."""
     with pytest.raises(KeyboardInterrupt, match="stopped"):
