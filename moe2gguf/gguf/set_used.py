@@ -66,7 +66,8 @@ def require_count(file: GGUFFile, counts: ExpertCounts, n_expert_used: int) -> s
     if made_for and note and not made_for.only_all:
         raise GGUFError(
             f"{file.path}: {made_for.reason}, and {n_expert_used} would make it worse. Convert again: "
-            f"`moe2gguf convert MODEL OUT --used {n_expert_used}`, or --no-refit --amplify any"
+            f"`moe2gguf convert MODEL OUT --used {n_expert_used}`, or for any count `moe2gguf convert MODEL OUT "
+            "--no-refit --amplify any`"
         )
     return note
 

@@ -244,7 +244,12 @@ class _Files:
         return not self.notes
 
     def _plan_size(self, kind: str) -> int:
-        return plan_quantization(self.dense, TypeOptions(kind, allow_fallback=True)).file_size
+        try:
+            return plan_quantization(self.dense, TypeOptions(kind, allow_fallback=True)).file_size
+        except PlanError as error:
+            raise PlanError(
+                [f"--types {kind}: `moe2gguf quantize` refuses: {one}" for one in error.refusals]
+            ) from error
 
     def _quantize(self, name: str, options: TypeOptions) -> RunConfig:
         write = partial(quantize, self.dense, options=options, force=True, progress=self._progress)

@@ -296,7 +296,7 @@ def known_factor(model: MoeFolder | MoeFile) -> tuple[str, float]:
         return "even", model.weight_of_expert
     raise PlanError(
         [
-            f"{model.path}: its experts do not add up to one MLP (healed, --amplify any or fitted, or made by "
+            f"{model.path}: its experts do not add up to one MLP (healed, amplified as any or fitted, or made by "
             "another program), so no dense model computes the same; use the dense model it was made from"
         ]
     )

@@ -285,7 +285,7 @@ def _note_louder(file: GGUFFile, counts: ExpertCounts, n_routed: int, n_used: in
         way = f"let {counts.n_used} run and stay, or " if graph.gating == "renormalized" else ""
         yield (
             f"each slice that runs now weighs {factor:.2f} times as much as before, so the answers of the layers are "
-            f"too loud; {way}slice the dense model with --target glm4moe, where weights stay as they are"
+            f"too loud; {way}slice the dense model by `moe2gguf convert --target glm4moe`, where weights stay"
         )
 
 

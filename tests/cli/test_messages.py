@@ -69,8 +69,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     made["DENSE"] = tiny_gguf.write_gguf(root / "dense.gguf", tiny_gguf.dense_weights())
     sliced = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
     made["SLICED"] = tiny_gguf.write_gguf(root / "sliced.gguf", sliced, n_expert_used=2)
+    amplified = {"moe2gguf.slicing.amplify": "used"}
+    made["FITTED"] = tiny_gguf.write_gguf(root / "fitted.gguf", sliced, n_expert_used=2, strings=amplified)
     made["Q8"] = quantize(made["DENSE"], root / "q8.gguf", TypeOptions("q8_0")).path
     assert 0 == moe2gguf("convert", made["MODEL"], made["HF"], "-e", 4, "--format", "hf").returncode
+    made["EVEN"] = root / "even.gguf"
+    assert 0 == moe2gguf("convert", made["MODEL"], made["EVEN"], "-e", 4).returncode
     made["WIDE"] = root / "wide.gguf"
     assert 0 == moe2gguf("convert", made["BROAD"], made["WIDE"], "--dense").returncode
     checkpoints.rewrite_config(made["PREFIX"], hidden_size=32)
@@ -136,8 +140,10 @@ prune DENSE OUT --keep 2
 prune SLICED SLICED --keep 2 --score random
 set-used SLICED 9
 set-used DENSE 2
+set-used FITTED 3
 densify DENSE OUT
 densify SLICED Q8
+densify MIXTRAL OUT
 heal HF OUT --teacher MIXTRAL --text TEXT --used-range 1..9
 heal MODEL OUT --teacher MODEL --text TEXT --used-range 1..4
 heal HF HF --teacher MODEL --text TEXT --used-range 1..4
@@ -161,8 +167,9 @@ publish MODEL FOLDER --upload x
 publish NOWHERE FOLDER
 publish MODEL FOLDER --types f16 --experts 4 --used 2 --calibration TEXT
 publish MODEL FOLDER --types f16 --experts 4 --used 2 --calibration SHORT
-shrink DENSE OUT --faster 999 --types f16 --text SHORT --tokens 8
+shrink MODEL OUT --faster 999 --types f16 --text SHORT --tokens 8
 shrink MODEL OUT --quality 1.0001 --types f16 --text TEXT
+shrink BROAD OUT --faster 999 --types iq1_s --text SHORT --tokens 8
 publish DENSE HF
 verify TEXT
 verify SLICED --check TEXT
@@ -181,6 +188,16 @@ def test_a_refusal_names_only_options_of_its_command(inputs: Folder, command: st
     assert set() == foreign_options(command.split()[0], done.stderr + done.stdout)
     assert len(done.stderr.splitlines()) <= 9
     assert not inputs["OUT"].exists()
+
+
+@pytest.mark.parametrize("command", ["prune EVEN OUT --keep 2 --score random"])
+def test_a_warning_names_only_options_of_its_command(inputs: Folder, command: str) -> None:
+    """As a refusal does."""
+    done = run(inputs, f"{command} --force")
+
+    assert "warning: " in done.stderr
+    assert set() == foreign_options(command.split()[0], done.stderr)
+    assert 0 == done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(
