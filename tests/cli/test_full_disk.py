@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +13,11 @@ import checkpoints
 import pytest
 import tiny_gguf
 from command import moe2gguf
+from full_disk import limit_files
 
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.check import require_llama
-
-resource = pytest.importorskip("resource")
 
 HF, MOE, FILE, OUT, TEXT, KEPT = "HF", "MOE", "FILE", "OUT", "TEXT", "KEPT"
 CALIBRATED = f"--experts 4 --used 2 --calibration {TEXT} --calibration-tokens 1024"
@@ -47,22 +43,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "text.txt").write_text("hello the world " * 800)
     file = tiny_gguf.write_gguf(folder / "moe.gguf", tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4))
     return {HF: hf, MOE: folder / "moe", FILE: file, TEXT: folder / "text.txt"}
-
-
-@contextmanager
-def limit_files(n_byte: int) -> Iterator[None]:
-    """No file of this process grows over `n_byte` bytes, which it meets as it would meet a full disk.
-
-    Python writes no compiled modules meanwhile, for it would not notice that they are cut.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "dont_write_bytecode", True)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_byte, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)

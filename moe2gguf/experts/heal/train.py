@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moe2gguf.errors import HealError
@@ -174,8 +175,16 @@ def save_checkpoint(accelerator: Accelerator, work: WorkFolder, step: int, best:
     """Save the state after `step` steps and the `best` score so far; older checkpoints go."""
     with work.save_checkpoint(step, best) as path:
         accelerator.wait_for_everyone()  # the main process has removed what a stopped run left there
-        accelerator.save_state(str(path))
+        _save_state(accelerator, path)
         accelerator.wait_for_everyone()  # every process has written its part
+
+
+def _save_state(accelerator: Accelerator, path: Path) -> None:
+    """Write the state of every part. Raises OSError, also where torch or safetensors makes another error of it."""
+    try:
+        accelerator.save_state(str(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"no room, or an error of the disk: {error}") from error
 
 
 def load_checkpoint(accelerator: Accelerator, work: WorkFolder) -> tuple[int, float]:
