@@ -58,7 +58,7 @@ def test_plan_writes_nothing_and_needs_no_target(model: Any, tmp_path: Path) -> 
 
     assert 0 == done.returncode
     assert re.search(r"blk\.2\.ffn_down_exps\.weight +4 x 64 x 24 +F32 +24,576", done.stdout)
-    assert re.search(r"4 of 4 \(file\) +[\d,]+ +0\.\d\d x", done.stdout)
+    assert re.search(r"4 of 4 +[\d,]+ +0\.\d\d x +as in the file", done.stdout)
     values = json.loads(moe2gguf("convert", model, "--plan", "-e", 4, "--json").stdout)
     assert f"file size           {values['file_size']:,} bytes" in done.stdout
     assert [] == values["refusals"]
