@@ -13,6 +13,7 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import list_names
 from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.gguf.layout import SCALARS
 from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph, GraphTensor, graph_sizes
 from moe2gguf.limits import MAX_EXPERTS, Size, find_first_router, max_experts_used
 from moe2gguf.spec import Dimensions, MetadataValue
@@ -187,14 +188,19 @@ class _Keys:
 
     def require(self, wanted: Mapping[str, MetadataValue]) -> None:
         """Every key has the value for which the experts of a sliced file are cut, in the type that llama.cpp wants."""
-        kinds = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32}
         for key, value in wanted.items():
-            name, found = self.name(key), self.value(key)
-            stored, kind = self.file.types.get(name), kinds.get(type(value))
-            if found != value:
-                self.problems.append(f"metadata {name}: these experts are cut for {value!r}, found {_shown(found)}")
-            elif kind is not None and stored != ValueType(kind):
-                self.problems.append(f"metadata {name}: expected a {kind.name}, found {stored}")
+            if kind := SCALARS.get(type(value)):
+                self.expect_type(key, kind)
+            if (found := self.value(key)) != value:
+                self.problems.append(
+                    f"metadata {self.name(key)}: these experts are cut for {value!r}, found {_shown(found)}"
+                )
+
+    def expect_type(self, key: str, kind: Kind) -> None:
+        """A value that is there is stored as this type."""
+        stored = self.file.types.get(self.name(key))
+        if stored not in (None, ValueType(kind)):
+            self.problems.append(f"metadata {self.name(key)}: expected a {kind.name}, found {stored}")
 
     def alike(self, key: str, default: int | None = None) -> int:
         """A count, or an array that gives every layer the same one."""
@@ -288,19 +294,16 @@ def _expert_widths(keys: _Keys, d_ff: int) -> tuple[int, int]:
 def _check_gating(keys: _Keys) -> None:
     """Every key that says how experts are weighed has its type, and a gating function that llama.cpp knows."""
     kinds = {"expert_gating_func": Kind.UINT32, "expert_weights_norm": Kind.BOOL, "expert_weights_scale": Kind.FLOAT32}
+    required = keys.graph.keys if is_sliced(keys.file) else {}
     for name, kind in kinds.items():
-        value = keys.value(name)
-        if value is not None and keys.file.types[keys.name(name)] != ValueType(kind):
-            keys.problems.append(
-                f"metadata {keys.name(name)}: expected a {kind.name}, found {keys.file.types[keys.name(name)]}"
-            )
+        if name not in required:  # which are looked at with their values
+            keys.expect_type(name, kind)
     if keys.value("expert_gating_func") not in (None, 0, *range(1, 5)):
         keys.problems.append(
             f"metadata {keys.name('expert_gating_func')}: llama.cpp knows 1 to 4, found "
             f"{_shown(keys.value('expert_gating_func'))}; it would abort"
         )
-    if is_sliced(keys.file):
-        keys.require(keys.graph.keys)
+    keys.require(required)
 
 
 def is_sliced(file: GGUFFile) -> bool:

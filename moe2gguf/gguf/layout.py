@@ -126,7 +126,9 @@ def _pack_string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-_SCALARS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32}
+SCALARS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32}
+"""As which type a value is stored."""
+
 _ITEMS: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.INT32, float: Kind.FLOAT32}
 _CODES: dict[Kind, str] = {
     Kind.UINT8: "B",
@@ -149,7 +151,7 @@ def _pack_value(key: str, value: MetadataValue, stored: ValueType | None) -> byt
             return struct.pack("<I", Kind.ARRAY) + _pack_array(value, stored.element if stored else None)
         if isinstance(value, str):
             return struct.pack("<I", Kind.STRING) + _pack_string(value)
-        kind = stored.type if stored else _SCALARS[type(value)]
+        kind = stored.type if stored else SCALARS[type(value)]
         return struct.pack(f"<I{_CODES[kind]}", kind, value)
     except (struct.error, OverflowError, KeyError) as error:
         raise GGUFError(f"metadata {key}: {value!r} does not fit a GGUF value ({error})") from error

@@ -44,7 +44,7 @@ class Config:
         most = _MOST.get(key, _LARGEST)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             self.has_counts = False
-            return int(self._wrong(key, f"an integer from {least} to {most:,}", 1))
+            return int(self._wrong(key, f"an integer from {least} to {most:,}", least))
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -168,9 +168,11 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         **counts,
         **flags,
     )
+    if not config.has_counts:
+        return None
     if model.leading_dense >= model.n_layer:
         problems.append(f"config.json: first_k_dense_replace is {model.leading_dense}, so no layer has experts")
-    return model if config.has_counts else None
+    return model
 
 
 def _read_experts(config: Config, family: Family) -> dict[str, int]:
