@@ -277,11 +277,12 @@ def sliced_card(metadata: Metadata, slicing: Slicing, provenance: Metadata, repo
     front |= {key: value for key, source in FRONT_MATTER.items() if (value := metadata.get(f"general.{source}"))}
     front["tags"] = ["moe2gguf", slicing.target, "moe"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    part = f" from layer {slicing.leading_dense} on" if slicing.leading_dense else ""
     lines += [
         f"# {metadata.get('general.name', 'A sliced model')}",
         "",
-        f"Every MLP of the dense model is cut into {slicing.n_expert} experts, of which {slicing.n_expert_used} run "
-        f"per token. {WEIGHTS_NOTE[slicing.target]}",
+        f"Every MLP of the dense model{part} is cut into {slicing.n_expert} experts, of which {slicing.n_expert_used} "
+        f"run per token. {WEIGHTS_NOTE[slicing.target]}",
         "",
         *_provenance_table("how it was made", "moe2gguf.", provenance),
     ]

@@ -185,6 +185,7 @@ def test_the_folder_form_computes_the_same(family: str, tmp_path: Path) -> None:
     assert_same_tensors(file, convert(folder, tmp_path / "again.gguf").path)
     assert verify(tmp_path / "again.gguf").problems == ()
     card = (folder / "README.md").read_text()
+    assert "Every MLP of the dense model from layer 1 on is cut into 6 experts" in card
     assert ["1", "2"] == re.findall(r"^\| (\d) ", card, re.MULTILINE)
 
 
