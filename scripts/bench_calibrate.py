@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
         fail(f"this Python has no {', '.join(needed)}; run it with .venv/check/bin/python, which scripts/check makes")
     sizes = SIZES[:1] if options.quick else SIZES
     with tempfile.TemporaryDirectory(prefix="moe2gguf-", dir=options.work) as folder:
-        rows = [measured(size, Path(folder) / str(i), options.threads) for i, size in enumerate(sizes)]
+        rows = [measure_size(size, Path(folder) / str(i), options.threads) for i, size in enumerate(sizes)]
     result = {"machine": machine(), "threads": options.threads, "rows": rows, "fit": fit(rows)}
     if options.json:
         write_json(options.json, result)
@@ -97,7 +97,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measured(size: Size, folder: Path, threads: int) -> dict[str, Any]:
+def measure_size(size: Size, folder: Path, threads: int) -> dict[str, Any]:
     """Make a checkpoint of this size, calibrate it in a process of its own; processor seconds and peak bytes."""
     checkpoint(folder, size)
     out = folder.with_suffix(".gguf")

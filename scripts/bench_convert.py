@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, Environment, cache_folder, fail, shown
+from environment import ROOT, Environment, cache_folder, fail, shorten_path
 from legs import Leg, goal, measure, side_by_side
 from measure import Run, machine, table, write_json
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     weights = sorted(model.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in weights)
     if shutil.disk_usage(work).free < 2 * size:
-        fail(f"{shown(work)} needs {2 * size / 1e9:.1f} GB of free space; choose another folder with --work")
+        fail(f"{shorten_path(work)} needs {2 * size / 1e9:.1f} GB of free space; choose another folder with --work")
 
     output = work / "output"
     legs = list(all_legs(model, weights, output, with_peer=not options.no_peer))
@@ -95,7 +95,8 @@ def checkpoint(work: Path, size: int) -> Path:
     if folder.is_dir():
         return folder
     print(
-        f"Making a checkpoint of {size / 1e9:.2f} GB in {shown(work)}; it stays there for the next run", file=sys.stderr
+        f"Making a checkpoint of {size / 1e9:.2f} GB in {shorten_path(work)}; it stays there for the next run",
+        file=sys.stderr,
     )
     tokenizer = ours("scripts/smollm2").strip()
     partial = work / "partial"

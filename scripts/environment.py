@@ -72,7 +72,7 @@ class Environment:
         quiet = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         for step in self.steps:
             if subprocess.run([self.python, *step], cwd=ROOT, env=quiet, check=False).returncode != 0:
-                fail(f"installing {shown(self.folder)} failed at: python {' '.join(step)}")
+                fail(f"installing {shorten_path(self.folder)} failed at: python {' '.join(step)}")
         self._stamp.write_text(self.digest())
         return True
 
@@ -102,7 +102,7 @@ def python_with(packages: Sequence[str], *, extra: str, name: str) -> Path:
     return made.python
 
 
-def shown(path: Path) -> str:
+def shorten_path(path: Path) -> str:
     """The path as a reader wants it: relative to the repository where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 

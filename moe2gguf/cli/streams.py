@@ -72,11 +72,11 @@ def prepare_streams() -> None:
     os.close(descriptor)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 -- nothing to read, as long as we run
-    sys.stdout = StandardOutput(*_opened(sys.stdout, 1), "replace", line_buffering=os.isatty(1))
-    sys.stderr = StandardError(*_opened(sys.stderr, 2), "backslashreplace", line_buffering=True)
+    sys.stdout = StandardOutput(*_open_stream(sys.stdout, 1), "replace", line_buffering=os.isatty(1))
+    sys.stderr = StandardError(*_open_stream(sys.stderr, 2), "backslashreplace", line_buffering=True)
 
 
-def _opened(stream: TextIO | None, descriptor: int) -> tuple[BinaryIO, str]:
+def _open_stream(stream: TextIO | None, descriptor: int) -> tuple[BinaryIO, str]:
     """The bytes and the encoding of a standard stream; None is one that was closed."""
     if stream is None:
         return open(descriptor, "wb", closefd=False), "utf-8"

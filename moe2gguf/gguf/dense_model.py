@@ -18,7 +18,7 @@ from moe2gguf.errors import PlanError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.expected import check_architecture, read_dimensions
-from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment, shown
+from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, quote_text, refuse_alignment
 from moe2gguf.gguf.metadata import yarn_attention
 from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
@@ -73,7 +73,7 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
     if count := read_counts(file).n_expert:
         raise PlanError([f"{path}: has {count} experts already; `moe2gguf {EXPERT_COMMANDS}` work on such a file"])
     if not isinstance(architecture, str) or architecture not in DENSE_GRAPHS:
-        what = shown(architecture) if isinstance(architecture, str) else "none"
+        what = quote_text(architecture) if isinstance(architecture, str) else "none"
         raise PlanError(
             [
                 f"{path}: its architecture is {what}; of GGUF files, those of {', '.join(DENSE_GRAPHS)} can be "
@@ -82,7 +82,7 @@ def open_dense(path: Path, *, name: str | None = None) -> DenseFile:
         )
     found, graph = Findings(), DENSE_GRAPHS[architecture]
     check_architecture(file, found)
-    file = _renamed(replace_prefix(file, architecture, "llama"), name)
+    file = _rename(replace_prefix(file, architecture, "llama"), name)
     if problems := _refusals(file):
         raise PlanError(problems)
     dimensions = read_dimensions(file, MIXTRAL, [])
@@ -105,7 +105,7 @@ def replace_prefix(file: GGUFFile, old: str, new: str) -> GGUFFile:
     return replace(file, metadata={**metadata, "general.architecture": new}, types=kinds)
 
 
-def _renamed(file: GGUFFile, name: str | None) -> GGUFFile:
+def _rename(file: GGUFFile, name: str | None) -> GGUFFile:
     if name is None:
         return file
     kinds = {**file.types, "general.name": ValueType(Kind.STRING)}
@@ -116,13 +116,13 @@ def _refusals(file: GGUFFile) -> list[str]:
     """What makes the file no dense model that can be cut."""
     found = []
     if (kind := file.metadata.get("general.type", "model")) != "model":
-        found.append(f"{file.path}: its general.type is {shown(str(kind))}; only a model can be cut")
+        found.append(f"{file.path}: its general.type is {quote_text(str(kind))}; only a model can be cut")
     if extra := [name for name in file.tensors if _MLP_EXTRA.fullmatch(name)]:
         found.append(f"{file.path}: experts have no place for {len(extra)} tensors of its MLPs, such as {extra[0]}")
     odd = [t.name for t in file.tensors.values() if t.type not in (*types.FLOATS, *types.BLOCKS)]
     if odd:
         kinds = ", ".join(sorted({file.tensors[name].type.name for name in odd}))
-        found.append(f"{file.path}: {kinds} is no type of weights, but that of {shown(odd[0])}")
+        found.append(f"{file.path}: {kinds} is no type of weights, but that of {quote_text(odd[0])}")
     return found + refuse_alignment(file)
 
 
@@ -167,7 +167,9 @@ def _rope(file: GGUFFile, n_context: int, problems: list[str]) -> Rope:
         value = file.metadata.get(f"llama.rope.{key}", default)
         if isinstance(value, float) and math.isfinite(value) and (value > 0 or value == default):
             return value
-        problems.append(f"metadata llama.rope.{key}: expected a finite number above zero, found {shown(str(value))}")
+        problems.append(
+            f"metadata llama.rope.{key}: expected a finite number above zero, found {quote_text(str(value))}"
+        )
         return 1.0
 
     theta, kind = number("freq_base", 10000.0), file.metadata.get("llama.rope.scaling.type", "linear")

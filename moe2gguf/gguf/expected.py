@@ -12,7 +12,7 @@ from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import list_names
 from moe2gguf.gguf.counts import find_graph
-from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, shown
+from moe2gguf.gguf.file import Findings, GGUFFile, TensorInfo, ValueType, quote_text
 from moe2gguf.gguf.layout import SCALARS
 from moe2gguf.graphs import DENSE_GRAPHS, GRAPHS, Graph, GraphTensor, graph_sizes
 from moe2gguf.limits import MAX_EXPERTS, Size, find_first_router, max_experts_used
@@ -34,21 +34,21 @@ def check_architecture(file: GGUFFile, found: Findings) -> None:
         found.problems.append("metadata 'general.architecture' is missing")
         return
     if not isinstance(architecture, str):
-        found.problems.append(f"metadata general.architecture: expected a STRING, found {_shown(architecture)}")
+        found.problems.append(f"metadata general.architecture: expected a STRING, found {_quote_value(architecture)}")
         return
     graph = find_graph(architecture) if kind == "model" else None
     predicts = file.metadata.get(f"{architecture}.nextn_predict_layers", 0) != 0
     if graph is None or (not is_sliced(file) if graph.empty_layer else predicts):
         known = ", ".join(dict.fromkeys([*DENSE_GRAPHS, *GRAPHS]))
-        words = f"architecture {_shown(architecture)}, type {_shown(kind)}"
+        words = f"architecture {_quote_value(architecture)}, type {_quote_value(kind)}"
         found.notes.append(f"{words}: shapes are only checked for plain models of {known}")
     else:
         _check_graph(file, graph, found)
 
 
-def _shown(value: object) -> str:
+def _quote_value(value: object) -> str:
     """A metadata value for a message: escaped and short."""
-    return shown(value) if isinstance(value, str) else repr(value)[:80]
+    return quote_text(value) if isinstance(value, str) else repr(value)[:80]
 
 
 def _check_graph(file: GGUFFile, graph: Graph, found: Findings) -> None:
@@ -88,7 +88,7 @@ def _check_tensor_set(tensors: dict[str, TensorInfo], expected: dict[str, Expect
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {list_names(missing, MOST_NAMES)}")
     if unexpected:
-        names = list_names([shown(name) for name in unexpected], MOST_NAMES)
+        names = list_names([quote_text(name) for name in unexpected], MOST_NAMES)
         problems.append(f"{len(unexpected)} tensors are unexpected, llama.cpp refuses a file with such: {names}")
     known = [(name, tensor, expected[name]) for name, tensor in tensors.items() if name in expected]
     problems += [
@@ -97,7 +97,7 @@ def _check_tensor_set(tensors: dict[str, TensorInfo], expected: dict[str, Expect
         if tensor.shape != one.shape
     ]
     problems += [
-        f"tensor {shown(name)} must be F32, found {tensor.type.name}"
+        f"tensor {quote_text(name)} must be F32, found {tensor.type.name}"
         for name, tensor, one in known
         if one.f32 and tensor.type != GGMLType.F32
     ]
@@ -193,7 +193,7 @@ class _Keys:
                 self.expect_type(key, kind)
             if (found := self.value(key)) != value:
                 self.problems.append(
-                    f"metadata {self.name(key)}: these experts are cut for {value!r}, found {_shown(found)}"
+                    f"metadata {self.name(key)}: these experts are cut for {value!r}, found {_quote_value(found)}"
                 )
 
     def expect_type(self, key: str, kind: Kind) -> None:
@@ -250,10 +250,12 @@ def _check_norm_and_scaling(keys: _Keys) -> None:
     """What has no part in a shape: the norms' epsilon, and how the rotary embedding is stretched."""
     epsilon = keys.value(name := "attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        keys.problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_shown(epsilon)}")
+        keys.problems.append(f"metadata {keys.name(name)}: expected 0 to 1, found {_quote_value(epsilon)}")
     scaling = keys.value(name := "rope.scaling.type")
     if scaling not in (None, "none", "linear", "yarn", "longrope"):
-        keys.problems.append(f"metadata {keys.name(name)}: llama.cpp does not know {_shown(scaling)} and would abort")
+        keys.problems.append(
+            f"metadata {keys.name(name)}: llama.cpp does not know {_quote_value(scaling)} and would abort"
+        )
 
 
 def _n_expert(keys: _Keys) -> int:
@@ -282,8 +284,8 @@ def _expert_widths(keys: _Keys, d_ff: int) -> tuple[int, int]:
             value = keys.value(name)
             if value is not None and value not in harmless:
                 keys.problems.append(
-                    f"metadata {keys.name(name)}: arch {graph.architecture} does not read it; {_shown(value)} has no "
-                    "effect"
+                    f"metadata {keys.name(name)}: arch {graph.architecture} does not read it; {_quote_value(value)} "
+                    "has no effect"
                 )
         return d_ff, 0
     _check_gating(keys)
@@ -301,7 +303,7 @@ def _check_gating(keys: _Keys) -> None:
     if keys.value("expert_gating_func") not in (None, 0, *range(1, 5)):
         keys.problems.append(
             f"metadata {keys.name('expert_gating_func')}: llama.cpp knows 1 to 4, found "
-            f"{_shown(keys.value('expert_gating_func'))}; it would abort"
+            f"{_quote_value(keys.value('expert_gating_func'))}; it would abort"
         )
     keys.require(required)
 

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moe2gguf.gguf import types
-from moe2gguf.gguf.file import GGUFFile, TensorInfo, shown
+from moe2gguf.gguf.file import GGUFFile, TensorInfo, quote_text
 from moe2gguf.gguf.source_tensor import SourceTensor
 from moe2gguf.gguf.writer import OutputTensor
 
@@ -60,7 +60,7 @@ def find_expert_tensors(file: GGUFFile, n_expert: int, problems: list[str]) -> E
     layer_of = {name: int(match[1]) for name in file.tensors if (match := _PER_EXPERT.fullmatch(name))}
     if architecture not in STACKED:
         problems.append(
-            f"architecture {shown(architecture)}: which of its tensors have a row per expert is known for "
+            f"architecture {quote_text(architecture)}: which of its tensors have a row per expert is known for "
             f"{', '.join(STACKED)} only"
         )
         return ExpertTensors(n_expert, 0, layer_of)
@@ -78,7 +78,7 @@ def _refuse_tensor(info: TensorInfo, n_expert: int) -> Iterator[str]:
     """Why a tensor cannot be cut into the rows of `n_expert` experts, though it may be about them."""
     if not _PER_EXPERT.fullmatch(info.name):
         if _ABOUT_EXPERTS.search(info.name) and not _WHOLE.fullmatch(info.name):
-            yield f"tensor {shown(info.name)}: whether it has a row per expert is not known"
+            yield f"tensor {quote_text(info.name)}: whether it has a row per expert is not known"
     elif info.shape[:1] != (n_expert,):
         yield f"tensor {info.name}: expected {n_expert} experts, found the shape {info.shape}"
     elif len(info.shape) == 1 and info.type not in types.FLOATS:

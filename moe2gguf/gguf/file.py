@@ -176,12 +176,12 @@ def read_into(file: BinaryIO, offset: int, target: npt.NDArray[np.uint8], path: 
         raise GGUFError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
 
 
-def shown(text: str, limit: int = 80) -> str:
+def quote_text(text: str, limit: int = 80) -> str:
     """A string from a file, quoted and escaped for a message or a terminal, shortened to about `limit` characters."""
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
 
 
-def listing(path: Path, problems: list[str], limit: int = 20) -> str:
+def list_problems(path: Path, problems: list[str], limit: int = 20) -> str:
     """One message of all problems; beyond `limit` they are only counted, for a hostile file can have a million."""
     more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
     return "\n".join([f"{path}: {len(problems)} problem(s):", *(f"  - {line}" for line in problems[:limit] + more)])

@@ -20,8 +20,8 @@ from moe2gguf.gguf.file import (
     LaterType,
     TensorInfo,
     open_gguf,
+    quote_text,
     read_into,
-    shown,
 )
 
 _STEP = 1 << 20  # bytes looked at together: they and the scratch space stay in the cache
@@ -87,7 +87,7 @@ def check_values(file: GGUFFile, found: Findings, threads: int, progress: Callab
                 progress(part.n_bytes)
     except GGUFError as error:  # the file shrank
         found.problems.append(str(error))
-    found.problems += [_described(file.tensors[name], n_bad[name], block) for name, block in first.items()]
+    found.problems += [_describe_bad(file.tensors[name], n_bad[name], block) for name, block in first.items()]
 
 
 def _ranges(tensor: TensorInfo) -> Iterator[_Range]:
@@ -135,7 +135,7 @@ def _bad_blocks(raw: npt.NDArray[np.uint8], kind: int, scratch: npt.NDArray[np.u
     return found
 
 
-def _described(tensor: TensorInfo, n_bad: int, block: int) -> str:
+def _describe_bad(tensor: TensorInfo, n_bad: int, block: int) -> str:
     """Return the problem in words: tensor, layer, expert, how much, and where it begins (an index in numpy order)."""
     n = BLOCK_SIZES[tensor.type][0]
     index = [int(i) for i in np.unravel_index(block * n, tensor.shape)] if tensor.shape else []
@@ -146,4 +146,4 @@ def _described(tensor: TensorInfo, n_bad: int, block: int) -> str:
     what = "NaN or infinite values" if n == 1 else f"blocks of {n} with a NaN or infinite scale"
     place = f" ({', '.join(where)})" if where else ""
     n_all = math.prod(tensor.shape) // n
-    return f"tensor {shown(tensor.name)}{place}: {n_bad} of {n_all} {what}, the first at {index}"
+    return f"tensor {quote_text(tensor.name)}{place}: {n_bad} of {n_all} {what}, the first at {index}"

@@ -22,10 +22,10 @@ from moe2gguf.gguf.file import (
     TensorInfo,
     TensorType,
     ValueType,
-    listing,
+    list_problems,
     open_gguf,
+    quote_text,
     read_into,
-    shown,
 )
 from moe2gguf.spec import MetadataValue
 
@@ -130,7 +130,7 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self.fail(f"its name is not UTF-8: {error.object[:80]!r}") from error
         if "\0" in name:
-            raise self.fail(f"its name {shown(name)} holds a NUL, where other readers would end it")
+            raise self.fail(f"its name {quote_text(name)} holds a NUL, where other readers would end it")
         return name
 
     def parse(self) -> GGUFFile:
@@ -167,7 +167,7 @@ class _Header:
         for i in range(n):
             self.what = f"metadata key {i + 1} of {n}"
             key = self.text(MAX_KEY)
-            self.what = f"metadata {shown(key)}"
+            self.what = f"metadata {quote_text(key)}"
             if key in metadata:
                 raise self.fail("the key appears twice")
             types[key] = kind = self.value_type()
@@ -244,7 +244,7 @@ class _Header:
         for i in range(n):
             self.what = f"tensor {i + 1} of {n}"
             name = self.text(MAX_NAME)
-            self.what = f"tensor {shown(name)}"
+            self.what = f"tensor {quote_text(name)}"
             if name in listed:
                 raise self.fail("the name appears twice")
             shape, kind = self.shape(), self.tensor_type()
@@ -277,25 +277,25 @@ class _Header:
         self.what = "tensor data"
         room = self.file_size - data_offset
         problems = [
-            f"tensor {shown(t.name)}: its offset {t.offset} is not a multiple of the alignment {alignment}"
+            f"tensor {quote_text(t.name)}: its offset {t.offset} is not a multiple of the alignment {alignment}"
             for t in listed
             if t.offset % alignment
         ]
         if beyond := [t for t in listed if t.offset + t.n_bytes > room]:
-            names = list_names([shown(t.name) for t in beyond])
+            names = list_names([quote_text(t.name) for t in beyond])
             problems.append(
                 f"{len(beyond)} of {len(listed)} tensors end behind the file, which has {max(room, 0)} bytes of data "
                 f"and needs {max(t.offset + t.n_bytes for t in beyond)}: {names}; it is cut or corrupt, get it again"
             )
         order = sorted((t for t in listed if t.n_bytes), key=lambda t: t.offset)
         problems += [
-            f"tensors {shown(a.name)} and {shown(b.name)} overlap: the first ends at {a.offset + a.n_bytes}, the "
-            f"second starts at {b.offset}"
+            f"tensors {quote_text(a.name)} and {quote_text(b.name)} overlap: the first ends at {a.offset + a.n_bytes}, "
+            f"the second starts at {b.offset}"
             for a, b in pairwise(order)
             if a.offset + a.n_bytes > b.offset
         ]
         if problems:
-            raise GGUFError(listing(self.path, problems))
+            raise GGUFError(list_problems(self.path, problems))
         return {t.name: replace(t, offset=t.offset + data_offset) for t in listed}
 
 

@@ -9,7 +9,7 @@ from gguf import GGUFValueType as Kind
 from moe2gguf.errors import GGUFError, OutputError
 from moe2gguf.gguf.counts import ExpertCounts, read_counts, require_architecture
 from moe2gguf.gguf.expected import MAX_LAYERS, read_count
-from moe2gguf.gguf.file import GGUFFile, listing
+from moe2gguf.gguf.file import GGUFFile, list_problems
 from moe2gguf.gguf.made_for import USED_HERE, read_made_for
 from moe2gguf.gguf.reader import MAX_HEADER
 from moe2gguf.gguf.shards import merge_shards, read_shards
@@ -36,7 +36,7 @@ def set_used(path: str | Path, n_expert_used: int) -> str:
     read_count(file, f"{architecture}.expert_shared_count", problems, 0, MAX_EXPERTS)
     read_count(file, f"{architecture}.block_count", problems, limit=MAX_LAYERS)
     if problems:
-        raise GGUFError(listing(path, problems))
+        raise GGUFError(list_problems(path, problems))
     counts, used_key = read_counts(file), f"{architecture}.expert_used_count"
     if not counts.n_expert or not counts.n_used:
         raise GGUFError(f"{path}: has no experts; only a file with an expert_count has a count to change")

@@ -13,7 +13,7 @@ from typing import TypeVar
 from gguf import GGUFValueType as Kind
 
 from moe2gguf.errors import GGUFError, PlanError
-from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, listing, shown
+from moe2gguf.gguf.file import GGUFFile, TensorInfo, ValueType, list_problems, quote_text
 from moe2gguf.gguf.layout import ALIGNMENT, Entry, Layout, align_up, lay_out, measure_info
 from moe2gguf.gguf.metadata import SOURCE_DIGEST
 from moe2gguf.gguf.reader import read_gguf
@@ -50,7 +50,7 @@ def read_shards(path: Path) -> list[GGUFFile]:
     number, count, _ = _read_numbers(file)
     paths = list_shard_paths(_find_stem(file, number, count), count)
     if missing := [other.name for other in paths if not other.is_file()]:
-        raise GGUFError(listing(path, [f"shard {name} is missing; fetch the whole set" for name in missing]))
+        raise GGUFError(list_problems(path, [f"shard {name} is missing; fetch the whole set" for name in missing]))
     shards: list[GGUFFile] = []
     problems = []
     for i, other in enumerate(paths):
@@ -59,7 +59,7 @@ def read_shards(path: Path) -> list[GGUFFile]:
         problems += _find_strangeness(shard, i, shards[0])
     problems = problems or _find_disagreements(shards)
     if problems:
-        raise GGUFError(listing(path, problems))
+        raise GGUFError(list_problems(path, problems))
     return shards
 
 
@@ -116,7 +116,7 @@ def _find_strangeness(shard: GGUFFile, i: int, first: GGUFFile) -> list[str]:
         return [f"{name} is shard {number + 1} by its own words: renamed, or a copy"]
     shared = [key for key in shard.metadata if key in first.metadata and key != NUMBER]
     differing = [key for key in shared if not _are_same(shard.metadata[key], first.metadata[key])]
-    return [f"{name} is of another set: its {shown(key)} differs from the first one's" for key in differing]
+    return [f"{name} is of another set: its {quote_text(key)} differs from the first one's" for key in differing]
 
 
 def _are_same(a: MetadataValue, b: MetadataValue) -> bool:
@@ -132,7 +132,7 @@ def _find_disagreements(shards: Sequence[GGUFFile]) -> list[str]:
         for tensor in shard.tensors.values():
             if tensor.name in owner:
                 both = f"{owner[tensor.name].file.name} and {shard.path.name}"
-                problems.append(f"tensor {shown(tensor.name)} stands in two shards, {both}")
+                problems.append(f"tensor {quote_text(tensor.name)} stands in two shards, {both}")
             owner[tensor.name] = tensor
     promised = _read_numbers(shards[0])[2]
     if not problems and len(owner) != promised:

@@ -75,7 +75,7 @@ def find_float(dtype: np.dtype[np.generic]) -> TensorType:
     return next(kind for kind, stored in FLOATS.items() if stored == dtype)
 
 
-def named(name: str) -> TensorType:
+def find_type(name: str) -> TensorType:
     """Return the type called `name`, in upper or lower case; raises KeyError for another name."""
     return NAMES[name.lower()]
 

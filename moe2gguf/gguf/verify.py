@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe2gguf.errors import GGUFError
 from moe2gguf.gguf.expected import check_architecture, check_experts_alike
-from moe2gguf.gguf.file import Findings, GGUFFile, listing, shown
+from moe2gguf.gguf.file import Findings, GGUFFile, list_problems, quote_text
 from moe2gguf.gguf.finite import check_values
 from moe2gguf.gguf.shards import merge_shards, read_shards
 from moe2gguf.gguf.system import count_processors
@@ -59,7 +59,7 @@ def require_sound(
     """`verify`, raising GGUFError with all problems when there are any."""
     result = verify(path, threads=threads, progress=progress)
     if result.problems:
-        raise GGUFError(listing(result.path, list(result.problems)))
+        raise GGUFError(list_problems(result.path, list(result.problems)))
     return result
 
 
@@ -74,11 +74,12 @@ def _check_layout(file: GGUFFile, found: Findings, name: str) -> None:
     for tensor in file.tensors.values():
         if tensor.offset != expected:
             found.problems.append(
-                f"{name}tensor {shown(tensor.name)} starts at byte {tensor.offset}, llama.cpp wants it at {expected}"
+                f"{name}tensor {quote_text(tensor.name)} starts at byte {tensor.offset}, llama.cpp wants it "
+                f"at {expected}"
             )
         end = tensor.offset + tensor.n_bytes
         expected = -(-end // file.alignment) * file.alignment
         if not tensor.n_elements:
-            found.problems.append(f"{name}tensor {shown(tensor.name)} has no elements: shape {tensor.shape}")
+            found.problems.append(f"{name}tensor {quote_text(tensor.name)} has no elements: shape {tensor.shape}")
     if file.file_size > expected:
         found.notes.append(f"{name}{file.file_size - expected} bytes follow the last tensor; nothing reads them")

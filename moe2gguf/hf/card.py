@@ -116,14 +116,14 @@ def _general(found: gguf.Metadata) -> dict[str, MetadataValue]:
     for field in _PLAIN:
         if text := _text(getattr(found, field)):
             result[f"general.{_KEYS.get(field, field)}"] = text
-    result |= _numbered("base_model", found.base_models or []) | _numbered("dataset", found.datasets or [])
+    result |= _number_entries("base_model", found.base_models or []) | _number_entries("dataset", found.datasets or [])
     for key in ("tags", "languages"):
         if texts := [text for value in getattr(found, key) or [] if (text := _text(value))]:
             result[f"general.{key}"] = texts
     return result
 
 
-def _numbered(kind: str, entries: list[Any]) -> dict[str, MetadataValue]:
+def _number_entries(kind: str, entries: list[Any]) -> dict[str, MetadataValue]:
     """Return the keys of a list of models or data sets: how many there are, and what is known of each."""
     named = [entry for entry in entries if isinstance(entry, dict) and entry]
     result: dict[str, MetadataValue] = {f"general.{kind}.count": len(named)} if named else {}

@@ -247,14 +247,14 @@ def _listen(pipe: IO[bytes], inbox: queue.Queue[tuple[str, Any]]) -> None:
     try:
         while True:
             kind, value = pickle.load(pipe)  # noqa: S301 - the pipe of a process that we started
-            inbox.put((kind, _rebuilt(*value) if kind == "error" else value))
+            inbox.put((kind, _rebuild_error(*value) if kind == "error" else value))
     except (EOFError, pickle.UnpicklingError, OSError, ValueError):
         inbox.put(("end", None))
     except Exception as error:  # noqa: BLE001 - a defect: an answer that cannot be rebuilt here
         inbox.put(("error", RuntimeError(f"an answer of the child process cannot be read: {error!r}")))
 
 
-def _rebuilt(kind: type[Exception], args: tuple[Any, ...], fields: dict[str, Any]) -> Exception:
+def _rebuild_error(kind: type[Exception], args: tuple[Any, ...], fields: dict[str, Any]) -> Exception:
     """Rebuild an error without its __init__, which may take other arguments than the message."""
     error = kind.__new__(kind)
     error.args = args

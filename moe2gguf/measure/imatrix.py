@@ -18,7 +18,7 @@ import numpy as np
 from moe2gguf.errors import HarnessError, ImportanceError
 from moe2gguf.experts.text import Text, bytes_to_read, read_text
 from moe2gguf.gguf.counts import read_counts
-from moe2gguf.gguf.file import GGUFFile, TensorInfo, listing
+from moe2gguf.gguf.file import GGUFFile, TensorInfo, list_problems
 from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.resume import Job, describe
 from moe2gguf.gguf.shards import read_model
@@ -292,7 +292,7 @@ def _read_merged(path: Path, file: GGUFFile, identity: str) -> ImportanceMatrix:
     if matrix.model not in ("", identity):
         reasons.append("it was collected from a model with other norms")
     if reasons:
-        raise ImportanceError(listing(path, [f"is not of {file.path}: {reason}" for reason in reasons], limit=3))
+        raise ImportanceError(list_problems(path, [f"is not of {file.path}: {reason}" for reason in reasons], limit=3))
     return matrix
 
 

@@ -114,7 +114,7 @@ def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
 def find_stored_type(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> TensorType:
     """Return the type that keeps a checkpoint's tensor as it is; F32 for vectors and routers, as llama.cpp wants."""
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
-        return types.named("F32")
+        return types.find_type("F32")
     return types.find_float(dtype)
 
 
@@ -206,8 +206,8 @@ def _find_substitute(kind: TensorType, width: int) -> TensorType | None:
     """Return what llama.cpp writes instead of `kind`; None where it gives up."""
     if kind.name not in FALLBACKS and types.block_size(kind) > 32:
         return None
-    substitute = types.named(FALLBACKS.get(kind.name, kind.name))
-    return types.named("F16") if width % types.block_size(substitute) else substitute
+    substitute = types.find_type(FALLBACKS.get(kind.name, kind.name))
+    return types.find_type("F16") if width % types.block_size(substitute) else substitute
 
 
 def _describe_misfits(
@@ -266,5 +266,5 @@ def _find_file_type(tensors: Sequence[Entry], chosen: Mapping[str, TensorType]) 
     sizes: Counter[TensorType] = Counter()
     for tensor in tensors:
         sizes[chosen[tensor.name]] += types.n_bytes(tensor.shape, chosen[tensor.name])
-    largest = max(sizes, key=lambda kind: sizes[kind], default=types.named("F32"))
+    largest = max(sizes, key=lambda kind: sizes[kind], default=types.find_type("F32"))
     return types.FILE_TYPES.get(largest, types.file_type("GUESSED"))

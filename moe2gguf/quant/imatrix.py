@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from moe2gguf.errors import GGUFError, ImportanceError
-from moe2gguf.gguf.file import GGUFFile, listing, open_gguf, read_into, shown
+from moe2gguf.gguf.file import GGUFFile, list_problems, open_gguf, quote_text, read_into
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.reader import read_gguf
@@ -112,8 +112,10 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
             matrix = _from_gguf(read_gguf(path)) if magic == b"GGUF" else _Legacy(path, file, size).parse()
     except GGUFError as error:
         raise ImportanceError(f"not a sound importance matrix: {error}") from error
-    if problems := [f"{shown(name)}: {why}" for name, entry in matrix.entries.items() for why in _wrong_values(entry)]:
-        raise ImportanceError(listing(path, problems) + "\ncollect it again with `moe2gguf imatrix`")
+    if problems := [
+        f"{quote_text(name)}: {why}" for name, entry in matrix.entries.items() for why in _wrong_values(entry)
+    ]:
+        raise ImportanceError(list_problems(path, problems) + "\ncollect it again with `moe2gguf imatrix`")
     return matrix
 
 
@@ -142,9 +144,9 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
         try:
             entries[name] = _entry(file, name)
         except ValueError as error:
-            problems.append(f"{shown(name)}: {error}")
+            problems.append(f"{quote_text(name)}: {error}")
     if problems:
-        raise ImportanceError(listing(file.path, problems))
+        raise ImportanceError(list_problems(file.path, problems))
     return ImportanceMatrix(entries, datasets, chunk_count, chunk_size, model=str(file.metadata.get(MODEL, "")))
 
 
@@ -154,7 +156,7 @@ def _find_pairs(file: GGUFFile) -> tuple[list[str], list[str]]:
     counts = [name.removesuffix(COUNTS) for name in file.tensors if name.endswith(COUNTS)]
     if not sums:
         raise ImportanceError(f"{file.path}: a GGUF file without importance data; make one with `moe2gguf imatrix`")
-    return sums, [f"{shown(name)}: has only one of {SUMS} and {COUNTS}" for name in sorted({*sums} ^ {*counts})]
+    return sums, [f"{quote_text(name)}: has only one of {SUMS} and {COUNTS}" for name in sorted({*sums} ^ {*counts})]
 
 
 def _read_counts(file: GGUFFile, problems: list[str]) -> tuple[tuple[str, ...], tuple[int, int]]:
@@ -244,7 +246,7 @@ class _Legacy:
             self.what = f"entry {i + 1} of {n}"
             name, entry = self.entry()
             if name in entries:
-                raise self.fail(f"{shown(name)} appears twice")
+                raise self.fail(f"{quote_text(name)} appears twice")
             entries[name] = entry
         self.what = "end"
         if self.position == self.size:  # older still: nothing after the entries
@@ -260,7 +262,7 @@ class _Legacy:
             name = self.take(self.i32()).rstrip(b"\0").decode()
         except UnicodeDecodeError as error:
             raise self.fail("its name is not UTF-8") from error
-        self.what += f" {shown(name)}"
+        self.what += f" {quote_text(name)}"
         n_call, n_value = self.i32(), self.i32()
         if not name or n_call < 0 or n_value < 1:
             raise self.fail(f"{n_call} calls, {n_value} values")
@@ -299,7 +301,7 @@ def _add_entries(matrices: Sequence[ImportanceMatrix], chunk_size: int) -> tuple
                 known = _in_tokens(name, entry, chunk_size) if matrix.legacy else entry
                 entries[name] = _sum(entries[name], known) if name in entries else known
             except ValueError as error:
-                problems.append(f"  - {shown(name)}: {error}")
+                problems.append(f"  - {quote_text(name)}: {error}")
     return entries, problems
 
 
@@ -307,17 +309,17 @@ def _in_tokens(name: str, entry: Activity, chunk_size: int) -> Activity:
     """Return an entry of a `.dat`, which counts chunks, in tokens; how many each expert saw is lost."""
     if "_exps." in name:
         raise ValueError("a .dat file does not say how many tokens each expert saw; merge files of the GGUF form")
-    return _counted(entry.sums * np.float32(chunk_size), entry.counts * chunk_size)
+    return _check_counts(entry.sums * np.float32(chunk_size), entry.counts * chunk_size)
 
 
 def _sum(a: Activity, b: Activity) -> Activity:
     if a.sums.shape != b.sums.shape or a.counts.shape != b.counts.shape:
         found = " and ".join(f"{one.sums.size} sums of {one.counts.size} matrices" for one in (a, b))
         raise ValueError(f"{found}: from different models")
-    return _counted((a.sums.astype(np.float64) + b.sums).astype(np.float32), a.counts + b.counts)
+    return _check_counts((a.sums.astype(np.float64) + b.sums).astype(np.float32), a.counts + b.counts)
 
 
-def _counted(sums: NDArray[np.float32], counts: NDArray[np.int64]) -> Activity:
+def _check_counts(sums: NDArray[np.float32], counts: NDArray[np.int64]) -> Activity:
     if (counts > _MAX_COUNT).any():
         raise ValueError(f"{counts.max():,} tokens, more than any text has: a count, or the size of a chunk, is wrong")
     return Activity(sums, counts)

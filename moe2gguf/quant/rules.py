@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe2gguf.errors import PlanError, name_odd_file
 from moe2gguf.gguf import types
-from moe2gguf.gguf.file import TensorType, shown
+from moe2gguf.gguf.file import TensorType, quote_text
 from moe2gguf.quant.presets import OWN_RULES, PRESETS, Network, Preset
 from moe2gguf.spec import make_paths
 
@@ -89,7 +89,7 @@ def make_preset_rules(name: str, network: Network, *, mix: bool = False) -> tupl
     Experts get the types of the dense parent's MLP; `mix` gives what llama.cpp itself would choose for them.
     """
     preset = PRESETS[name]
-    kind = types.named(preset.type)
+    kind = types.find_type(preset.type)
     if kind in types.FLOATS:
         return (Rule(".*", kind, name),)
     # By default experts are treated as the dense parent's MLP; MXFP4_MOE is about experts.
@@ -110,21 +110,21 @@ def make_preset_rules(name: str, network: Network, *, mix: bool = False) -> tupl
             pattern = _make_pattern(row.role, layers, seen.n_layer)
             rules.append(Rule(pattern, _raise_for_70b(row.role, row.type, preset, seen), name))
     if _raise_for_70b("attn_v", preset.type, preset, seen) != kind:
-        rules.append(Rule(_make_pattern("attn_v", range(seen.n_layer), seen.n_layer), types.named("Q5_K"), name))
+        rules.append(Rule(_make_pattern("attn_v", range(seen.n_layer), seen.n_layer), types.find_type("Q5_K"), name))
     return (*rules, Rule(".*", kind, name))
 
 
 def _make_head_rule(name: str, network: Network) -> Rule:
     """Return the rule of the matrix that makes logits: Q8_0 where the preset's blocks do not fit the model's width."""
     preset, pattern = PRESETS[name], r"token_embd\.weight" if network.tied_embeddings else r"output\.weight"
-    fits = network.d_model % types.block_size(types.named(preset.type)) == 0
-    return Rule(pattern, types.named(preset.head if fits else "Q8_0"), name)
+    fits = network.d_model % types.block_size(types.find_type(preset.type)) == 0
+    return Rule(pattern, types.find_type(preset.head if fits else "Q8_0"), name)
 
 
 def _raise_for_70b(role: str, name: str, preset: Preset, network: Network) -> TensorType:
     """Return the type `name`, or more bits: a 70B model shares each value matrix among eight heads."""
     raised = role == "attn_v" and network.is_70b and not preset.tiny and name in ("Q3_K", "Q4_K")
-    return types.named("Q5_K" if raised else name)
+    return types.find_type("Q5_K" if raised else name)
 
 
 def _make_pattern(role: str, layers: Iterable[int], n_layer: int) -> str:
@@ -144,16 +144,20 @@ def make_base_rules(options: TypeOptions, network: Network) -> tuple[Rule, ...]:
         return ()
     if options.pure:
         main = "MXFP4" if name == "MXFP4_MOE" else PRESETS[name].type if name in PRESETS else name
-        return (Rule(".*", types.named(main), f"type {options.type}"),)
+        return (Rule(".*", types.find_type(main), f"type {options.type}"),)
     if name in PRESETS:
         is_known = network.n_layer and network.architecture not in OWN_RULES
-        if not is_known and types.named(PRESETS[name].type) not in types.FLOATS:
-            why = f"is not known here for {shown(network.architecture)}" if network.n_layer else "needs a block_count"
+        if not is_known and types.find_type(PRESETS[name].type) not in types.FLOATS:
+            why = (
+                f"is not known here for {quote_text(network.architecture)}"
+                if network.n_layer
+                else "needs a block_count"
+            )
             raise PlanError([f"type {options.type}: llama.cpp's choice of types {why}; use --pure, or --type-rules"])
         return make_preset_rules(name, network, mix=options.llama_cpp_mix)
-    kind = types.named(name)
+    kind = types.find_type(name)
     origin = f"type {options.type}"
-    return (Rule(VOCABULARY, types.named("Q8_0"), origin), Rule(".*", kind, origin))
+    return (Rule(VOCABULARY, types.find_type("Q8_0"), origin), Rule(".*", kind, origin))
 
 
 MIXES = tuple(preset.lower() for preset in PRESETS)
@@ -190,7 +194,7 @@ def read_own_rules(options: TypeOptions) -> tuple[Rule, ...]:
         if problem := _find_problem(pattern, kind):
             refusals.append(f"{origin}: {problem}")
         else:
-            rules.append(Rule(pattern, types.named(kind), origin))
+            rules.append(Rule(pattern, types.find_type(kind), origin))
     if refusals:
         raise PlanError(refusals)
     return tuple(rules)

@@ -169,7 +169,7 @@ def list_types(tensor: Entry, *, guided: bool) -> list[TensorType]:
     width = tensor.shape[-1]
     return [
         kind
-        for kind in (types.named("f16"), *types.BLOCKS)
+        for kind in (types.find_type("f16"), *types.BLOCKS)
         if kind.name not in YOUNG
         and width % types.block_size(kind) == 0
         and (guided or not (kind in NEEDS_IMPORTANCE or kind.name in UNGUIDED_GARBAGE))

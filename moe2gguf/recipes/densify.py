@@ -17,7 +17,7 @@ from moe2gguf.gguf import types
 from moe2gguf.gguf.counts import find_graph, read_counts
 from moe2gguf.gguf.dense_model import replace_prefix
 from moe2gguf.gguf.expected import check_architecture, is_sliced, read_dimensions
-from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, listing
+from moe2gguf.gguf.file import Findings, GGUFFile, TensorType, list_problems
 from moe2gguf.gguf.layout import lay_out
 from moe2gguf.gguf.outputs import check_target
 from moe2gguf.gguf.rotary import halves_to_pairs
@@ -189,7 +189,7 @@ class MoeFile:
             raise PlanError([f"{file.path}: has scales such as {odd[0]}; use the dense model it was made from"])
         check_architecture(file, found := Findings())
         if found.problems:
-            raise GGUFError(listing(file.path, found.problems))
+            raise GGUFError(list_problems(file.path, found.problems))
         if graph.empty_layer and not is_sliced(file):
             raise PlanError([f"{file.path}: {graph.architecture} was not sliced here, and no dense graph computes it"])
         self.path, self.metadata, self.n_expert = file.path, file.metadata, counts.n_expert

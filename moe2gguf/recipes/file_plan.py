@@ -65,7 +65,7 @@ class FilePlan:
 
 def list_warnings(guidance: Guidance, tensors: Sequence[PlannedTensor]) -> list[str]:
     """What is to be said of an importance matrix: too little in it, or nothing to use it for."""
-    weighed = {*types.BLOCKS} - {types.named(name) for name in IGNORES_IMPORTANCE}
+    weighed = {*types.BLOCKS} - {types.find_type(name) for name in IGNORES_IMPORTANCE}
     is_used = any(one.guided and not one.copied and one.type in weighed for one in tensors)
     idle = "--imatrix: no effect, for no tensor is quantized to a type that weighs the errors of columns"
     return [*guidance.warnings, *([] if is_used or not guidance.importance else [idle])]

@@ -170,7 +170,7 @@ def _refuse_folder_options(options: Options) -> Iterator[str]:
 def _find_short_rows(plan: Plan, slicing: Slicing) -> Iterator[str]:
     """Why transformers' default way to compute experts would refuse their rows, if it would."""
     chosen, gate = plan.options.types.type, plan.source.tensors[DENSE.tensors["gate"][0].format(i=0)]
-    kind = types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.named(chosen)
+    kind = types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.find_type(chosen)
     size, d_model = types.FLOATS[kind].itemsize, plan.model.d_model
     step = GROUPED_ROW_BYTES // size
     needs = f"transformers' {plan.options.graph.hf_class} computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
@@ -186,7 +186,7 @@ def folder_tensors(
 ) -> tuple[OutputTensor, ...]:
     """Every tensor of the folder under its name there, experts one by one; sources are hashed as they are read."""
     chosen = plan.options.types.type
-    kind, names = None if chosen.lower() == "auto" else types.named(chosen), FOLDER_FORMS[slicing.target].tensors
+    kind, names = None if chosen.lower() == "auto" else types.find_type(chosen), FOLDER_FORMS[slicing.target].tensors
     tensors = []
     for place in lay_out_tensors(checkpoint.model):
         if not isinstance(place, MLPPlace):

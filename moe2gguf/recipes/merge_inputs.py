@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moe2gguf.errors import PlanError
 from moe2gguf.experts.text import bytes_to_read, read_text
-from moe2gguf.gguf.file import shown
+from moe2gguf.gguf.file import quote_text
 from moe2gguf.hf.json_file import read_bytes
 from moe2gguf.hf.yaml_text import load_yaml
 from moe2gguf.limits import MAX_EXPERTS
@@ -82,12 +82,12 @@ def _refuse(values: dict[Any, Any]) -> Iterator[str]:
 
 def _refuse_keys(values: dict[Any, Any]) -> Iterator[str]:
     """What a recipe says besides its models that is not known, or not one of what may be said."""
-    if unknown := [shown(str(key)) for key in values if key not in ("base_model", "experts", *_CHOICES)]:
+    if unknown := [quote_text(str(key)) for key in values if key not in ("base_model", "experts", *_CHOICES)]:
         yield f"{', '.join(unknown)}: not done here"
     for key, choices in _CHOICES.items():
         if key in values and not any(type(one) is type(values[key]) and one == values[key] for one in choices):
             words = [str(one) for one in choices[:3] if one] + ["..."][: len(choices) > len(_TYPES)]
-            yield f"{key} {shown(str(values[key]))}: expected {', '.join(words)}"
+            yield f"{key} {quote_text(str(values[key]))}: expected {', '.join(words)}"
 
 
 def _refuse_expert(row: dict[Any, Any]) -> Iterator[str]:
@@ -99,4 +99,4 @@ def _refuse_expert(row: dict[Any, Any]) -> Iterator[str]:
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 yield f"{key} is a list of texts"
         elif key != "source_model":
-            yield f"{shown(str(key))}: not done here"
+            yield f"{quote_text(str(key))}: not done here"

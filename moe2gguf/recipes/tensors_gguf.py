@@ -79,8 +79,8 @@ def _find_finer(kind: TensorType, width: int) -> TensorType:
 
     The second rounding must not be felt, or the file would not be the dense one with all experts (docs/log/experts.md).
     """
-    fitting = (name for name in ("Q6_K", "Q8_0") if width % types.block_size(types.named(name)) == 0)
-    finer = types.named(next(fitting, kind.name))
+    fitting = (name for name in ("Q6_K", "Q8_0") if width % types.block_size(types.find_type(name)) == 0)
+    finer = types.find_type(next(fitting, kind.name))
     return max(kind, finer, key=types.bits_per_weight)
 
 
@@ -167,7 +167,7 @@ def find_requantized(
     """
     groups: dict[str, list[str]] = {}
     for tensor in tensors:
-        stored = dense.tensors[tensor.sources[0]].info.type if tensor.sources else types.named("F32")
+        stored = dense.tensors[tensor.sources[0]].info.type if tensor.sources else types.find_type("F32")
         if stored not in types.FLOATS and not _keeps_blocks(dense, slicing, tensor, tensor.type):
             groups.setdefault(f"{stored.name} to {tensor.type.name}", []).append(tensor.name)
     return groups

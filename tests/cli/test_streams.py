@@ -15,7 +15,7 @@ from command import moe2gguf
 from gguf import GGUFReader
 
 from moe2gguf.cli.tables import shorten, suggest_running
-from moe2gguf.gguf.file import listing
+from moe2gguf.gguf.file import list_problems
 
 PROGRAM = [sys.executable, "-c", "from moe2gguf.cli import main; main()"]
 
@@ -125,7 +125,7 @@ def test_a_list_that_is_cut_already_is_counted_whole(tmp_path: Path) -> None:
     """Of 272 problems, 20 of which are listed, 267 are more than 5."""
     problems = [f"problem {i}" for i in range(272)]
 
-    short = shorten(listing(tmp_path / "m.gguf", problems), whole=False).splitlines()
+    short = shorten(list_problems(tmp_path / "m.gguf", problems), whole=False).splitlines()
 
     assert 7 == len(short)
     assert "272 problem(s)" in short[0]

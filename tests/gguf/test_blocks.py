@@ -102,7 +102,7 @@ def test_zero_bytes_are_zero_weights(kind: Any) -> None:
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"])
 def test_slices_are_columns_of_the_decoded_matrix(name: str) -> None:
     """Cut between blocks, reordered, padded and amplified: the same as doing it to the numbers."""
-    kind = types.named(name)
+    kind = types.find_type(name)
     raw = encoded(kind)
     order = np.concatenate([np.arange(64, 128), np.arange(448, 480), np.full(32, -1)])[None]
     chosen = blocks.find_block_order(order, 32)

@@ -9,11 +9,11 @@ import pytest
 
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.reader import read_gguf
-from moe2gguf.gguf.types import named
+from moe2gguf.gguf.types import find_type
 from moe2gguf.quant.imatrix import Activity, ImportanceMatrix
 from moe2gguf.quant.imatrix_match import Neurons, find_neurons, guide
 
-F32 = named("f32")
+F32 = find_type("f32")
 GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
 
 

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from moe2gguf.errors import CorruptWeightError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.layout import Entry
-from moe2gguf.gguf.types import named
+from moe2gguf.gguf.types import find_type
 from moe2gguf.gguf.writer import OutputTensor
 from moe2gguf.quant import target
 from moe2gguf.quant.target import Option, choose_under_budget, find_range, list_types, lower_hull, spend_budget
 
-Q4_0, Q8_0, F16 = named("q4_0"), named("q8_0"), named("f16")
+Q4_0, Q8_0, F16 = find_type("q4_0"), find_type("q8_0"), find_type("f16")
 
 
 def tensor(name: Any, rows: Any, importance: Any = None, shape: Any = None) -> Any:
     """An F32 tensor that comes in two pieces."""
     pieces = np.array_split(rows.astype(np.float32), 2)
-    return OutputTensor(name, shape or rows.shape, named("f32"), (), lambda: iter(pieces), importance=importance)
+    return OutputTensor(name, shape or rows.shape, find_type("f32"), (), lambda: iter(pieces), importance=importance)
 
 
 points = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1, max_size=4)
@@ -77,13 +77,13 @@ def test_the_error_is_the_share_of_the_outputs_energy(monkeypatch: pytest.Monkey
     rng = np.random.default_rng(1)
     rows, means = rng.standard_normal((2, 8, 64)), rng.random((2, 64)).astype(np.float32)
     means[0] = 1
-    monkeypatch.setattr(target, "list_types", lambda *_, **__: [named(kind)])
+    monkeypatch.setattr(target, "list_types", lambda *_, **__: [find_type(kind)])
 
     flat = choose_under_budget([tensor("x.weight", rows)], (), 10**9, threads=1)
     monkeypatch.setattr(types, "encode", unguided(types.encode))
     weighted = choose_under_budget([tensor("x.weight", rows, lambda: list(means))], (), 10**9, threads=1)
 
-    rounded = gguf.quants.dequantize(gguf.quants.quantize(rows.astype(np.float32), named(kind)), named(kind))
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(rows.astype(np.float32), find_type(kind)), find_type(kind))
     square = (rows.astype(np.float32) - rounded.reshape(rows.shape).astype(np.float64)) ** 2
     assert flat.error == pytest.approx(square.sum() / (rows**2).sum(), rel=1e-4)
     m = means[:, None]

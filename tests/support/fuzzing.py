@@ -42,7 +42,7 @@ from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.layout import Entry
 from moe2gguf.gguf.set_used import set_used
 from moe2gguf.gguf.shards import read_model
-from moe2gguf.gguf.types import named
+from moe2gguf.gguf.types import find_type
 from moe2gguf.llama.serving import list_ways, make_presets
 from moe2gguf.measure.expert_usage import read_calibration_load
 from moe2gguf.measure.grid import plan_grid
@@ -384,7 +384,7 @@ def guide_model(path: Path, found: list[ImportanceMatrix]) -> None:
     """Each number that a kernel would be given is sound, and there are as many as it reads."""
     file = read_model(path)
     tensors = [Entry(tensor.name, tensor.shape, tensor.type) for tensor in file.tensors.values()]
-    assigned = Assignment(dict.fromkeys(file.tensors, named("q8_0")), (), (), (), 0)
+    assigned = Assignment(dict.fromkeys(file.tensors, find_type("q8_0")), (), (), (), 0)
     for matrix, repair in itertools.product(found, ("none", "ones")):
         guidance = guide(matrix, tensors, find_neurons(file), repair)
         str([*guidance.refusals(tensors, assigned), *guidance.warnings]).encode()
