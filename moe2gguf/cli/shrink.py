@@ -90,19 +90,11 @@ def shrink(
         ShrinkSettings(text, tokens or None, tuple(types), threads),
         progress=display.progress,
         on_plan=warn_once(),
-        on_trial=_tell,
+        on_step=lambda line: display.err().print(line, markup=False),
         **options,
     )
     opt.emit(done.to_dict(), as_json, lambda: _print(done))
     display.next_steps(display.suggest_running(done.path, read_gguf(done.path).metadata))
-
-
-def _tell(trial: Trial) -> None:
-    """A line for everything that was measured."""
-    perplexity, speed = _cells(trial)[-2:]
-    found = {"perplexity": perplexity, "speed": speed}
-    told = ", ".join(f"{name} {value} times the source's" for name, value in found.items() if value)
-    display.tell(f"{trial.name}: {told}")
 
 
 def _print(done: Shrunk) -> None:

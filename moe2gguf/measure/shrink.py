@@ -34,6 +34,7 @@ from moe2gguf.recipes.quantize import plan_quantization, quantize
 from moe2gguf.recipes.source import Source, open_source
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+_MORE_ROOM = "give more, or a smaller --context"
 _NO_EXPERTS = "no experts were tried, which `moe2gguf convert` refuses"
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ def shrink(
     resume: bool = True,
     progress: Progress = silent,
     on_plan: Callable[[Plan], None] = lambda _: None,
-    on_trial: Callable[[Trial], None] = lambda _: None,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Shrunk:
     """Write `out`, the file of `model` that meets the wish, and measure it against the source.
 
@@ -117,7 +118,7 @@ def shrink(
         resume: False starts anew.
         progress: as in `convert`.
         on_plan: is given the plan of a conversion before it is written.
-        on_trial: receives what was measured, as it is.
+        on_step: is told, in a line each, what is made or measured next, and what was found.
 
     Raises:
         PlanError: the model cannot be read, or the wish cannot be met; it says what could be.
@@ -142,15 +143,16 @@ def shrink(
     ):
         try:
             # Make the files that the wish asks for, measure them, and choose one.
-            files = _Files(source, job, fit, progress, on_plan)
+            files = _Files(source, job, fit, progress, on_plan, on_step)
             if wish.room is None:
                 files.can_slice(source.path)
-            trials = Trials(files.dense, held_out, settings.n_token, settings.threads, logits, on_trial)
+            trials = Trials(files.dense, held_out, settings.n_token, settings.threads, logits, on_step)
             chosen = _find(wish, files, trials, settings.types, cache)
         except PlanError:
             job.remove()
             raise
         # Measure it anew: the figure for which it was chosen flatters it.
+        on_step(f"chosen: {Trial(chosen).name}")
         tried = tuple(trials.found.values())
         trials.score(chosen)
         prompt_ratio = trials.time(chosen, FINAL)[1]
@@ -159,7 +161,7 @@ def shrink(
             set_used(chosen.path, chosen.n_expert_used)
         os.replace(chosen.path, out)
         job.remove()
-    notes = (*files.notes, *_judge(wish, final))
+    notes = (*files.notes, *trials.notes, *_judge(wish, final))
     return Shrunk(out, wish, final, prompt_ratio, trials.source, tried, cache, held_out.label, notes)
 
 
@@ -189,9 +191,15 @@ class _Files:
     """
 
     def __init__(
-        self, source: Source, job: Job, text: Text, progress: Progress, on_plan: Callable[[Plan], None]
+        self,
+        source: Source,
+        job: Job,
+        text: Text,
+        progress: Progress,
+        on_plan: Callable[[Plan], None],
+        on_step: Callable[[str], None],
     ) -> None:
-        self._job, self._progress, self._on_plan = job, progress, on_plan
+        self._job, self._progress, self._on_plan, self._on_step = job, progress, on_plan, on_step
         self.notes: list[str] = []
         fit = job.folder / f"{text.label.removesuffix('.txt')}.txt"
         if not fit.exists():  # a conversion that was stopped knows it by the time of its change
@@ -263,6 +271,7 @@ class _Files:
         """Make a file, unless an earlier call has."""
         path = self._job.folder / name
         if not (path.exists() and self._job.confirm(name, checksum_path(path))):
+            self._on_step(f"making {name}")
             write(out=path)
             self._job.record(name, checksum_path(path))
         return path
@@ -283,7 +292,7 @@ def _find(wish: Wish, files: _Files, trials: Trials, types: Sequence[str], cache
 def _find_for_room(room: int, files: _Files, cache: int) -> RunConfig:
     """The types that lose least; the cache goes first."""
     if room <= cache:
-        raise PlanError([f"--room {room:,}: the cache alone takes {cache:,} bytes; give more, or a smaller --context"])
+        raise PlanError([f"--room {room:,}: the cache alone takes {cache:,} bytes; {_MORE_ROOM}"])
     where = f"--room {room:,}: less {cache:,} bytes for the cache, {room - cache:,} are left for the file"
     if files.size <= room - cache and not files.is_own:
         raise PlanError([f"{where}, and {files.dense} of {files.size:,} fits already"])
@@ -294,8 +303,8 @@ def _find_for_room(room: int, files: _Files, cache: int) -> RunConfig:
     try:
         return files.fit_room(room - cache)
     except PlanError as error:
-        reasons = "; ".join(error.refusals).replace("--target-size", "a file of")
-        raise PlanError([f"{where}; {reasons}"]) from error
+        reasons = "; ".join(error.refusals).removeprefix(f"--target-size {room - cache:,}: ")
+        raise PlanError([f"{where}, but {reasons}; {_MORE_ROOM}"]) from error
 
 
 def _find_faster(factor: float, files: _Files, trials: Trials, types: Sequence[str]) -> RunConfig:

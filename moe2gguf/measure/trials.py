@@ -39,12 +39,13 @@ class Trial:
 
 
 class Trials:
-    """Measures files against `source` on a text; `found` has everything that was measured.
+    """Measures files against `source` on a text; `found` has everything that was measured, `notes` what to know of the
+    last speeds.
 
     n_token  scored positions; None: all
     threads  None: all processors
     folder   for the logits of the source, which are computed once
-    on_trial is given every result
+    on_step  is told, in a line each, what is measured and what was found
     """
 
     def __init__(
@@ -54,38 +55,43 @@ class Trials:
         n_token: int | None,
         threads: int | None,
         folder: Path,
-        on_trial: Callable[[Trial], None],
+        on_step: Callable[[str], None],
     ) -> None:
         file = read_model(source)
-        self.source, self._threads, self._on_trial = plan_run(file, None), threads, on_trial
+        self.source, self._threads, self._on_step = plan_run(file, None), threads, on_step
         n_context = min(WINDOW, read_context_length(file) or WINDOW)
         self._runner = Runner(CompareSettings(text, n_token, n_context, threads=threads), folder)
         self.found: dict[RunConfig, Trial] = {}
+        self.notes: tuple[str, ...] = ()
 
     def score(self, one: RunConfig) -> float:
         """Return the perplexity over the source's. Raises HarnessError where it cannot be measured."""
         if (known := self.found.get(one)) and known.perplexity:
             return known.perplexity.mean
+        self._on_step(f"{Trial(one).name}: scoring")
         answer = self._runner.answer(Measurement("quality", self.source, one))
         if isinstance(answer, HarnessError):
             raise answer
         if not isinstance(answer, Quality) or answer.summary.n_bad:
             raise HarnessError(f"{one.label}: its logits are not finite, it cannot be scored")
         log = paired_interval(answer.window_nll, answer.window_nll_base)
-        self._add(one, perplexity=Interval(*map(exp, (log.mean, log.low, log.high))))
-        return exp(log.mean)
+        ratio = exp(log.mean)
+        self._add(one, f"{ratio:.3f} times the perplexity", perplexity=Interval(ratio, exp(log.low), exp(log.high)))
+        return ratio
 
     def time(self, one: RunConfig, timing: Timing = SEARCH) -> tuple[float, float]:
         """Return the speeds of generation and of prompts over the source's, both timed in turns.
 
         Raises HarnessError where they cannot be.
         """
-        base, row = time_grid([one], self.source, replace(timing, threads=self._threads)).rows
+        self._on_step(f"{Trial(one).name}: timing, {timing.repeat} runs in turns with the source")
+        timed = time_grid([one], self.source, replace(timing, threads=self._threads))
+        self.notes, (base, row) = timed.notes, timed.rows
         if not (base.speed and row.speed and row.speed.ratio):
             raise HarnessError(base.reason or row.reason or f"{one.label}: no speed was measured")
-        self._add(one, speed=row.speed)
+        self._add(one, f"{row.speed.ratio:.2f} times the speed", speed=row.speed)
         return row.speed.ratio, row.speed.prompt.median / (base.speed.prompt.median or math.nan)
 
-    def _add(self, one: RunConfig, **measured: Any) -> None:
+    def _add(self, one: RunConfig, told: str, **measured: Any) -> None:
         self.found[one] = replace(self.found.get(one, Trial(one)), **measured)
-        self._on_trial(self.found[one])
+        self._on_step(f"{self.found[one].name}: {told}")

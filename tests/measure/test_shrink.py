@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,11 @@ def test_a_room_holds_the_file_and_its_cache(model: Path, tmp_path: Path) -> Non
     assert 0.9 * (80_000 - cache) < out.stat().st_size <= 80_000 - cache
     assert len({tensor.tensor_type for tensor in GGUFReader(out).tensors}) > 1
     assert found["chosen"]["speed"]["generation"]["median"] > 0
+    name = f"{found['chosen']['config']['type']}, dense"
+    steps = ["making dense.gguf", "making room-[0-9]+.gguf", f"chosen: {name}", f"{name}: scoring"]
+    steps += [f"{name}: {found['chosen']['perplexity']['mean']:.3f} times the perplexity", f"{name}: timing, 5 runs .*"]
+    steps += [f"{name}: {found['chosen']['speed']['ratio']:.2f} times the speed"]
+    assert re.fullmatch("\n".join([*steps, "(warning: the machine is busy.*\n)?"]), done.stderr)
     assert 0.5 < found["chosen"]["perplexity"]["mean"] < 2
 
 
@@ -92,7 +98,7 @@ def test_a_large_room_needs_no_other_type(model: Path, tmp_path: Path, speeds: N
     assert (tmp_path / "dense.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
     for source, room, reason in (
         ("dense.gguf", 10**9, "fits already"),
-        ("dense.gguf", 20_000, r"--room 20,000: less [\d,]+ bytes for the cache, .* a file of .* reachable are"),
+        ("dense.gguf", 20_000, r"--room 20,000: less [\d,]+ bytes .* the file, but reachable are .*; give more, or"),
         ("dense.gguf", 1000, r"--room 1,000: the cache alone takes [\d,]+ bytes; give more, or a smaller --context"),
         ("q8.gguf", 30_000, "is quantized, and would lose twice: give the folder"),
     ):
