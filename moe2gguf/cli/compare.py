@@ -122,7 +122,7 @@ def compare(
     """
     from moe2gguf.cli import tables_compare as display_compare
     from moe2gguf.measure.bench import Timing
-    from moe2gguf.measure.compare import make_settings
+    from moe2gguf.measure.compare import make_settings, open_journal
     from moe2gguf.measure.on_the_fly import compare_types
     from moe2gguf.measure.report.compare import make_page
     from moe2gguf.measure.report.page import plotly_script, write_page
@@ -132,27 +132,31 @@ def compare(
         plotly_script()
     if picture:
         require_picture(picture)
-    found = compare_types(
-        files,
-        reference,
-        kinds=types,
-        imatrix=imatrix,
-        experts=expert_usage,
-        progress=display.progress,
-        used=used,
-        devices=opt.devices_from(device, rpc),
-        settings=make_settings(text, tokens or None, resume=resume, threads=threads, **options),
-        timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None,
-        on_row=display_compare.row_done,
-        on_run=display_compare.run_done,
-    )
-    display.warnings(found.notes)
-    if csv_file:
-        display_compare.write_csv(found, csv_file)
-    if report:
-        write_page(make_page(found, sys.argv), report)
-    if picture:
-        write_picture(found, picture)
-    opt.emit(found.to_dict(), as_json, lambda: display_compare.comparison(found, wide=wide))
+    settings = make_settings(text, tokens or None, resume=resume, threads=threads, **options)
+    journal = open_journal(settings)
+    with journal.interruptible():
+        found = compare_types(
+            files,
+            reference,
+            kinds=types,
+            imatrix=imatrix,
+            experts=expert_usage,
+            progress=display.progress,
+            used=used,
+            devices=opt.devices_from(device, rpc),
+            settings=settings,
+            timing=Timing(n_prompt=256, n_generate=64, repeat=3, threads=threads) if speed else None,
+            journal=journal,
+            on_row=display_compare.row_done,
+            on_run=display_compare.run_done,
+        )
+        display.warnings(found.notes)
+        if csv_file:
+            display_compare.write_csv(found, csv_file)
+        if report:
+            write_page(make_page(found, sys.argv), report)
+        if picture:
+            write_picture(found, picture)
+        opt.emit(found.to_dict(), as_json, lambda: display_compare.comparison(found, wide=wide))
     if not found.ok:
         raise SystemExit(1)

@@ -103,16 +103,18 @@ def compare(
     devices: Sequence[str] = ("cpu",),
     settings: CompareSettings | None = None,
     timing: Timing | None = None,
+    journal: MeasurementJournal | None = None,
     on_row: Callable[[ResultRow], None] = lambda _: None,
     on_run: Callable[[RunConfig, Run], None] = lambda *_: None,
 ) -> Comparison:
     """Compare every file at every `used` count on every device with `reference`; one with experts runs at its own.
 
     Each run is a child process: a crash, a kill or a time-out is a row with its reason, and the next one starts.
-    Finished rows are kept in the journal and not measured again. `on_row` receives each row as it is done. With
-    several devices, each file and count is also compared with itself on the first of them. With `timing` the rows
-    that ran are timed too, on this machine, and the result recommends one; `on_run` receives each timed run. It also
-    tells what each row gives as a draft of the reference: see `moe2gguf.measure.drafts`.
+    Finished rows are kept in the journal and not measured again; `journal` is the one of the settings where it is open
+    already: see `open_journal`. `on_row` receives each row as it is done. With several devices, each file and count is
+    also compared with itself on the first of them. With `timing` the rows that ran are timed too, on this machine, and
+    the result recommends one; `on_run` receives each timed run. It also tells what each row gives as a draft of the
+    reference: see `moe2gguf.measure.drafts`.
 
     Raises:
         GGUFError: a file's header is not sound.
@@ -126,7 +128,7 @@ def compare(
     grid = plan_grid(files, used, devices)
     base = plan_run(read_model(reference), None, choose_reference_device(devices))
     machine = _require_machine([base, *grid], devices, settings, timing)
-    runs = _Runs(settings)
+    runs = _Runs(settings, journal or open_journal(settings))
 
     with runs.journal.interruptible():
         noise, rows = _measure_quality(runs, base, grid, on_row)
@@ -263,9 +265,8 @@ def _find_gains(row: ResultRow, target: Speed | None) -> DraftGains | None:
 class _Runs:
     """The measurements of one comparison: taken from the journal, or made, here or on a cluster, and put there."""
 
-    def __init__(self, settings: CompareSettings) -> None:
-        self.settings = settings
-        self.journal = _open_journal(settings)
+    def __init__(self, settings: CompareSettings, journal: MeasurementJournal) -> None:
+        self.settings, self.journal = settings, journal
 
     def answers(self, wanted: Sequence[Measurement]) -> Iterator[tuple[Measurement, Any, bool]]:
         """Yield every measurement with its answer (see `Answer`), as they come, and whether the journal had it."""
@@ -352,12 +353,13 @@ def require_comparison(settings: CompareSettings) -> None:
         OutputError: there is no place for finished rows or temporary files.
     """
     require_llama()
-    _open_journal(settings)
+    open_journal(settings)
     with temporary_folder():
         pass
 
 
-def _open_journal(settings: CompareSettings) -> MeasurementJournal:
+def open_journal(settings: CompareSettings) -> MeasurementJournal:
+    """Return the journal of finished rows. Raises OutputError for a file that is none, or cannot be written."""
     return MeasurementJournal(settings.journal or cache_folder() / "compare.jsonl", settings.facts)
 
 

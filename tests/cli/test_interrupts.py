@@ -12,7 +12,7 @@ from command import moe2gguf
 from moe2gguf.cli import Terminated
 from moe2gguf.errors import HarnessError, PlanError
 
-HF, MOE, DENSE, OUT, PAGE, ROWS = "HF", "MOE", "DENSE", "OUT", "PAGE", "ROWS"
+HF, MOE, DENSE, OUT, PAGE, ROWS, KEPT = "HF", "MOE", "DENSE", "OUT", "PAGE", "ROWS", "KEPT"
 CALIBRATED = f"convert {HF} {OUT} --experts 4 --used 2 --calibration-tokens 1024 --check auto --report {PAGE}"
 COMPARED = f"compare {MOE} --reference {DENSE} --tokens 20 --context 16 --csv {ROWS} --report {PAGE}"
 CASES = {
@@ -33,7 +33,17 @@ CASES = {
         "recipes.merge.score_routers",
         f"{OUT} was written; not done: the table of its routers",
     ),
-    "rows": (COMPARED, "measure.report.page.write_page", f"--csv {ROWS} was written; not done: --report {PAGE}"),
+    "rows": (
+        f"{COMPARED} --journal {KEPT}",
+        "measure.report.page.write_page",
+        f"{KEPT} keeps what is finished (2 pieces); the same command goes on there; --csv {ROWS} was written; "
+        f"not done: --report {PAGE}",
+    ),
+    "table": (
+        f"compare {MOE} --reference {DENSE} --tokens 20 --context 16 --journal {KEPT}",
+        "cli.tables_compare.comparison",
+        f"{KEPT} keeps what is finished (2 pieces); the same command goes on there",
+    ),
 }
 """A command line, what is interrupted, and what is said."""
 
@@ -54,7 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def words(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """With the outputs."""
     monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
-    return {**files, OUT: tmp_path / "out", PAGE: tmp_path / "page.html", ROWS: tmp_path / "rows.csv"}
+    return {**files, OUT: tmp_path / "out", PAGE: tmp_path / "page.html", ROWS: tmp_path / "rows.csv", KEPT: tmp_path / "kept"}
 
 
 def run(line: str, words: dict[str, Path]) -> tuple[int, str]:
