@@ -62,6 +62,10 @@ class OutputError(Moe2GgufError):
     """The output file cannot be written or must not be replaced."""
 
 
+class LeftBehindWarning(UserWarning):
+    """A folder of unfinished work that is no longer needed could not be removed."""
+
+
 class GGUFError(Moe2GgufError):
     """A GGUF file is malformed, truncated or internally inconsistent."""
 

@@ -1,6 +1,7 @@
 """What every command has: hints for the spellings of other programs, and a second page of help for experts."""
 
 import sys
+import warnings as python_warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import cloup
 
 from moe2gguf.cli.streams import StreamError
 from moe2gguf.cli.tables import VERBOSE, warnings
-from moe2gguf.errors import Moe2GgufError
+from moe2gguf.errors import LeftBehindWarning, Moe2GgufError
 from moe2gguf.gguf.outputs import check_outputs, identify_output
 from moe2gguf.hf.hub import find_model_id
 
@@ -166,7 +167,7 @@ class Command(cloup.Command):
             _check_effect(row, given, ctx)
         outputs = _Outputs({}, {}) if ctx.params.get("plan_only") else _check_files(self.params, ctx)
         later = [one for one in self._afterwards if one in given or not one.startswith("-")]
-        with _tell_written(outputs, later):
+        with _tell_written(outputs, later), _tell_left_behind():
             result = super().invoke(ctx)
             sys.stdout.flush()
         return result
@@ -232,6 +233,23 @@ def _tell_written(outputs: _Outputs, later: Sequence[str]) -> Iterator[None]:
             rest = f"; not done: {', '.join(missing)}" if missing else ""
             error.add_note(f"{', '.join(written)} {'were' if len(written) > 1 else 'was'} written{rest}")
         raise
+
+
+@contextmanager
+def _tell_left_behind() -> Iterator[None]:
+    """Show what the block warns of as left behind like every warning of a command."""
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter("always", LeftBehindWarning)
+        show = python_warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category is LeftBehindWarning:
+                warnings([str(message)])
+            else:
+                show(message, category, *where, **more)
+
+        python_warnings.showwarning = tell
+        yield
 
 
 def _check_files(parameters: list[click.Parameter], ctx: click.Context) -> _Outputs:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -27,7 +26,7 @@ import xxhash
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import kernels
 from moe2gguf.gguf.file import TensorType
-from moe2gguf.gguf.system import NO_ROOM, open_here, open_locked, read_at, sync
+from moe2gguf.gguf.system import NO_ROOM, clear_away, discard, open_here, open_locked, read_at, sync
 from moe2gguf.gguf.types import FLOATS
 
 MAX_BYTES = 64 << 20
@@ -262,7 +261,7 @@ class Job:
     def remove(self) -> None:
         """The job is complete, or given up: remove the folder."""
         self._journal.pieces.clear()
-        discard(self.folder)
+        clear_away(self.folder)
 
     def _continue_or_begin(self) -> Journal:
         """The journal of this job in the folder, with what is finished, or an empty one in an empty folder."""
@@ -292,15 +291,6 @@ class Job:
             discard(self.folder)
             raise
         return journal
-
-
-def discard(path: Path) -> None:
-    """Remove a file or a folder, if there is one; a link, but not what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def describe_record(record: Any) -> dict[str, str]:

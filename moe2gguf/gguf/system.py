@@ -10,10 +10,11 @@ import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe2gguf.errors import OutputError
+from moe2gguf.errors import LeftBehindWarning, OutputError
 
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _turn = threading.Lock()
@@ -115,6 +116,22 @@ def link_or_copy(source: Path, target: Path) -> bool:
         target.unlink(missing_ok=True)
         raise
     return False
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder, if there is one; a link, but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def clear_away(folder: Path) -> None:
+    """Remove a folder that is no longer needed; a failure is a warning, as what was made is there all the same."""
+    discard(folder)
+    if os.path.lexists(folder):
+        warnings.warn(f"{folder}: cannot be removed, and is not needed any more", LeftBehindWarning, stacklevel=2)
 
 
 def open_locked(folder: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from moe2gguf.experts.layer import LayerExperts, LayerReport
 from moe2gguf.experts.saved import CalibrationRecord, save_calibration
 from moe2gguf.experts.text import Text, spread_windows, tokenize_windows
 from moe2gguf.gguf.dense_model import DenseFile
+from moe2gguf.gguf.system import clear_away
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.safetensors import Readable, SourceDigest, digest_source
 from moe2gguf.llama.tokens import read_tokens
@@ -57,7 +57,7 @@ def find_experts(plan: Plan, inputs: Inputs, work: Path, progress: Progress, *, 
     def finish() -> None:
         if target := plan.options.calibration.save_to:
             save_calibration(target, _describe(plan, text, slicing, model.identity), load)
-        shutil.rmtree(work)
+        clear_away(work)
 
     return loaded_experts(load, tuple(reports), tuple(sorted(work.glob("layer-*.npz"))), finish)
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import OutputError
 from moe2gguf.gguf import types
 from moe2gguf.gguf.outputs import check_outputs, output_error, partial_path, require_room
-from moe2gguf.gguf.system import sync
+from moe2gguf.gguf.system import clear_away, sync
 from moe2gguf.gguf.writer import OutputTensor, check_blocks
 from moe2gguf.hf.companions import copy_companions
 from moe2gguf.hf.folder import open_checkpoint
@@ -114,7 +114,7 @@ def _replace_folder(out: Path, size: int) -> Iterator[Path]:
             out.rename(old)
         partial.rename(out)
         sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        clear_away(old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not out.exists() and old.exists():

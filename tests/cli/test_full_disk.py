@@ -114,6 +114,33 @@ def test_a_calibration_whose_file_failed_goes_on(
     assert (0, ["kept", "out"]) == (done.returncode, sorted(path.name for path in tmp_path.iterdir())), done.stderr
 
 
+STAYS = {
+    f"convert {HF} {OUT} --experts 4": ".partial",
+    f"convert {HF} {OUT} {CALIBRATED}": ".calibration",
+    f"convert {HF} {OUT} --experts 4 --format hf --force": ".old",
+    LINES["healing"]: ".heal",
+    f"imatrix {FILE} {OUT} --text {TEXT} --tokens 64 --context 32": ".work",
+}
+
+
+@pytest.mark.parametrize("line", STAYS)
+def test_work_that_cannot_be_removed_is_a_warning(
+    line: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is written by then, and the folder takes room."""
+    words, real = {**files, OUT: tmp_path / "out"}, shutil.rmtree
+    left = tmp_path / f"out{STAYS[line]}"
+    if "--force" in line:
+        shutil.copytree(files[MOE], words[OUT])
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: None if Path(path) == left else real(path, **how))
+
+    done = moe2gguf(*(words.get(word, word) for word in line.split()))
+
+    assert 0 == done.returncode, done.stderr
+    assert f"warning: {left}: cannot be removed, and is not needed any more\n" in done.stderr
+    assert words[OUT].exists()
+
+
 @pytest.fixture
 def sliced(tmp_path: Path) -> Path:
     """A file with experts."""

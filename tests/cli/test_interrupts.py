@@ -64,7 +64,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def words(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """With the outputs."""
     monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
-    return {**files, OUT: tmp_path / "out", PAGE: tmp_path / "page.html", ROWS: tmp_path / "rows.csv", KEPT: tmp_path / "kept"}
+    return {
+        **files,
+        OUT: tmp_path / "out",
+        PAGE: tmp_path / "page.html",
+        ROWS: tmp_path / "rows.csv",
+        KEPT: tmp_path / "kept",
+    }
 
 
 def run(line: str, words: dict[str, Path]) -> tuple[int, str]:
