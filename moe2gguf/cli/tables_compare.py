@@ -45,7 +45,7 @@ def comparison(found: Comparison, *, wide: bool = False) -> None:
     console = display.out()
     _heading(found)
     more = ("accepted", "99 %", "top-5", "RMS dp", "corr", "max dlogit", "NaN") if wide else ()
-    columns = ("file", "used", "perplexity", "KL mean", "top-1", *more)
+    columns = ("file", "used", "perplexity", "x reference", "KL mean", "top-1", *more)
     devices = wide or len({row.config.device for row in found.rows}) > 1
     table = display.make_table(*columns, "type", *["device"] * devices, numbers=slice(2, len(columns)))
     for row in found.rows:
@@ -82,13 +82,14 @@ def _heading(found: Comparison) -> None:
 
 
 def _scores(row: ResultRow, wide: bool) -> tuple[str, ...]:
-    """The cells of a row's measures: three, or ten where they are `wide`."""
-    n_cell = 10 if wide else 3
+    """The cells of a row's measures: four, or eleven where they are `wide`."""
+    n_cell = 11 if wide else 4
     if row.quality is None:
         return (row.status, *[""] * (n_cell - 1))
     s = row.quality.summary
     cells = (
-        f"{s.perplexity:.5g} +- {s.perplexity_error:.2g}",
+        f"{s.perplexity:.5g}",
+        f"{s.ratio:.3f} +- {s.ratio_error:.1g}",
         f"{s.kl_mean:.3g}{'=' if row.above_noise is False else ''}",
         f"{s.top1:.2%}",
         f"{s.acceptance:.2%}",

@@ -94,6 +94,16 @@ class Summary:
     acceptance_slack: float  # the acceptance is in acceptance ... acceptance + acceptance_slack
     n_bad: int
 
+    @property
+    def ratio(self) -> float:
+        """The perplexity as a multiple of the base's."""
+        return exp(self.log_ratio)
+
+    @property
+    def ratio_error(self) -> float:
+        """The standard error of `ratio`: of both models on the same tokens, so what these are like cancels out."""
+        return self.ratio * self.log_ratio_error
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Summary:
         """Return what `as_json` was made of; None becomes NaN. Raises TypeError for missing or other fields."""

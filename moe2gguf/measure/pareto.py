@@ -64,7 +64,7 @@ def _explain(row: ResultRow, summary: Summary, n: int) -> str:
         best, gain = "fastest", f"{row.speed.generation.median:.1f} tokens/s"
     if row.speed and row.speed.ratio is not None:
         gain += f" ({row.speed.ratio:.2f} x the reference)"
-    cost = summary.perplexity / summary.perplexity_base - 1
+    cost = summary.ratio - 1
     quality = f"KL divergence {summary.kl_mean:.2g}, perplexity {cost:+.1%}"
     if summary.kl_mean <= TOLERANCE:
         words = f"of {n} the {best} within {TOLERANCE:g} nats per token of the reference: {quality}, {gain}"

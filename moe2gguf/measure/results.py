@@ -107,6 +107,7 @@ class ResultRow:
         if self.quality:
             summary = as_json(self.quality.summary)
             percentiles = summary.pop("kl_percentiles")
+            values |= as_json({name: getattr(self.quality.summary, name) for name in ("ratio", "ratio_error")})
             values |= summary | {f"kl_{name}%": value for name, value in percentiles.items()}
             values |= {"seconds": self.quality.seconds, "worker": self.quality.worker}
         if self.speed:

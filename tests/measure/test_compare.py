@@ -218,6 +218,7 @@ def test_json_csv_and_table_say_the_same(swept: Comparison, tmp_path: Path, caps
     assert math.isclose(float(lines[1]["kl_99%"]), swept.rows[1].quality.summary.kl_percentiles["99"])  # type: ignore[union-attr]
     comparison(swept)
     text = capsys.readouterr().out
+    assert f"{float(lines[1]['ratio']):.3f} +- {float(lines[1]['ratio_error']):.1g}" in text
     assert "noise floor" in text
     assert "= the reference itself" in text
     assert "other.gguf k=4/4 failed: " in text

@@ -17,7 +17,7 @@ DIGITS = 5e-5
 """Four digits: half a unit of the fourth, relative."""
 
 
-CUT = {"Mean PPL(base)": 1e-3, "Mean ln(PPL(Q)/PPL(base))": 3e-3}
+CUT = {"Mean PPL(base)": 1e-3, "Mean PPL(Q)/PPL(base)": 1e-3, "Mean ln(PPL(Q)/PPL(base))": 3e-3}
 """Of a real model: what llama-perplexity says of the base once its improbable tokens were cut off, and how far off that
 is, relative; "Final" is the same perplexity without the cut."""
 
@@ -50,6 +50,7 @@ def ours(s: Summary) -> dict[str, tuple[float, float | None]]:
         "Mean PPL(base)": (s.perplexity_base, s.perplexity_base_error),
         "Cor(ln(PPL(Q)), ln(PPL(base)))": (100 * s.correlation, None),
         "Mean ln(PPL(Q)/PPL(base))": (s.log_ratio, s.log_ratio_error),
+        "Mean PPL(Q)/PPL(base)": (s.ratio, s.ratio_error),
         "Mean KLD": (s.kl_mean, s.kl_error),
         "Maximum KLD": (s.kl_max, None),
         "Mean Δp": (100 * s.p_change_mean, None),

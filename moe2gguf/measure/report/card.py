@@ -150,7 +150,7 @@ def _list_cells(row: ResultRow, *, timed: bool) -> Iterator[str]:
     if quality:
         summary = quality.summary
         yield f"{summary.perplexity:.3f}"
-        yield f"{summary.perplexity / summary.perplexity_base:.3f}"
+        yield f"{summary.ratio:.3f}"
         yield f"{summary.kl_mean:.4f}"
         yield f"{summary.top1:.1%}"
     if timed:

@@ -38,6 +38,8 @@ _COLUMNS = (
     ("status", "status"),
     ("perplexity", "perplexity"),
     ("±", "perplexity_error"),
+    ("x reference", "ratio"),
+    ("±", "ratio_error"),
     ("KL mean", "kl_mean"),
     ("±", "kl_error"),
     ("KL slack", "kl_slack"),
