@@ -259,7 +259,7 @@ def _write_file(
 
         plotly_script()
     if check:
-        from moe2gguf.measure.check import compare_conversion, require_reference
+        from moe2gguf.measure.check import compare_conversion, require_check_room, require_reference
 
         require_reference(check)
     look_at = arguments.pop("on_plan")
@@ -268,6 +268,8 @@ def _write_file(
 
         def on_plan(plan: Plan) -> None:
             look_at(plan)
+            if check == "auto":
+                require_check_room(plan, out)
             compared.extend([] if check else [beside.submit(warn_of_token_ids, plan)])
 
         done = write(model, out, options, progress=display.progress, on_plan=on_plan, **arguments)

@@ -104,16 +104,17 @@ def partial_path(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def require_room(out: Path, size: int, begun: Iterable[Path] = ()) -> None:
+def require_room(out: Path, size: int, begun: Iterable[Path] = (), beside: str = "") -> None:
     """Raise OutputError unless `size` bytes fit in the free room and in what unfinished work on `out` has taken.
 
-    `begun` are the folders with that work, if not the one in which a file is written.
+    `begun` are the folders with that work, if not the one in which a file is written; `beside` is what else is counted.
     """
     folders = [*begun] or [partial_path(out)]
+    require_place(out.parent)
     taken = sum(disk_bytes(path) for folder in folders for path in folder.rglob("*"))
     free = shutil.disk_usage(out.parent).free + taken
     if free < size:
-        raise OutputError(f"{out.parent}: {free:,} bytes are free, {out.name} needs {size:,}; make room first")
+        raise OutputError(f"{out.parent}: {free:,} bytes are free, {out.name}{beside} needs {size:,}; make room first")
 
 
 def _require_name(name: str, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe2gguf.experts.text import read_text
+from moe2gguf.gguf.outputs import require_room
 from moe2gguf.gguf.system import count_processors, temporary_folder
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.llama.child import run_in_child
@@ -24,8 +25,9 @@ from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.assign import may_quantize
 from moe2gguf.quant.rules import TypeOptions
 from moe2gguf.recipes.convert import Conversion, convert
-from moe2gguf.recipes.options import CalibrationOptions
-from moe2gguf.recipes.plan import Plan
+from moe2gguf.recipes.inputs import read_inputs
+from moe2gguf.recipes.options import CalibrationOptions, Options
+from moe2gguf.recipes.plan import Plan, make_plan
 
 KL_LIMIT = 2e-6
 """Mean KL divergence, in nats per token, that rounding in float32 explains on a real model."""
@@ -155,6 +157,12 @@ def require_reference(dense: str) -> None:
         run_in_child(read_facts, Path(dense), what=f"reading {dense}")
 
 
+def require_check_room(plan: Plan, out: Path) -> None:
+    """Raise OutputError unless there is room for `out` and the dense file that "auto" makes beside it."""
+    size = make_plan(plan.source, read_inputs(plan.source, _describe_dense(plan))).file_size
+    require_room(out, plan.file_size + size, beside=" with the dense file to check it")
+
+
 def require_llama() -> None:
     """Raise HarnessError where llama.cpp is not installed."""
     run_in_child(_import, what="looking for llama.cpp")
@@ -181,19 +189,23 @@ def compare_conversion(
     tokens = compare_token_ids(done.path, source.folder) if isinstance(source, Checkpoint) else None
     if dense != "auto":
         return replace(compare_with_dense(done.path, Path(dense), threads=threads), tokens=tokens)
-    options = replace(
-        done.plan.options,
+    with temporary_folder(beside=done.path) as folder:
+        reference = folder / "dense.gguf"
+        convert(source.path, reference, _describe_dense(done.plan), threads=threads, progress=progress)
+        return replace(compare_with_dense(done.path, reference, threads=threads), tokens=tokens)
+
+
+def _describe_dense(plan: Plan) -> Options:
+    """The options of the dense file with the types of a sliced one."""
+    return replace(
+        plan.options,
         dense=True,
         experts=None,
         used=None,
         shard_size=None,
-        types=_pin_types(done.plan),
+        types=_pin_types(plan),
         calibration=CalibrationOptions(),
     )
-    with temporary_folder(beside=done.path) as folder:
-        reference = folder / "dense.gguf"
-        convert(source.path, reference, options, threads=threads, progress=progress)
-        return replace(compare_with_dense(done.path, reference, threads=threads), tokens=tokens)
 
 
 def _pin_types(plan: Plan) -> TypeOptions:

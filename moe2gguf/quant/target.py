@@ -76,6 +76,7 @@ def choose_types(
     guided: Container[str],
     header_size: int,
     progress: Progress,
+    on_size: Callable[[int], None],
 ) -> tuple[Rule, ...]:
     """Return rules that fill the target of `options` with all tensors that no rule of the user's decides.
 
@@ -86,6 +87,7 @@ def choose_types(
         guided: the names of tensors that have an importance for all of their matrices.
         header_size: bytes of the file before its tensors.
         progress: receives the stage "choose types" and the elements measured.
+        on_size: is given the bytes of the file to come, if they can be reached, before a weight is read.
 
     Raises:
         PlanError: the target cannot be reached; the range that can be is named.
@@ -107,6 +109,7 @@ def choose_types(
     least, most = find_range(free, names)
     if not least <= budget <= most:
         raise PlanError([_describe_range(options, least - budget, most - budget, tensors)])
+    on_size(header_size + fixed + budget)
     with progress("choose types", _count_weights(free)) as advance:
         chosen = choose_under_budget(free, names, budget, threads=count_processors(), advance=advance)
     return _make_rules(chosen, "--target-size" if options.target_size is not None else "--target-bpw")

@@ -14,7 +14,7 @@ from moe2gguf.errors import OutputError
 from moe2gguf.experts.layer import LayerReport
 from moe2gguf.gguf.layout import Layout, find_array, find_value
 from moe2gguf.gguf.metadata import CALIBRATION_LOAD, DIGEST_PLACEHOLDER, SOURCE_DIGEST
-from moe2gguf.gguf.outputs import check_model_target, check_target, list_model_paths
+from moe2gguf.gguf.outputs import check_model_target, check_target, list_model_paths, require_room
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.system import write_at
 from moe2gguf.gguf.types import require_kernels
@@ -108,7 +108,8 @@ def convert(
     # Open the model, read what the options name, and plan every tensor and byte.
     source = open_source(Path(model), name=options.name)
     inputs = read_inputs(source, options)
-    plan = _compare_models(fit_types(make_plan(source, inputs), inputs, progress), inputs.types.matrix)
+    plan = fit_types(make_plan(source, inputs), inputs, progress, functools.partial(require_room, out))
+    plan = _compare_models(plan, inputs.types.matrix)
     _check_targets(plan, out, force=force)
     on_plan(plan)
 

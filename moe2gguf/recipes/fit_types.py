@@ -1,5 +1,6 @@
 """The step that `--target-size` and `--target-bpw` need: weights are read to choose the types of a plan."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from moe2gguf.gguf.layout import lay_out
@@ -16,11 +17,13 @@ from moe2gguf.recipes.tensors import plain_experts
 from moe2gguf.spec import Method
 
 
-def fit_types(plan: Plan, inputs: Inputs, progress: Progress = silent) -> Plan:
+def fit_types(
+    plan: Plan, inputs: Inputs, progress: Progress = silent, on_size: Callable[[int], None] = lambda _: None
+) -> Plan:
     """The plan with the types that have the least error under its target; a plan without a target as it is.
 
     Rows of every tensor are quantized in every type that fits. They are measured in contiguous experts, whatever the
-    grouping will be.
+    grouping will be. `on_size` is given the bytes of the file to come before that.
 
     Raises:
         PlanError: the target cannot be reached; the range that can be is named.
@@ -43,5 +46,5 @@ def fit_types(plan: Plan, inputs: Inputs, progress: Progress = silent) -> Plan:
         **provenance(model, slicing),
     }
     header_size = len(lay_out(metadata, tensors).header)
-    rules = choose_types(options, inputs.types.rules, tensors, guidance.importance, header_size, progress)
+    rules = choose_types(options, inputs.types.rules, tensors, guidance.importance, header_size, progress, on_size)
     return make_plan(source, inputs, rules)

@@ -20,7 +20,7 @@ from moe2gguf.gguf.counts import find_graph
 from moe2gguf.gguf.expected import check_architecture, is_sliced
 from moe2gguf.gguf.file import Findings, GGUFFile, ValueType, refuse_alignment
 from moe2gguf.gguf.layout import lay_out
-from moe2gguf.gguf.outputs import check_model_target
+from moe2gguf.gguf.outputs import check_model_target, require_room
 from moe2gguf.gguf.resume import describe_job
 from moe2gguf.gguf.shards import lay_out_files, read_model
 from moe2gguf.gguf.source_tensor import SourceTensor
@@ -119,12 +119,12 @@ def quantize(
     file = read_model(Path(source))
     inputs = read_type_inputs(options)
     plan = make_plan(file, options, inputs, allow_requantize=allow_requantize, shard_size=shard_size)
-    plan = fit_types(plan, inputs, progress)
+    plan = fit_types(plan, inputs, progress, functools.partial(require_room, out))
     stored = {name: SourceTensor(file, info) for name, info in file.tensors.items()}
     plan = dataclasses.replace(plan, warnings=(*plan.warnings, *note_other_model(inputs.matrix, stored)))
     on_plan(plan)
     _require_kernels(plan)
-    check_model_target(out, len(plan.files), [*file.files, *options.files], force=force)
+    check_model_target(out, len(plan.files), [*file.files, *options.files], force=force, size=plan.file_size)
 
     # Decode, encode, write, verify and name the files.
     kinds = {tensor.type for tensor in plan.tensors}
@@ -203,10 +203,16 @@ def make_plan(
     )
 
 
-def fit_types(plan: QuantizationPlan, inputs: TypeInputs, progress: Progress = silent) -> QuantizationPlan:
+def fit_types(
+    plan: QuantizationPlan,
+    inputs: TypeInputs,
+    progress: Progress = silent,
+    on_size: Callable[[int], None] = lambda _: None,
+) -> QuantizationPlan:
     """The plan with the types that have the least error under its target, for which weights are read.
 
-    A plan without a target stays as it is. Errors as in `moe2gguf.quant.target.choose_types`.
+    A plan without a target stays as it is. `on_size` is given the bytes of the file to come before that. Errors as in
+    `moe2gguf.quant.target.choose_types`.
     """
     if not plan.has_open_types:
         return plan
@@ -214,7 +220,7 @@ def fit_types(plan: QuantizationPlan, inputs: TypeInputs, progress: Progress = s
     tensors = _make_outputs(plan, _list_stored(file), inputs, decode=True)
     guidance = guide(inputs.matrix, tensors, find_neurons(file), options.imatrix_repair)
     header_size = len(lay_out(_keep_metadata(file), tensors, file.types).header)
-    rules = choose_types(options, inputs.rules, tensors, guidance.importance, header_size, progress)
+    rules = choose_types(options, inputs.rules, tensors, guidance.importance, header_size, progress, on_size)
     return make_plan(file, options, inputs, rules, allow_requantize=plan.allow_requantize, shard_size=plan.shard_size)
 
 

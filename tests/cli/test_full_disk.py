@@ -29,6 +29,9 @@ LINES = {
     "calibrated folder": f"convert {HF} {OUT} {CALIBRATED} --format hf",
     "pruning": f"prune {FILE} {OUT} --keep 2 --tokens 64 --context 32",
     "shrink": f"shrink {HF} {OUT} --quality 2 --types q8_0 --text {TEXT}",
+    "target": f"convert {HF} {OUT} --experts 4 --target-size 100KB",
+    "target of a file": f"quantize {FILE} {OUT} --target-size 200KB",
+    "check": f"convert {HF} {OUT} --experts 4 --check auto",
     "healing": f"heal {MOE} {OUT} --teacher {HF} --text {TEXT} --used-range 2 --tokens 1024 --layerwise 0 --steps 1",
 }
 
@@ -70,6 +73,8 @@ ROOM = (
     "pruning",
     "healing",
     "publication",
+    "target",
+    "target of a file",
 )
 
 
@@ -80,6 +85,7 @@ def test_what_does_not_fit_is_known_before_anything_is_made(
     """How much is needed is said; what takes long, such as a calibration, does not begin."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     monkeypatch.delattr("moe2gguf.recipes.prune.stream_from_child")
+    monkeypatch.delattr("moe2gguf.quant.target.choose_under_budget")
     words = {**files, OUT: tmp_path / "out"}
 
     line = {**LINES, "publication": f"publish {HF} {OUT} --experts 4 --used 2 --types q8_0"}[kind]
@@ -87,6 +93,20 @@ def test_what_does_not_fit_is_known_before_anything_is_made(
 
     assert 1 == done.returncode
     assert f"moe2gguf: {tmp_path}: 10,000 bytes are free, out needs " in done.stderr
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_the_dense_file_of_a_check_is_counted_before_anything_is_made(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file alone would fit; it is beside the other one as long as both are compared."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=300_000))
+    words = {**files, OUT: tmp_path / "out"}
+
+    done = moe2gguf(*(words.get(word, word) for word in LINES["check"].split()))
+
+    assert 1 == done.returncode
+    assert f"moe2gguf: {tmp_path}: 300,000 bytes are free, out with the dense file to check it needs " in done.stderr
     assert [] == list(tmp_path.iterdir())
 
 
