@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+NESTED = "\n      "
+"""What begins a line within one item of an error's list."""
 _OPEN = Path("/dev/fd")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from moe2gguf.errors import NESTED
 from moe2gguf.llama.machine import describe_load
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ MOST_LINES = 5
 _MORE = re.compile(r"\W*and (\d+) more")
 WIDE = 250
 """Columns of a table in a pipe or a file."""
+NAME = 12
+"""Columns that a narrow terminal leaves for names."""
+SLOWEST = 600.0
+"""Seconds that a step may take for the time left to be told."""
 PULSE = 30.0
 _pulse = SimpleNamespace(last=time.monotonic())  # when a log heard of us last
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
@@ -71,11 +77,13 @@ def make_table(*columns: str, numbers: slice = slice(0)) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table: a terminal folds what is too wide, a pipe or a file gets whole lines."""
-    console = out()
-    if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, width=WIDE)
-    console.print(table)
+    """Print a table: a terminal folds what is too wide; a pipe or a file gets whole lines, and so does a terminal that
+    has no room for the words of the columns behind the first, which may be long names.
+    """
+    console, wide = out(), Console(soft_wrap=True, highlight=False, width=WIDE)
+    names = max(len(word) for word in " ".join(map(str, table.columns[0].cells)).split(" "))
+    others = Measurement.get(wide, wide.options, table).minimum - names
+    (console if console.is_terminal and others + NAME <= console.width else wide).print(table)
 
 
 COUNT_BYTES = ("write", "verify")
@@ -99,7 +107,8 @@ def progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
     counts_bytes = stage in COUNT_BYTES
     amount = (DownloadColumn(binary_units=False), TransferSpeedColumn()) if counts_bytes else (TaskProgressColumn(),)
     columns = (TextColumn("{task.description:9}"), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True, speed_estimate_period=SLOWEST) as bar:
         task = bar.add_task(stage, total=total)
         yield advance
 
@@ -162,7 +171,7 @@ def suggest_running(path: Path, metadata: Metadata) -> list[object]:
 
 def shorten(message: str, *, whole: bool) -> str:
     """An error's message with at most `MOST_LINES` of its list, unless the `whole` is wanted."""
-    head, *items = message.splitlines()
+    head, *items = re.split(rf"\n(?!{NESTED[1:]})", message)
     way = [items.pop()] if items and items[0].startswith("  - ") and not items[-1].startswith("  - ") else []
     return "\n".join([head, *cut_list(items, whole=whole), *way])
 

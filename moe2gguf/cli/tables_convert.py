@@ -62,12 +62,12 @@ def _count_files(plan: Plan | QuantizationPlan) -> str:
 
 
 def _print_tensors(console: Console, plan: Plan | QuantizationPlan) -> None:
-    """The rules that chose the types and how many tensors each decided; every tensor with its type if asked for."""
+    """Where several rules chose the types, how many tensors each decided; every tensor with its type if asked for."""
     from moe2gguf.gguf.types import bits_per_weight
 
     console.print()
-    if plan.assigned.counts:
-        rules = display.make_table("tensors", "type", "because of", "pattern")
+    if len(plan.assigned.counts) > 1:
+        rules = display.make_table("tensors", "type", "asked for by", "whose names match")
         for rule, count in plan.assigned.counts:
             rules.add_row(str(count), rule.type.name, escape(rule.origin), escape(rule.pattern))
         console.print(rules)
@@ -212,7 +212,7 @@ def _print_energy(done: Conversion) -> None:
         cells = f"{k} of {plan.n_expert}", f"{mean:.1%}", f"{min(values):.1%}", f"{plan.speed_bound(k):.2f} x"
         table.add_row(*cells, _mark_own(plan, k))
     console.print(table)
-    console.print("energy kept: here of all experts, shared ones included")
+    console.print("energy kept: how much of the output of all experts so many hold; compare measures what that costs")
 
 
 def _format_share(value: float | None) -> str:

@@ -203,14 +203,17 @@ def _plain(value: Any) -> Any:
 
 
 def print_inspection(inspection: Inspection, console: Console, *, tensors: bool = False) -> None:
-    """Print tables: summary, metadata, tensor types, and with `tensors` every tensor.
+    """Print the summary, the metadata in a line each, and tables of tensor types, and with `tensors` of every tensor.
 
     Whatever the file holds, only printable characters reach the console. Nothing is cut off in a file or a pipe;
     a terminal folds what is too wide.
     """
     _print(console, "", ("", ""), _summarize(inspection))
-    rows = [(row.key, row.type, _value_text(row)) for row in inspection.metadata]
-    _print(console, "Metadata", ("key", "type", "value"), rows)
+    console.print("Metadata", style="italic")
+    for row in inspection.metadata:
+        line = _printable(f"{row.key} ({row.type}): {_value_text(row)}", console.encoding)
+        console.print(line.rstrip(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console.print()
     uses = [(use.type, f"{use.n_tensors:,}", f"{use.n_parameters:,}", f"{use.n_bytes:,}") for use in inspection.types]
     _print(console, "Tensor types", ("type", "tensors", "parameters", "bytes"), uses)
     if tensors:

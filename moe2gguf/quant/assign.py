@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moe2gguf.errors import list_names
+from moe2gguf.errors import NESTED, list_names
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
@@ -213,7 +213,7 @@ def _find_substitute(kind: TensorType, width: int) -> TensorType | None:
 def _describe_misfits(
     block: int, tensors: Sequence[Entry], chosen: Mapping[str, TensorType], list_cuts: Callable[[int], list[str]]
 ) -> str:
-    """One sentence for all tensors whose rows are no multiple of `block`, and what can be done, at which price."""
+    """A sentence for all tensors whose rows are no multiple of `block`, and a line for each way out with its price."""
     widths, instead = dict[int, list[str]](), dict[tuple[TensorType, TensorType], None]()
     more_bytes = 0
     for tensor in tensors:
@@ -232,7 +232,7 @@ def _describe_misfits(
     ways.append("choose another type, for all or with --tensor-type")
     return (
         f"{' and '.join(kinds)} need{'s' if len(kinds) == 1 else ''} rows whose width is a multiple of {block}, which "
-        f"{rows} {'is' if len(widths) == 1 else 'are'} not: " + ", or ".join(ways)
+        f"{rows} {'is' if len(widths) == 1 else 'are'} not:{NESTED}" + f"{NESTED}or ".join(ways)
     )
 
 

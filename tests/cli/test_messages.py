@@ -210,6 +210,7 @@ def test_a_folder_without_a_config_is_told_apart(
 ) -> None:
     """An adapter alone, and a folder of GGUF files."""
     (tmp_path / name).write_text("{}")
+    inputs["OUT"].unlink(missing_ok=True)
 
     done = run({**inputs, "ODD": tmp_path}, command)
 

@@ -13,8 +13,11 @@ import pytest
 import tiny_gguf
 from command import moe2gguf
 from gguf import GGUFReader
+from rich.console import Console
 
+from moe2gguf.cli import tables
 from moe2gguf.cli.tables import shorten, suggest_running
+from moe2gguf.errors import NESTED
 from moe2gguf.gguf.file import list_problems
 
 PROGRAM = [sys.executable, "-c", "from moe2gguf.cli import main; main()"]
@@ -119,6 +122,23 @@ def test_a_long_list_is_shortened_unless_all_is_wanted() -> None:
     assert "problem 5" not in shorten(message, whole=False)
     assert message == shorten(message, whole=True)
     assert "\n".join(message.splitlines()[:7]) == shorten("\n".join(message.splitlines()[:7]), whole=False)
+    assert 7 + 4 == len(
+        shorten(message.replace("problem 4", "problem 4" + f"{NESTED}or that" * 4), whole=False).split("\n")
+    )
+
+
+@pytest.mark.parametrize(("width", "n_line"), [(60, 1), (80, 2)])
+def test_a_table_without_room_for_its_words_has_whole_lines(
+    width: int, n_line: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal folds names and between words; where it would break the words of other columns, it wraps the lines."""
+    monkeypatch.setattr(tables, "out", lambda: Console(width=width, force_terminal=True))
+    table = tables.make_table("", *(f"column-{i}" for i in range(6)))
+    table.add_row("a-very-long-name.gguf", *"abcdef")
+
+    tables.print_table(table)
+
+    assert 1 + n_line == len(capsys.readouterr().out.splitlines())
 
 
 def test_a_list_that_is_cut_already_is_counted_whole(tmp_path: Path) -> None:

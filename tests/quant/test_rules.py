@@ -142,10 +142,12 @@ def test_a_type_that_does_not_fit_is_one_refusal_with_ways_out() -> None:
 
     bytes_more = 3 * 4 * 256 * 96 * (5.5 - 4.5) / 8
     assert (
-        "Q4_K needs rows whose width is a multiple of 256, which 96 (blk.0.ffn_down_exps.weight and 2 more) is not: "
-        "cut into 256, or take larger types there with --allow-fallback (Q5_0 for Q4_K, 5.5 bits per weight for 4.5; "
-        f"{bytes_more:,.0f} bytes more in all), or choose another type, for all or with --tensor-type"
-    ) == refusal
+        "Q4_K needs rows whose width is a multiple of 256, which 96 (blk.0.ffn_down_exps.weight and 2 more) is not:",
+        "cut into 256",
+        "or take larger types there with --allow-fallback (Q5_0 for Q4_K, 5.5 bits per weight for 4.5; "
+        f"{bytes_more:,.0f} bytes more in all)",
+        "or choose another type, for all or with --tensor-type",
+    ) == tuple(refusal.split("\n      "))
 
 
 def test_types_that_do_not_fit_rows_that_no_cut_changes() -> None:
@@ -157,7 +159,7 @@ def test_types_that_do_not_fit_rows_that_no_cut_changes() -> None:
 
     assert refusal.startswith(
         "Q6_K and Q4_K need rows whose width is a multiple of 256, which 96 (blk.0.attn_q.weight) and 48 "
-        "(blk.0.ffn_down_exps.weight) are not: take larger types there"
+        "(blk.0.ffn_down_exps.weight) are not:\n      take larger types there"
     )
     assert "Q8_0 for Q6_K, 8.5 bits per weight for 6.5625; " in refusal
     assert "F16 for Q4_K, 16 bits per weight for 4.5; " in refusal
