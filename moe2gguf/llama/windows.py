@@ -31,13 +31,17 @@ class Windows:
         return len(self.tokens) * self.n_scored
 
 
-def cut_windows(tokens: NDArray[np.int32], *, n_token: int, n_context: int, first: int, bos: int | None) -> Windows:
-    """Cut tokens (n,) into as many windows as `n_token` scored positions need, rounded up.
+def cut_windows(
+    tokens: NDArray[np.int32], *, n_token: int | None, n_context: int, first: int, bos: int | None
+) -> Windows:
+    """Cut tokens (n,) into as many windows as `n_token` scored positions need, rounded up; None: as many as there are.
 
     As in llama.cpp's perplexity tool the windows follow each other without overlap, and BOS takes the place of
     the first token of each: https://github.com/ggml-org/llama.cpp/blob/0c1e57098/tools/perplexity/perplexity.cpp#L569
     Raises HarnessError if the text is too short or the numbers do not fit each other.
     """
+    if n_token is None:
+        n_token = max(1, len(tokens) // n_context) * (n_context - 1 - first)
     if n_token < 1 or not 0 <= first < n_context - 1:
         raise HarnessError(
             f"cannot score {n_token} tokens from position {first} of windows of {n_context}: "
@@ -67,7 +71,6 @@ def cut_text(model: Llama, text: str, n_context: int, n_token: int | None) -> ND
 
     Raises HarnessError as `cut_windows`.
     """
+    n_scored = None if n_token is None else max(1, -(-n_token // n_context)) * (n_context - 1)
     tokens = tokenize_text(model, text)
-    n_window = max(1, len(tokens) // n_context if n_token is None else -(-n_token // n_context))
-    n_scored = n_window * (n_context - 1)
     return cut_windows(tokens, n_token=n_scored, n_context=n_context, first=0, bos=model.bos()).tokens

@@ -24,7 +24,7 @@ from moe2gguf.measure.cluster import measure_on_workers, require_workers
 from moe2gguf.measure.drafts import DraftGains, find_best_draft
 from moe2gguf.measure.grid import Measurement, RunConfig, list_notes, note_other_counts, plan_grid, plan_run
 from moe2gguf.measure.journal import MeasurementJournal
-from moe2gguf.measure.logits import Reference, record_reference, score_file
+from moe2gguf.measure.logits import Reference, record_reference, require_tokens, score_file
 from moe2gguf.measure.pareto import recommend
 from moe2gguf.measure.results import (
     Agreement,
@@ -38,6 +38,8 @@ from moe2gguf.measure.results import (
 )
 from moe2gguf.measure.speed import DRAFT_LENGTHS, Run, Speed
 from moe2gguf.measure.tasks import Prompt, TaskScores, make_prompts, solve_tasks
+from moe2gguf.measure.token_ids import vocabulary_file
+from moe2gguf.recipes.source import Source
 
 TIMEOUT = 600.0
 """Seconds that one window may take before its row is given up."""
@@ -345,17 +347,24 @@ class Runner:
         return replace(place_on_device(setup, one.device), n_expert_used=one.n_expert_used if one.n_expert else None)
 
 
-def require_comparison(settings: CompareSettings) -> None:
-    """Find out, before files are made, whether they could be compared.
+def require_comparison(settings: CompareSettings, source: Source) -> None:
+    """Find out, before files of a source are made, whether they could be compared.
 
     Raises:
-        HarnessError: llama.cpp is not installed.
+        HarnessError: llama.cpp is not installed, or the text is too short.
         OutputError: there is no place for finished rows or temporary files.
     """
     require_llama()
     open_journal(settings)
-    with temporary_folder():
-        pass
+    require_text(settings, source)
+
+
+def require_text(settings: CompareSettings, source: Source) -> None:
+    """Raise HarnessError where the text is too short, and OutputError where there is no place for temporary files."""
+    n_byte = None if settings.n_token else bytes_to_read(settings.n_context)  # all of it: one window is enough
+    n_context, text = settings.n_context, settings.text.text[:n_byte]
+    with vocabulary_file(source) as path, temporary_folder():
+        require_tokens(path, text, settings.n_token, n_context, n_context // 2)
 
 
 def open_journal(settings: CompareSettings) -> MeasurementJournal:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import HarnessError
 from moe2gguf.llama.child import run_in_child, stream_from_child
 from moe2gguf.llama.devices import Setup
-from moe2gguf.llama.model import Facts, Llama, Logits, open_model
+from moe2gguf.llama.model import Facts, Llama, Logits, open_model, open_vocabulary
 from moe2gguf.llama.windows import Windows, cut_windows, tokenize_text
 from moe2gguf.measure import metrics
 from moe2gguf.measure import top_logits as compact
@@ -79,9 +79,7 @@ def record_in_process(
 ) -> Reference:
     """Do what `record_reference` does in the process that calls it: a child process, or a benchmark's own."""
     with open_model(path, setup) as model:
-        tokens, n = tokenize_text(model, text), setup.n_context
-        n_token = max(1, len(tokens) // n) * (n - 1 - first) if n_token is None else n_token
-        windows = cut_windows(tokens, n_token=n_token, n_context=n, first=first, bos=model.bos())
+        windows = _cut_text(model, text, n_token, setup.n_context, first)
         n_vocab = model.facts.n_vocab
         n_kept = None if room is None else compact.count_entries_to_keep(windows.n_token, n_vocab, room)
         row_bytes = n_vocab * 4 if n_kept is None else compact.row_type(n_kept).itemsize
@@ -95,6 +93,20 @@ def record_in_process(
         except OSError as error:
             raise HarnessError(f"cannot keep the reference's logits: {error}; set TMPDIR to a larger disk") from error
         return Reference(target, windows, text, model.facts, model.vocabulary_digest(), n_kept)
+
+
+def require_tokens(path: Path, text: str, n_token: int | None, n_context: int, first: int) -> None:
+    """Raise HarnessError, as `record_reference` does, for a text that is too short; only the vocabulary is loaded."""
+    run_in_child(_count_tokens, path, text, n_token, n_context, first, what=f"{path.name}: reading its vocabulary")
+
+
+def _count_tokens(path: Path, *settings: Any) -> None:
+    with open_vocabulary(path) as vocabulary:
+        _cut_text(vocabulary, *settings)
+
+
+def _cut_text(model: Llama, text: str, n_token: int | None, n_context: int, first: int) -> Windows:
+    return cut_windows(tokenize_text(model, text), n_token=n_token, n_context=n_context, first=first, bos=model.bos())
 
 
 @contextlib.contextmanager

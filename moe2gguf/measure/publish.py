@@ -126,10 +126,10 @@ def publish(
     variants, dense_variants = list_variants(source, settings, work), list_dense(settings)
     reference = {work / DENSE: Variant(DENSE, Options(dense=True))}
     _require_new(folder, work)
-    n_byte = measure_plans(source.path, variants)
-    n_byte += measure_plans(source.path, [*dense_variants, *reference.values()])
-    require_room(folder, n_byte, begun=[folder, work])
-    require_comparison(settings.quality)
+    plans = plan_variants(source.path, variants)
+    plans += plan_variants(source.path, [*dense_variants, *reference.values()])
+    require_room(folder, sum(plan.file_size for plan in plans), begun=[folder, work])
+    require_comparison(settings.quality, source)
     if upload:
         hub.require_login(upload)
 
@@ -137,7 +137,8 @@ def publish(
         # Make the variants, and the dense files to compare them with.
         ours = {folder / one.name: one for one in variants}
         dense = {work / one.name: one for one in dense_variants}
-        for path, one in (ours | reference | dense).items():
+        to_make = (ours | reference | dense).items()
+        for path, one in sorted(to_make, key=lambda item: item[1].calibration is None):  # where a text may be too short
             _make(source.path, path, one, job, progress, on_plan)
 
         # Measure all of them, draw them, describe them, and send them.
@@ -191,13 +192,13 @@ def list_dense(settings: PublishSettings) -> list[Variant]:
     return [Variant(f"dense-{one.type.upper()}.gguf", Options(dense=True, types=one)) for one in types]
 
 
-def measure_plans(model: Path, variants: Sequence[Variant]) -> int:
-    """The bytes of all variants. Raises PlanError with what is wrong with any of them; no weight is read for it."""
+def plan_variants(model: Path, variants: Sequence[Variant]) -> list[Plan]:
+    """The plan of each variant. Raises PlanError with what is wrong with any of them; no weight is read for it."""
     refusals: dict[str, list[str]] = {}
-    n_byte = 0
+    plans = []
     for one in variants:
         try:
-            n_byte += plan_conversion(model, one.options).file_size
+            plans.append(plan_conversion(model, one.options))
         except PlanError as error:
             for line in error.refusals:
                 refusals.setdefault(line, []).append(one.name)
@@ -205,7 +206,7 @@ def measure_plans(model: Path, variants: Sequence[Variant]) -> int:
         raise PlanError(
             [f"`moe2gguf convert {list_names(names, 1)}` is refused: {line}" for line, names in refusals.items()]
         )
-    return n_byte
+    return plans
 
 
 def _describe_job(source: Source, settings: PublishSettings) -> dict[str, str]:

@@ -22,9 +22,10 @@ from moe2gguf.gguf.shards import read_model
 from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.gguf.types import FLOATS
 from moe2gguf.measure.check import require_llama
+from moe2gguf.measure.compare import CompareSettings, require_text
 from moe2gguf.measure.grid import RunConfig, plan_run
 from moe2gguf.measure.metrics import as_json
-from moe2gguf.measure.trials import FINAL, Trial, Trials
+from moe2gguf.measure.trials import FINAL, WINDOW, Trial, Trials
 from moe2gguf.progress import Progress, silent
 from moe2gguf.quant.rules import TypeOptions, refuse_type
 from moe2gguf.recipes.convert import convert, plan_conversion
@@ -135,6 +136,8 @@ def shrink(
     fit, held_out = hold_out(read_sample(settings.text, 5 * DEFAULT_TOKENS))
     cache = _count_cache(source, wish)
     require_llama()
+    n_context = min(WINDOW, source.model.n_context or WINDOW)
+    require_text(CompareSettings(held_out, settings.n_token, n_context), source)
     manifest = {"command": "shrink", "text": fit.digest, **{file.name: describe(file) for file in source.files}}
 
     with (

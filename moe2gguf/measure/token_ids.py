@@ -1,5 +1,6 @@
 """Are the token ids of a converted file those of its folder's tokenizer? Both read texts made of its own tokens."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -11,11 +12,13 @@ import numpy as np
 from moe2gguf.errors import HarnessError, OutputError, list_names
 from moe2gguf.experts.text import FolderTokenizer, open_tokenizer
 from moe2gguf.gguf.layout import lay_out
+from moe2gguf.gguf.metadata import vocabulary_metadata
 from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.tokenizer.pretokenizers import PROBES
 from moe2gguf.llama.tokens import read_token_lists
 from moe2gguf.recipes.plan import Plan
+from moe2gguf.recipes.source import Source
 
 T = TypeVar("T")
 
@@ -70,12 +73,31 @@ def warn_of_token_ids(plan: Plan) -> list[str]:
     if not isinstance(plan.source, Checkpoint) or find_spec("llama_cpp") is None:
         return []
     try:
-        with temporary_folder() as folder:
-            path = folder / "vocabulary.gguf"
-            path.write_bytes(lay_out(plan.metadata, [], {}).header)
+        with vocabulary_file(plan.source) as path:
             return compare_token_ids(path, plan.source.folder).warnings
-    except (HarnessError, OutputError, OSError) as error:
+    except (HarnessError, OutputError) as error:
         return [f"token ids were not compared with the folder's tokenizer: {error}"]
+
+
+@contextlib.contextmanager
+def vocabulary_file(source: Source) -> Iterator[Path]:
+    """A GGUF file with the vocabulary of a source: itself if it is one, or one without tensors that goes again.
+
+    Raises OutputError where it cannot be written.
+    """
+    if not isinstance(source, Checkpoint):
+        yield source.path
+        return
+    metadata = {"general.architecture": "llama", **vocabulary_metadata(source.vocabulary)}
+    with temporary_folder() as folder:
+        path = folder / "vocabulary.gguf"
+        try:
+            path.write_bytes(lay_out(metadata, [], {}).header)
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be written ({error.strerror}); set TMPDIR to a folder with room"
+            ) from error
+        yield path
 
 
 def compare_token_ids(path: Path, folder: Path) -> TokenCheck:

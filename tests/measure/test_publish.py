@@ -12,6 +12,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import tiny_gguf
 from command import moe2gguf
 from hub_server import Hub, serve_hub
 from huggingface_hub import ModelCard
@@ -157,8 +158,8 @@ def test_an_interrupted_call_goes_on(model: Path, made: Publication, tmp_path: P
 
     done = publish(model, tmp_path / "out", settings(tmp_path, 4, 2))
 
-    assert first == [one.name for one in made.files[:3]]
-    assert [made.files[3].name, "dense.gguf", "dense-Q8_0.gguf", "dense-Q4_0.gguf"] == calls[10:]
+    assert first == [made.files[i].name for i in (2, 3, 0)]  # what is fitted to a text comes first
+    assert [made.files[1].name, "dense.gguf", "dense-Q8_0.gguf", "dense-Q4_0.gguf"] == calls[10:]
     assert [one.sha256 for one in made.files] == [one.sha256 for one in done.files]
 
 
@@ -258,6 +259,29 @@ def test_what_is_missing_is_said_before_anything_is_made(
 
     assert (1, f"moe2gguf: {said}\n") == done[::2]
     assert [] == [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("option", "said"), [("--text", "scoring 2048 tokens takes"), ("--calibration", "are too few to calibrate with")]
+)
+def test_a_short_text_is_known_before_anything_is_made(
+    option: str, said: str, kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is scored, and the one that only the second count is fitted to."""
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delattr("moe2gguf.recipes.convert.write_model")
+    source = model if kind == "folder" else tiny_gguf.write_gguf(tmp_path / "dense.gguf", tiny_gguf.dense_weights())
+    (tmp_path / "text").write_text("Hardly a word.")
+    before = sorted(tmp_path.iterdir())
+
+    done = moe2gguf(
+        "publish", source, tmp_path / "out", "-e", 4, "-k", "4,2", "--types", "f16", option, tmp_path / "text"
+    )
+
+    assert 1 == done.returncode
+    assert said in done.stderr
+    assert before == sorted(tmp_path.iterdir())
 
 
 def _send_again(hub: Hub, folder: Path) -> None:

@@ -15,7 +15,7 @@ from command import moe2gguf
 from gguf import GGUFReader
 
 from moe2gguf import CompareSettings, Options, ShrinkSettings, TypeOptions, Wish, compare, convert, shrink
-from moe2gguf.errors import PlanError
+from moe2gguf.errors import HarnessError, PlanError
 from moe2gguf.gguf.counts import read_counts
 from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.measure.bench import Bench, BenchRow, Timing
@@ -182,6 +182,17 @@ def test_rotary_factors_are_carried(tmp_path: Path, speeds: None) -> None:
 
     assert done.chosen.config.n_expert
     assert GGUFReader(done.path).fields["general.architecture"].contents() == "step35"
+
+
+@pytest.mark.parametrize("wish", [Wish(room=100_000), Wish(quality=2.0)])
+def test_a_text_that_is_too_short_to_score_leaves_nothing(wish: Wish, model: Path, tmp_path: Path) -> None:
+    """It is known before a file is made."""
+    (tmp_path / "text.txt").write_text("Hardly a word.")
+
+    with pytest.raises(HarnessError, match="tokens of text, this one has"):
+        shrink(model, tmp_path / "out.gguf", wish, ShrinkSettings(text=tmp_path / "text.txt"))
+
+    assert ["text.txt"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_a_short_text_leaves_types(model: Path, tmp_path: Path, speeds: None) -> None:
