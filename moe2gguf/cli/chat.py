@@ -117,6 +117,7 @@ def _obey(talk: Chat, text: str) -> bool:
         talk.clear()
     elif name == "used" and value.strip().isdecimal():
         talk.use(int(value))
+        display.err().print(f"{value.strip()} of {talk.n_expert} experts per token from now on", style="dim")
         _warn(talk)
     else:
         display.err().print(HELP, markup=False)

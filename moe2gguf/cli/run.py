@@ -1,5 +1,6 @@
 """The command run: generate text."""
 
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from moe2gguf.cli.command import Command
 
 @cloup.command(cls=Command, no_effect=opt.SEED_NEEDS_TEMPERATURE)
 @cloup.argument("file", type=opt.FILE, help="The GGUF file to run.")
-@cloup.argument("prompt", required=False, default=None, help="What to say to it.")
+@cloup.argument("prompt", required=False, default=None, help="What to say to it.  [default: standard input]")
 @option("-p", "--prompt", "prompt_option", metavar="PROMPT", help="The same as an option.")
 @option("--raw", is_flag=True, help="Use no chat template: the text goes on where the prompt ends.")
 @opt.used_option
@@ -44,6 +45,7 @@ def run(
     Example:
       moe2gguf run moe.gguf "What is the capital of France?"
       moe2gguf run moe.gguf "Once upon a time" --raw --used 4 -n 200
+      moe2gguf run moe.gguf < question.txt
     """
     from moe2gguf.gguf.made_for import read_made_for
     from moe2gguf.gguf.shards import read_model
@@ -51,6 +53,8 @@ def run(
     from moe2gguf.llama.templates import read_template
 
     text = prompt or prompt_option
+    if prompt is prompt_option is None and not sys.stdin.isatty():
+        text = sys.stdin.read().strip()
     if not text or (prompt and prompt_option):
         raise click.UsageError("give one prompt: moe2gguf run FILE PROMPT")
     header = read_model(file)

@@ -48,6 +48,16 @@ def test_json_has_an_answer_a_line(model: Path, monkeypatch: pytest.MonkeyPatch)
     assert ("end of text", 4) == (first["speed"]["stopped"], first["speed"]["n_generated"])
 
 
+def test_another_count_is_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With how many experts there are; a count that the file was not made for is a warning besides."""
+    weights = tiny_gguf.sliced_weights(tiny_gguf.dense_weights(), 4)
+    path = tiny_gguf.write_gguf(tmp_path / "m.gguf", weights, strings={"moe2gguf.slicing.amplify": "used"})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/used 3\n"))
+    done = moe2gguf("chat", path, "--raw")
+    assert (0, "3 of 4 experts per token from now on") == (done.returncode, done.stderr.splitlines()[0])
+    assert "warning: " in done.stderr
+
+
 def test_an_error_ends_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One message, exit code 1."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("/used 3\na\n"))
@@ -160,11 +170,18 @@ def test_run_uses_the_template_of_a_chat_model(tmp_path: Path, model: Path) -> N
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "-p", "a"], [""]])
-def test_run_wants_one_prompt(model: Path, arguments: list[str]) -> None:
+def test_run_wants_one_prompt(model: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not none, not two, not an empty one."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     done = moe2gguf("run", model, *arguments)
     assert 2 == done.returncode
     assert "give one prompt: moe2gguf run FILE PROMPT" in done.stderr
+
+
+def test_run_reads_a_prompt_from_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command line has none; the end of its last line is no part of it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    assert "abcd\n" == moe2gguf("run", model, "--raw", "--threads", 1).stdout
 
 
 def test_run_says_where_a_file_was_made_for_another_count(tmp_path: Path) -> None:
