@@ -281,7 +281,8 @@ def _write_file(
     result = {**done.to_dict(), "check": checked.to_dict() if checked else None}
     opt.emit(result, as_json, lambda: tables_convert.print_conversion(done, checked))
     run = display.suggest_running(done.path, done.plan.metadata)
-    measure = ["moe2gguf", "compare", done.path, "--reference", "DENSE.gguf"]
-    display.next_steps(run, *([measure] if done.plan.n_expert else []))
+    measure = ["moe2gguf", "compare", done.path, "--reference", model if model.is_file() else "DENSE.gguf"]
+    serve = ["moe2gguf", "serve-help", done.path]
+    display.next_steps(run, *([measure] if done.plan.n_expert else []), serve)
     if checked and not checked.ok:
         raise SystemExit(1)

@@ -169,3 +169,16 @@ def test_what_comes_next_is_a_command_that_runs() -> None:
     chat = suggest_running(Path("my moe.gguf"), {"tokenizer.chat_template": "{{ messages }}"})
     assert "moe2gguf chat 'my moe.gguf'" == shlex.join(map(str, chat))
     assert "moe2gguf run m.gguf 'The capital of France is'" == shlex.join(map(str, suggest_running(Path("m.gguf"), {})))
+
+
+def test_a_terminal_gets_next_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To talk with the file, to compare it with the one it comes from, and to serve it."""
+    monkeypatch.setattr(tables, "err", lambda: Console(stderr=True, force_terminal=True, width=200, color_system=None))
+    dense = tiny_gguf.write_gguf(tmp_path / "dense.gguf", tiny_gguf.dense_weights())
+
+    done = moe2gguf("convert", dense, tmp_path / "m.gguf", "-e", 2)
+
+    steps = [f"run {tmp_path}/m.gguf 'The capital of France is'"]
+    steps += [f"compare {tmp_path}/m.gguf --reference {dense}", f"serve-help {tmp_path}/m.gguf"]
+    words = "\n   or: moe2gguf ".join(steps)
+    assert done.stderr.endswith(f"next: moe2gguf {words}\n")
