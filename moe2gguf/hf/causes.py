@@ -2,10 +2,21 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moe2gguf.errors import list_names
-from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, is_ignored, list_expected_tensors
+from moe2gguf.graphs import graph_sizes
+from moe2gguf.hf.families import (
+    DENSE,
+    EMBEDDING,
+    HEAD,
+    MLP,
+    is_derived,
+    is_ignored,
+    list_expected_shapes,
+    list_expected_tensors,
+)
 from moe2gguf.hf.safetensors import ADAPTER, DTYPES, StoredTensor
 from moe2gguf.spec import Model
 
@@ -36,6 +47,20 @@ _BEYOND = (
     f"them. If they predict further tokens (MTP), {_WITHOUT}"
 )
 _LAYER = re.compile(r"model\.layers\.(\d+)\..+")
+_EXPERT = re.compile(r"model\.layers\.\d+\..+\.experts\.(\d+)\..+")
+_SIZES = {
+    "n_vocab": "vocab_size",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "d_expert": "moe_intermediate_size",
+    "d_shared": "moe_intermediate_size times n_shared_experts",
+    "d_q": "head_dim times num_attention_heads",
+    "d_kv": "head_dim times num_key_value_heads",
+    "n_expert": "num_local_experts",
+}
+"""Size of `graph_sizes` -> the key of config.json that it is from."""
+_SIZES_BESIDE_SHARED = _SIZES | {"n_expert": "n_routed_experts"}
+
 _PROJECTION = re.compile(r".+\.(q|k|v|gate|up)_proj\.\w+")
 
 
@@ -46,7 +71,9 @@ def find_cause(
     return (
         _find_quantization(values, model, mlp, tensors, warnings)
         or _find_foreign_names(model, mlp, tensors)
+        or _find_other_numbers(model, mlp, tensors)
         or _find_other_parts(model, mlp, tensors)
+        or _find_no_experts(model)
     )
 
 
@@ -94,6 +121,44 @@ def _find_foreign_names(model: Model, mlp: MLP, tensors: Mapping[str, StoredTens
     return []
 
 
+def _find_other_numbers(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return one problem where all tensors fit a config.json with other numbers: those, with what they should be."""
+    counted = _count_layers_and_experts(model, tensors)
+    shapes, said, found = list_expected_shapes(counted, mlp), graph_sizes(model), dict[str, int]()
+    if shapes.keys() != {name for name in tensors if name in shapes or not is_derived(model, name)}:
+        return []
+    for name, shape in shapes.items():
+        stored = tensors[name].shape
+        if len(stored) != len(shape) or any(found.setdefault(d, n) != n for d, n in zip(shape, stored, strict=True)):
+            return []
+    pairs = {"first_k_dense_replace": (model.leading_dense, counted.leading_dense)}
+    keys = _SIZES_BESIDE_SHARED if model.n_shared else _SIZES
+    pairs |= {keys[name]: (said[name], n) for name, n in found.items() if name in keys}
+    wrong = [f"{key} is {before} instead of {after}" for key, (before, after) in pairs.items() if before != after]
+    if not wrong:
+        return []
+    return [
+        f"config.json is not of these tensors: {', '.join(wrong)}; correct it, or fetch the files that belong to it"
+    ]
+
+
+def _find_no_experts(model: Model) -> list[str]:
+    """Return a problem where the dense layers leave none for experts."""
+    if model.leading_dense < model.n_layer:
+        return []
+    return [f"config.json: first_k_dense_replace is {model.leading_dense}, so no layer has experts"]
+
+
+def _count_layers_and_experts(model: Model, tensors: Mapping[str, StoredTensor]) -> Model:
+    """Return the model with as many leading dense layers and experts as the names of its tensors have."""
+    if not model.n_expert:
+        return model
+    experts = {int(match[1]) for name in tensors if (match := _EXPERT.fullmatch(name))}
+    gate = DENSE.tensors["gate"][0]
+    dense = [i for i in range(model.n_layer) if gate.format(i=i) in tensors]
+    return replace(model, n_expert=len(experts) or model.n_expert, leading_dense=len(dense))
+
+
 def _find_other_parts(model: Model, mlp: MLP, tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Return one problem for each kind of tensors that another class has, and for layers that are not there."""
     wanted = list_expected_tensors(model, mlp).keys()
@@ -114,7 +179,7 @@ def _group_by_kind(model: Model, names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of tensors that are no derived buffers, by what is said of them, see `_describe_kind`."""
     groups = dict[str, list[str]]()
     for name in sorted(names):
-        if not is_ignored(name) and not (name == HEAD and model.tied_embeddings):
+        if not is_derived(model, name):
             groups.setdefault(_describe_kind(name, model.n_layer), []).append(name)
     return groups
 

@@ -168,11 +168,7 @@ def read_model(values: Mapping[str, Any], family: Family, problems: list[str], w
         **counts,
         **flags,
     )
-    if not config.has_counts:
-        return None
-    if model.leading_dense >= model.n_layer:
-        problems.append(f"config.json: first_k_dense_replace is {model.leading_dense}, so no layer has experts")
-    return model
+    return model if config.has_counts else None
 
 
 def _read_experts(config: Config, family: Family) -> dict[str, int]:

@@ -175,6 +175,11 @@ def is_ignored(source: str) -> bool:
     return _IGNORED.fullmatch(source) is not None
 
 
+def is_derived(model: Model | None, name: str) -> bool:
+    """True for tensors that carry no numbers of their own: they are computed, or the head of tied embeddings."""
+    return is_ignored(name) or (model is not None and model.tied_embeddings and name == HEAD)
+
+
 @dataclass(frozen=True)
 class MLPPlace:
     """Stands in `lay_out_tensors` where the tensors of layer `i`'s MLP belong."""
@@ -221,8 +226,12 @@ def list_mlp_tensors(mlp: MLP, model: Model) -> dict[str, tuple[str, ...]]:
     return result
 
 
+def list_expected_shapes(model: Model, mlp: MLP) -> dict[str, tuple[str, ...]]:
+    """Source name -> shape (names) of every tensor the checkpoint must hold."""
+    return {rule.source.format(i=i): rule.shape for rule, i in list_rules(model)} | list_mlp_tensors(mlp, model)
+
+
 def list_expected_tensors(model: Model, mlp: MLP) -> dict[str, tuple[int, ...]]:
     """Source name -> shape of every tensor the checkpoint must hold."""
     size = graph_sizes(model)
-    names = {rule.source.format(i=i): rule.shape for rule, i in list_rules(model)} | list_mlp_tensors(mlp, model)
-    return {name: tuple(size[d] for d in shape) for name, shape in names.items()}
+    return {name: tuple(size[d] for d in shape) for name, shape in list_expected_shapes(model, mlp).items()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moe2gguf.errors import CheckpointError, PlanError, VocabularyError, list_names
 from moe2gguf.hf import card, config
 from moe2gguf.hf.causes import find_cause
-from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, is_ignored, list_expected_tensors
+from moe2gguf.hf.families import EMBEDDING, HEAD, MLP, Family, is_derived, list_expected_tensors
 from moe2gguf.hf.json_file import read_json
 from moe2gguf.hf.paths import find_origin, links_out_of, resolve_inside
 from moe2gguf.hf.safetensors import ADAPTER, ADAPTER_CONFIG, DTYPES, MERGE, StoredTensor, read_headers
@@ -92,8 +92,9 @@ def open_checkpoint(
     if family is None:
         raise PlanError(problems)
     model = config.read_model(values, family, problems, warnings)
-    is_derived = functools.partial(_is_derived, model)
-    tensors: Mapping[str, StoredTensor] | None = _attempt(lambda: headers or read_headers(folder, is_derived), problems)
+    tensors: Mapping[str, StoredTensor] | None = _attempt(
+        lambda: headers or read_headers(folder, functools.partial(is_derived, model)), problems
+    )
     if model is None:
         raise PlanError(problems)
     mlp = family.mlp[0]
@@ -123,11 +124,6 @@ def _require_config(folder: Path) -> None:
     if files := sorted(path.name for path in folder.glob("*.gguf")):
         raise CheckpointError(f"{folder}: has no config.json, but GGUF files; name one of them: {list_names(files)}")
     raise CheckpointError(f"{folder}: has no config.json, so it is no model; name a Hugging Face folder or a GGUF file")
-
-
-def _is_derived(model: Model | None, name: str) -> bool:
-    """Return whether a tensor carries no numbers of its own: it is computed, or the head of tied embeddings."""
-    return is_ignored(name) or (model is not None and model.tied_embeddings and name == HEAD)
 
 
 def _describe_origin(folder: Path) -> Metadata:
@@ -211,7 +207,7 @@ def _compare(
         hint = " (config.json does not say tie_word_embeddings: true)" if name == HEAD else ""
         problems.append(f"missing tensor: {name} {wanted[name]}{hint}")
     for name in tensors.keys() - wanted.keys():
-        if not is_ignored(name) and not (name == HEAD and model.tied_embeddings):
+        if not is_derived(model, name):
             problems.append(f"unexpected tensor: {name} {tensors[name].shape} has no place in a {model.architecture}")
     found = {name: tensors[name] for name in wanted if name in tensors}
     for name, tensor in found.items():

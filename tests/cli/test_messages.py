@@ -77,7 +77,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     assert 0 == moe2gguf("convert", made["MODEL"], made["EVEN"], "-e", 4).returncode
     made["WIDE"] = root / "wide.gguf"
     assert 0 == moe2gguf("convert", made["BROAD"], made["WIDE"], "--dense").returncode
-    checkpoints.rewrite_config(made["PREFIX"], hidden_size=32)
+    checkpoints.rewrite_config(made["PREFIX"], hidden_size=32, attention_bias=True)  # two causes
     return made
 
 

@@ -11,6 +11,7 @@ import checkpoints
 import numpy as np
 import pytest
 import transformers
+from command import moe2gguf
 from safetensors.numpy import load_file, save_file
 
 from moe2gguf.errors import CheckpointError, PlanError
@@ -112,6 +113,60 @@ def test_layers_that_are_missing_are_one_problem(model: Path, tmp_path: Path) ->
 
     (problem,) = caught.value.refusals
     assert "num_hidden_layers 40, but the tensors are those of 3 layers" in problem
+
+
+NUMBERS: dict[str, tuple[str, dict[str, int], str]] = {
+    "width": ("llama", {"hidden_size": 128}, "hidden_size is 128 instead of 64"),
+    "MLP": ("llama", {"intermediate_size": 64}, "intermediate_size is 64 instead of 96"),
+    "vocabulary": ("llama", {"vocab_size": 401}, "vocab_size is 401 instead of 400"),
+    "heads": (
+        "llama",
+        {"head_dim": 32},
+        "head_dim times num_attention_heads is 128 instead of 64, "
+        "head_dim times num_key_value_heads is 64 instead of 32",
+    ),
+    "experts": ("mixtral", {"num_local_experts": 3}, "num_local_experts is 3 instead of 4"),
+    "routed experts": ("glm4moe", {"n_routed_experts": 8}, "n_routed_experts is 8 instead of 3"),
+    "shared experts": (
+        "glm4moe",
+        {"n_shared_experts": 2},
+        "moe_intermediate_size times n_shared_experts is 48 instead of 24",
+    ),
+    "fewer dense layers": ("glm4moe", {"first_k_dense_replace": 0}, "first_k_dense_replace is 0 instead of 1"),
+    "more dense layers": ("glm4moe", {"first_k_dense_replace": 2}, "first_k_dense_replace is 2 instead of 1"),
+    "all layers dense": ("glm4moe", {"first_k_dense_replace": 3}, "first_k_dense_replace is 3 instead of 1"),
+    "two": (
+        "glm4moe",
+        {"first_k_dense_replace": 0, "vocab_size": 401},
+        "first_k_dense_replace is 0 instead of 1, vocab_size is 401 instead of 400",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sliced(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The LLaMA, and folders with experts of it."""
+    folder = tmp_path_factory.mktemp("sliced")
+    convert = ("convert", model, "--experts", 4, "--format", "hf", "--calibration-tokens", 1024)
+    assert 0 == moe2gguf(*convert[:-2], folder / "mixtral").returncode
+    done = moe2gguf(*convert, folder / "glm4moe", "--target", "glm4moe", "--leading-dense", 1)
+    assert 0 == done.returncode, done.stderr
+    return {"llama": model, "mixtral": folder / "mixtral", "glm4moe": folder / "glm4moe"}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_a_wrong_number_in_the_config_is_one_problem(sliced: dict[str, Path], tmp_path: Path, case: str) -> None:
+    """Not one for each tensor: the key is named, with the number that all tensors have."""
+    kind, changes, said = NUMBERS[case]
+    folder = shutil.copytree(sliced[kind], tmp_path / "model")
+    checkpoints.rewrite_config(folder, **changes)
+
+    with pytest.raises(PlanError) as caught:
+        open_checkpoint(folder)
+
+    assert [f"config.json is not of these tensors: {said}; correct it, or fetch the files that belong to it"] == [
+        *caught.value.refusals
+    ]
 
 
 BUFFERS = ("self_attn.bias", "self_attn.masked_bias", "self_attn.rotary_emb.inv_freq", "attn.bias", "attention.bias")
