@@ -285,7 +285,7 @@ def _verbose() -> click.Option:
     def remember(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
         ctx.meta[VERBOSE] = value
 
-    words = "Show all tensors of a plan, all layers of a calibration, all warnings and all problems."
+    words = "Show all tensors of a plan, all layers of a calibration, and long lists as a whole."
     return cloup.Option(["--verbose"], is_flag=True, expose_value=False, hidden=True, callback=remember, help=words)
 
 

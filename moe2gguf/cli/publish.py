@@ -145,6 +145,7 @@ def warn_once() -> Callable[[Plan], None]:
 def _print(done: Publication) -> None:
     from moe2gguf.cli.tables_compare import comparison
 
+    display.warnings(done.found.notes)
     comparison(done.found)
     files = f"{len(done.files)} GGUF file{'s' if len(done.files) > 1 else ''}"
     display.out().print(f"made {done.folder}: {files} and README.md", markup=False)

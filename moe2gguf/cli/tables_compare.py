@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe2gguf.cli import tables as display
+from moe2gguf.errors import list_names
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.measure.pareto import judge_quality
 from moe2gguf.measure.results import describe_drafts
@@ -143,8 +145,7 @@ def _verdicts(found: Comparison) -> None:
     console = display.out()
     if any(row.above_noise is False for row in found.rows):
         console.print("= the reference itself, as far as the noise floor can tell")
-    for name, others in found.not_told_apart.items():
-        console.print(f"not told apart from {escape(name)}: {escape(', '.join(others))}")
+    _print_some(f"not told apart from {name}: {list_names(others)}" for name, others in found.not_told_apart.items())
     resumed = sum(row.resumed for row in found.rows)
     if resumed:
         console.print(
@@ -174,8 +175,14 @@ def _choice(found: Comparison) -> None:
     console.print("front: no other row is better in both quality and speed")
     console.print()
     console.print(f"take {escape(found.recommendation.label)}: {escape(found.recommendation.reason)}")
-    for label, words in describe_drafts(found.rows).items():
-        console.print(f"{escape(label)} as a draft of the reference: {words}")
+    drafts = describe_drafts(found.rows)
+    _print_some(f"{label} as a draft of the reference: {words}" for label, words in drafts.items())
+
+
+def _print_some(lines: Iterable[str]) -> None:
+    """The first of the lines, all with --verbose."""
+    for line in display.cut_list([*lines], whole=display.is_verbose()):
+        display.out().print(line, markup=False)
 
 
 def run_done(one: RunConfig, run: Run) -> None:

@@ -18,6 +18,7 @@ from moe2gguf.gguf.shards import read_model
 from moe2gguf.limits import check_expert_counts
 from moe2gguf.measure.metrics import as_json
 
+ANOTHER_TEXT = "; give a text that they have not seen (--text)"
 _CALIBRATED_ON = "moe2gguf.calibration.sha256"
 
 
@@ -140,11 +141,8 @@ def list_notes(files: Iterable[Path], text: Text, n_context: int) -> list[str]:
     seen = [path.name for path in paths if read_model(path).metadata.get(_CALIBRATED_ON) == text.digest]
     if not seen:
         return note_long_windows(paths, n_context)
-    note = (
-        f"calibrated on the same text that is measured here, which flatters the figures: {', '.join(seen)}; "
-        "give a text that they have not seen (--text)"
-    )
-    return [note, *note_long_windows(paths, n_context)]
+    note = f"calibrated on the same text that is measured here, which flatters the figures: {', '.join(seen)}"
+    return [note + ANOTHER_TEXT, *note_long_windows(paths, n_context)]
 
 
 def note_other_counts(grid: Iterable[RunConfig]) -> list[str]:

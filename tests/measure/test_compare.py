@@ -229,17 +229,17 @@ def test_json_csv_and_table_say_the_same(swept: Comparison, tmp_path: Path, caps
 def test_rows_that_no_text_tells_apart_share_a_line(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three copies of a file: a line per row with all later ones, not one per pair."""
-    for name in "abc":
-        (tmp_path / f"{name}.gguf").write_bytes(files["moe"].read_bytes())
-    found = compare(
-        [tmp_path / f"{name}.gguf" for name in "abc"], files["dense"], used=[2], settings=settings(tmp_path)
-    )
-    a, b, c = (f"{name}.gguf k=2/4" for name in "abc")
-    assert {a: [b, c], b: [c]} == found.not_told_apart
+    """Eight copies of a file: a line per row with all later ones, not one per pair; the first of both are printed."""
+    paths = [tmp_path / f"{name}.gguf" for name in "abcdefgh"]
+    for path in paths:
+        path.write_bytes(files["moe"].read_bytes())
+    found = compare(paths, files["dense"], used=[2], settings=settings(tmp_path))
+    labels = [f"{path.name} k=2/4" for path in paths]
+    assert {label: labels[i + 1 :] for i, label in enumerate(labels[:-1])} == found.not_told_apart
     comparison(found)
-    printed = [line for line in capsys.readouterr().out.splitlines() if "told apart" in line]
-    assert [f"not told apart from {a}: {b}, {c}", f"not told apart from {b}: {c}"] == printed
+    text = capsys.readouterr().out
+    assert f"\nnot told apart from {labels[0]}: {', '.join(labels[1:4])} and 4 more\n" in text
+    assert f"\nnot told apart from {labels[4]}: {', '.join(labels[5:])}\n  and 2 more (--verbose shows all)\n" in text
 
 
 def test_settings_of_the_command_line(tmp_path: Path) -> None:

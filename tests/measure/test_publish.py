@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,12 +93,13 @@ def test_the_card_is_what_the_hub_reads(made: Publication) -> None:
     ] == card.data.tags
     for one in made.files:
         assert f"| `{one.sha256}` |" in card.text
-        assert f"moe2gguf convert Tiny-Chat {one.name} --experts 4 --used" in card.text
+        assert f"moe2gguf convert Tiny-Chat {one.name} \\\n  --experts 4 --used" in card.text
     rows = [line for line in card.text.splitlines() if " MB | " in line]
     assert [8, 8, 8, 8, 8, 8] == [line.count("|") for line in rows]
     assert ["4 of 4", "4 of 4", "2 of 4", "2 of 4", "dense", "dense"] == [line.split(" | ")[2] for line in rows]
     assert "![Quality of the files beside the dense model](quality.png)" in card.text
     assert "--override-kv" not in card.text
+    assert re.search(r"\nCalibrated on the same text .* flatters the figures: Tiny-Chat-2of4.*gguf\.\n", card.text)
     exact = next(row for row in made.found.rows if row.config.path.name == made.files[0].name)
     assert f"| {exact.quality.summary.perplexity:.3f} |" in rows[0]  # type: ignore[union-attr]
 

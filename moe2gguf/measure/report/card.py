@@ -14,6 +14,7 @@ from moe2gguf.gguf.counts import override_count
 from moe2gguf.gguf.made_for import USED_HERE
 from moe2gguf.gguf.outputs import write_whole
 from moe2gguf.hf.folder import SOURCE_REPOSITORY, SOURCE_REVISION
+from moe2gguf.measure.grid import ANOTHER_TEXT
 from moe2gguf.measure.results import Comparison, ResultRow
 from moe2gguf.spec import Metadata
 
@@ -87,7 +88,8 @@ def describe_files(
     yield ""
     yield (
         f"Every MLP of the dense model ({source}) is cut into experts, of which llama.cpp runs a few per token. With "
-        "all of them a file is the dense model; with fewer it reads fewer weights and answers worse, as the table says."
+        "all of them a file is the dense model in its type; with fewer it reads fewer weights and answers worse: see "
+        "the table."
     )
     yield from ["", *tabulate_rows(files, found), ""]
     if base_summary := found.base:
@@ -97,7 +99,7 @@ def describe_files(
             f"{base_summary.perplexity_base:.3f}; lower perplexity and KL divergence are better. The dense files were "
             "measured beside them and are not here."
         )
-    yield from (f"\n{note}" for note in found.notes)
+    yield from (f"\n{note[0].upper()}{note[1:].removesuffix(ANOTHER_TEXT)}." for note in found.notes)
     if picture:
         yield f"\n![Quality of the files beside the dense model]({picture})"
     first = files[0].name
@@ -112,7 +114,7 @@ def describe_files(
         "```",
     ]
     yield from ["", "## Make them again", "", "```sh"]
-    yield from (f"moe2gguf convert {model} {file.name} {file.options}" for file in files)
+    yield from (f"moe2gguf convert {model} {file.name} \\\n  {file.options}" for file in files)
     yield from ["```", "", "| file | bytes | SHA-256 |", "|---|--:|---|"]
     yield from (f"| {file.name} | {file.n_byte:,} | `{file.sha256}` |" for file in files)
     yield from ["", f"Made with moe2gguf {metadata.get('moe2gguf.version')}."]
