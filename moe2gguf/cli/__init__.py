@@ -133,12 +133,11 @@ def _tell_interrupt(cause: BaseException | None) -> int:
     if isinstance(cause, EOFError):
         raise cause
     kept = [str(cause)] if isinstance(cause, Interrupted) else []
-    said = "; ".join([*kept, *_list_notes(cause)]) or "no unfinished file was kept"
-    click.echo(f"moe2gguf: interrupted; {said}", err=True)
+    click.echo("; ".join(["moe2gguf: interrupted", *kept, *_list_notes(cause)]), err=True)
     terminated = isinstance(cause.__cause__ if isinstance(cause, Interrupted) else cause, Terminated)
     return 143 if terminated else 130
 
 
 def _list_notes(error: BaseException | None) -> list[str]:
-    """What `moe2gguf.cli.command` adds to an error: the files that are written all the same."""
+    """What `moe2gguf.cli.command` adds to an error: the files that are written all the same, or that there are none."""
     return getattr(error, "__notes__", [])

@@ -14,6 +14,7 @@ from moe2gguf.cli.streams import StreamError
 from moe2gguf.cli.tables import VERBOSE, warnings
 from moe2gguf.errors import LeftBehindWarning, Moe2GgufError
 from moe2gguf.gguf.outputs import check_outputs, identify_output
+from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.hf.hub import find_model_id
 
 FOREIGN = {
@@ -219,7 +220,7 @@ class _Outputs(NamedTuple):
 def _tell_written(outputs: _Outputs, later: Sequence[str]) -> Iterator[None]:
     """Add to an error or interrupt of the block what is written all the same, and what is not done, `later` included.
 
-    Where it is only standard output that cannot be written, all is done.
+    Where it is only standard output that cannot be written, all is done. An interrupt that left no file says that.
     """
     before = {path: identify_output(path) for path in (outputs.whole | outputs.continued).values()}
     try:
@@ -232,6 +233,8 @@ def _tell_written(outputs: _Outputs, later: Sequence[str]) -> Iterator[None]:
         if written:
             rest = f"; not done: {', '.join(missing)}" if missing else ""
             error.add_note(f"{', '.join(written)} {'were' if len(written) > 1 else 'was'} written{rest}")
+        elif outputs.whole and isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+            error.add_note("no unfinished file was kept")
         raise
 
 

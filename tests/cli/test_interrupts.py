@@ -147,6 +147,13 @@ def test_an_earlier_file_is_not_taken_for_a_new_one(
     assert (130, "moe2gguf: interrupted; no unfinished file was kept") == run(f"{line} --force", words)
 
 
+def test_where_no_file_is_written_none_is_spoken_of(words: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is interrupted is just that."""
+    stop(monkeypatch, "llama.generate.generate")
+
+    assert (130, "moe2gguf: interrupted") == run(f"run {DENSE} hello", words)
+
+
 def test_a_new_file_in_place_of_an_earlier_one_is_named(
     words: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
