@@ -114,3 +114,8 @@ def list_names(names: Sequence[str], most: int = 3) -> str:
     """The first names for a message, and how many more there are: "a, b, c and 2 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def list_ways(ways: Sequence[str]) -> str:
+    """What can be done about one item of an error's list, a line each."""
+    return NESTED + f"{NESTED}or ".join(ways)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moe2gguf.errors import NESTED, list_names
+from moe2gguf.errors import list_names, list_ways
 from moe2gguf.gguf import types
 from moe2gguf.gguf.file import TensorType
 from moe2gguf.gguf.kernels import NEEDS_IMPORTANCE
@@ -232,7 +232,7 @@ def _describe_misfits(
     ways.append("choose another type, for all or with --tensor-type")
     return (
         f"{' and '.join(kinds)} need{'s' if len(kinds) == 1 else ''} rows whose width is a multiple of {block}, which "
-        f"{rows} {'is' if len(widths) == 1 else 'are'} not:{NESTED}" + f"{NESTED}or ".join(ways)
+        f"{rows} {'is' if len(widths) == 1 else 'are'} not:" + list_ways(ways)
     )
 
 

@@ -95,7 +95,7 @@ def list_whole_cuts(source: Source, slicing: Slicing, block: int) -> list[str]:
     ways = [f"choose --experts {' or '.join(listed.rsplit(', ', 1))}, which divide the blocks evenly"] if counts else []
     if isinstance(source, Checkpoint) or n_block >= slicing.n_expert:
         _, price = _price_padding(source.model.d_ff, slicing.n_expert, block)
-        ways.append(f"pad the experts with --align {block}, {price}")
+        ways.append(f"pad the experts with --align {block}, which loses nothing: {price}")
     return ways
 
 

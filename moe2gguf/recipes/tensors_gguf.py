@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moe2gguf.errors import list_names
+from moe2gguf.errors import list_names, list_ways
 from moe2gguf.experts import slicing as cut
 from moe2gguf.gguf import blocks, types
 from moe2gguf.gguf.dense_model import DenseFile
@@ -226,7 +226,7 @@ def _split_blocks(dense: DenseFile, slicing: Slicing, again: Sequence[PlannedTen
     ]
     return (
         f"{slicing.n_expert} experts of {slicing.d_expert} neurons cut through the blocks of {block} in which "
-        f"{_list_names(again)} are stored: " + ", or ".join(ways)
+        f"{_list_names(again)} are stored:" + list_ways(ways)
     )
 
 

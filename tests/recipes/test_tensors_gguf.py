@@ -360,7 +360,7 @@ def test_a_count_that_does_not_fit_is_one_problem(tmp_path: Path) -> None:
     _, *ways = refusal.split("\n      ")
     assert [
         "choose --experts 2, 5 or 10, which divide the blocks evenly",
-        "or pad the experts with --align 256, 20% more bytes in the MLPs",
+        "or pad the experts with --align 256, which loses nothing: 20% more bytes in the MLPs",
     ] == ways[:2]
     assert ways[2].startswith("or take larger types there with --allow-fallback")
 
