@@ -172,7 +172,7 @@ class MoeFolder:
     def write(self, out: Path, tensors: Sequence[OutputTensor], d_ff: int, how: str, progress: Progress) -> None:
         """Write the dense model of d_ff neurons per layer."""
         dense = replace(self._checkpoint.model, d_ff=d_ff, n_expert=0, n_expert_used=0)
-        config = make_config(self._checkpoint, describe_config(dense), {**self.metadata, FACTORS: how})
+        config = make_config(self._checkpoint, describe_config(dense), self._type, {**self.metadata, FACTORS: how})
         write_hf_folder(out, tensors, self.path, lambda: {"config.json": config}, progress=progress)
 
 

@@ -51,7 +51,7 @@ FOLDER_TYPES = ("auto", "f32", "f16", "bf16")
 
 MAX_CARD_BYTES = 4 << 20
 
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "initializer_range", "torch_dtype", "dtype")
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "initializer_range")
 """Keys of the source's config.json that are copied: the records of `moe2gguf.spec` do not have them."""
 
 FRONT_MATTER = {
@@ -169,9 +169,7 @@ def _refuse_folder_options(options: Options) -> Iterator[str]:
 
 def _find_short_rows(plan: Plan, slicing: Slicing) -> Iterator[str]:
     """Why transformers' default way to compute experts would refuse their rows, if it would."""
-    chosen, gate = plan.options.types.type, plan.source.tensors[DENSE.tensors["gate"][0].format(i=0)]
-    kind = types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.find_type(chosen)
-    size, d_model = types.FLOATS[kind].itemsize, plan.model.d_model
+    size, d_model = types.FLOATS[_find_type(plan)].itemsize, plan.model.d_model
     step = GROUPED_ROW_BYTES // size
     needs = f"transformers' {plan.options.graph.hf_class} computes rows of a multiple of {GROUPED_ROW_BYTES} bytes only"
     if d_model % step:
@@ -179,6 +177,12 @@ def _find_short_rows(plan: Plan, slicing: Slicing) -> Iterator[str]:
     elif slicing.d_expert % step:
         rows = f"experts of {slicing.d_expert} neurons have rows of {slicing.d_expert * size} bytes"
         yield f"--format hf: {rows}, and {needs}; add --align {math.lcm(slicing.align, step)}"
+
+
+def _find_type(plan: Plan) -> TensorType:
+    """The type of the projections of the folder to come."""
+    chosen, gate = plan.options.types.type, plan.source.tensors[DENSE.tensors["gate"][0].format(i=0)]
+    return types.find_float(DTYPES[gate.dtype]) if chosen.lower() == "auto" else types.find_type(chosen)
 
 
 def folder_tensors(
@@ -251,7 +255,9 @@ def _describe_sliced(
         provenance[CALIBRATION_LOAD] = [share for report in reports for share in report.load]
     provenance[SOURCE_DIGEST] = digest.hexdigest(checkpoint.tensors)
     return {
-        "config.json": make_config(checkpoint, _describe_class(checkpoint.model, slicing), provenance),
+        "config.json": make_config(
+            checkpoint, _describe_class(checkpoint.model, slicing), _find_type(plan), provenance
+        ),
         "README.md": sliced_card(plan.metadata, slicing, provenance, reports),
     }
 
@@ -264,11 +270,12 @@ def _describe_class(model: Model, slicing: Slicing) -> dict[str, Any]:
     return describe_config(replace(model, **counts))  # type: ignore[arg-type]  # all of them are whole numbers
 
 
-def make_config(checkpoint: Checkpoint, described: Mapping[str, Any], provenance: Metadata) -> str:
-    """config.json of a model that was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
+def make_config(checkpoint: Checkpoint, described: Mapping[str, Any], kind: TensorType, provenance: Metadata) -> str:
+    """config.json of a model of `kind` that was made of `checkpoint`; `provenance` is the `moe2gguf.*` metadata."""
     source = read_json(resolve_inside(checkpoint.folder, "config.json"))
     kept = {key: source[key] for key in KEPT if source.get(key) is not None}
-    return to_json({**described, **kept, MARK: dict(provenance)})
+    named = [key for key in ("torch_dtype", "dtype") if key in source] or ["torch_dtype"]
+    return to_json({**described, **kept, **dict.fromkeys(named, types.FLOATS[kind].name), MARK: dict(provenance)})
 
 
 def sliced_card(metadata: Metadata, slicing: Slicing, provenance: Metadata, reports: Sequence[LayerReport]) -> str:
@@ -342,6 +349,7 @@ def write_healed(
         OutputError, CorruptWeightError: as in `moe2gguf.recipes.convert.convert`.
     """
     config = read_json(resolve_inside(source.folder, "config.json"))
+    config.pop("quantization_config", None)  # left over: the weights are plain
     texts = {
         "config.json": to_json({**config, MARK: {**source.provenance, **provenance}}),
         "README.md": healed_card(source.folder, provenance, log),

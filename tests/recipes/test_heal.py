@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_held_out_divergence_falls_by_half(healed: Any) -> None:
     values = json.loads((healed.path / "config.json").read_text())["moe2gguf"]
     assert min(scores) == values["moe2gguf.heal.kl"]
     assert "| 30 |" in (healed.path / "README.md").read_text()
+
+
+def test_a_left_over_quantization_is_not_handed_on(models: Any, tmp_path: Path) -> None:
+    """transformers would ask for its library, or take the plain weights for packed ones."""
+    dense, sliced, text = models
+    shutil.copytree(sliced, tmp_path / "sliced")
+    checkpoints.rewrite_config(tmp_path / "sliced", quantization_config={"quant_method": "bitsandbytes"})
+
+    done = run((dense, tmp_path / "sliced", text), tmp_path / "out", change(STEPS, steps=1))
+
+    assert "quantization_config" not in json.loads((done.path / "config.json").read_text())
 
 
 def test_layer_by_layer_heals_every_count(models: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from flat_options import flat_options
 from llama_logits import llama_logits_at
 
-from moe2gguf import convert, plan_conversion
+from moe2gguf import convert, densify, plan_conversion
 from moe2gguf.cli import cli
 from moe2gguf.errors import OutputError, PlanError
 from moe2gguf.recipes import write_folder as shards
@@ -188,6 +188,24 @@ def test_the_command_writes_a_folder_with_tokenizer_and_card(tmp_path: Path, tar
     assert f"{kind}, 4 experts, 4 used" in done.stdout
     assert (dense / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert "| slicing.expert_count | 4 |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["auto", "f32", "f16", "bf16"])
+def test_the_config_says_the_type_that_is_written(kind: str, tmp_path: Path) -> None:
+    """Which is the one that transformers loads: F32 experts of 12 neurons run, in bfloat16 they could not."""
+    dense = checkpoints.make(tmp_path / "dense", dtype="bfloat16", intermediate_size=96)
+    n = 8 if kind == "f32" else 4  # rows of 48 bytes
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        write(dense, tmp_path / "sliced", flat_options(experts=n, type=kind)), dtype="auto"
+    )
+
+    names = {"auto": "bfloat16", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+    assert getattr(torch, names[kind]) == model.dtype
+    assert torch.isfinite(model(torch.tensor([TOKENS])).logits).all()
+    densify(tmp_path / "sliced", tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert getattr(torch, names[kind]) == again.dtype
 
 
 @pytest.mark.parametrize(("dtype", "step"), [("float32", 4), ("bfloat16", 8)])
