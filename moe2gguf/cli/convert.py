@@ -250,6 +250,7 @@ def _write_file(
     arguments: dict[str, Any],
 ) -> None:
     """Convert, then write the report and compare with the dense model where that is asked for."""
+    from moe2gguf.measure.check import compare_conversion, require_check_room, require_reference
     from moe2gguf.measure.token_ids import warn_of_token_ids
     from moe2gguf.recipes.convert import convert as write
 
@@ -259,8 +260,6 @@ def _write_file(
 
         plotly_script()
     if check:
-        from moe2gguf.measure.check import compare_conversion, require_check_room, require_reference
-
         require_reference(check)
     look_at = arguments.pop("on_plan")
     with ThreadPoolExecutor(1) as beside:  # while the file is written
@@ -268,9 +267,8 @@ def _write_file(
 
         def on_plan(plan: Plan) -> None:
             look_at(plan)
-            if check == "auto":
-                require_check_room(plan, out)
-            compared.extend([] if check else [beside.submit(warn_of_token_ids, plan)])
+            require_check_room(check, plan, out)
+            compared.extend([] if check else [beside.submit(warn_of_token_ids, plan.source)])
 
         done = write(model, out, options, progress=display.progress, on_plan=on_plan, **arguments)
     display.warnings(line for one in compared for line in one.result())

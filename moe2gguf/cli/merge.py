@@ -85,9 +85,11 @@ def merge(
       moe2gguf merge base.gguf base.gguf code.gguf both.gguf --router random --used 1
       moe2gguf merge recipe.yaml both.gguf
     """
+    from moe2gguf.measure.token_ids import warn_of_token_ids
     from moe2gguf.recipes.merge import merge as write_merged
     from moe2gguf.recipes.merge_inputs import Recipe, read_donors, read_recipe
     from moe2gguf.recipes.merge_options import MergeOptions
+    from moe2gguf.recipes.source import open_source
 
     given = {name: value for name, value in options.items() if value is not None}
     if not donors and base.suffix in (".yaml", ".yml"):
@@ -100,7 +102,7 @@ def merge(
     done = write_merged(
         recipe.base, recipe.donors, out, settings, force=force, threads=threads, progress=display.progress
     )
-    display.warnings(done.notes)
+    display.warnings([*done.notes, *warn_of_token_ids(open_source(Path(recipe.base)))])
     opt.emit(done.to_dict(), as_json, lambda: _print(done))
     display.next_steps(["moe2gguf", "compare", out, "--reference", recipe.base])
 

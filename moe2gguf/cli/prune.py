@@ -55,6 +55,7 @@ def prune(model: Path, out: Path, text: Path | None, tokens: int, as_json: bool,
       moe2gguf compare smaller.gguf --reference Qwen3-30B-A3B-Q4_K_M.gguf --text other.txt
     """
     from moe2gguf.experts.text import bytes_to_read, read_text
+    from moe2gguf.measure.grid import note_long_windows
     from moe2gguf.recipes.prune import PruneOptions
     from moe2gguf.recipes.prune import prune as write_pruned
 
@@ -62,6 +63,7 @@ def prune(model: Path, out: Path, text: Path | None, tokens: int, as_json: bool,
     settings = opt.take(PruneOptions, options)
     words = read_text(text, bytes_to_read(tokens + settings.n_context if tokens else None))
     done = write_pruned(model, out, settings, words, progress=display.progress, **options)
-    display.warnings(done.notes)
+    windows = [] if settings.score == "random" else note_long_windows([model], settings.n_context)
+    display.warnings([*done.notes, *windows])
     opt.emit(done.to_dict(), as_json, lambda: display.out().print(done.describe(), markup=False))
     display.next_steps(["moe2gguf", "compare", out, "--reference", model])

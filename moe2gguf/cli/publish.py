@@ -132,12 +132,18 @@ def publish(
 
 
 def warn_once() -> Callable[[Plan], None]:
-    """What shows the warnings of plans, but those of an earlier one."""
-    seen: set[str] = set()
+    """What shows the warnings of plans of one model, and other token ids than its own, each once."""
+    from moe2gguf.measure.token_ids import warn_of_token_ids
+
+    seen, compared = set[str](), set[Path]()
 
     def show(plan: Plan) -> None:
-        display.warnings([line for line in plan.warnings if line not in seen])
-        seen.update(plan.warnings)
+        lines = [line for line in plan.warnings if line not in seen]
+        if plan.source.path not in compared:
+            compared.add(plan.source.path)
+            lines += warn_of_token_ids(plan.source)
+        display.warnings(lines)
+        seen.update(lines)
 
     return show
 

@@ -157,8 +157,10 @@ def require_reference(dense: str) -> None:
         run_in_child(read_facts, Path(dense), what=f"reading {dense}")
 
 
-def require_check_room(plan: Plan, out: Path) -> None:
-    """Raise OutputError unless there is room for `out` and the dense file that "auto" makes beside it."""
+def require_check_room(dense: str | None, plan: Plan, out: Path) -> None:
+    """Raise OutputError unless there is room for `out` and what `compare_conversion` makes beside it for "auto"."""
+    if dense != "auto":
+        return
     size = make_plan(plan.source, read_inputs(plan.source, _describe_dense(plan))).file_size
     require_room(out, plan.file_size + size, beside=" with the dense file to check it")
 

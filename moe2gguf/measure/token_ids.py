@@ -17,7 +17,6 @@ from moe2gguf.gguf.system import temporary_folder
 from moe2gguf.hf.folder import Checkpoint
 from moe2gguf.hf.tokenizer.pretokenizers import PROBES
 from moe2gguf.llama.tokens import read_token_lists
-from moe2gguf.recipes.plan import Plan
 from moe2gguf.recipes.source import Source
 
 T = TypeVar("T")
@@ -61,20 +60,20 @@ class TokenCheck:
         texts = list_names([repr(one.text) for one in self.named], MOST_NAMED)
         return [
             f"{self.n_differing} of {self.n_text} texts made of its own tokens have other ids in llama.cpp than the "
-            f"folder's tokenizer gives, such as {texts}; --check auto shows them"
+            f"folder's tokenizer gives, such as {texts}; `moe2gguf convert --check auto` shows them"
         ]
 
 
-def warn_of_token_ids(plan: Plan) -> list[str]:
-    """Compare the token ids of a file to come as `compare_token_ids` does, from its metadata alone: what to be told.
+def warn_of_token_ids(source: Source) -> list[str]:
+    """Compare the token ids of a file of `source` as `compare_token_ids` does, before it is made: what to be told.
 
     Nothing for a GGUF file, whose vocabulary stays as it is, and where llama.cpp is not installed.
     """
-    if not isinstance(plan.source, Checkpoint) or find_spec("llama_cpp") is None:
+    if not isinstance(source, Checkpoint) or find_spec("llama_cpp") is None:
         return []
     try:
-        with vocabulary_file(plan.source) as path:
-            return compare_token_ids(path, plan.source.folder).warnings
+        with vocabulary_file(source) as path:
+            return compare_token_ids(path, source.folder).warnings
     except (HarnessError, OutputError) as error:
         return [f"token ids were not compared with the folder's tokenizer: {error}"]
 

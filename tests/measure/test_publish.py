@@ -263,6 +263,19 @@ def test_what_is_missing_is_said_before_anything_is_made(
     assert [] == [*tmp_path.iterdir()]
 
 
+def test_a_context_beyond_the_models_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, and where experts are scored."""
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    options = ("--tokens", 64, "--context", 256)
+    said = "a context of 256 tokens is longer than the model was trained on: "
+
+    done = moe2gguf("publish", model, tmp_path / "out", "-e", 4, "--types", "f16", *options)
+    assert f"{said}Tiny-Chat-4of4-F16.gguf (128), dense-F16.gguf (128)\n" in done.stderr
+    name = "Tiny-Chat-4of4-F16.gguf"
+    pruned = moe2gguf("prune", tmp_path / "out" / name, tmp_path / "pruned", "--keep", 2, *options)
+    assert f"{said}{name} (128)\n" in pruned.stderr
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 @pytest.mark.parametrize(
     ("option", "said"), [("--text", "scoring 2048 tokens takes"), ("--calibration", "are too few to calibrate with")]

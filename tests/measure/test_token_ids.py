@@ -99,6 +99,29 @@ def test_convert_names_texts_with_other_ids(tmp_path: Path, rule: str | None, ta
     assert (rule is not None) == ("<odd>" in done.stderr)
 
 
+LINES = (
+    "publish MODEL OUT --experts 4 --types f16,q8_0 --tokens 64 --context 32",
+    "shrink MODEL OUT --room 10MB --tokens 64",
+    "merge MODEL MODEL MODEL OUT --router random",
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_other_commands_that_read_a_folder_name_them_too(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, however many files are made of it."""
+    monkeypatch.setenv("MOE2GGUF_CACHE", str(tmp_path / "cache"))
+    folder = checkpoints.make(tmp_path / "model", vocab_size=1024, num_hidden_layers=1)
+    add_token(folder, len(AutoTokenizer.from_pretrained(folder)), "<odd>", "rstrip")
+    words = {"MODEL": folder, "OUT": tmp_path / "out"}
+
+    done = moe2gguf(*(words.get(word, word) for word in line.split()))
+
+    assert 0 == done.returncode, done.stderr
+    assert 1 == done.stderr.count("have other ids in llama.cpp than the folder's tokenizer gives, such as '<odd> '")
+
+
 def test_of_a_broken_llama_cpp_one_sentence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is written all the same."""
 
