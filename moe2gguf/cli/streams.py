@@ -61,7 +61,7 @@ class StandardError(io.TextIOWrapper):
 
 
 def prepare_streams() -> None:
-    """Replace `sys.stdout` and `sys.stderr`, and a `sys.stdin` that was closed by one without a line.
+    """Replace `sys.stdout` and `sys.stderr`, what `sys.stdin` cannot decode, and one that was closed by an empty one.
 
     Where a program is started without the descriptors 0 to 2, the next files it opens would get their numbers, and
     what llama.cpp prints would land in them: they are opened, standard output so that a write fails.
@@ -72,6 +72,8 @@ def prepare_streams() -> None:
     os.close(descriptor)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 -- nothing to read, as long as we run
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     sys.stdout = StandardOutput(*_open_stream(sys.stdout, 1), "replace", line_buffering=os.isatty(1))
     sys.stderr = StandardError(*_open_stream(sys.stderr, 2), "backslashreplace", line_buffering=True)
 

@@ -114,6 +114,23 @@ def test_standard_input_that_is_closed_is_empty(redirection: str, tmp_path: Path
     assert (0, b"") == (done.returncode, done.stdout.strip())
 
 
+@pytest.mark.parametrize(("encoding", "message"), [("ascii", "h\xe9"), ("utf-8", "h\xff\xfe")])
+def test_what_standard_input_cannot_decode_is_replaced(encoding: str, message: str, tmp_path: Path) -> None:
+    """A message in another encoding gets an answer like every one."""
+    file = tiny_gguf.write_gguf(tmp_path / "m.gguf", tiny_gguf.dense_weights(n_layer=1))
+    strict = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+
+    done = subprocess.run(
+        [*PROGRAM, "chat", str(file), "--raw", "-n", "1", "-t", "1"],
+        input=message.encode("latin-1") + b"\n",
+        env=strict,
+        capture_output=True,
+        check=False,
+    )
+
+    assert (0, b"") == (done.returncode, done.stderr)
+
+
 def test_a_long_list_is_shortened_unless_all_is_wanted() -> None:
     """Five lines and how many more; six are shown as they are."""
     message = "cannot go on, 9 problems:\n" + "\n".join(f"  - problem {i}" for i in range(9))
