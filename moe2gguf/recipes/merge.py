@@ -179,7 +179,7 @@ def _stack(plans: Sequence[Plan], routers: Routers, *, average: bool) -> Iterato
         for plan in plans
         for none in (plain_experts(plan.model, None),)
     )
-    routed, n = set[int](), len(donors)
+    routed, n, models = set[int](), len(donors), tuple(str(plan.source.path) for plan in plans[1:])
     for name, tensor in base.items():
         if not (match := _MLP.fullmatch(name)):
             alike = average and _ATTENTION.fullmatch(name)
@@ -192,7 +192,7 @@ def _stack(plans: Sequence[Plan], routers: Routers, *, average: bool) -> Iterato
             yield OutputTensor(f"blk.{i}.ffn_gate_inp.weight", shape, GGMLType.F32, (), read)
         parts, stacked = [donor[name] for donor in donors], name.replace(".weight", "_exps.weight")
         read = functools.partial(_read_all, parts)
-        yield OutputTensor(stacked, (n, *tensor.shape), parts[0].type, (name,), read, copied=parts[0].copied)
+        yield OutputTensor(stacked, (n, *tensor.shape), parts[0].type, models, read, copied=parts[0].copied)
 
 
 def _read_router(routers: Routers, i: int) -> Iterator[NDArray[Any]]:

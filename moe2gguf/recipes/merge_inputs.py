@@ -58,6 +58,8 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         found = load_yaml(read_bytes(path, max_bytes=MAX_BYTES).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise PlanError([f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8"]) from error
     except ValueError as error:
         raise PlanError([f"{path}: {error}"]) from error
     values = found if isinstance(found, dict) else {}

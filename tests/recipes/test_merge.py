@@ -14,9 +14,10 @@ import tiny_gguf
 from command import moe2gguf
 from llama_logits import llama_logits_of
 from reference import reference_inputs, reference_routing
+from safetensors.numpy import load_file, save_file
 
 from moe2gguf import Donor, MergeOptions, merge, quantize, verify
-from moe2gguf.errors import OutputError, PlanError
+from moe2gguf.errors import CorruptWeightError, OutputError, PlanError
 from moe2gguf.llama.child import run_in_child
 from moe2gguf.llama.watch_mlps import cut_prompts
 from moe2gguf.quant.rules import TypeOptions
@@ -152,6 +153,17 @@ def test_folders_merge_as_their_files(tmp_path: Path) -> None:
     dense = read_tensors(tmp_path / "dense")["blk.0.ffn_up.weight"]
     assert stacked.data[1].tobytes() == dense.data.tobytes()
     assert {path.name for path in tmp_path.iterdir()} == {"m0", "m1", "out", "dense"}
+
+
+def test_of_a_weight_that_is_no_number_the_donor_is_named(tmp_path: Path) -> None:
+    """Its place says which expert it would be."""
+    folders = [checkpoints.make(tmp_path / f"m{i}", "llama", seed=i) for i in range(2)]
+    tensors = load_file(folders[1] / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(CorruptWeightError, match=rf"expert 1 \(from {folders[1]}\): NaN or infinity at \[3, 5\]"):
+        merge(folders[0], [Donor(one) for one in folders], tmp_path / "out", MergeOptions(router="random"))
 
 
 def test_models_that_do_not_fit_are_refused_together(models: list[Path], tmp_path: Path) -> None:
