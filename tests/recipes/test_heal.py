@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,20 @@ def test_a_left_over_quantization_is_not_handed_on(models: Any, tmp_path: Path) 
     done = run((dense, tmp_path / "sliced", text), tmp_path / "out", change(STEPS, steps=1))
 
     assert "quantization_config" not in json.loads((done.path / "config.json").read_text())
+
+
+def test_a_tied_head_is_healed_without_a_word_of_it(
+    models: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stays tied; the libraries that save checkpoints would warn at each."""
+    dense = checkpoints.make(tmp_path / "dense", "llama-tied", num_hidden_layers=2)
+    sliced = write_folder(dense, tmp_path / "sliced", flat_options(experts=8, used=4, n_token=1024, refit=False)).path
+    logging.getLogger("accelerate.utils.other").setLevel(logging.WARNING)
+
+    done = run((dense, sliced, models[2]), tmp_path / "out", change(STEPS, steps=1))
+
+    assert json.loads((done.path / "config.json").read_text())["tie_word_embeddings"]
+    assert [] == [record.message for record in caplog.records if record.name.startswith("accelerate")]
 
 
 def test_layer_by_layer_heals_every_count(models: Any, tmp_path: Path) -> None:

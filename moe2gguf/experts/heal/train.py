@@ -1,5 +1,6 @@
 """The whole model end to end: distillation by accelerate's loop, with checkpoints, evaluation and the best kept."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -181,6 +182,8 @@ def save_checkpoint(accelerator: Accelerator, work: WorkFolder, step: int, best:
 
 def _save_state(accelerator: Accelerator, path: Path) -> None:
     """Write the state of every part. Raises OSError, also where torch or safetensors makes another error of it."""
+    # it warns of a tied head, of which one copy is enough, at every checkpoint
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     try:
         accelerator.save_state(str(path))
     except (RuntimeError, SafetensorError) as error:
