@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from moe2gguf.measure.publish import Publication
     from moe2gguf.recipes.plan import Plan
 
+SAME_TEXT = (
+    "the experts are measured on the text that they are fitted to, which flatters them: give another with --text"
+)
+
 
 @cloup.command(cls=Command, no_effect=[NoEffect(("--private",), without=("--upload",))])
 @cloup.argument("model", type=opt.ANY, help="A Hugging Face folder or id, or a dense GGUF file.")
@@ -123,7 +127,7 @@ def publish(
         private=private,
         resume=resume,
         progress=display.progress,
-        on_plan=warn_once(),
+        on_plan=warn_once(SAME_TEXT if text == calibration else ""),
         on_row=row_done,
     )
     opt.emit(done.to_dict(), as_json, lambda: _print(done))
@@ -131,14 +135,17 @@ def publish(
         display.next_steps(["hf", "upload", "OWNER/NAME", done.folder])
 
 
-def warn_once() -> Callable[[Plan], None]:
-    """What shows the warnings of plans of one model, and other token ids than its own, each once."""
+def warn_once(of_text: str = "") -> Callable[[Plan], None]:
+    """What shows the warnings of plans of one model, and other token ids than its own, each once; and `of_text` where a
+    plan is fitted to a text.
+    """
     from moe2gguf.measure.token_ids import warn_of_token_ids
 
     seen, compared = set[str](), set[Path]()
 
     def show(plan: Plan) -> None:
-        lines = [line for line in plan.warnings if line not in seen]
+        found = [*plan.warnings, *([of_text] if of_text and plan.calibration else [])]
+        lines = [line for line in found if line not in seen]
         if plan.source.path not in compared:
             compared.add(plan.source.path)
             lines += warn_of_token_ids(plan.source)

@@ -33,6 +33,7 @@ from moe2gguf.gguf.reader import read_gguf
 from moe2gguf.gguf.resume import Interrupted
 from moe2gguf.hf.hub import upload_folder
 from moe2gguf.measure.publish import list_variants
+from moe2gguf.recipes.convert import plan_conversion
 from moe2gguf.recipes.hf_output import write_folder
 from moe2gguf.recipes.source import complete_options, open_source
 
@@ -212,6 +213,28 @@ def test_what_cannot_be_made_is_refused_before_anything_is(model: Path, tmp_path
     assert not (tmp_path / "new").exists()
     with pytest.raises(OutputError, match="mine: is no folder; name one"):
         publish(model, tmp_path / "out" / "mine", settings(tmp_path))
+
+
+@pytest.mark.parametrize(("options", "n"), [(["--used", "2,3"], 1), (["--used", 2, "--text", "TEXT"], 0), ([], 0)])
+def test_experts_that_were_fitted_to_the_text_are_a_warning(
+    options: list[Any], n: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, before the work; not with another text, nor for plain slices."""
+    (tmp_path / "text.txt").write_text("Words that no expert has seen. " * 50)
+
+    def stop(source: Path, _out: Path, chosen: Options, on_plan: Any, **_: object) -> None:
+        on_plan(plan_conversion(source, chosen))
+        if not chosen.slices(open_source(source).model):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe2gguf.measure.publish.convert", stop)
+    monkeypatch.setattr("moe2gguf.measure.publish.checksum_path", lambda _: "0")
+    words = [tmp_path / "text.txt" if one == "TEXT" else one for one in options]
+    done = moe2gguf(
+        "publish", model, tmp_path / "out", "-e", 4, "--types", "f16", "--tokens", 16, "--context", 8, *words
+    )
+
+    assert (130, n) == (done.returncode, done.stderr.count("measured on the text that they are fitted to")), done.stderr
 
 
 def test_the_command_sends_the_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
