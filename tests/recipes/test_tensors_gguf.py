@@ -368,10 +368,10 @@ def test_a_count_that_does_not_fit_is_one_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("d_ff", "options", "experts", "words"),
     [
-        (7 * 256, {}, 7, "7 experts divide the 7 blocks"),
-        (6 * 256, {}, 6, "6 experts divide the 6 blocks of every MLP; so do 2, 3"),
+        (7 * 256, {}, 7, "7 experts, not 8: they divide the 7 blocks"),
+        (6 * 256, {}, 6, "6 experts, not 8: they divide the 6 blocks of every MLP; so do 2, 3"),
         (8 * 256, {}, 8, ""),
-        (7 * 256, {"target": "glm4moe", "preset": "exact"}, 7, "7 experts divide"),
+        (7 * 256, {"target": "glm4moe", "preset": "exact"}, 7, "7 experts, not 16: they divide"),
         (97 * 256, {}, 8, "8 experts are padded to 3328 neurons, whole blocks of 256: 7% more bytes"),
     ],
 )
