@@ -36,7 +36,7 @@ from moe2gguf.recipes.source import Source, open_source
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 _MORE_ROOM = "give more, or a smaller --context"
-_NO_EXPERTS = "no experts were tried, which `moe2gguf convert` refuses"
+_NO_EXPERTS = "no experts are tried, which `moe2gguf convert` refuses"
 T = TypeVar("T")
 
 
@@ -252,6 +252,7 @@ class _Files:
             plan_conversion(path, self._experts)
         except PlanError as error:
             self.notes = [f"{_NO_EXPERTS}: {line}" for line in error.refusals]
+            self._on_step(self.notes[0])
         return not self.notes
 
     def _plan_size(self, kind: str) -> int:

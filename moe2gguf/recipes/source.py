@@ -68,7 +68,8 @@ def _choose_counts(source: Source, options: Options) -> tuple[Options, list[str]
         n = min(whole, key=lambda n: abs(math.log(n / default)))
         others = [str(other) for other in whole if other != n]
         also = f"; so do {', '.join(others)} (--experts)" if others else ""
-        return dataclasses.replace(options, experts=n), [f"{n} experts, not {default}: they divide the {n_block} blocks of every MLP{also}"]
+        note = f"{n} experts, not {default}: they divide the {n_block} blocks of every MLP{also}"
+        return dataclasses.replace(options, experts=n), [note]
     width, price = _price_padding(source.model.d_ff, default, block)
     note = f"{default} experts are padded to {width} neurons, whole blocks of {block}: {price}"
     return dataclasses.replace(options, align=block), [note]

@@ -165,13 +165,14 @@ def test_an_interval_needs_windows(tokens: int, interval: str, model: Path, tmp_
 
 def test_what_cannot_be_cut_has_types(tmp_path: Path, speeds: None) -> None:
     """A model that the graph cannot carry; the reason is told."""
-    model = checkpoints.make(tmp_path / "model", "llama-bias")
+    model, steps = checkpoints.make(tmp_path / "model", "llama-bias"), list[str]()
 
-    done = shrink(model, tmp_path / "out.gguf", Wish(quality=5.0), SETTINGS)
+    done = shrink(model, tmp_path / "out.gguf", Wish(quality=5.0), SETTINGS, on_step=steps.append)
 
     assert (0, "Q4_0") == (done.chosen.config.n_expert, done.chosen.config.type)
-    said = "no experts were tried, which `moe2gguf convert` refuses: --target glm4moe: its graph has no bias of the"
+    said = "no experts are tried, which `moe2gguf convert` refuses: --target glm4moe: its graph has no bias of the"
     assert said in done.notes[0]
+    assert ["making dense.gguf", done.notes[0]] == steps[:2]
 
 
 def test_rotary_factors_are_carried(tmp_path: Path, speeds: None) -> None:
@@ -202,7 +203,7 @@ def test_a_short_text_leaves_types(model: Path, tmp_path: Path, speeds: None) ->
     done = shrink(model, tmp_path / "out.gguf", Wish(quality=5.0), replace(SETTINGS, text=tmp_path / "text.txt"))
 
     assert (0, "Q4_0") == (done.chosen.config.n_expert, done.chosen.config.type)
-    said = "no experts were tried, which `moe2gguf convert` refuses: the first four fifths of text.txt: too few tokens"
+    said = "no experts are tried, which `moe2gguf convert` refuses: the first four fifths of text.txt: too few tokens"
     assert said in done.notes[0]
     nothing = replace(SETTINGS, text=tmp_path / "text.txt", types=("f16",))
     with pytest.raises(PlanError, match=r"--faster 9: nothing here is so fast\n.*too few tokens"):
