@@ -38,14 +38,17 @@ class PlanError(Moe2GgufError):
 
     def __init__(self, refusals: Sequence[str], way: str = "") -> None:
         self.refusals = tuple(dict.fromkeys(refusals))  # two readers may find the same
-        head = "1 problem" if len(self.refusals) == 1 else f"{len(self.refusals)} problems"
-        super().__init__(
-            "\n".join([f"cannot go on, {head}:", *(f"  - {line}" for line in self.refusals), *([way] if way else [])])
-        )
+        head = f"cannot go on, {count_problems(self.refusals)}:"
+        super().__init__("\n".join([head, *(f"  - {line}" for line in self.refusals), *([way] if way else [])]))
 
     def name(self, model: str) -> PlanError:
         """The same with the model in every refusal, where several models are read."""
         return PlanError([one if model in one else f"{model}: {one}" for one in self.refusals])
+
+
+def count_problems(problems: Sequence[str]) -> str:
+    """How many there are: "1 problem", "2 problems"."""
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
 class CorruptWeightError(Moe2GgufError):

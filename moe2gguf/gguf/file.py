@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from moe2gguf.errors import GGUFError, name_odd_file
+from moe2gguf.errors import GGUFError, count_problems, name_odd_file
 from moe2gguf.spec import Metadata, MetadataValue
 
 CHUNK = 16 << 20
@@ -184,4 +184,4 @@ def quote_text(text: str, limit: int = 80) -> str:
 def list_problems(path: Path, problems: list[str], limit: int = 20) -> str:
     """One message of all problems; beyond `limit` they are only counted, for a hostile file can have a million."""
     more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n".join([f"{path}: {len(problems)} problem(s):", *(f"  - {line}" for line in problems[:limit] + more)])
+    return "\n".join([f"{path}: {count_problems(problems)}:", *(f"  - {line}" for line in problems[:limit] + more)])

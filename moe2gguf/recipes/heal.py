@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2gguf.errors import HealError, PlanError, advise_install
+from moe2gguf.errors import HealError, PlanError, advise_install, count_problems
 from moe2gguf.experts.heal.log import LogLine, ScoreLine, to_dict
 from moe2gguf.experts.heal.settings import HealSettings, Windows
 from moe2gguf.experts.heal.work import ExpertWeights, HealRun, Log, WorkFolder
@@ -26,7 +26,7 @@ from moe2gguf.recipes.write_folder import check_folder_target
 from moe2gguf.spec import Metadata, Model
 
 HELD_OUT_SHARE = 0.1
-_SIZES = ["n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "rope", "tied_embeddings"]
+_SIZES = ["n_layer", "d_model", "n_head", "n_head_kv", "d_head", "n_vocab", "tied_embeddings"]
 _SIZES += ["bias_qkv", "head_norms"]
 """Of a model, what teacher and student have in common."""
 
@@ -137,7 +137,7 @@ def require_fit(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -
     if digest is not None and digest != digest_source(dense.tensors):
         found = [f"the student was cut from a model with digest {digest}, and the teacher has another"]
     if found:
-        raise HealError("\n".join([f"cannot heal, {len(found)} problem(s):", *(f"  - {reason}" for reason in found)]))
+        raise HealError("\n".join([f"cannot heal, {count_problems(found)}:", *(f"  - {reason}" for reason in found)]))
 
 
 def _find_differences(sliced: Checkpoint, dense: Checkpoint, settings: HealSettings) -> Iterator[str]:
@@ -150,11 +150,17 @@ def _find_differences(sliced: Checkpoint, dense: Checkpoint, settings: HealSetti
             f"{dense.folder}: has experts; it teaches a dense student, as `moe2gguf convert --experts 1` makes one, "
             "with --layerwise 0"
         )
-    for size in _SIZES:
-        if (a := getattr(ours, size)) != (b := getattr(theirs, size)):
-            yield f"{size} is {a} in the student, {b} in the teacher"
+    for (name, a), b in zip(_list_sizes(ours).items(), _list_sizes(theirs).values(), strict=True):
+        if a != b:
+            yield f"{name} is {a} in the student, {b} in the teacher"
     if sliced.vocabulary.tokens != dense.vocabulary.tokens:
         yield "the vocabularies differ; teacher and student must read the same token ids"
+
+
+def _list_sizes(model: Model) -> dict[str, Any]:
+    """What both must have alike, by name."""
+    rotary = {f"rope {name}": value for name, value in vars(model.rope).items()}
+    return {**{size: getattr(model, size) for size in _SIZES}, **rotary}
 
 
 def refuse_settings(ours: Model, settings: HealSettings) -> Iterator[str]:

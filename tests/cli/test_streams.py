@@ -165,7 +165,7 @@ def test_a_list_that_is_cut_already_is_counted_whole(tmp_path: Path) -> None:
     short = shorten(list_problems(tmp_path / "m.gguf", problems), whole=False).splitlines()
 
     assert 7 == len(short)
-    assert "272 problem(s)" in short[0]
+    assert "272 problems" in short[0]
     assert "  and 267 more (--verbose shows more of them)" == short[-1]
 
 

@@ -216,7 +216,7 @@ def test_a_matrix_of_another_model_is_not_merged(files: Any, tmp_path: Path) -> 
     for name, reason in reasons.items():
         with pytest.raises(ImportanceError) as refused:
             collect_imatrix(files["dense"], tmp_path / "d.gguf", tmp_path / "none", merged=[tmp_path / f"{name}.gguf"])
-        assert f"{tmp_path / name}.gguf: 1 problem(s):\n  - is not of {files['dense']}: {reason}" == str(refused.value)
+        assert f"{tmp_path / name}.gguf: 1 problem:\n  - is not of {files['dense']}: {reason}" == str(refused.value)
     assert not (tmp_path / "d.gguf").exists()
 
 

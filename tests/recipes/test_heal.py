@@ -273,6 +273,19 @@ def test_what_does_not_fit_is_refused_with_every_reason(models: Any, tmp_path: P
     assert ["other"] == [path.name for path in tmp_path.iterdir()]
 
 
+def test_of_two_rotary_embeddings_what_differs_is_named(models: Any, tmp_path: Path) -> None:
+    """One number, not all of both."""
+    dense, sliced, text = models
+    shutil.copytree(dense, tmp_path / "other")
+    checkpoints.rewrite_config(tmp_path / "other", rope_parameters=None, rope_theta=500.0)
+
+    with pytest.raises(HealError) as caught:
+        heal(sliced, tmp_path / "other", HealText((text,)), tmp_path / "out", STEPS)
+
+    said = "cannot heal, 1 problem:\n  - rope theta is 10000.0 in the student, 500.0 in the teacher"
+    assert said == str(caught.value)
+
+
 def test_a_teacher_that_the_student_was_not_cut_from_is_refused(models: Any, tmp_path: Path) -> None:
     """The same sizes and other weights: the digest in config.json tells."""
     _, sliced, text = models
