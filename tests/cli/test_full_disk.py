@@ -58,7 +58,8 @@ def test_a_full_disk_is_one_sentence(line: str, files: dict[str, Path], tmp_path
 
     assert 1 == done.returncode
     message = done.stderr[done.stderr.index("moe2gguf: ") :]
-    assert f"moe2gguf: {tmp_path / 'out'}" in message
+    first = "/vocabulary.gguf: " if line.startswith("shrink") else f"moe2gguf: {tmp_path / 'out'}"
+    assert first in message  # shrink counts the text's tokens before it writes a file
     assert os.strerror(errno.EFBIG) in message
     assert 1 == message.count("\n")
     assert not (tmp_path / "out").exists()
