@@ -18,7 +18,7 @@ from moe2gguf.cli.options import FILE, emit, force_option, json_option, used_lis
 @force_option
 @json_option
 def views(file: Path, folder: Path, used: list[int], force: bool, as_json: bool) -> None:
-    """Offer one file as a model for each number of experts.
+    """Offer one file as several models, one for each number in --used.
 
     Each view is a folder with a small file that has its own count, and a second one with the weights, which exists once
     on disk. llama-server and LM Studio offer every view as a model of its own, and a view can draft for another one.
