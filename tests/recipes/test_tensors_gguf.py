@@ -261,7 +261,7 @@ def test_more_experts_than_blocks(tmp_path: Path) -> None:
     llama_quantize.quantize(source, path := tmp_path / "in.gguf", gguf.LlamaFileType.MOSTLY_Q6_K, pure=True)
 
     with pytest.raises(
-        PlanError, match=r"4 experts of 256 neurons cut through the blocks of 256.*: choose --experts 3, which"
+        PlanError, match=r"(?s)4 experts of 256 neurons cut through the blocks of 256.*:\n +choose --experts 3, which"
     ) as caught:
         plan_conversion(path, flat_options(experts=4, align=256))
     assert "--align" not in str(caught.value)
