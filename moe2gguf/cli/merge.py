@@ -89,7 +89,6 @@ def merge(
     from moe2gguf.recipes.merge import merge as write_merged
     from moe2gguf.recipes.merge_inputs import Recipe, read_donors, read_recipe
     from moe2gguf.recipes.merge_options import MergeOptions
-    from moe2gguf.recipes.source import open_source
 
     given = {name: value for name, value in options.items() if value is not None}
     if not donors and base.suffix in (".yaml", ".yml"):
@@ -100,9 +99,16 @@ def merge(
         recipe = Recipe(str(base), read_donors(donors, prompts, given["n_token"]), {})
     settings = MergeOptions(**{**recipe.options, **given})
     done = write_merged(
-        recipe.base, recipe.donors, out, settings, force=force, threads=threads, progress=display.progress
+        recipe.base,
+        recipe.donors,
+        out,
+        settings,
+        force=force,
+        threads=threads,
+        progress=display.progress,
+        on_plan=lambda plan: display.warnings(warn_of_token_ids(plan.source)),
     )
-    display.warnings([*done.notes, *warn_of_token_ids(open_source(Path(recipe.base)))])
+    display.warnings(done.notes)
     opt.emit(done.to_dict(), as_json, lambda: _print(done))
     display.next_steps(["moe2gguf", "compare", out, "--reference", recipe.base])
 

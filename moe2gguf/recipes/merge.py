@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +61,7 @@ def merge(
     force: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
+    on_plan: Callable[[Plan], None] = lambda _: None,
 ) -> Merge:
     """Write the GGUF file `out`, whose experts are the MLPs of the `donors`; all else is that of `base`.
 
@@ -72,6 +73,7 @@ def merge(
         force: replace `out` if it exists.
         threads: None: all processors.
         progress: receives stages ("calibrate", "write", "verify") and the units done.
+        on_plan: is given the plan of the base before anything is written.
 
     Raises:
         PlanError: the models do not fit each other, or prompts are missing; every reason is listed.
@@ -91,6 +93,7 @@ def merge(
     read = [file for plan in plans for file in plan.source.own_files]
     check_model_target(out, 1, read, force=force, size=layout.file_size)
     require_kernels(tensor.type for tensor in tensors if not tensor.copied)
+    on_plan(plans[0])
 
     # Find the routers, from the states of the prompts in the base.
     setup = Setup(n_context=max(8, min(N_CONTEXT, plans[0].model.n_context)), n_threads=threads)
